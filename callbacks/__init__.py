@@ -1,0 +1,1 @@
+"""Lightning callbacks, imported as `lightning_optim.callbacks`."""

@@ -1,0 +1,33 @@
+"""The optimizer factory of the stock Trainer (Transformers >= 5.2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_optim import Executor, build_optimizer
+
+
+class OptimizerFactory:
+    """Builds the optimizer inside the stock Trainer.
+
+    Trainer(..., optimizer_cls_and_kwargs=(OptimizerFactory, {"name": "muon", "lr": 2e-5}))
+
+    The Trainer calls `OptimizerFactory()(model, **kwargs)` once the model is placed; its own learning-rate and decay
+    groups are not used, so the keyword arguments are those of `build_optimizer`.
+    """
+
+    def __call__(self, model: nn.Module, *, name: str, lr: float, **settings: Any) -> Executor:
+        """Build the optimizer.
+
+        Args:
+            model: the Trainer's model.
+            name: of the main rule.
+            lr: learning rate; with the default convention, AdamW's.
+            **settings: of `build_optimizer`.
+
+        Returns:
+            One optimizer for the whole model.
+        """
+        return build_optimizer(model, name, lr=lr, **settings)

@@ -1,0 +1,43 @@
+"""Optimizers for large language models: one step loop, one rule per algorithm.
+
+    from lightning_optim import build_optimizer
+    optimizer = build_optimizer(model, "muon", lr=3e-4)
+
+Importing the package needs torch only; `configure_optimizers` (Lightning) and `lightning_optim.callbacks` import
+Lightning when they are used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_optim import optimizers
+from lightning_optim.core.executor import Executor
+from lightning_optim.core.rule import Rule, Slot, eye, lookup, zeros
+from lightning_optim.factory import build_optimizer
+from lightning_optim.optimizers import *  # noqa: F403
+from lightning_optim.partition import assign, roles
+
+if TYPE_CHECKING:
+    from lightning_optim.lightning import configure_optimizers
+
+__version__ = "0.1.0"
+__all__ = [
+    "Executor",
+    "Rule",
+    "Slot",
+    "assign",
+    "build_optimizer",
+    "configure_optimizers",
+    "eye",
+    "lookup",
+    "roles",
+    "zeros",
+]
+__all__ += optimizers.__all__
+
+
+def __getattr__(name: str) -> Any:
+    if name == "configure_optimizers":
+        from lightning_optim.lightning import configure_optimizers
+
+        return configure_optimizers
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

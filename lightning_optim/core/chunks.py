@@ -1,0 +1,139 @@
+"""How parameters are cut into pieces of work: matrices of a parameter, stacks of equal matrices, cache-sized blocks."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Dims = tuple[int, int, int]
+T = TypeVar("T")
+
+STACK_LIMIT = 2**18
+"""A matrix with more elements is a stack of its own, a view; smaller ones are copied into a stack."""
+BLOCK = 2**17
+"""Elements of a block that stays in a CPU's cache."""
+SMALL = 2**14
+"""Tensors with fewer elements are worked on end to end."""
+
+
+def matrix_dims(shape: Sequence[int], blocks: int | None = None, *, conv: bool = True) -> Dims:
+    """How a parameter reads as a stack of matrices.
+
+    A vector of length n is `[1, 1, n]`; three dimensions are a stack; with four or more, the trailing ones are
+    flattened (a convolution kernel is out x in*kh*kw) or, without `conv`, the leading ones are stacked.
+
+    Args:
+        shape: of the parameter.
+        blocks: cut the rows of each matrix into this many blocks (attention heads, a fused QKV).
+        conv: whether four and more dimensions are one matrix.
+
+    Returns:
+        (b, m, n).
+
+    Raises:
+        ValueError: the rows do not divide into `blocks`.
+    """
+    if len(shape) < 2:
+        b, m, n = 1, 1, math.prod(shape)
+    elif len(shape) > 3 and conv:
+        b, m, n = 1, shape[0], math.prod(shape[1:])
+    else:
+        b, m, n = math.prod(shape[:-2]), shape[-2], shape[-1]
+    if blocks and blocks > 1:
+        if m % blocks:
+            raise ValueError(f"{m} rows do not divide into {blocks} blocks")
+        b, m = b * blocks, m // blocks
+    return b, m, n
+
+
+def bucket(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Group items by a key, in order of first appearance.
+
+    Returns:
+        Lists of items with equal keys.
+    """
+    groups: defaultdict[Hashable, list[T]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return list(groups.values())
+
+
+def stacks(items: Sequence[T], elements: int, max_temp_bytes: int) -> Iterator[Sequence[T]]:
+    """Cut items of one shape into chunks that become one stack each.
+
+    Args:
+        items: of one shape.
+        elements: of one item.
+        max_temp_bytes: bound for a stack and the temporaries of its update, counted as four float32 copies.
+
+    Yields:
+        Runs of `items`; single ones above `STACK_LIMIT` elements.
+    """
+    size = 1 if elements > STACK_LIMIT else max(1, max_temp_bytes // (16 * max(elements, 1)))
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def dense_order(t: Tensor) -> tuple[int, ...]:
+    """The dimensions of a tensor from the largest stride to the smallest.
+
+    Returns:
+        A permutation under which a dense tensor is contiguous.
+    """
+    return tuple(sorted(range(t.ndim), key=lambda d: (-t.stride(d), d)))
+
+
+def agree(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors have one dtype and one dense memory layout, so that memory order pairs their elements.
+
+    Returns:
+        True if a flat kernel may run over them.
+    """
+    first = tensors[0]
+    if any(t.stride() != first.stride() or t.dtype != first.dtype for t in tensors[1:]):
+        return False
+    return first.is_contiguous() or first.permute(dense_order(first)).is_contiguous()
+
+
+def blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
+    """Walk over tensors of one shape in blocks that stay in cache.
+
+    Dense tensors with equal strides are cut flat, in memory order; others by rows of the largest stride.
+
+    Args:
+        tensors: of one shape; dtypes may differ.
+
+    Yields:
+        (views of every tensor, the slice of the flat or row range they cover).
+    """
+    first = tensors[0]
+    order = dense_order(first)
+    if not first.is_contiguous():
+        tensors = [t.permute(order) for t in tensors]
+    if all(t.is_contiguous() for t in tensors):
+        tensors = [t.view(-1) for t in tensors]
+    first = tensors[0]
+    total, rows = first.numel(), first.shape[0] if first.ndim else 1
+    if total <= SMALL or first.device.type != "cpu" or first.ndim == 0:
+        yield list(tensors), slice(0, rows)
+        return
+    step = max(1, BLOCK * rows // total)
+    for start in range(0, rows, step):
+        cut = slice(start, min(start + step, rows))
+        yield [t[cut] for t in tensors], cut
+
+
+def stack(tensors: Sequence[Tensor], dims: Dims, dtype: torch.dtype) -> Tensor:
+    """One stack `[len(tensors) * b, m, n]` out of equally shaped tensors; a view where there is one of this dtype.
+
+    Returns:
+        The stack.
+    """
+    if len(tensors) == 1:
+        return tensors[0].reshape(dims).to(dtype)
+    return torch.cat([t.reshape(dims) for t in tensors]).to(dtype)

@@ -1,0 +1,709 @@
+"""The one step loop: a `torch.optim.Optimizer` whose param groups each name the rule that owns them.
+
+The executor finds the parameters that have a gradient, hands them to the rule in the form its capability asks for
+(a torch kernel, flat blocks, stacks, whole matrices brought to an owner) and applies the directions. `state[p]` is the
+only store of state, `param_groups` the only store of settings; nothing about parameters is cached between steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_optim.core import checkpoint, chunks, layout, storage
+from lightning_optim.core.chunks import Dims
+from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, hyperparameters, lookup, nearest
+from lightning_optim.ops.rounding import hash_key, stochastic_round
+
+OPTIONS: dict[str, Any] = {
+    "lr_convention": "native",
+    "on_nonfinite": None,
+    "param_rounding": "stochastic",
+    "blocks": None,
+    "seed": 0,
+}
+"""Settings every group has beside its rule's hyperparameters, with their defaults; see `Executor`."""
+
+CHOICES = {
+    "lr_convention": ("native", "adamw"),
+    "on_nonfinite": ("raise", "skip", "off"),
+    "param_rounding": ("stochastic", "nearest"),
+}
+
+ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+@dataclass
+class Work:
+    """One trainable parameter in one step."""
+
+    param: Tensor
+    name: str
+    index: int
+    dims: Dims
+    state: dict[str, Tensor]
+    t: int = 0
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the parameter takes part in this step."""
+        return self.param.grad is not None
+
+    def gradient(self) -> Tensor:
+        """The gradient on this rank, zeros where there is none."""
+        g = layout.local_gradient(self.param)
+        return torch.zeros_like(layout.local(self.param)) if g is None else g
+
+
+class Job(NamedTuple):
+    """One param group in one step."""
+
+    rule: Rule
+    group: dict[str, Any]
+    works: list[Work]
+
+
+class Executor(torch.optim.Optimizer):
+    """Runs any mix of rules, one per param group.
+
+    Every group is a dictionary with `params`, `rule` (a registered name) and, where they differ from the defaults,
+    the rule's hyperparameters, a unique `name` and the options:
+
+    * `lr_convention`: `"native"` is the published scale; `"adamw"` scales the direction to AdamW's RMS (0.2 per unit
+      lr), so that AdamW's learning rate stays valid.
+    * `on_nonfinite`: before the first write of a step, `"raise"` FloatingPointError, `"skip"` the step, or `"off"`.
+      Default: off for elementwise rules, as in torch; raise for the others, of which one NaN destroys a whole matrix.
+    * `param_rounding`: how bfloat16 weights are rounded, `"stochastic"` or `"nearest"`. State is float32 either way.
+    * `blocks`: number of row blocks every matrix of the group is cut into (heads, a fused QKV).
+    * `seed`: of the stochastic rounding.
+
+    Args:
+        params: parameters, named parameters or groups.
+        defaults: settings of groups that do not give them; `rule` among them for a single-rule optimizer.
+        max_temp_bytes: bound for stacks of small matrices and their temporaries.
+
+    Raises:
+        ValueError: an unknown rule or option, a value out of range, or a parameter the rule cannot take; the message
+            names it and nothing is changed.
+    """
+
+    def __init__(
+        self, params: ParamsT, defaults: Mapping[str, Any] | None = None, *, max_temp_bytes: int = 2**25
+    ) -> None:
+        self._start(max_temp_bytes)
+        super().__init__(cast("Any", params), dict(defaults or {}))
+        for key in ("lr", "weight_decay"):
+            self.defaults.setdefault(key, self.param_groups[0][key])
+
+    def _start(self, max_temp_bytes: int = 2**25) -> None:
+        self.max_temp_bytes = max_temp_bytes
+        self._owners = WeakTensorKeyDictionary()
+        self._loads: dict[Any, list[float]] = {}
+        self._meeting = layout.Meeting()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickled or copied optimizer."""
+        if not hasattr(self, "_meeting"):
+            self._start()
+        super().__setstate__(state)
+
+    # -- groups ---------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, completed by its rule's defaults and checked.
+
+        Args:
+            param_group: see the class.
+
+        Raises:
+            ValueError: see the class; no group is added then.
+        """
+        group = dict(param_group)
+        params = group.get("params", ())
+        if not isinstance(params, (list, set)):  # torch refuses sets
+            group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        name = group.get("rule", self.defaults.get("rule"))
+        if name is None:
+            raise ValueError(f"param group {group.get('name', '')!r} names no rule; add 'rule': 'adamw', say")
+        rule = lookup(name)
+        group["rule"] = rule.name
+        inherited = self.defaults if self.defaults.get("rule") == rule.name else {}
+        for key, value in inherited.items():
+            group.setdefault(key, value)
+        if group.get("lr_convention") == "adamw":
+            group.update({k: v for k, v in rule.adamw_settings.items() if k not in param_group})
+        for key, value in (hyperparameters(rule) | OPTIONS).items():
+            group.setdefault(key, value)
+        taken = {g["name"] for g in self.param_groups}
+        if group.setdefault("name", _unused(rule.name, taken)) in taken:
+            raise ValueError(f"two param groups are named {group['name']!r}; names must be unique")
+        _check_group(rule, group)
+        _check_owned_once(self.param_groups, group)
+        foreign = self.defaults.keys() - group.keys()
+        super().add_param_group(group)
+        for key in foreign:
+            del group[key]
+
+    @staticmethod
+    def rule_of(group: Mapping[str, Any]) -> Rule:
+        """The rule that owns a group, with the group's present settings; a tensor lr is read here.
+
+        Args:
+            group: of `param_groups`.
+
+        Returns:
+            The rule.
+        """
+        rule = lookup(group["rule"])
+        values = {name: group[name] for name in hyperparameters(rule)}
+        return rule(**{k: float(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+    # -- step -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take one step.
+
+        Args:
+            closure: computes the loss and the gradients; called once, first.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            FloatingPointError: a gradient is not finite and its group asks to raise; nothing was written.
+            RuntimeError: a sparse gradient, or ranks that disagree on which parameters have a gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        jobs = list(self._jobs())
+        if not self.state and self._only_materialises(jobs):
+            self._materialise(jobs)
+        elif self._gradients_usable(jobs):
+            self._materialise(jobs)
+            for job in jobs:
+                for w in job.works:
+                    if w.has_gradient:
+                        w.t = int(w.state["step"].add_(1).item())
+                self._run(job)
+        return loss
+
+    def _jobs(self, *, frozen: bool = False) -> Iterator[Job]:
+        """Rule, settings and trainable (or also frozen) parameters of every group, read afresh."""
+        index = 0
+        for group in self.param_groups:
+            rule = self.rule_of(group)
+            names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
+            works = []
+            for name, p in zip(names, group["params"], strict=True):
+                if (p.requires_grad or frozen) and p.numel():
+                    blocks = None if rule.elementwise else group["blocks"]
+                    dims = chunks.matrix_dims(p.shape, blocks, conv=not rule.reduces)
+                    state = self.state[p] if p in self.state else {}
+                    works.append(Work(p, f"{group['name']}: {name}", index, dims, state))
+                index += 1
+            yield Job(rule, group, works)
+
+    def _run(self, job: Job) -> None:
+        present = [w for w in job.works if w.has_gradient]
+        if job.rule.elementwise:
+            for w in self._without_kernel(job, present):
+                _elementwise(job, w)
+        elif job.rule.reduces:
+            self._reduces(job, present)
+        else:
+            cuts = {id(w): layout.cut_of(w.param, w.name) for w in job.works}
+            self._whole(job, [w for w in present if cuts[id(w)] is None])
+            travelling = [w for w in job.works if cuts[id(w)] is not None]
+            for run in chunks.bucket(travelling, lambda w: (cuts[id(w)], w.param.dtype)):
+                self._travel(job, run, cast("layout.Cut", cuts[id(run[0])]))
+
+    def _without_kernel(self, job: Job, works: list[Work]) -> list[Work]:
+        """Step what a torch kernel of the rule can take; return the rest."""
+        slots = list(job.rule.slots(vector=False))
+        rest: list[Work] = []
+        for run in chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device)):
+            ready: list[Work] = []
+            columns: list[list[Tensor]] = [[] for _ in range(2 + len(slots))]
+            for w in run:
+                row = [layout.local(w.param), w.gradient(), *(layout.local(w.state[k]) for k in slots)]
+                if _factor(job, w) == 1.0 and chunks.agree(row):
+                    ready.append(w)
+                    for column, t in zip(columns, row, strict=True):
+                        column.append(t)
+                else:
+                    rest.append(w)
+            p, g, *state = columns
+            if ready and job.rule.kernel(p, g, dict(zip(slots, state, strict=True)), ready[0].t) is None:
+                rest += ready
+        return rest
+
+    def _reduces(self, job: Job, works: list[Work]) -> None:
+        frames = {id(w): layout.StackLayout(w.param, w.dims, w.name) for w in works}
+        for run in chunks.bucket(works, lambda w: (_alike(w), frames[id(w)].cut)):
+            frame = frames[id(run[0])]
+            elements = math.prod(frame.local_dims) if frame.stackable else chunks.STACK_LIMIT + 1
+            for chunk in chunks.stacks(run, elements, self.max_temp_bytes):
+                _update(job, chunk, [layout.local(w.param) for w in chunk], [w.gradient() for w in chunk], frame)
+
+    def _whole(self, job: Job, works: list[Work]) -> None:
+        for run in chunks.bucket(works, _alike):
+            for chunk in chunks.stacks(run, math.prod(run[0].dims), self.max_temp_bytes):
+                _update(job, chunk, [w.param for w in chunk], [w.gradient() for w in chunk])
+
+    def _travel(self, job: Job, works: list[Work], cut: layout.Cut) -> None:
+        """Bring matrices to their owners and the directions back.
+
+        Splits are static: a parameter without a gradient travels as zeros, and its direction is not applied.
+        """
+        exchange = layout.Exchange(cut, [w.param.shape for w in works], [self._owners[w.param] for w in works])
+        gradients = exchange.to_owners([w.gradient() for w in works])
+        params = exchange.to_owners([layout.local(w.param) for w in works]) if _needs_param(job.rule) else gradients
+        directions = {i: torch.zeros_like(g, dtype=storage.work_dtype(g.dtype)) for i, g in gradients.items()}
+        at = {id(works[i]): i for i in exchange.mine}
+
+        def keep(w: Work, d: Tensor) -> None:
+            directions[at[id(w)]] = d
+
+        for run in chunks.bucket((works[i] for i in exchange.mine if works[i].has_gradient), _alike):
+            for chunk in chunks.stacks(run, math.prod(run[0].dims), self.max_temp_bytes):
+                here = [at[id(w)] for w in chunk]
+                _update(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
+        like = layout.local(works[0].param).new_empty((), dtype=storage.work_dtype(works[0].param.dtype))
+        for w, d in zip(works, exchange.from_owners(directions, like), strict=True):
+            if w.has_gradient:
+                _apply(job, w, d)
+
+    # -- what precedes the first write ----------------------------------------------------------------------------
+
+    def _only_materialises(self, jobs: Sequence[Job]) -> bool:
+        """Whether this is DCP's dummy step: every lr 0, every parameter with a gradient, every gradient 0."""
+        if any(float(job.group["lr"]) != 0.0 for job in jobs):
+            return False
+        works = [w for job in jobs for w in job.works]
+        complete = bool(works) and all(w.has_gradient for w in works)
+        moving = not complete or _largest([w.gradient() for w in works]) != 0.0
+        return not layout.agree_max([float(moving)], [w.param for w in works])[0]
+
+    def _gradients_usable(self, jobs: Sequence[Job]) -> bool:
+        """Check all gradients before anything is written; one synchronisation if any group asks for it."""
+        asked: dict[str, list[tuple[str, Tensor]]] = {"raise": [], "skip": [], "off": []}
+        talking: list[Work] = []
+        for rule, group, works in jobs:
+            for w in works:
+                if w.has_gradient:
+                    g = w.gradient()
+                    if g.layout != torch.strided:
+                        raise RuntimeError(f"{w.name}: sparse gradients are not supported; use sparse=False")
+                    asked[group["on_nonfinite"]].append((w.name, g))
+            if not rule.elementwise or group["on_nonfinite"] != "off":
+                talking += works
+        if not talking:
+            return True
+        bad = [float(not math.isfinite(_largest([g for _, g in asked[k]]))) for k in ("raise", "skip")]
+        bits = float(layout.fingerprint(w.has_gradient for w in talking))
+        fail, skip, high, low = layout.agree_max([*bad, bits, -bits], [w.param for w in talking])
+        if high != -low:
+            raise RuntimeError("ranks disagree on which parameters have a gradient; nothing was updated")
+        if fail:
+            where = [name for name, g in asked["raise"] if not g.isfinite().all()]
+            raise FloatingPointError(
+                f"gradient not finite: {', '.join(where[:5]) or 'on another rank'}; nothing was updated. "
+                'on_nonfinite="skip" leaves such steps out'
+            )
+        return not skip
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def _materialise(self, jobs: Sequence[Job]) -> None:
+        """Allocate the state of every trainable parameter that has none: complete, in its final shape."""
+        self._assign_owners(jobs)
+        for rule, _, works in jobs:
+            for w in works:
+                w.state = self.state[w.param]
+                w.state.setdefault("step", torch.tensor(0.0))
+                for key, slot in rule.slots(vector=w.param.ndim < 2).items():
+                    if key not in w.state and (value := self._allocate(rule, slot, w)) is not None:
+                        w.state[key] = value
+
+    def _allocate(self, rule: Rule, slot: Slot, w: Work) -> Tensor | None:
+        if rule.elementwise:
+            return storage.allocate(slot, w.param, w.dims)
+        if rule.reduces:
+            return layout.StackLayout(w.param, w.dims, w.name).allocate(slot)
+        cut = layout.cut_of(w.param, w.name)
+        if cut is None:
+            return storage.allocate(slot, w.param, w.dims)
+        if self._owners[w.param] != cut.rank:
+            return None
+        whole = layout.local(w.param).new_empty(1).expand(w.param.shape)
+        return storage.allocate(slot, whole, w.dims)
+
+    def _assign_owners(self, jobs: Sequence[Job]) -> None:
+        """Give every travelling matrix that has none an owner; work is balanced over all of them together."""
+        fresh: list[tuple[Work, layout.Cut]] = []
+        for rule, _, works in jobs:
+            if not rule.elementwise and not rule.reduces:
+                cuts = [(w, layout.cut_of(w.param, w.name)) for w in works if w.param not in self._owners]
+                fresh += [(w, cut) for w, cut in cuts if cut is not None]
+        for run in chunks.bucket(fresh, lambda x: x[1].group):
+            cut = run[0][1]
+            loads = self._loads.setdefault(cut.group, [0.0] * cut.size)
+            costs = [float(b * m * n * min(m, n)) for b, m, n in (w.dims for w, _ in run)]
+            for (w, _), owner in zip(run, layout.assign_owners(costs, loads), strict=True):
+                self._owners[w.param] = owner
+
+    def _entries(self, jobs: Sequence[Job], keep: Callable[[Tensor, str], bool]) -> list[checkpoint.Entry]:
+        """Every slot of every parameter whose matrices travel."""
+        out = []
+        for rule, _, works in jobs:
+            for w in works:
+                cut = layout.cut_of(w.param, w.name) if w.param in self._owners else None
+                if cut is not None:
+                    for key, slot in rule.slots(vector=False).items():
+                        shape = storage.rest_shape(slot, w.param.shape, w.dims)
+                        dtype = slot.dtype or storage.work_dtype(w.param.dtype)
+                        if keep(w.param, key):
+                            out.append(checkpoint.Entry(w.param, key, shape, dtype, cut, self._owners[w.param]))
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """State and settings; whole matrices of sharded parameters come as row-sharded DTensors (a collective call).
+
+        Returns:
+            As torch's: plain values and tensors only, loadable with `weights_only=True`.
+
+        Raises:
+            RuntimeError: on a mesh, when some rank does not make this call.
+        """
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        for p in [p for p in self.state if id(p) not in known]:
+            del self.state[p]
+        trained = self.state
+        if trained:
+            jobs = list(self._jobs(frozen=True))
+            self._materialise([Job(r, g, [w for w in ws if w.param.requires_grad]) for r, g, ws in jobs])
+            entries = self._entries(jobs, lambda p, key: p in trained)
+            if entries:
+                self._meeting.attend(entries[0].cut, "state_dict()")
+                self.state = type(trained)(dict, {p: dict(slots) for p, slots in trained.items()})
+                for e, value in checkpoint.spread(entries, lambda e: trained[e.param][e.key]):
+                    self.state[e.param][e.key] = value
+        try:
+            return super().state_dict()
+        finally:
+            self.state = trained
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load state and settings; every tensor keeps its own dtype and is copied. A collective call on a mesh.
+
+        Settings missing from the checkpoint keep their present values, so torch's checkpoints of the same rule load.
+
+        Args:
+            state_dict: from `state_dict`, of this or another number of ranks.
+
+        Raises:
+            ValueError: the groups, rules or shapes do not fit; nothing is changed then.
+        """
+        loaded: dict[int, dict[str, Any]] = {}
+        ids: list[int] = []
+
+        def take(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(saved["state"])
+            ids.extend(chain.from_iterable(group["params"] for group in saved["param_groups"]))
+            groups = self._completed(saved["param_groups"])
+            self._check_shapes(loaded, ids)
+            return {**saved, "state": {}, "param_groups": groups}
+
+        def give(_: torch.optim.Optimizer) -> None:
+            self._install(loaded, ids)
+
+        handles = [self.register_load_state_dict_pre_hook(take)]
+        handles.append(self.register_load_state_dict_post_hook(give, prepend=True))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _completed(self, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Saved groups with what they lack taken from the present ones."""
+        groups = []
+        for own, group in zip(self.param_groups, saved, strict=False):
+            if group.get("rule", own["rule"]) != own["rule"]:
+                raise ValueError(
+                    f"group {own['name']!r} runs {own['rule']!r}, the checkpoint's {group['rule']!r}: "
+                    "build the optimizer as it was when the checkpoint was saved"
+                )
+            groups.append({**{k: v for k, v in own.items() if k != "params"}, **group})
+        return [*groups, *saved[len(groups) :]]
+
+    def _check_shapes(self, loaded: Mapping[int, Mapping[str, Any]], ids: Sequence[int]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(ids) != len(params):
+            return  # torch names the group that differs
+        where = {id(p): loaded.get(i, {}) for i, p in zip(ids, params, strict=True)}
+        for rule, _, works in self._jobs(frozen=True):
+            for w in works:
+                for key, slot in rule.slots(vector=w.param.ndim < 2).items():
+                    value = where[id(w.param)].get(key)
+                    shape = storage.rest_shape(slot, w.param.shape, w.dims)
+                    if value is not None and tuple(value.shape) != shape:
+                        raise ValueError(
+                            f"{w.name}: the checkpoint's {key!r} has shape {tuple(value.shape)}, expected {shape}"
+                        )
+
+    def _install(self, loaded: Mapping[int, Mapping[str, Any]], ids: Sequence[int]) -> None:
+        """Copy loaded state into place, in the declared dtypes; matrices that travel go to their owners."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        found = {id(p): loaded[i] for i, p in zip(ids, params, strict=True) if i in loaded}
+        jobs = [Job(r, g, [w for w in ws if id(w.param) in found]) for r, g, ws in self._jobs(frozen=True)]
+        self._assign_owners(jobs)
+        for rule, _, works in jobs:
+            for w in works:
+                state, slots = self.state[w.param], rule.slots(vector=w.param.ndim < 2)
+                for key, value in found[id(w.param)].items():
+                    if key == "step":
+                        state[key] = torch.tensor(float(value))
+                    elif key not in slots:
+                        state[key] = value.clone() if isinstance(value, Tensor) else value
+                    elif (placed := self._place(rule, slots[key], w, value)) is not None:
+                        state[key] = placed
+        entries = self._entries(jobs, lambda p, key: key in found[id(p)])
+        if entries:
+            self._meeting.attend(entries[0].cut, "load_state_dict()")
+            for e, whole in checkpoint.collect(entries, lambda e: found[id(e.param)][e.key]):
+                self.state[e.param][e.key] = whole
+
+    def _place(self, rule: Rule, slot: Slot, w: Work, value: Tensor) -> Tensor | None:
+        """A copy of a loaded slot where it rests; None for one that travels to its owner."""
+        if rule.elementwise:
+            placed = layout.place_like(value, w.param)
+        elif rule.reduces:
+            placed = layout.StackLayout(w.param, w.dims, w.name).place(slot, value)
+        elif layout.cut_of(w.param, w.name) is None:
+            placed = layout.place(value, None, None)
+        else:
+            return None
+        device = layout.local(w.param).device
+        return placed.detach().to(device, slot.dtype or storage.work_dtype(w.param.dtype), copy=True)
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    return next(x for x in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if x not in taken)
+
+
+def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Parameters of a group that torch has not seen yet, with a name for messages."""
+    at = f"of group {group['name']!r}"
+    return [x if isinstance(x, tuple) else (f"parameter {i} {at}", x) for i, x in enumerate(group["params"])]
+
+
+def _check_owned_once(groups: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> None:
+    owners = {id(p): group["name"] for group in groups for p in group["params"]}
+    for name, p in _named(new):
+        if id(p) in owners:
+            raise ValueError(f"{name}: already owned by group {owners[id(p)]!r}; a parameter belongs to one group")
+        owners[id(p)] = new["name"]
+
+
+def _check_group(rule: type[Rule], group: dict[str, Any]) -> None:
+    made = Executor.rule_of(group)
+    made.validate()
+    if group["on_nonfinite"] is None:
+        group["on_nonfinite"] = "off" if rule.elementwise else "raise"
+    for key, choices in CHOICES.items():
+        if group[key] not in choices:
+            raise ValueError(f"{group['name']}: unknown {key} {group[key]!r}; {nearest(str(group[key]), choices)}")
+    if group["blocks"] is not None and (not isinstance(group["blocks"], int) or group["blocks"] < 1):
+        raise ValueError(f"{group['name']}: blocks must be a positive integer, got {group['blocks']!r}")
+    for name, p in _named(group):
+        if isinstance(p, Tensor):
+            _check_param(made, name, p, group["blocks"])
+
+
+def _check_param(rule: Rule, name: str, p: Tensor, blocks: int | None) -> None:
+    shape = tuple(p.shape)
+    if p.is_complex():
+        raise ValueError(f"{name}: complex parameters are not supported; use torch.view_as_real")
+    if not p.is_floating_point():
+        raise ValueError(f"{name}: {rule.name} needs a floating-point parameter, got {p.dtype}")
+    if p.layout != torch.strided:
+        raise ValueError(f"{name}: sparse parameters are not supported, got layout {p.layout}")
+    if rule.elementwise or (rule.reduces and p.ndim >= 2 and not _is_flat(p)):
+        return
+    if _is_flat(p):
+        raise ValueError(
+            f"{name}: {rule.name} needs whole matrices, which FSDP1 and ZeRO hide in flat parameters; "
+            "use FSDP2 (fully_shard, Lightning's ModelParallelStrategy, accelerate fsdp_version 2) or DDP"
+        )
+    if p.ndim < 2 and not rule.vectors:
+        raise ValueError(
+            f"{name}: {rule.name} needs a matrix, got shape {shape}; give it to an elementwise rule such as adamw "
+            "(build_optimizer does)"
+        )
+    try:
+        chunks.matrix_dims(shape, blocks, conv=not rule.reduces)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _is_flat(p: Tensor) -> bool:
+    """Whether FSDP1 (FlatParameter and its views) or DeepSpeed ZeRO has flattened or emptied this parameter."""
+    return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id"))
+
+
+def _factor(job: Job, w: Work) -> float:
+    """What the direction is multiplied by: a constant of the matrix's shape."""
+    if job.group["lr_convention"] == "native":
+        return 1.0
+    rms = job.rule.rms(*w.dims[1:])
+    return 1.0 if rms is None else ADAMW_RMS / rms
+
+
+def _needs_param(rule: Rule) -> bool:
+    return rule.reads_param or (rule.decay == "coupled" and rule.weight_decay != 0)
+
+
+def _alike(w: Work) -> tuple[Any, ...]:
+    """Works with equal keys may share a stack."""
+    return w.dims, w.param.ndim < 2, w.param.dtype, w.param.device, w.t
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """The largest absolute value, NaN if there is one; one synchronisation."""
+    norms = [torch.linalg.vector_norm(t, math.inf).float() for t in tensors if t.numel()]
+    return torch.stack(norms).max().item() if norms else 0.0
+
+
+def _elementwise(job: Job, w: Work) -> None:
+    """Walk over one parameter in flat blocks."""
+    rule, slots = job.rule, list(job.rule.slots(vector=False))
+    p, dtype = layout.local(w.param), storage.work_dtype(w.param.dtype)
+    write = _Write(job, w)
+    for (pb, gb, *rest), cut in chunks.blocks([
+        p,
+        w.gradient(),
+        *(layout.local(w.state[k]) for k in slots),
+        *write.index,
+    ]):
+        gb = gb.to(dtype)
+        if rule.decay == "coupled" and rule.weight_decay:
+            gb = gb.add(pb, alpha=rule.weight_decay)
+        views = dict(zip(slots, rest, strict=False))
+        s = SimpleNamespace(**views)
+        d = rule.update(gb, s, pb.to(dtype) if rule.reads_param else None, w.t)
+        for key, view in views.items():
+            if getattr(s, key) is not view:
+                view.copy_(getattr(s, key))
+        write(pb, d, cut, rest[len(slots) :])
+
+
+def _update(
+    job: Job,
+    chunk: Sequence[Work],
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    frame: layout.StackLayout | None = None,
+    sink: Callable[[Work, Tensor], None] | None = None,
+) -> None:
+    """Call a rule on one stack, store the state it leaves and hand out the directions.
+
+    Args:
+        job: rule and settings.
+        chunk: works that are alike.
+        params: of the works, local or whole.
+        gradients: likewise.
+        frame: how a reducing rule's stacks are cut.
+        sink: takes each direction, shaped like its gradient; applied if not given.
+    """
+    rule, first = job.rule, chunk[0]
+    b, m, n = first.dims if frame is None else frame.local_dims
+    dtype = storage.work_dtype(first.param.dtype)
+    slots = rule.slots(vector=first.param.ndim < 2)
+    entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
+    before = {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
+    g, p = chunks.stack(gradients, (b, m, n), dtype), None
+    if _needs_param(rule):
+        p = chunks.stack(params, (b, m, n), dtype)
+        if rule.decay == "coupled" and rule.weight_decay:
+            g = g.add(p, alpha=rule.weight_decay)
+    if frame is None:
+        s = SimpleNamespace(**before)
+        d = rule.update(g, s, p if rule.reads_param else None, first.t)
+        after = vars(s)
+    else:
+        seen = {k: frame.wrap(before[k], slot.letters) for k, slot in slots.items()}
+        s = SimpleNamespace(**seen)
+        d = frame.unwrap(
+            rule.update(frame.wrap(g), s, frame.wrap(p) if rule.reads_param and p is not None else None, first.t)
+        )
+        after = {
+            k: before[k] if getattr(s, k) is seen[k] else frame.unwrap(getattr(s, k), slots[k].letters) for k in slots
+        }
+    for k in slots:
+        storage.write(entries[k], before[k], after[k])
+    for w, piece, like in zip(chunk, d.split(b), gradients, strict=True):
+        piece = piece.reshape(like.shape)
+        sink(w, piece) if sink else _apply(job, w, piece)
+
+
+def _apply(job: Job, w: Work, d: Tensor) -> None:
+    """Take the step of one parameter, given its direction on this rank."""
+    write, p = _Write(job, w), layout.local(w.param)
+    if p.dtype == d.dtype:
+        write(p, d)
+    else:
+        for (pb, db, *index), cut in chunks.blocks([p, d, *write.index]):
+            write(pb, db, cut, index)
+
+
+class _Write:
+    """p <- p - lr wd p - lr factor d, with the rounding of narrow weights: the only place that writes a parameter."""
+
+    def __init__(self, job: Job, w: Work):
+        rule = job.rule
+        self.step = rule.lr * _factor(job, w)
+        self.keep = 1 - rule.lr * rule.weight_decay
+        self.decay = rule.decay
+        self.dtype = storage.work_dtype(w.param.dtype)
+        self.stochastic = w.param.dtype == torch.bfloat16 and job.group["param_rounding"] == "stochastic"
+        self.key = hash_key(job.group["seed"], w.t, w.index) if self.stochastic else 0
+        self.first = layout.first_element(w.param) if self.stochastic else None
+        self.index = [layout.element_index(w.param)] if self.stochastic and self.first is None else []
+        """The element indices, as a tensor, where the local part is not one contiguous run."""
+
+    def __call__(self, p: Tensor, d: Tensor, cut: slice | None = None, index: Sequence[Tensor] = ()) -> None:
+        """Write one block.
+
+        Args:
+            p: a view of the parameter.
+            d: its direction.
+            cut: where the block lies along the first dimension of the local part, flat or not.
+            index: the block of `self.index`, if any.
+        """
+        x = p.to(self.dtype)  # p itself, or a copy
+        if self.decay == "before" and self.keep != 1:
+            x.mul_(self.keep)
+        x.add_(d, alpha=-self.step)
+        if self.decay == "after" and self.keep != 1:
+            x.mul_(self.keep)
+        if x is p:
+            return
+        if self.stochastic and cut is not None:
+            x = stochastic_round(x, index[0] if index else self._run(p, cut), self.key)
+        p.copy_(x)
+
+    def _run(self, p: Tensor, cut: slice) -> Tensor:
+        start = (self.first or 0) + cut.start * (p.numel() // max(1, cut.stop - cut.start))
+        return torch.arange(start, start + p.numel(), device=p.device).to(torch.int32).view(p.shape)

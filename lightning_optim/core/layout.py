@@ -1,0 +1,441 @@
+"""Where a parameter lies, on which rank its matrices are worked on, and how they get there.
+
+Plain tensors are whole: every rank that has one does all the work. A DTensor cut along its first dimension (FSDP2, and
+HSDP, whose replicas repeat the work) is worked on in one of three ways:
+
+- elementwise rules take the local shard;
+- rules that only reduce get a DTensor around each stack (`StackLayout`), so torch.distributed adds the sums;
+- every other rule needs whole matrices: `Exchange` brings each to one owner and the directions back.
+
+Nothing outside this module asks whether a tensor is a DTensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lightning_optim.core.chunks import Dims
+from lightning_optim.core.rule import Slot
+from lightning_optim.core.storage import allocate, rest_shape
+
+
+def local(t: Tensor) -> Tensor:
+    """The part of a tensor on this rank.
+
+    Returns:
+        The shard of a DTensor (shared memory), or the tensor itself.
+    """
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def local_gradient(p: Tensor) -> Tensor | None:
+    """The gradient of a parameter on this rank, in the parameter's placement.
+
+    Returns:
+        The local gradient, or None.
+    """
+    g = p.grad
+    if not isinstance(g, DTensor) or not isinstance(p, DTensor):
+        return g
+    return (g if g.placements == p.placements else g.redistribute(p.device_mesh, p.placements)).to_local()
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A DTensor cut into row ranges, by `torch.chunk`'s rule, over the ranks of one process group."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    group: dist.ProcessGroup
+
+    def rows(self, total: int, rank: int) -> tuple[int, int]:
+        """The row range of one rank.
+
+        Returns:
+            (first, one past the last).
+        """
+        step = -(-total // dist.get_world_size(self.group))
+        return min(rank * step, total), min((rank + 1) * step, total)
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks in the group."""
+        return dist.get_world_size(self.group)
+
+    def shard(self, whole_shape: Sequence[int], part: Tensor, dim: int = 0) -> Tensor:
+        """Wrap this rank's part of a tensor that is cut along `dim`.
+
+        Returns:
+            A DTensor of shape `whole_shape`.
+        """
+        placements = [Shard(dim) if isinstance(x, Shard) else x for x in self.placements]
+        return _wrap(self.mesh, placements, whole_shape, part)
+
+
+def _wrap(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], part: Tensor) -> DTensor:
+    stride = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+
+
+def cut_of(p: Tensor, name: str = "parameter") -> Cut | None:
+    """How a parameter is cut into rows.
+
+    Args:
+        p: the parameter.
+        name: for the error message.
+
+    Returns:
+        None for a tensor that is whole on this rank.
+
+    Raises:
+        ValueError: a DTensor with another placement than rows over one mesh dimension.
+    """
+    if not isinstance(p, DTensor):
+        return None
+    cut = [d for d, x in enumerate(p.placements) if not isinstance(x, Replicate)]
+    if not cut:
+        return None
+    if len(cut) > 1 or type(p.placements[cut[0]]) is not Shard or not p.placements[cut[0]].is_shard(0):
+        raise ValueError(
+            f"{name}: placements {p.placements} are not supported for rules that need whole matrices or sums; "
+            "shard rows (dimension 0) over one mesh dimension, as fully_shard does"
+        )
+    return Cut(p.device_mesh, tuple(p.placements), p.device_mesh.get_group(cut[0]))
+
+
+def first_element(p: Tensor) -> int | None:
+    """Global index of the first element of this rank's part, where the part is one contiguous run of elements.
+
+    Returns:
+        The index in row-major order, or None where the part is not such a run (`element_index` then).
+    """
+    part = local(p)
+    if not part.is_contiguous():
+        return None
+    if not isinstance(p, DTensor):
+        return 0
+    offset, shape = _offset(p), p.shape
+    if any(part.shape[d] != shape[d] for d in range(1, p.ndim)):
+        return None
+    return offset[0] * math.prod(shape[1:]) if p.ndim else 0
+
+
+def element_index(p: Tensor) -> Tensor:
+    """Global row-major index of every element of this rank's part.
+
+    Returns:
+        int32 (wrapped around), shaped like the local part.
+    """
+    part = local(p)
+    index = torch.zeros(part.shape, dtype=torch.int64, device=part.device)
+    for d, start in enumerate(_offset(p)):
+        steps = torch.arange(start, start + part.shape[d], device=part.device) * math.prod(p.shape[d + 1 :])
+        index += steps.view([-1 if k == d else 1 for k in range(p.ndim)])
+    return index.to(torch.int32)
+
+
+def _offset(p: Tensor) -> Sequence[int]:
+    if not isinstance(p, DTensor):
+        return [0] * p.ndim
+    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1]
+
+
+def _axis(p: Tensor, dims: Dims) -> str:
+    """Which axis of the stack `[b, m, n]` a row cut of the parameter falls on."""
+    if p.ndim < 2:
+        return "n"
+    return "m" if p.ndim == 2 and dims[0] == 1 else "b"
+
+
+class StackLayout:
+    """How the tensors of a reducing rule are cut: the identity for whole parameters, DTensors for row shards."""
+
+    def __init__(self, p: Tensor, dims: Dims, name: str = "parameter"):
+        """Read the cut of a parameter.
+
+        Args:
+            p: the parameter.
+            dims: of the whole parameter as a stack of matrices.
+            name: for error messages.
+
+        Raises:
+            ValueError: blocks of rows that straddle shards.
+        """
+        self.cut = cut_of(p, name)
+        self.param, self.dims, self.axis = p, dims, _axis(p, dims)
+        self.local_dims = dims
+        if self.cut is not None:
+            part, (_, m, n) = local(p), dims
+            if self.axis == "n":
+                self.local_dims = (1, 1, part.numel())
+            elif self.axis == "m":
+                self.local_dims = (1, part.shape[0], n)
+            else:
+                per_block = m * n
+                bounds = [self.cut.rows(p.shape[0], r)[1] * p[:1].numel() for r in range(self.cut.size)]
+                if any(end % per_block for end in bounds):
+                    raise ValueError(f"{name}: blocks of {m} rows straddle the shards {self.cut.placements}")
+                self.local_dims = (part.numel() // per_block, m, n)
+
+    @property
+    def stackable(self) -> bool:
+        """Whether parameters of one shape may share a stack."""
+        return self.cut is None or self.axis != "b"
+
+    def allocate(self, slot: Slot) -> Tensor:
+        """A slot's tensor at its start value, cut like the parameter where its letters are.
+
+        Returns:
+            A DTensor where the slot is cut, else a plain tensor that is equal on all ranks.
+        """
+        part = allocate(slot, local(self.param), self.local_dims)
+        if self.cut is None:
+            return part
+        dim = self._rest_dim(slot)
+        return part if dim is None else self.cut.shard(rest_shape(slot, self.param.shape, self.dims), part, dim)
+
+    def place(self, slot: Slot, value: Tensor) -> Tensor:
+        """Bring a loaded slot into the placement `allocate` would give it.
+
+        Returns:
+            A DTensor where the slot is cut, else a plain tensor.
+        """
+        return place(value, self.cut, self._rest_dim(slot))
+
+    def _rest_dim(self, slot: Slot) -> int | None:
+        if self.axis == "b" or slot.letters == "mn":
+            return 0
+        return slot.letters.index(self.axis) if self.axis in slot.letters else None
+
+    def _placements(self, cut: Cut, letters: str) -> tuple[Placement, ...]:
+        dim = letters.index(self.axis) + 1 if self.axis in letters else None
+        stacked = Replicate() if dim is None else Shard(dim)
+        return tuple(stacked if isinstance(x, Shard) else x for x in cut.placements)
+
+    def wrap(self, part: Tensor, letters: str = "mn") -> Tensor:
+        """A local stack as the rule sees it.
+
+        Returns:
+            The stack itself, or a DTensor around it whose sums run over all ranks.
+        """
+        if self.cut is None or self.axis == "b":
+            return part
+        whole = {"m": self.dims[1], "n": self.dims[2]}[self.axis]
+        shape = [part.shape[0], *(whole if x == self.axis else k for x, k in zip(letters, part.shape[1:], strict=True))]
+        return _wrap(self.cut.mesh, self._placements(self.cut, letters), shape, part)
+
+    def unwrap(self, value: Tensor, letters: str = "mn") -> Tensor:
+        """The local part of what a rule returned.
+
+        Returns:
+            A plain tensor.
+        """
+        if self.cut is None or not isinstance(value, DTensor):
+            return value
+        placements = self._placements(self.cut, letters)
+        return (value if value.placements == placements else value.redistribute(None, placements)).to_local()
+
+
+def place(value: Tensor, cut: Cut | None, dim: int | None) -> Tensor:
+    """Bring a loaded state tensor into the placement in which it rests.
+
+    Args:
+        value: a whole tensor, equal on all ranks, or a DTensor.
+        cut: of the parameter it belongs to.
+        dim: the dimension of `value` that is cut like the parameter's rows; None if it is whole on every rank.
+
+    Returns:
+        A DTensor where `dim` says so, else a plain tensor.
+    """
+    if cut is None or dim is None:
+        return value.full_tensor() if isinstance(value, DTensor) else value
+    placements = [Shard(dim) if isinstance(x, Shard) else x for x in cut.placements]
+    return place_as(value, cut.mesh, placements)
+
+
+def place_like(value: Tensor, p: Tensor) -> Tensor:
+    """Bring a loaded tensor of a parameter's shape into the parameter's placement.
+
+    Returns:
+        A DTensor for a DTensor, else a plain tensor.
+    """
+    if not isinstance(p, DTensor):
+        return place(value, None, None)
+    return place_as(value, p.device_mesh, p.placements)
+
+
+def place_as(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """Cut a whole tensor, or cut a DTensor anew.
+
+    Returns:
+        A DTensor whose local part owns its storage.
+    """
+    if not isinstance(value, DTensor):
+        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    placed = value.redistribute(mesh, placements)
+    part = placed.to_local().clone()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=placed.shape, stride=placed.stride())
+
+
+class Exchange:
+    """One uneven all-to-all that brings row shards of many tensors to their owners, and its mirror."""
+
+    def __init__(self, cut: Cut, shapes: Sequence[Sequence[int]], owners: Sequence[int]):
+        """Lay out the flat buffers.
+
+        Args:
+            cut: how all the tensors are cut.
+            shapes: of the whole tensors; rows are dimension 0.
+            owners: group rank that works on each tensor.
+        """
+        self.cut, self.shapes, self.owners = cut, [tuple(s) for s in shapes], owners
+        self.mine = [i for i, owner in enumerate(owners) if owner == cut.rank]
+
+    def _part(self, i: int, rank: int) -> tuple[int, ...]:
+        first, end = self.cut.rows(self.shapes[i][0], rank)
+        return (end - first, *self.shapes[i][1:])
+
+    def _all_to_all(self, pieces: list[list[Tensor]], sizes: list[int], like: Tensor) -> list[Tensor]:
+        send = [sum(t.numel() for t in row) for row in pieces]
+        flat = [t.reshape(-1) for row in pieces for t in row]
+        outgoing = torch.cat(flat) if flat else like.new_empty(0)
+        incoming = outgoing.new_empty(sum(sizes))
+        dist.all_to_all_single(incoming, outgoing, sizes, send, group=self.cut.group)
+        return list(incoming.split(sizes))
+
+    def to_owners(self, parts: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Send every local part to the owner of its tensor.
+
+        Args:
+            parts: this rank's rows of each tensor, of one dtype.
+
+        Returns:
+            Index to whole tensor, for the tensors owned here.
+        """
+        ranks = range(self.cut.size)
+        pieces = [[parts[i] for i, owner in enumerate(self.owners) if owner == r] for r in ranks]
+        sizes = [sum(math.prod(self._part(i, r)) for i in self.mine) for r in ranks]
+        received = self._all_to_all(pieces, sizes, parts[0])
+        split = [t.split([math.prod(self._part(i, r)) for i in self.mine]) for r, t in enumerate(received)]
+        return {i: torch.cat([split[r][k] for r in ranks]).view(self.shapes[i]) for k, i in enumerate(self.mine)}
+
+    def from_owners(self, wholes: dict[int, Tensor], like: Tensor) -> list[Tensor]:
+        """Send every rank its rows of the tensors owned here.
+
+        Args:
+            wholes: index to whole tensor, for the tensors owned here.
+            like: gives dtype and device to a rank that owns nothing.
+
+        Returns:
+            This rank's rows of each tensor.
+        """
+        ranks = range(self.cut.size)
+        pieces = [[wholes[i][slice(*self.cut.rows(self.shapes[i][0], r))] for i in self.mine] for r in ranks]
+        here = self.cut.rank
+        by_owner = [[i for i, owner in enumerate(self.owners) if owner == r] for r in ranks]
+        sizes = [sum(math.prod(self._part(i, here)) for i in row) for row in by_owner]
+        received = self._all_to_all(pieces, sizes, like)
+        out: dict[int, Tensor] = {}
+        for row, flat in zip(by_owner, received, strict=True):
+            parts = flat.split([math.prod(self._part(i, here)) for i in row]) if row else ()
+            out.update({i: t.view(self._part(i, here)) for i, t in zip(row, parts, strict=True)})
+        return [out[i] for i in range(len(self.shapes))]
+
+
+def assign_owners(costs: Sequence[float], loads: list[float]) -> list[int]:
+    """Spread matrices over ranks: largest first, each to the rank with the least work.
+
+    Args:
+        costs: of each matrix.
+        loads: work each rank already has; increased.
+
+    Returns:
+        Rank of each matrix; equal on every rank that calls it with equal arguments.
+    """
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += costs[i]
+    return owners
+
+
+def fingerprint(bits: Iterable[bool]) -> int:
+    """A 52-bit hash of a sequence of bits.
+
+    Returns:
+        An integer that a float64 holds exactly.
+    """
+    return int.from_bytes(hashlib.blake2b(bytes(bits), digest_size=8).digest(), "big") >> 12
+
+
+def agree_max(values: Sequence[float], params: Iterable[Tensor]) -> list[float]:
+    """The largest of each value over all ranks that share the parameters; no communication without a mesh.
+
+    Args:
+        values: one per question.
+        params: the parameters concerned.
+
+    Returns:
+        The maxima, equal on every rank.
+    """
+    meshes = {p.device_mesh: p.to_local().device for p in params if isinstance(p, DTensor)}
+    out = torch.tensor(values, dtype=torch.float64)
+    for mesh, device in meshes.items():
+        moved = out.to(device)
+        for d in range(mesh.ndim):
+            dist.all_reduce(moved, dist.ReduceOp.MAX, group=mesh.get_group(d))
+        out = moved.cpu()
+    return out.tolist()
+
+
+_names = itertools.count()
+
+
+class Meeting:
+    """A rendezvous before a collective outside a training step, so that a call on one rank raises and never hangs."""
+
+    def __init__(self, timeout: timedelta = timedelta(seconds=120)):
+        """Name the meeting place.
+
+        Args:
+            timeout: how long to wait for the other ranks.
+        """
+        self.name, self.count, self.timeout = f"lightning_optim/{next(_names)}", 0, timeout
+
+    def attend(self, cut: Cut, what: str) -> None:
+        """Wait until every rank of the group calls this.
+
+        Args:
+            cut: gives the process group.
+            what: the collective call that follows, for the error message.
+
+        Raises:
+            RuntimeError: not every rank came in time.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        self.count += 1
+        ranks = dist.get_process_group_ranks(cut.group)
+        key = f"{self.name}/{'-'.join(map(str, ranks))}/{self.count}"
+        if store.add(key, 1) == len(ranks):
+            store.set(f"{key}/all", "1")
+        try:
+            store.wait([f"{key}/all"], self.timeout)
+        except dist.DistStoreError as error:
+            raise RuntimeError(f"{what} is a collective call: make it on every rank, then save on one") from error

@@ -1,0 +1,89 @@
+"""How state is kept between steps: allocation from a rule's declaration, reading into a stack, writing back.
+
+`state[p][slot]` is an ordinary tensor and the only store. An `m x n` slot has the parameter's shape; every other slot
+rests two-dimensional, the matrices of a parameter one below the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.chunks import Dims, stack
+from lightning_optim.core.rule import Slot
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a rule's arithmetic and state: float32, or float64 for float64 parameters.
+
+    Returns:
+        The dtype.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rest_shape(slot: Slot, shape: Sequence[int], dims: Dims) -> tuple[int, ...]:
+    """The shape in which a slot rests in `state[p]`.
+
+    Args:
+        slot: its declaration.
+        shape: of the parameter.
+        dims: of the parameter as a stack of matrices.
+
+    Returns:
+        The parameter's shape for an `m x n` slot, else (b * rows, columns).
+    """
+    if slot.letters == "mn":
+        return tuple(shape)
+    b, m, n = dims
+    rows, columns = slot.shape(m, n)
+    return b * rows, columns
+
+
+def allocate(slot: Slot, like: Tensor, dims: Dims) -> Tensor:
+    """A slot's tensor at its start value.
+
+    Args:
+        slot: its declaration.
+        like: the parameter (whole, or a plain shard for a slot that is cut like it).
+        dims: of `like` as a stack of matrices.
+
+    Returns:
+        A tensor that owns its storage.
+    """
+    dtype = slot.dtype or work_dtype(like.dtype)
+    shape = rest_shape(slot, like.shape, dims)
+    if slot.fill == "eye":
+        return torch.eye(shape[1], dtype=dtype, device=like.device).repeat(dims[0], 1)
+    if slot.letters == "mn":
+        return torch.full_like(like, slot.fill, dtype=dtype, requires_grad=False)
+    return torch.full(shape, slot.fill, dtype=dtype, device=like.device)
+
+
+def read(entries: Sequence[Tensor], dims: Dims) -> Tensor:
+    """One stack out of the resting tensors of a slot.
+
+    Args:
+        entries: one per parameter of the chunk.
+        dims: (matrices per parameter, rows, columns) of the slot.
+
+    Returns:
+        `[len(entries) * matrices, rows, columns]`; shares memory with a single entry.
+    """
+    return stack(entries, dims, entries[0].dtype)
+
+
+def write(entries: Sequence[Tensor], before: Tensor, after: Tensor) -> None:
+    """Store what a rule left in a slot.
+
+    Args:
+        entries: one per parameter of the chunk.
+        before: what `read` gave.
+        after: the same tensor, mutated in place, or another one.
+    """
+    if after is before and len(entries) == 1 and before.data_ptr() == entries[0].data_ptr():
+        return
+    for entry, piece in zip(entries, after.split(after.shape[0] // len(entries)), strict=True):
+        entry.copy_(piece.reshape(entry.shape))

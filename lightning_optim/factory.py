@@ -1,0 +1,89 @@
+"""One call from a model to an optimizer: the right rule on every parameter, AdamW's learning rate still valid."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_optim.core.executor import OPTIONS, Executor
+from lightning_optim.core.rule import hyperparameters, lookup, nearest
+from lightning_optim.optimizers import CLASSES
+from lightning_optim.partition import Override, assign
+
+_log = logging.getLogger(__name__)
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    rest: str = "adamw",
+    rest_lr: float | None = None,
+    lr_convention: str = "adamw",
+    overrides: Sequence[Override] = (),
+    **settings: Any,
+) -> Executor:
+    """Build one optimizer for a whole model.
+
+    Rules for whole matrices (muon) get the hidden matrices and `rest` the embeddings, head and vectors; every other
+    rule gets everything. Vectors are not decayed. The main rule's hidden matrices are group 0, whose learning rate
+    the trainers log.
+
+    Args:
+        model: any module; its trainable parameters are taken.
+        name: of the main rule, `python -m lightning_optim list` prints them.
+        lr: learning rate; with the default convention, AdamW's.
+        weight_decay: of everything but vectors.
+        rest: rule of what the main rule does not take.
+        rest_lr: its learning rate, `lr` if not given.
+        lr_convention: `"adamw"` scales every direction to AdamW's RMS; `"native"` takes `lr` as published.
+        overrides: ordered (pattern or role, rule or None, settings); the first match wins.
+        **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
+            `seed`).
+
+    Returns:
+        An instance of the main rule's class with one group per rule and role.
+
+    Raises:
+        ValueError: an unknown name, setting or pattern, or a parameter its rule cannot take.
+    """
+    rule = lookup(name)
+    known = [*hyperparameters(rule), *OPTIONS]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key!r}; {nearest(key, known)}")
+    shared = {key: value for key, value in settings.items() if key in OPTIONS}
+    groups: dict[str, dict[str, Any]] = {}
+    for a in assign(model, name, rest, overrides):
+        if a.group not in groups:
+            main = a.rule == rule.name
+            groups[a.group] = {
+                "name": a.group,
+                "rule": a.rule,
+                "role": a.role,
+                "lr": lr if main or rest_lr is None else rest_lr,
+                "weight_decay": 0.0 if a.role == "vector" else weight_decay,
+                "lr_convention": lr_convention,
+                **(settings if main else shared),
+                **a.settings,
+                "params": [],
+            }
+        groups[a.group]["params"].append((a.name, a.param))
+    ordered = sorted(groups.values(), key=lambda g: (g["rule"] != rule.name, g["role"] != "hidden"))
+    optimizer = CLASSES[rule.name](ordered)
+    optimizer.defaults.update(settings | {"lr": lr, "weight_decay": weight_decay, "lr_convention": lr_convention})
+    _say_native(optimizer, lr_convention)
+    return optimizer
+
+
+def _say_native(optimizer: Executor, lr_convention: str) -> None:
+    """Say once which rules have no scale that the adamw convention could match."""
+    if lr_convention == "adamw":
+        scaleless = {g["rule"] for g in optimizer.param_groups if optimizer.rule_of(g).rms(2, 2) is None}
+        if scaleless:
+            _log.warning("%s: lr is the published one, not AdamW's (no fixed scale)", ", ".join(sorted(scaleless)))

@@ -1,0 +1,89 @@
+"""Lightning: one line in `configure_optimizers`. The only module of the package that imports lightning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lightning import LightningModule
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_optim.core.rule import nearest
+from lightning_optim.factory import build_optimizer
+from lightning_optim.partition import Override
+
+SCHEDULES = {
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1.0 - x,
+    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+}
+"""Factor of the learning rate as a function of the share of steps done after the warm-up."""
+
+
+def configure_optimizers(
+    module: LightningModule,
+    name: str,
+    *,
+    lr: float,
+    schedule: str = "constant",
+    warmup_steps: int = 0,
+    total_steps: int | None = None,
+    min_lr_ratio: float = 0.0,
+    weight_decay: float = 0.0,
+    rest: str = "adamw",
+    rest_lr: float | None = None,
+    lr_convention: str = "adamw",
+    overrides: Sequence[Override] = (),
+    **settings: Any,
+) -> dict[str, Any]:
+    """Build what `LightningModule.configure_optimizers` returns.
+
+    Write `return configure_optimizers(self, "muon", lr=3e-4, schedule="cosine", warmup_steps=100)` there.
+
+    Args:
+        module: the module; all its trainable parameters are taken.
+        name: of the main rule.
+        lr: peak learning rate; with the default convention, AdamW's.
+        schedule: `"constant"`, `"linear"` or `"cosine"` decay after the warm-up.
+        warmup_steps: optimizer steps of linear warm-up from `lr / warmup_steps`.
+        total_steps: optimizer steps of the run; asked of the trainer if not given.
+        min_lr_ratio: the learning rate decays to this share of `lr`.
+        weight_decay: see `build_optimizer`, as are the following.
+        rest: see `build_optimizer`.
+        rest_lr: see `build_optimizer`.
+        lr_convention: see `build_optimizer`.
+        overrides: see `build_optimizer`.
+        **settings: see `build_optimizer`.
+
+    Returns:
+        `{"optimizer": ..., "lr_scheduler": {...}}`, one optimizer with a schedule stepped every optimizer step.
+
+    Raises:
+        ValueError: an unknown schedule, or what `build_optimizer` raises.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; {nearest(schedule, list(SCHEDULES))}")
+    optimizer = build_optimizer(
+        module,
+        name,
+        lr=lr,
+        weight_decay=weight_decay,
+        rest=rest,
+        rest_lr=rest_lr,
+        lr_convention=lr_convention,
+        overrides=overrides,
+        **settings,
+    )
+    if total_steps is None:
+        total_steps = int(module.trainer.estimated_stepping_batches) if schedule != "constant" else warmup_steps + 1
+    decay = max(1, total_steps - warmup_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        share = min(1.0, (step - warmup_steps) / decay)
+        return min_lr_ratio + (1 - min_lr_ratio) * SCHEDULES[schedule](share)
+
+    scheduler = LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

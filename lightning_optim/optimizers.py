@@ -1,0 +1,66 @@
+"""One `torch.optim.Optimizer` class per rule, generated from its fields: `AdamW(params, lr=1e-3, ...)`.
+
+`optimizers.pyi` spells the signatures out for editors and type checkers; `python -m lightning_optim.docs` writes it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from typing import Any
+
+import lightning_optim.rules  # noqa: F401  (fills the registry)
+from lightning_optim.core.executor import OPTIONS, Executor, ParamsT
+from lightning_optim.core.rule import REGISTRY, Rule, hyperparameters
+
+OPTION_TYPES: dict[str, Any] = {
+    "lr_convention": str,
+    "on_nonfinite": str | None,
+    "param_rounding": str,
+    "blocks": int | None,
+    "seed": int,
+}
+
+
+def signature(rule: type[Rule]) -> inspect.Signature:
+    """The constructor's signature of a rule's optimizer class, without `self`.
+
+    Returns:
+        `params`, the hyperparameters, then keyword-only options.
+    """
+    kind, hints = inspect.Parameter, typing.get_type_hints(rule)
+    named = [
+        kind(k, kind.POSITIONAL_OR_KEYWORD, default=v, annotation=hints[k]) for k, v in hyperparameters(rule).items()
+    ]
+    options = [kind(k, kind.KEYWORD_ONLY, default=v, annotation=OPTION_TYPES[k]) for k, v in OPTIONS.items()]
+    options.append(kind("max_temp_bytes", kind.KEYWORD_ONLY, default=2**25, annotation=int))
+    return inspect.Signature([kind("params", kind.POSITIONAL_OR_KEYWORD, annotation=ParamsT), *named, *options])
+
+
+def optimizer_class(rule: type[Rule]) -> type[Executor]:
+    """Make the optimizer class of a rule.
+
+    Returns:
+        A subclass of `Executor` whose default rule this is.
+    """
+    call = signature(rule)
+
+    def __init__(self: Executor, *args: Any, **kwargs: Any) -> None:
+        bound = call.bind(*args, **kwargs).arguments
+        params, size = bound.pop("params"), bound.pop("max_temp_bytes", 2**25)
+        defaults = {"rule": rule.name, **hyperparameters(rule), **OPTIONS, **bound}
+        if bound.get("lr_convention") == "adamw":
+            defaults.update({k: v for k, v in rule.adamw_settings.items() if k not in bound})
+        Executor.__init__(self, params, defaults, max_temp_bytes=size)
+
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    __init__.__signature__ = call.replace(parameters=[self_parameter, *call.parameters.values()])  # pyright: ignore
+    body = {"__init__": __init__, "__doc__": rule.__doc__, "__module__": __name__, "__signature__": call}
+    return type(rule.__name__, (Executor,), body)
+
+
+CLASSES: dict[str, type[Executor]] = {name: optimizer_class(rule) for name, rule in sorted(REGISTRY.items())}
+"""Optimizer class of each rule, by the rule's name."""
+
+globals().update({cls.__name__: cls for cls in CLASSES.values()})
+__all__ = sorted(cls.__name__ for cls in CLASSES.values())

@@ -1,0 +1,102 @@
+"""AdamW and Adam: torch's fused kernels, with float32 state also for bfloat16 weights.
+
+m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
+d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
+
+
+@dataclass(frozen=True)
+class AdamW(Rule):
+    """AdamW: Adam with decoupled weight decay.
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    `amsgrad` divides by the running maximum of v instead. `eps_mode="uncorrected"` adds eps to sqrt(v) before the
+    bias correction, as Transformers' former AdamW, GaLore and Moonlight do. Runs torch's fused kernel where dtypes
+    and strides allow.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    amsgrad: bool = False
+    eps_mode: Literal["corrected", "uncorrected"] = "corrected"
+
+    name: ClassVar = "adamw"
+    source: ClassVar = "Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2"
+    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn")}
+    elementwise: ClassVar = True
+
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: an unknown eps_mode.
+        """
+        super().validate()
+        if self.eps_mode not in ("corrected", "uncorrected"):
+            raise ValueError(f"{self.name}: eps_mode must be 'corrected' or 'uncorrected', got {self.eps_mode!r}")
+
+    def slots(self, *, vector: bool) -> Mapping[str, Slot]:  # noqa: D102
+        return {**self.state, "max_exp_avg_sq": zeros("mn")} if self.amsgrad else self.state
+
+    def rms(self, m: int, n: int) -> float:  # noqa: D102
+        return ADAMW_RMS
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        b1, b2 = self.betas
+        s.exp_avg.lerp_(g, 1 - b1)
+        s.exp_avg_sq.mul_(b2).addcmul_(g, g, value=1 - b2)
+        v = s.exp_avg_sq
+        if self.amsgrad:
+            v = torch.maximum(s.max_exp_avg_sq, v, out=s.max_exp_avg_sq)
+        root = (1 - b2**t) ** 0.5
+        eps = self.eps if self.eps_mode == "corrected" else self.eps / root
+        return (s.exp_avg / (1 - b1**t)).div_((v.sqrt() / root).add_(eps))
+
+    def kernel(  # noqa: D102
+        self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int
+    ) -> Literal[True] | None:
+        if self.eps_mode != "corrected":
+            return None
+        fused = torch.ops.aten._fused_adamw_ if self.decay == "before" else torch.ops.aten._fused_adam_
+        fused(
+            p,
+            g,
+            s["exp_avg"],
+            s["exp_avg_sq"],
+            s.get("max_exp_avg_sq", []),
+            [torch.tensor(float(t), device=p[0].device)] * len(p),
+            lr=self.lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            amsgrad=self.amsgrad,
+            maximize=False,
+        )
+        return True
+
+
+@dataclass(frozen=True)
+class Adam(AdamW):
+    """Adam, with weight decay in the L2 form (added to the gradient), as in `torch.optim.Adam`."""
+
+    weight_decay: float = 0.0
+
+    name: ClassVar = "adam"
+    source: ClassVar = "Kingma & Ba 2015, arXiv:1412.6980, Alg. 1"
+    decay: ClassVar = "coupled"

@@ -1,0 +1,79 @@
+"""Muon: momentum, orthogonalised by Newton-Schulz."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.rule import Rule, nearest, zeros
+from lightning_optim.ops.orthogonal import QUINTIC, orthogonalize
+
+SCALES = {
+    "original": lambda m, n: max(1.0, m / n) ** 0.5,
+    "match_rms_adamw": lambda m, n: 0.2 * max(m, n) ** 0.5,
+    "spectral": lambda m, n: (m / n) ** 0.5,
+    "none": lambda m, n: 1.0,
+}
+"""Published shape scales of the direction: Jordan 2024 and torch's default; Liu et al. 2025 (Moonlight); Dion's; 1."""
+
+Scale = Literal["original", "match_rms_adamw", "spectral", "none"]
+IterationDtype = Literal["bfloat16", "float32", "float64"]
+
+
+@dataclass(frozen=True)
+class Muon(Rule):
+    """Muon: momentum, orthogonalised by Newton-Schulz, for hidden matrices.
+
+    m <- momentum m + (1 - momentum) g;  x = (1 - momentum) g + momentum m, or m without nesterov
+    d = scale(m, n) orthogonalize(x)
+
+    Not for embeddings, heads, vectors or biases. Whether the momentum is an average (Jordan, torch) or a sum
+    (Moonlight) makes no difference: the iteration does not see the factor.
+
+    Differs: `scale` is applied after the cast back from `ns_dtype`. The published default lr differs by a factor of
+    20 between packages of one scale (0.02 here and in Jordan's, 0.001 in torch).
+    """
+
+    lr: float = 0.02
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    ns_coefficients: tuple[float, float, float] = QUINTIC
+    ns_dtype: IterationDtype = "bfloat16"
+    eps: float = 1e-7
+    scale: Scale = "original"
+    weight_decay: float = 0.0
+
+    name: ClassVar = "muon"
+    source: ClassVar = "Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982"
+    state: ClassVar = {"momentum_buffer": zeros("mn")}
+    vectors: ClassVar = False
+    signed: ClassVar = frozenset({"ns_coefficients"})
+
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: a momentum of 1 or more, an unknown scale or iteration dtype.
+        """
+        super().validate()
+        if self.momentum >= 1:
+            raise ValueError(f"muon: momentum must be below 1, got {self.momentum}")
+        if self.scale not in SCALES:
+            raise ValueError(f"muon: unknown scale {self.scale!r}; {nearest(self.scale, list(SCALES))}")
+        if self.ns_dtype not in IterationDtype.__args__:
+            raise ValueError(f"muon: ns_dtype must be one of {IterationDtype.__args__}, got {self.ns_dtype!r}")
+
+    def rms(self, m: int, n: int) -> float:  # noqa: D102
+        return SCALES[self.scale](m, n) / max(m, n) ** 0.5
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        s.momentum_buffer.lerp_(g, 1 - self.momentum)
+        x = g.lerp(s.momentum_buffer, self.momentum) if self.nesterov else s.momentum_buffer
+        dtype = getattr(torch, self.ns_dtype)
+        d = orthogonalize(x, self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps, dtype=dtype)
+        return d.mul_(SCALES[self.scale](*g.shape[-2:]))
