@@ -63,4 +63,4 @@ CLASSES: dict[str, type[Executor]] = {name: optimizer_class(rule) for name, rule
 """Optimizer class of each rule, by the rule's name."""
 
 globals().update({cls.__name__: cls for cls in CLASSES.values()})
-__all__ = sorted(cls.__name__ for cls in CLASSES.values())
+__all__ = sorted(cls.__name__ for cls in CLASSES.values())  # pyright: ignore[reportUnsupportedDunderAll]
