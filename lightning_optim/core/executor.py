@@ -233,11 +233,12 @@ class Executor(torch.optim.Optimizer):
         slots = list(job.rule.slots(vector=False))
         rest: list[Work] = []
         for run in chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device)):
+            wide = run[0].param.dtype == storage.work_dtype(run[0].param.dtype)
             ready: list[Work] = []
             columns: list[list[Tensor]] = [[] for _ in range(2 + len(slots))]
             for w in run:
                 row = [layout.local(w.param), w.gradient(), *(layout.local(w.state[k]) for k in slots)]
-                if _factor(job, w) == 1.0 and chunks.agree(row):
+                if wide and _factor(job, w) == 1.0 and chunks.agree(row):
                     ready.append(w)
                     for column, t in zip(columns, row, strict=True):
                         column.append(t)
@@ -337,17 +338,14 @@ class Executor(torch.optim.Optimizer):
                         w.state[key] = value
 
     def _allocate(self, rule: Rule, slot: Slot, w: Work) -> Tensor | None:
-        if rule.elementwise:
-            return storage.allocate(slot, w.param, w.dims)
         if rule.reduces:
             return layout.StackLayout(w.param, w.dims, w.name).allocate(slot)
-        cut = layout.cut_of(w.param, w.name)
-        if cut is None:
-            return storage.allocate(slot, w.param, w.dims)
-        if self._owners[w.param] != cut.rank:
-            return None
-        whole = layout.local(w.param).new_empty(1).expand(w.param.shape)
-        return storage.allocate(slot, whole, w.dims)
+        like, cut = w.param, None if rule.elementwise else layout.cut_of(w.param, w.name)
+        if cut is not None:
+            if self._owners[w.param] != cut.rank:
+                return None
+            like = torch.empty(w.param.shape, dtype=w.param.dtype, device=layout.local(w.param).device)
+        return storage.allocate(slot, like, storage.rest_shape(slot, w.param.shape, w.dims))
 
     def _assign_owners(self, jobs: Sequence[Job]) -> None:
         """Give every travelling matrix that has none an owner; work is balanced over all of them together."""
@@ -377,6 +375,9 @@ class Executor(torch.optim.Optimizer):
                             out.append(checkpoint.Entry(w.param, key, shape, dtype, cut, self._owners[w.param]))
         return out
 
+    def _content(self) -> str:
+        return repr([(g["name"], [tuple(p.shape) for p in g["params"]]) for g in self.param_groups])
+
     def state_dict(self) -> dict[str, Any]:
         """State and settings; whole matrices of sharded parameters come as row-sharded DTensors (a collective call).
 
@@ -395,7 +396,7 @@ class Executor(torch.optim.Optimizer):
             self._materialise([Job(r, g, [w for w in ws if w.param.requires_grad]) for r, g, ws in jobs])
             entries = self._entries(jobs, lambda p, key: p in trained)
             if entries:
-                self._meeting.attend(entries[0].cut, "state_dict()")
+                self._meeting.attend(entries[0].cut, "state_dict()", self._content())
                 self.state = type(trained)(dict, {p: dict(slots) for p, slots in trained.items()})
                 for e, value in checkpoint.spread(entries, lambda e: trained[e.param][e.key]):
                     self.state[e.param][e.key] = value
@@ -481,7 +482,7 @@ class Executor(torch.optim.Optimizer):
                         state[key] = placed
         entries = self._entries(jobs, lambda p, key: key in found[id(p)])
         if entries:
-            self._meeting.attend(entries[0].cut, "load_state_dict()")
+            self._meeting.attend(entries[0].cut, "load_state_dict()", self._content())
             for e, whole in checkpoint.collect(entries, lambda e: found[id(e.param)][e.key]):
                 self.state[e.param][e.key] = whole
 

@@ -13,7 +13,6 @@ Nothing outside this module asks whether a tensor is a DTensor.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -205,11 +204,13 @@ class StackLayout:
         Returns:
             A DTensor where the slot is cut, else a plain tensor that is equal on all ranks.
         """
-        part = allocate(slot, local(self.param), self.local_dims)
-        if self.cut is None:
-            return part
-        dim = self._rest_dim(slot)
-        return part if dim is None else self.cut.shard(rest_shape(slot, self.param.shape, self.dims), part, dim)
+        whole, part, dim = rest_shape(slot, self.param.shape, self.dims), local(self.param), self._rest_dim(slot)
+        if self.cut is None or dim is None:
+            return allocate(slot, part, whole)
+        shape = list(whole)
+        blocks_of_rows = self.axis == "b" and self.param.ndim == 2
+        shape[dim] = self.local_dims[0] if blocks_of_rows else part.shape[0]
+        return self.cut.shard(whole, allocate(slot, part, shape), dim)
 
     def place(self, slot: Slot, value: Tensor) -> Tensor:
         """Bring a loaded slot into the placement `allocate` would give it.
@@ -221,7 +222,7 @@ class StackLayout:
 
     def _rest_dim(self, slot: Slot) -> int | None:
         if self.axis == "b" or slot.letters == "mn":
-            return 0
+            return 0  # between matrices, or like the parameter
         return slot.letters.index(self.axis) if self.axis in slot.letters else None
 
     def _placements(self, cut: Cut, letters: str) -> tuple[Placement, ...]:
@@ -405,37 +406,38 @@ def agree_max(values: Sequence[float], params: Iterable[Tensor]) -> list[float]:
     return out.tolist()
 
 
-_names = itertools.count()
-
-
 class Meeting:
     """A rendezvous before a collective outside a training step, so that a call on one rank raises and never hangs."""
 
     def __init__(self, timeout: timedelta = timedelta(seconds=120)):
-        """Name the meeting place.
+        """Set the patience.
 
         Args:
             timeout: how long to wait for the other ranks.
         """
-        self.name, self.count, self.timeout = f"lightning_optim/{next(_names)}", 0, timeout
+        self.timeout = timeout
 
-    def attend(self, cut: Cut, what: str) -> None:
-        """Wait until every rank of the group calls this.
+    def attend(self, cut: Cut, what: str, content: str) -> None:
+        """Wait until every rank of the group makes the call it has made as often as this one.
 
         Args:
             cut: gives the process group.
             what: the collective call that follows, for the error message.
+            content: describes the optimizer, equally on every rank; calls of different optimizers do not mix.
 
         Raises:
-            RuntimeError: not every rank came in time.
+            RuntimeError: not every rank came in time; the call does not count then.
         """
         store = dist.distributed_c10d._get_default_store()
-        self.count += 1
         ranks = dist.get_process_group_ranks(cut.group)
-        key = f"{self.name}/{'-'.join(map(str, ranks))}/{self.count}"
+        place = hashlib.blake2b(repr((what, content, ranks)).encode(), digest_size=8).hexdigest()
+        calls = f"lightning_optim/{place}/{dist.get_rank()}"
+        key = f"lightning_optim/{place}/call/{store.add(calls, 1)}"
         if store.add(key, 1) == len(ranks):
             store.set(f"{key}/all", "1")
         try:
             store.wait([f"{key}/all"], self.timeout)
-        except dist.DistStoreError as error:
+        except RuntimeError as error:
+            store.add(key, -1)
+            store.add(calls, -1)
             raise RuntimeError(f"{what} is a collective call: make it on every rank, then save on one") from error

@@ -1,11 +1,12 @@
 """How state is kept between steps: allocation from a rule's declaration, reading into a stack, writing back.
 
 `state[p][slot]` is an ordinary tensor and the only store. An `m x n` slot has the parameter's shape; every other slot
-rests two-dimensional, the matrices of a parameter one below the other.
+rests as one matrix, or as a stack of them for a parameter that is one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -27,39 +28,42 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 def rest_shape(slot: Slot, shape: Sequence[int], dims: Dims) -> tuple[int, ...]:
     """The shape in which a slot rests in `state[p]`.
 
+    The matrices of a stack stay apart along the leading dimensions, so that a cut of the parameter's first dimension
+    by `torch.chunk`'s rule cuts the slot between the same matrices.
+
     Args:
         slot: its declaration.
         shape: of the parameter.
         dims: of the parameter as a stack of matrices.
 
     Returns:
-        The parameter's shape for an `m x n` slot, else (b * rows, columns).
+        The parameter's shape for an `m x n` slot, else ([leading dimensions, blocks,] rows, columns).
     """
     if slot.letters == "mn":
         return tuple(shape)
     b, m, n = dims
-    rows, columns = slot.shape(m, n)
-    return b * rows, columns
+    leading = tuple(shape[:-2]) if len(shape) > 2 and b % math.prod(shape[:-2]) == 0 else ()
+    blocks = b // math.prod(leading)
+    return (*leading, *((blocks,) if blocks > 1 else ()), *slot.shape(m, n))
 
 
-def allocate(slot: Slot, like: Tensor, dims: Dims) -> Tensor:
+def allocate(slot: Slot, like: Tensor, shape: Sequence[int]) -> Tensor:
     """A slot's tensor at its start value.
 
     Args:
         slot: its declaration.
-        like: the parameter (whole, or a plain shard for a slot that is cut like it).
-        dims: of `like` as a stack of matrices.
+        like: the parameter, or this rank's part of it, for dtype, device and, of an `m x n` slot, shape and strides.
+        shape: of the tensor, or of this rank's part.
 
     Returns:
         A tensor that owns its storage.
     """
     dtype = slot.dtype or work_dtype(like.dtype)
-    shape = rest_shape(slot, like.shape, dims)
     if slot.fill == "eye":
-        return torch.eye(shape[1], dtype=dtype, device=like.device).repeat(dims[0], 1)
+        return torch.eye(shape[-1], dtype=dtype, device=like.device).expand(*shape).contiguous()
     if slot.letters == "mn":
         return torch.full_like(like, slot.fill, dtype=dtype, requires_grad=False)
-    return torch.full(shape, slot.fill, dtype=dtype, device=like.device)
+    return torch.full(tuple(shape), slot.fill, dtype=dtype, device=like.device)
 
 
 def read(entries: Sequence[Tensor], dims: Dims) -> Tensor:

@@ -1,0 +1,1 @@
+"""Recorded trajectories (`cases`), their replayer and the mapping to our classes."""

@@ -1,0 +1,226 @@
+"""What the processes of the pool do: training steps on sharded parameters with given gradients."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Parameter
+
+from lightning_optim import Executor
+from lightning_optim.core.rule import REGISTRY
+from tests.rules import gradient, make
+
+SHAPES = {
+    "odd": (7, 5),
+    "wide": (5, 12),
+    "tall": (13, 4),
+    "one": (1, 6),
+    "again": (7, 5),
+    "stack": (4, 6, 3),
+    "vector": (9,),
+}
+"""Rows that do not divide, a matrix with fewer rows than ranks, two of one shape, a stack of experts, a vector."""
+
+
+class Model(nn.Module):
+    """Parameters without a forward pass; gradients are given."""
+
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        made = torch.Generator().manual_seed(0)
+        for key, shape in SHAPES.items():
+            value = torch.randn(shape, generator=made).to(dtype)
+            if REGISTRY[name].vectors or len(shape) >= 2:
+                self.register_parameter(key, Parameter(value))
+
+
+def placed(whole: Tensor, p: Tensor) -> Tensor:
+    """A gradient, cut like its parameter."""
+    return distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
+
+
+def take_steps(model: Model, optimizer: Executor, steps: range, missing: dict[int, str] | None = None) -> None:
+    """Steps with the same whole gradients on every rank and any mesh."""
+    for t in steps:
+        for key, p in model.named_parameters():
+            p.grad = placed(gradient(torch.empty(p.shape, dtype=p.dtype), key, t), p)
+            if (missing or {}).get(t) == key:
+                p.grad = None
+        optimizer.step()
+
+
+def weights(model: Model) -> dict[str, Tensor]:
+    """Whole weights, on every rank."""
+    full = {k: p.full_tensor() if isinstance(p, DTensor) else p for k, p in model.named_parameters()}
+    return {k: p.detach().clone() for k, p in full.items()}
+
+
+def sharded(name: str, world: int, dtype: torch.dtype = torch.float32, *, replicas: int = 1) -> Model:
+    """A model under FSDP2 over all ranks, or HSDP."""
+    model = Model(name, dtype)
+    if replicas > 1:
+        mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def train(rank: int, world: int, name: str, steps: int, dtype: torch.dtype, replicas: int = 1, **kwargs: Any) -> Any:
+    """Train under FSDP2; the whole weights, bytes of local state and whether the sum over ranks is what is declared."""
+    model = sharded(name, world, dtype, replicas=replicas)
+    optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
+    take_steps(model, optimizer, range(1, steps + 1), kwargs.get("missing"))
+    held = [t.to_local() if isinstance(t, DTensor) else t for s in optimizer.state.values() for t in s.values()]
+    return weights(model), sum(t.nbytes for t in held)
+
+
+def save(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype) -> Any:
+    """Train, save through DCP, go on."""
+    model = sharded(name, world, dtype)
+    optimizer = make(name, model.parameters())
+    get_optimizer_state_dict(model, optimizer)  # a fresh save must not count as a step
+    take_steps(model, optimizer, range(1, steps + 1))
+    state_dict_saver.save(
+        {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder
+    )
+    take_steps(model, optimizer, range(steps + 1, steps + 4))
+    return weights(model)
+
+
+def load_into(model: Model, optimizer: Executor, folder: str) -> None:
+    """Load what `save` saved."""
+    state = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}
+    state_dict_loader.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optim"])
+
+
+def load(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype) -> Any:
+    """Load what `save` saved, go on."""
+    model = sharded(name, world, dtype)
+    optimizer = make(name, model.parameters(), lr=77.0)
+    load_into(model, optimizer, folder)
+    take_steps(model, optimizer, range(steps + 1, steps + 4))
+    return weights(model)
+
+
+def full_state(rank: int, world: int, name: str, steps: int) -> Any:
+    """A full state dict, loaded back by broadcasting from rank 0; then go on."""
+    model = sharded(name, world)
+    optimizer = make(name, model.parameters())
+    take_steps(model, optimizer, range(1, steps + 1))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    fresh = make(name, model.parameters(), lr=77.0)
+    fresh.zero_grad()  # torch makes no state while there are gradients
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(model, fresh, whole if rank == 0 else {}, options=options)
+    take_steps(model, fresh, range(steps + 1, steps + 4))
+    shapes = {f"{k}.{slot}": tuple(v.shape) for k, s in whole.get("state", {}).items() for slot, v in s.items()}
+    return weights(model), shapes
+
+
+def owners(rank: int, world: int, name: str) -> Any:
+    """Which parameters have whole state here."""
+    model = sharded(name, world)
+    optimizer = make(name, model.parameters())
+    take_steps(model, optimizer, range(1, 2))
+    names: dict[Tensor, str] = {p: k for k, p in model.named_parameters()}
+    saved = optimizer.state_dict()["state"]
+    parts = {k: {slot: (tuple(v.shape), isinstance(v, DTensor)) for slot, v in s.items()} for k, s in saved.items()}
+    owned = {
+        names[p]: {k: tuple(v.shape) for k, v in s.items() if k != "step"}
+        for p, s in optimizer.state.items()
+        if len(s) > 1
+    }
+    local = [v.to_local() for s in saved.values() for v in s.values() if isinstance(v, DTensor)]
+    tight = all(t.untyped_storage().nbytes() == t.nbytes for t in local)
+    return owned, parts, tight
+
+
+def disagree(rank: int, world: int, name: str) -> Any:
+    """One rank has no gradient for one matrix: every rank raises, nothing moves, and the next step works."""
+    model = sharded(name, world)
+    optimizer = make(name, model.parameters())
+    take_steps(model, optimizer, range(1, 3))
+    before = weights(model)
+    take = dict(model.named_parameters())
+    for key, p in take.items():
+        p.grad = placed(gradient(torch.empty(p.shape), key, 3), p)
+    if rank == 1:
+        take["wide"].grad = None
+    try:
+        optimizer.step()
+        message = ""
+    except RuntimeError as error:
+        message = str(error)
+    same = all(torch.equal(before[k], v) for k, v in weights(model).items())
+    take_steps(model, optimizer, range(3, 5))
+    return message, same, weights(model)
+
+
+def not_finite(rank: int, world: int, name: str) -> Any:
+    """A NaN in one rank's shard is agreed by all."""
+    model = sharded(name, world)
+    optimizer = make(name, model.parameters(), on_nonfinite="raise")
+    take_steps(model, optimizer, range(1, 3))
+    before = weights(model)
+    for key, p in model.named_parameters():
+        whole = gradient(torch.empty(p.shape), key, 3)
+        if key == "odd":
+            whole[0, 0] = math.nan  # on rank 0
+        p.grad = placed(whole, p)
+    try:
+        optimizer.step()
+        message = ""
+    except FloatingPointError as error:
+        message = str(error)
+    same = all(torch.equal(before[k], v) for k, v in weights(model).items())
+    return message, same
+
+
+def lonely_state_dict(rank: int, world: int, name: str) -> Any:
+    """`state_dict()` on one rank only raises, and never hangs."""
+    model = sharded(name, world)
+    optimizer = make(name, model.parameters())
+    take_steps(model, optimizer, range(1, 3))
+    optimizer._meeting.timeout = timedelta(seconds=2)
+    message = ""
+    if rank == 0:
+        try:
+            optimizer.state_dict()
+        except RuntimeError as error:
+            message = str(error)
+    dist.barrier()
+    together = optimizer.state_dict()["state"]
+    return message, len(together)
+
+
+def frozen(rank: int, world: int, name: str) -> Any:
+    """A matrix frozen in mid-run keeps its state through a state dict, and goes on where it was."""
+    model = sharded(name, world)
+    optimizer = make(name, model.parameters())
+    take_steps(model, optimizer, range(1, 3))
+    model.get_parameter("odd").requires_grad_(False)
+    take_steps(model, optimizer, range(3, 4), {3: "odd"})
+    saved = optimizer.state_dict()
+    fresh = make(name, model.parameters())
+    fresh.load_state_dict(saved)
+    model.get_parameter("odd").requires_grad_(True)
+    take_steps(model, fresh, range(4, 6))
+    return weights(model)

@@ -1,0 +1,102 @@
+"""What the contract tests share: every rule of the registry, its reference, parameters it takes, gradients."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import lightning_optim.optimizers as optimizers
+from lightning_optim import Executor
+from lightning_optim.core.rule import REGISTRY, Rule, hyperparameters
+
+NAMES = sorted(REGISTRY)
+SHAPES = {"wide": (5, 12), "tall": (12, 5), "square": (8, 8), "again": (5, 12), "vector": (7,), "scalar": ()}
+
+
+def reference(name: str) -> ModuleType:
+    """The rule's module in tests/references; a missing one is a failure that says so."""
+    try:
+        return importlib.import_module(f"tests.references.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"tests.references.{name}":
+            raise
+        pytest.fail(f"rule {name!r} has no reference: write tests/references/{name}.py", pytrace=False)
+
+
+def strict(name: str) -> dict[str, Any]:
+    """Settings under which a rule computes in its parameters' precision."""
+    return getattr(reference(name), "STRICT", {})
+
+
+def cases() -> list[Any]:
+    """Every rule with each of its reference's settings, defaults included."""
+    out = []
+    for name in NAMES:
+        try:
+            module = importlib.import_module(f"tests.references.{name}")
+            settings = [{}, *module.SETTINGS]
+        except ModuleNotFoundError:
+            settings = [{}]
+        out += [pytest.param(name, s, id=f"{name}-{i}") for i, s in enumerate(settings)]
+    return out
+
+
+def shapes(rule: type[Rule]) -> dict[str, tuple[int, ...]]:
+    """Shapes a rule takes."""
+    return {k: s for k, s in SHAPES.items() if rule.vectors or len(s) >= 2}
+
+
+def params(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Parameter]:
+    """Random parameters of every shape a rule takes."""
+    made = torch.Generator().manual_seed(seed)
+    draw = {k: torch.randn(s, generator=made, dtype=torch.float64) for k, s in shapes(REGISTRY[name]).items()}
+    return {k: Parameter(x.to(dtype)) for k, x in draw.items()}
+
+
+def gradient(p: Tensor, key: str, t: int) -> Tensor:
+    """The gradient of a parameter at step t: the same whatever the weights, the run or the rank."""
+    made = torch.Generator().manual_seed(sum(map(ord, key)) * 1000 + t)
+    return torch.randn(p.shape, generator=made, dtype=torch.float64).to(p.dtype)
+
+
+def give(ps: dict[str, Parameter], t: int, *, without: str = "") -> None:
+    """Set every gradient of step t, except one parameter's."""
+    for key, p in ps.items():
+        p.grad = None if key == without else gradient(p, key, t)
+
+
+def make(name: str, ps: Any, **settings: Any) -> Executor:
+    """A rule's own optimizer class."""
+    return optimizers.CLASSES[name](ps.values() if isinstance(ps, dict) else ps, **settings)  # pyright: ignore
+
+
+def run(name: str, ps: dict[str, Parameter], steps: range, optimizer: Executor | None = None, **settings: Any):
+    """Take steps; returns the optimizer."""
+    optimizer = optimizer or make(name, ps, **settings)
+    for t in steps:
+        give(ps, t)
+        optimizer.step()
+    return optimizer
+
+
+def settings_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All hyperparameters, defaults included."""
+    return {**hyperparameters(REGISTRY[name]), **given}
+
+
+def tensors(optimizer: Executor) -> list[Tensor]:
+    """Every state tensor, in the order of parameters and slots."""
+    owned = [p for g in optimizer.param_groups for p in g["params"]]
+    return [t for p in owned if p in optimizer.state for _, t in sorted(optimizer.state[p].items())]
+
+
+def assert_equal(a: dict[str, Parameter], b: dict[str, Parameter]) -> None:
+    """Bitwise equality of two sets of parameters."""
+    for key in a:
+        assert torch.equal(a[key], b[key]), f"{key} differs by {(a[key] - b[key]).abs().max()}"
