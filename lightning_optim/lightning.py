@@ -60,7 +60,7 @@ def configure_optimizers(
         `{"optimizer": ..., "lr_scheduler": {...}}`, one optimizer with a schedule stepped every optimizer step.
 
     Raises:
-        ValueError: an unknown schedule, or what `build_optimizer` raises.
+        ValueError: an unknown schedule, a run of unknown length, or what `build_optimizer` raises.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; {nearest(schedule, list(SCHEDULES))}")
@@ -75,15 +75,27 @@ def configure_optimizers(
         overrides=overrides,
         **settings,
     )
-    if total_steps is None:
-        total_steps = int(module.trainer.estimated_stepping_batches) if schedule != "constant" else warmup_steps + 1
-    decay = max(1, total_steps - warmup_steps)
+    if total_steps is None and schedule != "constant" and module.trainer.max_epochs == -1:
+        total_steps = _total_steps(module)
 
     def factor(step: int) -> float:
+        nonlocal total_steps
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        share = min(1.0, (step - warmup_steps) / decay)
+        if schedule == "constant" or step == warmup_steps:
+            return 1.0
+        if total_steps is None:  # not asked earlier: the trainer then makes its loader, and never restores its position
+            total_steps = _total_steps(module)
+        share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return min_lr_ratio + (1 - min_lr_ratio) * SCHEDULES[schedule](share)
 
     scheduler = LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _total_steps(module: LightningModule) -> int:
+    """Optimizer steps of the trainer's run."""
+    steps = module.trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise ValueError("the trainer does not know how many steps it will take; give configure_optimizers total_steps")
+    return int(steps)

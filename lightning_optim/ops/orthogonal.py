@@ -40,7 +40,8 @@ def orthogonalize(
     """
     a, b, c = coefficients
     tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).to(dtype=dtype, memory_format=torch.contiguous_format, copy=True)
+    y = x.to(dtype, copy=True)
+    y = y.mT if tall else y  # a view: copying the transpose costs as much as an iteration
     y /= torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
     shape = y.shape
     y = y.reshape(-1, *shape[-2:])

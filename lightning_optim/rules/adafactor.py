@@ -57,13 +57,13 @@ class Adafactor(Rule):
         weight = t**self.beta2_decay
         if hasattr(s, "variance"):
             s.variance.lerp_(g * g, weight)
-            variance = s.variance
+            u = s.variance.clamp(min=eps1 * eps1)
         else:
             s.row_var.lerp_(vector_norm(g, dim=-1, keepdim=True).square() / g.shape[-1], weight)
             s.col_var.lerp_(vector_norm(g, dim=-2, keepdim=True).square() / g.shape[-2], weight)
             row = s.row_var / s.row_var.mean(dim=-2, keepdim=True).clamp(min=eps1)
-            variance = row * s.col_var
-        u = variance.clamp(min=eps1 * eps1).rsqrt_().mul_(g)
+            u = (row * s.col_var).clamp_(min=eps1 * eps1)
+        u.rsqrt_().mul_(g)
         scale = min(1.0, t**-0.5 / self.lr) if self.lr else 1.0
         factor = scale / (_rms(u) / self.d).clamp(min=1.0)
         if self.scale_parameter and p is not None:

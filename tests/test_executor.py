@@ -1,0 +1,225 @@
+"""What the executor does for every rule: block views, stacks, rounding, groups of several rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_optim import Executor, Rule, eye, zeros
+from lightning_optim.core import chunks
+from lightning_optim.core.rule import REGISTRY
+from lightning_optim.ops.orthogonal import orthogonalize
+from lightning_optim.ops.rounding import hash_key, random_bits, stochastic_round
+from tests.rules import gradient
+
+
+@pytest.fixture
+def registry() -> Iterator[dict[str, type[Rule]]]:
+    """The registry, restored afterwards."""
+    before = dict(REGISTRY)
+    yield REGISTRY
+    REGISTRY.clear()
+    REGISTRY.update(before)
+
+
+def block_mean(registry: Any) -> type[Rule]:
+    """A toy rule with one second moment per matrix it is handed, and a square factor."""
+
+    @dataclass(frozen=True)
+    class BlockMean(Rule):
+        lr: float = 0.1
+        weight_decay: float = 0.0
+
+        name: ClassVar = "block_mean"
+        source: ClassVar = "none"
+        state: ClassVar = {"second": zeros("11"), "factor": eye("mm"), "seen": zeros("m1")}
+
+        def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:
+            assert g.ndim == 3 and s.factor.shape[-1] == g.shape[-2]
+            s.second.lerp_(g.square().mean((-2, -1), keepdim=True), 0.5)
+            s.factor = s.factor + g @ g.mT
+            s.seen += g.abs().amax(-1, keepdim=True)
+            return (s.factor @ g) / s.second.sqrt()
+
+    assert registry["block_mean"] is BlockMean
+    return BlockMean
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_blocks_are_matrices_of_their_own(registry: Any, count: int) -> None:
+    """A fused matrix cut into blocks moves as separate parameters do, bitwise, for stacks and for views."""
+    block_mean(registry)
+    fused = [Parameter(torch.randn(12, 5, generator=torch.Generator().manual_seed(i))) for i in range(count)]
+    heads = [[Parameter(x.clone()) for x in p.detach().split(4)] for p in fused]
+    a = Executor([{"params": fused, "rule": "block_mean", "blocks": 3}])
+    b = Executor([{"params": [x for p in heads for x in p], "rule": "block_mean"}])
+    for t in range(1, 5):
+        for i, p in enumerate(fused):
+            p.grad = gradient(p, str(i), t)
+            for x, g in zip(heads[i], p.grad.split(4), strict=True):
+                x.grad = g.clone()
+        a.step()
+        b.step()
+    for p, parts in zip(fused, heads, strict=True):
+        assert torch.equal(p, torch.cat(parts))
+        assert tuple(a.state[p]["factor"].shape) == (3, 4, 4)
+        assert torch.equal(a.state[p]["factor"][1], b.state[parts[1]]["factor"])
+    resumed = Executor([{"params": fused, "rule": "block_mean", "blocks": 3}])
+    resumed.load_state_dict(a.state_dict())
+    assert all(torch.equal(x, resumed.state[fused[0]][k]) for k, x in a.state[fused[0]].items())
+
+
+def test_three_dimensions_are_a_stack(registry: Any) -> None:
+    block_mean(registry)
+    experts = Parameter(torch.randn(3, 4, 5))
+    single = [Parameter(x.clone()) for x in experts.detach()]
+    a = Executor([{"params": [experts], "rule": "block_mean"}])
+    b = Executor([{"params": single, "rule": "block_mean"}])
+    for t in range(1, 4):
+        experts.grad = gradient(experts, "e", t)
+        for x, g in zip(single, experts.grad, strict=True):
+            x.grad = g.clone()
+        a.step()
+        b.step()
+    assert torch.equal(experts, torch.stack([x.detach() for x in single]))
+
+
+def test_matrix_dims() -> None:
+    assert chunks.matrix_dims(()) == (1, 1, 1)
+    assert chunks.matrix_dims((7,)) == (1, 1, 7)
+    assert chunks.matrix_dims((6, 4), blocks=3) == (3, 2, 4)
+    assert chunks.matrix_dims((5, 6, 4), blocks=2) == (10, 3, 4)
+    assert chunks.matrix_dims((8, 3, 2, 2)) == (1, 8, 12)
+    assert chunks.matrix_dims((8, 3, 2, 2), conv=False) == (24, 2, 2)
+
+
+def test_stacks_respect_their_bounds() -> None:
+    assert [len(c) for c in chunks.stacks(range(10), 1000, 16 * 3000)] == [3, 3, 3, 1]
+    assert [len(c) for c in chunks.stacks(range(3), chunks.STACK_LIMIT + 1, 2**40)] == [1, 1, 1]
+    assert [len(c) for c in chunks.stacks(range(3), 1000, 1)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2**17 + 3,), (700, 300), (1, 2**18)])
+def test_blocks_cover_every_element_once(shape: tuple[int, ...]) -> None:
+    x, y = torch.zeros(shape), torch.zeros(shape)
+    for (a, b), _ in chunks.blocks([x, y]):
+        assert a.numel() <= max(chunks.BLOCK, chunks.SMALL)
+        a += 1
+        b += 2
+    assert (x == 1).all() and (y == 2).all()
+
+
+def test_several_rules_in_one_optimizer_and_settings_of_each() -> None:
+    matrix, vector = Parameter(torch.randn(4, 3)), Parameter(torch.randn(3))
+    optimizer = Executor([{"params": [matrix], "rule": "muon"}, {"params": [vector], "rule": "adamw", "lr": 1e-4}])
+    assert [g["name"] for g in optimizer.param_groups] == ["muon", "adamw"]
+    assert "betas" not in optimizer.param_groups[0] and "momentum" not in optimizer.param_groups[1]
+    assert optimizer.defaults["lr"] == 0.02
+    for p in (matrix, vector):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert set(optimizer.state[matrix]) == {"step", "momentum_buffer"}
+    assert set(optimizer.state[vector]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_large_matrices_are_worked_on_without_copies_of_state() -> None:
+    """A matrix above the stack limit is a view: the slot the rule mutates is the stored tensor."""
+    p = Parameter(torch.randn(600, 500))
+    from lightning_optim import Muon
+
+    optimizer = Muon([p])
+    p.grad = gradient(p, "p", 1)
+    optimizer.step()
+    stored = optimizer.state[p]["momentum_buffer"]
+    address = stored.data_ptr()
+    before = stored.clone()
+    optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].data_ptr() == address
+    assert not torch.equal(stored, before)
+
+
+def test_stochastic_rounding_is_unbiased_and_keeps_what_is_exact() -> None:
+    index = torch.arange(2**18, dtype=torch.int32)
+    x = torch.full((2**18,), 1.0 + 2**-10)  # an eighth of the way from 1 to the next bfloat16, 1 + 2^-7
+    rounded = stochastic_round(x, index, hash_key(0, 1, 2)).float()
+    up = (rounded > 1).float().mean().item()
+    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert abs(up - 0.125) < 5 * (0.125 * 0.875 / 2**18) ** 0.5
+    special = torch.tensor([0.0, -0.0, 1.0, -3.5, torch.inf, -torch.inf, torch.nan])
+    out = stochastic_round(special, index[:7], 5)
+    assert torch.equal(out[:6], special[:6].bfloat16()) and out[6].isnan()
+    assert not torch.equal(stochastic_round(x, index, 1), stochastic_round(x, index, 2))
+    assert torch.equal(stochastic_round(x, index, 1)[5:9], stochastic_round(x[5:9], index[5:9], 1))
+
+
+def test_random_bits_are_balanced() -> None:
+    for key in (hash_key(0, 0, 0), hash_key(0, 1, 0), hash_key(1, 0, 0)):
+        bits = random_bits(torch.arange(2**16, dtype=torch.int32), key)
+        share = torch.stack([((bits >> k) & 1).float().mean() for k in range(32)])
+        assert (share - 0.5).abs().max() < 0.012  # six standard deviations of 2^16 coin flips
+        assert bits.unique().numel() > 0.99 * 2**16
+    assert len({hash_key(s, t, i) for s in range(4) for t in range(32) for i in range(32)}) == 4096
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (20, 8), (2, 16, 16)])
+def test_orthogonalize_against_svd(shape: tuple[int, ...]) -> None:
+    """Singular vectors stay, singular values land in the published band; bfloat16 deviates by a few per cent."""
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kept = x.clone()
+    y = orthogonalize(x, dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    inner = u.mT @ y @ vh.mT
+    values = inner.diagonal(dim1=-2, dim2=-1)
+    assert (inner - torch.diag_embed(values)).abs().max() < 1e-10
+    assert 0.68 < values.min() and values.max() < 1.14
+    assert torch.equal(x, kept)
+    rough = orthogonalize(x.float()).double()
+    assert (rough - y).norm() / y.norm() < 0.1
+    assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
+    transposed = orthogonalize(x.mT, dtype=torch.float64)
+    torch.testing.assert_close(transposed, y.mT, rtol=1e-10, atol=1e-12)
+
+
+def test_known_iterates() -> None:
+    """diag(3, 4), normalised to (0.6, 0.8), lands on (0.7229, 1.1192) after five published iterations."""
+    y = orthogonalize(torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64)), dtype=torch.float64)
+    torch.testing.assert_close(y.diagonal(), torch.tensor([0.7229, 1.1192], dtype=torch.float64), rtol=0, atol=5e-5)
+
+
+def test_muon_is_equivariant_under_rotations() -> None:
+    """Muon(A G B) = A Muon(G) B for orthogonal A, B: rotate weights and gradients, and the run rotates with them."""
+    from lightning_optim import Muon
+
+    made = torch.Generator().manual_seed(4)
+    a, b = (torch.linalg.qr(torch.randn(k, k, dtype=torch.float64, generator=made)).Q for k in (6, 9))
+    start = torch.randn(6, 9, dtype=torch.float64, generator=made)
+    plain, rotated = Parameter(start.clone()), Parameter(a @ start @ b)
+    first, second = (Muon([p], ns_dtype="float64", weight_decay=0.1) for p in (plain, rotated))
+    for t in range(1, 6):
+        plain.grad = gradient(plain, "p", t)
+        rotated.grad = a @ plain.grad @ b
+        first.step()
+        second.step()
+    torch.testing.assert_close(rotated.detach(), a @ plain.detach() @ b, rtol=1e-10, atol=1e-10)
+
+
+def test_adamw_is_one_fused_kernel_and_nothing_else_of_parameter_size() -> None:
+    p = Parameter(torch.randn(2000, 300))
+    q = Parameter(torch.randn(50))
+    optimizer = Executor([{"params": [p, q], "rule": "adamw"}])
+    for x in (p, q):
+        x.grad = torch.randn_like(x)
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        optimizer.step()
+    ours = [e for e in profile.events() or [] if e.name.startswith("aten::")]
+    assert [e.name for e in ours].count("aten::_fused_adamw_") == 1
+    large = [e.name for e in ours if any(s and len(s) == 2 for s in e.input_shapes) and e.name != "aten::_fused_adamw_"]
+    assert large == []

@@ -1,0 +1,153 @@
+"""From a model to groups: roles by module identity, overrides, learning rates."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_optim import assign, build_optimizer, roles
+from tests.rules import gradient
+
+
+class Block(nn.Module):
+    """Names that say nothing, or lie."""
+
+    def __init__(self, *, tied: bool = False) -> None:
+        super().__init__()
+        self.lm_head_norm = nn.Embedding(20, 8)
+        self.positions = nn.Embedding(10, 8)
+        self.embed = nn.Linear(8, 16)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.convolution = nn.Conv2d(3, 4, 2)
+        self.raw = nn.Parameter(torch.randn(3, 4))
+        self.norm = nn.LayerNorm(8)
+        self.out = nn.Linear(8, 20, bias=False)
+        if tied:
+            self.out.weight = self.lm_head_norm.weight
+
+
+def test_roles_come_from_modules_not_names() -> None:
+    found = {k: role for k, (role, _) in roles(Block()).items()}
+    assert found == {
+        "lm_head_norm.weight": "embedding",
+        "positions.weight": "embedding",
+        "embed.weight": "hidden",
+        "embed.bias": "vector",
+        "attention.in_proj_weight": "hidden",
+        "attention.in_proj_bias": "vector",
+        "attention.out_proj.weight": "hidden",
+        "attention.out_proj.bias": "vector",
+        "convolution.weight": "other",
+        "convolution.bias": "vector",
+        "raw": "other",
+        "norm.weight": "vector",
+        "norm.bias": "vector",
+        "out.weight": "head",
+    }
+
+
+def test_tied_head_counts_as_embedding_once() -> None:
+    found = {k: role for k, (role, _) in roles(Block(tied=True)).items()}
+    assert found["lm_head_norm.weight"] == "embedding"
+    assert "out.weight" not in found
+
+
+def test_frozen_parameters_have_no_role() -> None:
+    model = Block()
+    model.embed.weight.requires_grad_(False)
+    assert "embed.weight" not in roles(model)
+
+
+def test_matrix_rules_take_hidden_matrices_others_take_everything() -> None:
+    owners = {a.name: a.rule for a in assign(Block(), "muon", "adamw")}
+    assert {k for k, v in owners.items() if v == "muon"} == {
+        "embed.weight",
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+    }
+    assert set(owners.values()) == {"muon", "adamw"}
+    for name in ("lion", "adafactor", "sgd"):
+        assert {a.rule for a in assign(Block(), name, "adamw")} == {name}
+
+
+def test_overrides_in_order_first_match_wins() -> None:
+    overrides = [("embed.weight", "lion", {"lr": 7.0}), ("hidden", None, {"momentum": 0.5}), ("*.bias", "sgd")]
+    model = Block()
+    optimizer = build_optimizer(model, "muon", lr=1e-3, overrides=overrides)
+    names = {id(p): k for k, p in model.named_parameters()}
+    where = {names[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
+    assert len(where) == len(names)
+    assert (where["embed.weight"]["rule"], where["embed.weight"]["lr"]) == ("lion", 7.0)
+    assert where["attention.in_proj_weight"]["momentum"] == 0.5
+    assert where["embed.bias"]["rule"] == "sgd" and where["norm.weight"]["rule"] == "adamw"
+    assert len({g["name"] for g in optimizer.param_groups}) == len(optimizer.param_groups)
+
+
+def test_groups_learning_rates_and_decay() -> None:
+    optimizer = build_optimizer(Block(), "muon", lr=1e-3, rest_lr=5e-4, weight_decay=0.1, momentum=0.9, seed=3)
+    groups = {g["name"]: g for g in optimizer.param_groups}
+    assert optimizer.param_groups[0]["name"] == "muon/hidden"
+    assert type(optimizer).__name__ == "Muon"
+    assert groups["muon/hidden"]["lr"] == 1e-3 and groups["muon/hidden"]["momentum"] == 0.9
+    assert {g["lr"] for k, g in groups.items() if k != "muon/hidden"} == {5e-4}
+    assert groups["adamw/vector"]["weight_decay"] == 0.0 and groups["adamw/embedding"]["weight_decay"] == 0.1
+    assert {g["seed"] for g in optimizer.param_groups} == {3}
+    assert {g["lr_convention"] for g in optimizer.param_groups} == {"adamw"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor"])
+def test_the_default_convention_moves_as_far_as_adamw(name: str) -> None:
+    """Gradients of AdamW's usual signal-to-noise ratio: every rule's update has an RMS near 0.2 per unit lr."""
+    model = nn.Sequential(nn.Linear(32, 48, bias=False))
+    weight = model[0].weight
+    optimizer = build_optimizer(model, name, lr=1e-3)
+    moved: list[Tensor] = []
+    for t in range(1, 61):
+        before = weight.detach().clone()
+        weight.grad = gradient(weight, "w", t)
+        optimizer.step()
+        moved.append((weight.detach() - before).square().mean().sqrt() / 1e-3)
+    assert 0.1 < torch.stack(moved[40:]).mean() < 0.35 or name == "adafactor"
+    if name == "adafactor":  # no momentum: its direction is as noisy as the gradient, 5 times AdamW's before the scale
+        assert 0.15 < torch.stack(moved[40:]).mean() < 0.25
+
+
+def test_native_convention_is_the_published_scale() -> None:
+    model = nn.Sequential(nn.Linear(32, 48, bias=False))
+    weight = model[0].weight
+    before = weight.detach().clone()
+    optimizer = build_optimizer(model, "lion", lr=1e-3, lr_convention="native")
+    weight.grad = gradient(weight, "w", 1)
+    optimizer.step()
+    torch.testing.assert_close((weight - before).abs(), torch.full_like(before, 1e-3), rtol=1e-3, atol=0)
+
+
+def test_rules_without_scale_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        build_optimizer(Block(), "sgd", lr=0.1)
+    assert len(caplog.records) == 1 and caplog.records[0].getMessage().startswith("sgd: lr is the published one")
+    caplog.clear()
+    for name in ("muon", "adafactor", "lion"):
+        build_optimizer(Block(), name, lr=0.1)
+    build_optimizer(Block(), "sgd", lr=0.1, lr_convention="native")
+    assert not caplog.records
+
+
+def test_a_model_trains() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(13, 16), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 13))
+    tokens = torch.arange(13)
+    for name in ("muon", "adamw", "lion", "adafactor"):
+        for layer in model:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()  # pyright: ignore[reportCallIssue]
+        optimizer = build_optimizer(model, name, lr=1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(tokens), (tokens + 1) % 13)
+            loss.backward()
+            optimizer.step()
+        assert loss.item() < 1.0, name  # from log(13) = 2.6

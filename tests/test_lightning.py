@@ -1,0 +1,334 @@
+"""Lightning's real trainer: one optimizer under automatic optimization, exact resume, and the pretraining example."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_optim import Executor, build_optimizer, configure_optimizers
+
+pytestmark = [
+    # Lightning asks torch's pytree in a way that torch has deprecated.
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated"),
+]
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY = 16
+STEPS = 8
+
+
+class Rows:
+    """Deterministic batches; Lightning saves and restores the position."""
+
+    def __init__(self, count: int):
+        self.count, self.position, self.start = count, 0, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for k in range(self.start, self.count):
+            self.position = k + 1
+            yield self.row(k)
+        self.start = 0
+
+    def row(self, k: int) -> Tensor:
+        return torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(k))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.start = state_dict["position"]
+
+
+class Unsized:
+    """Batches of unknown number."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from Rows(STEPS)
+
+
+class Net(L.LightningModule):
+    """One parameter of every role, and a record of what Lightning called."""
+
+    def __init__(self, name: str, lr: float = 1e-2, **settings: Any):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.hidden = nn.Linear(8, 12)
+        self.out = nn.Linear(12, 8, bias=False)
+        self.head = nn.Linear(8, VOCABULARY, bias=False)
+        self.name, self.lr, self.settings = name, lr, settings
+        self.seen: list[Tensor] = []
+        self.lrs: list[list[float]] = []
+
+    def loss(self, batch: Tensor) -> Tensor:
+        x = self.embedding(batch)
+        logits = self.head(x + self.out(torch.tanh(self.hidden(x))))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), (batch.flatten() + 1) % VOCABULARY)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.seen.append(batch)
+        return self.loss(batch)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.lrs.append([group["lr"] for group in optimizer.param_groups])
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizers(self, self.name, lr=self.lr, **self.settings)
+
+
+def trainer(path: Path, **settings: Any) -> L.Trainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return L.Trainer(accelerator="cpu", devices=1, **{"logger": False, "default_root_dir": path, **quiet, **settings})
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def cosine(step: int, warmup: int, total: int, least: float = 0.0) -> float:
+    if step < warmup:
+        return (step + 1) / warmup
+    return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(("clip", "accumulate"), [(None, 1), (0.05, 1), (0.05, 2)])
+@pytest.mark.parametrize("name", ["muon", "sgd"])
+def test_automatic_optimization_equals_a_plain_loop(
+    tmp_path: Path, name: str, clip: float | None, accumulate: int, precision: Any
+) -> None:
+    net, plain = Net(name, schedule="cosine", warmup_steps=2), Net(name)
+    fit = trainer(
+        tmp_path, max_steps=4, gradient_clip_val=clip, accumulate_grad_batches=accumulate, precision=precision
+    )
+    fit.fit(net, Rows(4 * accumulate))
+
+    optimizer = build_optimizer(plain, name, lr=1e-2)
+    schedule = LambdaLR(optimizer, lambda step: cosine(step, 2, 4))
+    rows = list(Rows(4 * accumulate))
+    for k, row in enumerate(rows):
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
+            loss = plain.loss(row)
+        (loss / accumulate).backward()
+        if (k + 1) % accumulate == 0:
+            if clip is not None:
+                assert nn.utils.clip_grad_norm_(plain.parameters(), clip) > clip
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+    assert_same(weights(net), weights(plain))
+    assert len(fit.optimizers) == 1
+    assert isinstance(fit.optimizers[0], Executor)
+    assert fit.global_step == len(net.lrs) == 4
+    assert len(net.seen) == len(rows)  # the closure ran once per step, and each batch once
+    assert all(torch.equal(a, b) for a, b in zip(net.seen, rows, strict=True))
+
+
+@pytest.mark.parametrize("run", [{"max_steps": STEPS}, {"max_epochs": 2}, {"max_epochs": 2, "total_steps": STEPS}])
+def test_schedule_has_exact_learning_rates(tmp_path: Path, run: dict[str, int]) -> None:
+    given = {"total_steps": run.pop("total_steps")} if "total_steps" in run else {}
+    net = Net("muon", rest_lr=5e-3, schedule="cosine", warmup_steps=3, min_lr_ratio=0.1, **given)
+    trainer(tmp_path, **run).fit(net, Rows(STEPS if "max_steps" in run else STEPS // 2))
+    main, *rest = zip(*net.lrs, strict=True)
+    factors = [cosine(step, 3, STEPS, least=0.1) for step in range(STEPS)]
+    assert main == pytest.approx([1e-2 * f for f in factors], rel=1e-14)
+    assert len(rest) == 3
+    for lrs in rest:
+        assert lrs == pytest.approx([5e-3 * f for f in factors], rel=1e-14)
+
+
+def test_linear_and_constant_schedules(tmp_path: Path) -> None:
+    linear, constant = Net("adamw", schedule="linear", warmup_steps=1), Net("adamw", warmup_steps=2)
+    for net in (linear, constant):
+        trainer(tmp_path, max_steps=5).fit(net, Rows(5))
+    assert [lrs[0] for lrs in linear.lrs] == pytest.approx([1e-2 * f for f in (1, 1, 0.75, 0.5, 0.25)], rel=1e-14)
+    assert [lrs[0] for lrs in constant.lrs] == pytest.approx([1e-2 * f for f in (0.5, 1, 1, 1, 1)], rel=1e-14)
+
+
+@pytest.mark.parametrize(("run", "loader"), [({"max_epochs": -1}, Rows(STEPS)), ({"max_epochs": 1}, Unsized())])
+def test_schedule_of_a_run_of_unknown_length_raises(tmp_path: Path, run: dict[str, int], loader: Any) -> None:
+    with pytest.raises(ValueError, match="give configure_optimizers total_steps"):
+        trainer(tmp_path, **run).fit(Net("adamw", schedule="cosine"), loader)
+
+
+def test_unknown_schedule_raises() -> None:
+    with pytest.raises(ValueError, match="unknown schedule 'cosin'.*cosine"):
+        configure_optimizers(Net("adamw"), "adamw", lr=1e-3, schedule="cosin")
+
+
+def test_learning_rate_monitor_names_every_group(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    settings = {"logger": logger, "callbacks": [LearningRateMonitor()], "log_every_n_steps": 1}
+    trainer(tmp_path, max_steps=3, **settings).fit(Net("muon", warmup_steps=2), Rows(3))
+    found = scalars(tmp_path)
+    tags = [f"lr-Muon/{group}" for group in ("muon/hidden", "adamw/embedding", "adamw/head", "adamw/vector")]
+    assert sorted({tag for tag, _ in found if tag.startswith("lr-")}) == sorted(tags)
+    expected = {0: 0.5e-2, 1: 1e-2, 2: 1e-2}
+    for tag in tags:
+        for step, lr in expected.items():
+            assert found[tag, step] == [pytest.approx(lr, rel=1e-6)], (tag, step)  # TensorBoard keeps float32
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])  # an elementwise, a reducing and a whole-matrix rule
+@pytest.mark.parametrize("run", [{"max_steps": STEPS}, {"max_epochs": 1}])
+def test_resume_is_bitwise(tmp_path: Path, name: str, run: dict[str, int]) -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(
+            self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def net() -> Net:
+        return Net(name, weight_decay=0.1, schedule="cosine", warmup_steps=2)
+
+    whole, resumed = net(), net()
+    first, second = trainer(tmp_path, callbacks=[Save()], **run), trainer(tmp_path, **run)
+    first.fit(whole, Rows(STEPS))
+    torch.load(tmp_path / "last.ckpt", weights_only=True)  # nothing of ours is pickled
+    second.fit(resumed, Rows(STEPS), ckpt_path=tmp_path / "last.ckpt")
+
+    assert whole.lrs[3:] == resumed.lrs
+    assert len(resumed.seen) == STEPS - 3
+    assert all(torch.equal(a, b) for a, b in zip(whole.seen[3:], resumed.seen, strict=True))
+    assert_same(weights(whole), weights(resumed))
+    a, b = (t.optimizers[0].state_dict() for t in (first, second))
+    assert a["param_groups"] == b["param_groups"]
+    assert a["state"].keys() == b["state"].keys()
+    assert len(a["state"]) == len(list(whole.parameters()))
+    for index in a["state"]:
+        assert_same(a["state"][index], b["state"][index])
+
+
+# The scaler leaves out the first step, and torch then takes the scheduler's for premature.
+@pytest.mark.filterwarnings(r"ignore:Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
+def test_step_that_the_scaler_skips_changes_nothing(tmp_path: Path) -> None:
+    class Overflowing(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.before = getattr(self, "before", []) + [(weights(self), len(self.optimizers().state))]  # pyright: ignore
+            loss = super().training_step(batch, batch_idx)
+            return loss * 1e30 if batch_idx == 0 else loss
+
+    net = Overflowing("muon")
+    scaler = torch.amp.GradScaler("cpu")
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)  # by name, Lightning takes bf16 on a CPU
+    fit = trainer(tmp_path, max_steps=3, plugins=[plugin], gradient_clip_val=1.0)
+    fit.fit(net, Rows(3))
+    (initial, none), (skipped, still_none), (stepped, some) = net.before
+    assert none == still_none == 0
+    assert some == len(initial)
+    assert_same(initial, skipped)
+    assert not any(torch.equal(skipped[name], stepped[name]) for name in skipped)
+    assert scaler.get_scale() == 2.0**15
+
+
+def scalars(directory: Path) -> dict[tuple[str, int], list[float]]:
+    """Values of every event file under a directory by tag and step; what a resumed run repeats is there twice."""
+    found = defaultdict(list)
+    for file in sorted(directory.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(file)).Reload()
+        for tag in events.Tags()["scalars"]:
+            for event in events.Scalars(tag):
+                found[tag, event.step].append(event.value)
+    return found
+
+
+def start(output: Path, *flags: str) -> subprocess.Popen[str]:
+    """The example, in its own process, on three files of the standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    data = [str(library / name) for name in ("argparse.py", "ast.py", "typing.py")]
+    settings = {"optim": "muon", "max_steps": 40, "warmup_steps": 4, "batch_size": 8}
+    settings |= {"val_every": 10, "checkpoint_every": 10, "log_every": 1, "output_dir": output}
+    command = [sys.executable, str(ROOT / "examples" / "pretrain_lightning.py"), "--data", *data, *flags]
+    for key, value in settings.items():
+        command += [f"--{key}", str(value)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=output.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Its output; it must have succeeded."""
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+def kill_at(process: subprocess.Popen[str], output: Path, step: int) -> Path:
+    """End it without warning once a checkpoint is there; returns the checkpoint."""
+    deadline = time.monotonic() + 120
+    while not (found := list(output.rglob(f"step={step}.ckpt"))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it was faster than its killer: give it more steps"
+    return found[0]
+
+
+def test_example_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    uninterrupted = start(straight)
+    kill_at(start(broken, "--resume"), broken, 10)
+    checkpoint = kill_at(start(broken, "--resume"), broken, 20)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])  # as if killed while writing
+    said, resumed = finish(uninterrupted), finish(start(broken, "--resume"))
+    assert "step=10.ckpt" in resumed  # Lightning says what it restores
+
+    expected, found = scalars(straight), scalars(broken)
+    for tag, steps in {
+        "train_loss": range(40),
+        "val_loss": (9, 19, 29, 39, 40),
+        "lr-Muon/muon/hidden": range(40),
+    }.items():
+        assert [step for name, step in sorted(expected) if name == tag] == list(steps)
+        for step in steps:
+            assert len(expected[tag, step]) == 1
+            assert set(found[tag, step]) == set(expected[tag, step]), (tag, step)
+    assert expected["val_loss", 39] == expected["val_loss", 40]  # the last one in training, and the final one
+    assert expected["val_loss", 40][0] < expected["val_loss", 9][0]
+    (printed,) = re.findall(r"validation loss: (\d+\.\d{4}) nat", said)
+    assert float(printed) == pytest.approx(expected["val_loss", 40][0], abs=1e-4)
+
+    a, b = (AutoModelForCausalLM.from_pretrained(run / "model") for run in (straight, broken))
+    assert_same(a.state_dict(), b.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(straight / "model")
+    text = "def run(self):\n    return 'é'\n"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]) == text
+    assert ids.numel() < len(text)
+    assert a(input_ids=ids, labels=ids).loss < math.log(len(tokenizer))
