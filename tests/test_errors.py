@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import Parameter
 
-from lightning_optim import SGD, Adafactor, AdamW, Executor, Lion, Muon, build_optimizer
+from lightning_optim import SGD, Adafactor, Adam, AdamW, Executor, Lion, Muon, build_optimizer
 from tests.rules import gradient
 
 
@@ -150,20 +150,32 @@ def test_loading_another_optimizers_checkpoint_is_refused() -> None:
         Lion([matrix(), matrix()]).load_state_dict(lion.state_dict())
 
 
-def test_checkpoint_of_torch_adamw_loads() -> None:
-    """Same slots, same names: training goes on where torch's stopped, bitwise."""
+@pytest.mark.parametrize(
+    ("old_class", "new_class", "settings"),
+    [
+        (torch.optim.AdamW, AdamW, {"lr": 0.01, "betas": (0.8, 0.9), "fused": True}),
+        (torch.optim.Adam, Adam, {"lr": 0.01, "weight_decay": 0.1, "fused": True}),
+        (torch.optim.SGD, SGD, {"lr": 0.01, "momentum": 0.9, "fused": True}),
+        (torch.optim.Muon, Muon, {"lr": 0.01, "weight_decay": 0.1}),
+    ],
+)
+def test_checkpoints_of_torch_load(old_class: Any, new_class: Any, settings: dict[str, Any]) -> None:
+    """Same slots, same names: training goes on where torch's stopped, bitwise where the kernel is torch's."""
     ours, theirs = Parameter(torch.arange(12.0).view(4, 3)), Parameter(torch.arange(12.0).view(4, 3))
-    old = torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.9), fused=True)
+    old = old_class([theirs], **settings)
     for t in range(1, 4):
         theirs.grad = gradient(theirs, "p", t)
         old.step()
-    new = AdamW([ours], lr=5.0)
+    new = new_class([ours], lr=5.0)
     with torch.no_grad():
         ours.copy_(theirs)
     new.load_state_dict(old.state_dict())
-    assert new.param_groups[0]["lr"] == 0.01 and new.param_groups[0]["betas"] == (0.8, 0.9)
+    assert all(new.param_groups[0][k] == v for k, v in settings.items())
     for t in range(4, 7):
         for p, optimizer in ((ours, new), (theirs, old)):
             p.grad = gradient(p, "p", t)
             optimizer.step()
-    assert torch.equal(ours, theirs)
+    if new_class is Muon:  # torch multiplies its shape scale into lr, we into the direction
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    else:
+        assert torch.equal(ours, theirs)

@@ -101,8 +101,8 @@ def test_groups_learning_rates_and_decay() -> None:
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon", "adafactor"])
 def test_the_default_convention_moves_as_far_as_adamw(name: str) -> None:
     """Gradients of AdamW's usual signal-to-noise ratio: every rule's update has an RMS near 0.2 per unit lr."""
-    model = nn.Sequential(nn.Linear(32, 48, bias=False))
-    weight = model[0].weight
+    model = nn.Linear(32, 48, bias=False)
+    weight = model.weight
     optimizer = build_optimizer(model, name, lr=1e-3)
     moved: list[Tensor] = []
     for t in range(1, 61):
@@ -116,8 +116,8 @@ def test_the_default_convention_moves_as_far_as_adamw(name: str) -> None:
 
 
 def test_native_convention_is_the_published_scale() -> None:
-    model = nn.Sequential(nn.Linear(32, 48, bias=False))
-    weight = model[0].weight
+    model = nn.Linear(32, 48, bias=False)
+    weight = model.weight
     before = weight.detach().clone()
     optimizer = build_optimizer(model, "lion", lr=1e-3, lr_convention="native")
     weight.grad = gradient(weight, "w", 1)
@@ -139,7 +139,7 @@ def test_rules_without_scale_say_so(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_model_trains() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(13, 16), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 13))
-    tokens = torch.arange(13)
+    tokens, loss = torch.arange(13), torch.zeros(())
     for name in ("muon", "adamw", "lion", "adafactor"):
         for layer in model:
             if hasattr(layer, "reset_parameters"):

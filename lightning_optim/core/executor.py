@@ -81,7 +81,8 @@ class Executor(torch.optim.Optimizer):
       lr), so that AdamW's learning rate stays valid.
     * `on_nonfinite`: before the first write of a step, `"raise"` FloatingPointError, `"skip"` the step, or `"off"`.
       Default: off for elementwise rules, as in torch; raise for the others, of which one NaN destroys a whole matrix.
-    * `param_rounding`: how bfloat16 weights are rounded, `"stochastic"` or `"nearest"`. State is float32 either way.
+    * `param_rounding`: how bfloat16 weights are rounded, `"stochastic"` or `"nearest"` (float16 weights always
+      to nearest). State is float32 either way.
     * `blocks`: number of row blocks every matrix of the group is cut into (heads, a fused QKV).
     * `seed`: of the stochastic rounding.
 
@@ -194,7 +195,7 @@ class Executor(torch.optim.Optimizer):
             for job in jobs:
                 for w in job.works:
                     if w.has_gradient:
-                        w.t = int(w.state["step"].add_(1).item())
+                        w.t = _count(w.state)
                 self._run(job)
         return loss
 
@@ -480,6 +481,7 @@ class Executor(torch.optim.Optimizer):
                         state[key] = value.clone() if isinstance(value, Tensor) else value
                     elif (placed := self._place(rule, slots[key], w, value)) is not None:
                         state[key] = placed
+                state.setdefault("step", torch.tensor(1.0))  # torch's SGD and Muon count none: it was not the first
         entries = self._entries(jobs, lambda p, key: key in found[id(p)])
         if entries:
             self._meeting.attend(entries[0].cut, "load_state_dict()", self._content())
@@ -498,6 +500,13 @@ class Executor(torch.optim.Optimizer):
             return None
         device = layout.local(w.param).device
         return placed.detach().to(device, slot.dtype or storage.work_dtype(w.param.dtype), copy=True)
+
+
+def _count(state: dict[str, Tensor]) -> int:
+    """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
+    if state["step"].device.type != "cpu":
+        state["step"] = state["step"].cpu()
+    return int(state["step"].add_(1).item())
 
 
 def _unused(name: str, taken: set[str]) -> str:
