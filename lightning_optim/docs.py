@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from lightning_optim.core.executor import OPTIONS
+from lightning_optim.core.groups import OPTIONS
 from lightning_optim.core.rule import REGISTRY, Rule
 from lightning_optim.optimizers import CLASSES, OPTION_TYPES
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_optim.core.executor import OPTIONS, Executor
+from lightning_optim.core.executor import Executor
+from lightning_optim.core.groups import OPTIONS, rule_of
 from lightning_optim.core.rule import hyperparameters, lookup, nearest
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.partition import Override, assign
@@ -84,6 +85,6 @@ def build_optimizer(
 def _say_native(optimizer: Executor, lr_convention: str) -> None:
     """Say once which rules have no scale that the adamw convention could match."""
     if lr_convention == "adamw":
-        scaleless = {g["rule"] for g in optimizer.param_groups if optimizer.rule_of(g).rms(2, 2) is None}
+        scaleless = {g["rule"] for g in optimizer.param_groups if rule_of(g).rms(2, 2) is None}
         if scaleless:
             _log.warning("%s: lr is the published one, not AdamW's (no fixed scale)", ", ".join(sorted(scaleless)))

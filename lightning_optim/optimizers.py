@@ -10,7 +10,8 @@ import typing
 from typing import Any
 
 import lightning_optim.rules  # noqa: F401  (fills the registry)
-from lightning_optim.core.executor import OPTIONS, Executor, ParamsT
+from lightning_optim.core.executor import Executor, ParamsT
+from lightning_optim.core.groups import OPTIONS
 from lightning_optim.core.rule import REGISTRY, Rule, hyperparameters
 
 OPTION_TYPES: dict[str, Any] = {

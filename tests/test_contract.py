@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_optim.core.groups import rule_of
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.core.storage import rest_shape, work_dtype
 from lightning_optim.docs import state_bytes
@@ -145,7 +146,7 @@ def test_state_is_as_declared_after_the_first_step(name: str) -> None:
     assert optimizer.state_dict()["state"] == {}
     give(ps, 1, without=next(iter(ps)))
     optimizer.step()
-    rule = optimizer.rule_of(optimizer.param_groups[0])
+    rule = rule_of(optimizer.param_groups[0])
     for p in ps.values():
         slots = rule.slots(vector=p.ndim < 2)
         state = optimizer.state[p]
@@ -502,14 +503,14 @@ def test_adamw_convention_gives_the_rms_of_adamw(name: str) -> None:
     """Per unit lr, the update of a random gradient has an RMS of 0.2, or the rule says it has no scale."""
     ps = {k: p for k, p in params(name).items() if p.ndim == 2}
     optimizer = make(name, ps, lr=1e-3, lr_convention="adamw", weight_decay=0.0)
-    if optimizer.rule_of(optimizer.param_groups[0]).rms(5, 12) is None:
+    if rule_of(optimizer.param_groups[0]).rms(5, 12) is None:
         native = {k: p for k, p in params(name).items() if p.ndim == 2}
         run(name, native, range(1, 4), lr=1e-3, lr_convention="native", weight_decay=0.0)
         run(name, ps, range(1, 4), optimizer)
         assert_equal(native, ps)
         return
     if name in ("adamw", "adam"):
-        assert optimizer.rule_of(optimizer.param_groups[0]).rms(5, 12) == 0.2
+        assert rule_of(optimizer.param_groups[0]).rms(5, 12) == 0.2
         return
     for key, p in ps.items():
         p.grad = gradient(p, key, 1)

@@ -9,66 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.core import checkpoint, chunks, layout, storage
-from lightning_optim.core.chunks import Dims
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, hyperparameters, lookup, nearest
-from lightning_optim.ops.rounding import hash_key, stochastic_round
-
-OPTIONS: dict[str, Any] = {
-    "lr_convention": "native",
-    "on_nonfinite": None,
-    "param_rounding": "stochastic",
-    "blocks": None,
-    "seed": 0,
-}
-"""Settings every group has beside its rule's hyperparameters, with their defaults; see `Executor`."""
-
-CHOICES = {
-    "lr_convention": ("native", "adamw"),
-    "on_nonfinite": ("raise", "skip", "off"),
-    "param_rounding": ("stochastic", "nearest"),
-}
+from lightning_optim.core.groups import completed, rule_of
+from lightning_optim.core.rule import Rule, Slot
+from lightning_optim.core.work import Job, Work, alike, apply, factor_of, needs_param, update_elementwise, update_stack
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-
-@dataclass
-class Work:
-    """One trainable parameter in one step."""
-
-    param: Tensor
-    name: str
-    index: int
-    dims: Dims
-    state: dict[str, Tensor]
-    t: int = 0
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether the parameter takes part in this step."""
-        return self.param.grad is not None
-
-    def gradient(self) -> Tensor:
-        """The gradient on this rank, zeros where there is none."""
-        g = layout.local_gradient(self.param)
-        return torch.zeros_like(layout.local(self.param)) if g is None else g
-
-
-class Job(NamedTuple):
-    """One param group in one step."""
-
-    rule: Rule
-    group: dict[str, Any]
-    works: list[Work]
 
 
 class Executor(torch.optim.Optimizer):
@@ -127,45 +80,11 @@ class Executor(torch.optim.Optimizer):
         Raises:
             ValueError: see the class; no group is added then.
         """
-        group = dict(param_group)
-        params = group.get("params", ())
-        if not isinstance(params, (list, set)):  # torch refuses sets
-            group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        name = group.get("rule", self.defaults.get("rule"))
-        if name is None:
-            raise ValueError(f"param group {group.get('name', '')!r} names no rule; add 'rule': 'adamw', say")
-        rule = lookup(name)
-        group["rule"] = rule.name
-        inherited = self.defaults if self.defaults.get("rule") == rule.name else {}
-        for key, value in inherited.items():
-            group.setdefault(key, value)
-        if group.get("lr_convention") == "adamw":
-            group.update({k: v for k, v in rule.adamw_settings.items() if k not in param_group})
-        for key, value in (hyperparameters(rule) | OPTIONS).items():
-            group.setdefault(key, value)
-        taken = {g["name"] for g in self.param_groups}
-        if group.setdefault("name", _unused(rule.name, taken)) in taken:
-            raise ValueError(f"two param groups are named {group['name']!r}; names must be unique")
-        _check_group(rule, group)
-        _check_owned_once(self.param_groups, group)
+        group = completed(param_group, self.defaults, self.param_groups)
         foreign = self.defaults.keys() - group.keys()
         super().add_param_group(group)
         for key in foreign:
             del group[key]
-
-    @staticmethod
-    def rule_of(group: Mapping[str, Any]) -> Rule:
-        """The rule that owns a group, with the group's present settings; a tensor lr is read here.
-
-        Args:
-            group: of `param_groups`.
-
-        Returns:
-            The rule.
-        """
-        rule = lookup(group["rule"])
-        values = {name: group[name] for name in hyperparameters(rule)}
-        return rule(**{k: float(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
     # -- step -----------------------------------------------------------------------------------------------------
 
@@ -195,7 +114,7 @@ class Executor(torch.optim.Optimizer):
             for job in jobs:
                 for w in job.works:
                     if w.has_gradient:
-                        w.t = _count(w.state)
+                        w.count()
                 self._run(job)
         return loss
 
@@ -203,7 +122,7 @@ class Executor(torch.optim.Optimizer):
         """Rule, settings and trainable (or also frozen) parameters of every group, read afresh."""
         index = 0
         for group in self.param_groups:
-            rule = self.rule_of(group)
+            rule = rule_of(group)
             names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
             works = []
             for name, p in zip(names, group["params"], strict=True):
@@ -219,7 +138,7 @@ class Executor(torch.optim.Optimizer):
         present = [w for w in job.works if w.has_gradient]
         if job.rule.elementwise:
             for w in self._without_kernel(job, present):
-                _elementwise(job, w)
+                update_elementwise(job, w)
         elif job.rule.reduces:
             self._reduces(job, present)
         else:
@@ -239,7 +158,7 @@ class Executor(torch.optim.Optimizer):
             columns: list[list[Tensor]] = [[] for _ in range(2 + len(slots))]
             for w in run:
                 row = [layout.local(w.param), w.gradient(), *(layout.local(w.state[k]) for k in slots)]
-                if wide and _factor(job, w) == 1.0 and chunks.agree(row):
+                if wide and factor_of(job, w) == 1.0 and chunks.agree(row):
                     ready.append(w)
                     for column, t in zip(columns, row, strict=True):
                         column.append(t)
@@ -252,16 +171,16 @@ class Executor(torch.optim.Optimizer):
 
     def _reduces(self, job: Job, works: list[Work]) -> None:
         frames = {id(w): layout.StackLayout(w.param, w.dims, w.name) for w in works}
-        for run in chunks.bucket(works, lambda w: (_alike(w), frames[id(w)].cut)):
+        for run in chunks.bucket(works, lambda w: (alike(w), frames[id(w)].cut)):
             frame = frames[id(run[0])]
             elements = math.prod(frame.local_dims) if frame.stackable else chunks.STACK_LIMIT + 1
             for chunk in chunks.stacks(run, elements, self.max_temp_bytes):
-                _update(job, chunk, [layout.local(w.param) for w in chunk], [w.gradient() for w in chunk], frame)
+                update_stack(job, chunk, [layout.local(w.param) for w in chunk], [w.gradient() for w in chunk], frame)
 
     def _whole(self, job: Job, works: list[Work]) -> None:
-        for run in chunks.bucket(works, _alike):
+        for run in chunks.bucket(works, alike):
             for chunk in chunks.stacks(run, math.prod(run[0].dims), self.max_temp_bytes):
-                _update(job, chunk, [w.param for w in chunk], [w.gradient() for w in chunk])
+                update_stack(job, chunk, [w.param for w in chunk], [w.gradient() for w in chunk])
 
     def _travel(self, job: Job, works: list[Work], cut: layout.Cut) -> None:
         """Bring matrices to their owners and the directions back.
@@ -270,21 +189,21 @@ class Executor(torch.optim.Optimizer):
         """
         exchange = layout.Exchange(cut, [w.param.shape for w in works], [self._owners[w.param] for w in works])
         gradients = exchange.to_owners([w.gradient() for w in works])
-        params = exchange.to_owners([layout.local(w.param) for w in works]) if _needs_param(job.rule) else gradients
+        params = exchange.to_owners([layout.local(w.param) for w in works]) if needs_param(job.rule) else gradients
         directions = {i: torch.zeros_like(g, dtype=storage.work_dtype(g.dtype)) for i, g in gradients.items()}
         at = {id(works[i]): i for i in exchange.mine}
 
         def keep(w: Work, d: Tensor) -> None:
             directions[at[id(w)]] = d
 
-        for run in chunks.bucket((works[i] for i in exchange.mine if works[i].has_gradient), _alike):
+        for run in chunks.bucket((works[i] for i in exchange.mine if works[i].has_gradient), alike):
             for chunk in chunks.stacks(run, math.prod(run[0].dims), self.max_temp_bytes):
                 here = [at[id(w)] for w in chunk]
-                _update(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
+                update_stack(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
         like = layout.local(works[0].param).new_empty((), dtype=storage.work_dtype(works[0].param.dtype))
         for w, d in zip(works, exchange.from_owners(directions, like), strict=True):
             if w.has_gradient:
-                _apply(job, w, d)
+                apply(job, w, d)
 
     # -- what precedes the first write ----------------------------------------------------------------------------
 
@@ -502,218 +421,7 @@ class Executor(torch.optim.Optimizer):
         return placed.detach().to(device, slot.dtype or storage.work_dtype(w.param.dtype), copy=True)
 
 
-def _count(state: dict[str, Tensor]) -> int:
-    """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
-    if state["step"].device.type != "cpu":
-        state["step"] = state["step"].cpu()
-    return int(state["step"].add_(1).item())
-
-
-def _unused(name: str, taken: set[str]) -> str:
-    return next(x for x in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if x not in taken)
-
-
-def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Parameters of a group that torch has not seen yet, with a name for messages."""
-    at = f"of group {group['name']!r}"
-    return [x if isinstance(x, tuple) else (f"parameter {i} {at}", x) for i, x in enumerate(group["params"])]
-
-
-def _check_owned_once(groups: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> None:
-    owners = {id(p): group["name"] for group in groups for p in group["params"]}
-    for name, p in _named(new):
-        if id(p) in owners:
-            raise ValueError(f"{name}: already owned by group {owners[id(p)]!r}; a parameter belongs to one group")
-        owners[id(p)] = new["name"]
-
-
-def _check_group(rule: type[Rule], group: dict[str, Any]) -> None:
-    made = Executor.rule_of(group)
-    made.validate()
-    if group["on_nonfinite"] is None:
-        group["on_nonfinite"] = "off" if rule.elementwise else "raise"
-    for key, choices in CHOICES.items():
-        if group[key] not in choices:
-            raise ValueError(f"{group['name']}: unknown {key} {group[key]!r}; {nearest(str(group[key]), choices)}")
-    if group["blocks"] is not None and (not isinstance(group["blocks"], int) or group["blocks"] < 1):
-        raise ValueError(f"{group['name']}: blocks must be a positive integer, got {group['blocks']!r}")
-    for name, p in _named(group):
-        if isinstance(p, Tensor):
-            _check_param(made, name, p, group["blocks"])
-
-
-def _check_param(rule: Rule, name: str, p: Tensor, blocks: int | None) -> None:
-    shape = tuple(p.shape)
-    if p.is_complex():
-        raise ValueError(f"{name}: complex parameters are not supported; use torch.view_as_real")
-    if not p.is_floating_point():
-        raise ValueError(f"{name}: {rule.name} needs a floating-point parameter, got {p.dtype}")
-    if p.layout != torch.strided:
-        raise ValueError(f"{name}: sparse parameters are not supported, got layout {p.layout}")
-    if rule.elementwise or (rule.reduces and p.ndim >= 2 and not _is_flat(p)):
-        return
-    if _is_flat(p):
-        raise ValueError(
-            f"{name}: {rule.name} needs whole matrices, which FSDP1 and ZeRO hide in flat parameters; "
-            "use FSDP2 (fully_shard, Lightning's ModelParallelStrategy, accelerate fsdp_version 2) or DDP"
-        )
-    if p.ndim < 2 and not rule.vectors:
-        raise ValueError(
-            f"{name}: {rule.name} needs a matrix, got shape {shape}; give it to an elementwise rule such as adamw "
-            "(build_optimizer does)"
-        )
-    try:
-        chunks.matrix_dims(shape, blocks, conv=not rule.reduces)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _is_flat(p: Tensor) -> bool:
-    """Whether FSDP1 (FlatParameter and its views) or DeepSpeed ZeRO has flattened or emptied this parameter."""
-    return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id"))
-
-
-def _factor(job: Job, w: Work) -> float:
-    """What the direction is multiplied by: a constant of the matrix's shape."""
-    if job.group["lr_convention"] == "native":
-        return 1.0
-    rms = job.rule.rms(*w.dims[1:])
-    return 1.0 if rms is None else ADAMW_RMS / rms
-
-
-def _needs_param(rule: Rule) -> bool:
-    return rule.reads_param or (rule.decay == "coupled" and rule.weight_decay != 0)
-
-
-def _alike(w: Work) -> tuple[Any, ...]:
-    """Works with equal keys may share a stack."""
-    return w.dims, w.param.ndim < 2, w.param.dtype, w.param.device, w.t
-
-
 def _largest(tensors: Sequence[Tensor]) -> float:
     """The largest absolute value, NaN if there is one; one synchronisation."""
     ends = [torch.stack(t.aminmax()).abs().float() for t in tensors if t.numel()]  # 20 times faster than an inf norm
     return torch.cat(ends).max().item() if ends else 0.0
-
-
-def _elementwise(job: Job, w: Work) -> None:
-    """Walk over one parameter in flat blocks."""
-    rule, slots = job.rule, list(job.rule.slots(vector=False))
-    p, dtype = layout.local(w.param), storage.work_dtype(w.param.dtype)
-    write = _Write(job, w)
-    for (pb, gb, *rest), cut in chunks.blocks([
-        p,
-        w.gradient(),
-        *(layout.local(w.state[k]) for k in slots),
-        *write.index,
-    ]):
-        gb = gb.to(dtype)
-        if rule.decay == "coupled" and rule.weight_decay:
-            gb = gb.add(pb, alpha=rule.weight_decay)
-        views = dict(zip(slots, rest, strict=False))
-        s = SimpleNamespace(**views)
-        d = rule.update(gb, s, pb.to(dtype) if rule.reads_param else None, w.t)
-        for key, view in views.items():
-            if getattr(s, key) is not view:
-                view.copy_(getattr(s, key))
-        write(pb, d, cut, rest[len(slots) :])
-
-
-def _update(
-    job: Job,
-    chunk: Sequence[Work],
-    params: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    frame: layout.StackLayout | None = None,
-    sink: Callable[[Work, Tensor], None] | None = None,
-) -> None:
-    """Call a rule on one stack, store the state it leaves and hand out the directions.
-
-    Args:
-        job: rule and settings.
-        chunk: works that are alike.
-        params: of the works, local or whole.
-        gradients: likewise.
-        frame: how a reducing rule's stacks are cut.
-        sink: takes each direction, shaped like its gradient; applied if not given.
-    """
-    rule, first = job.rule, chunk[0]
-    b, m, n = first.dims if frame is None else frame.local_dims
-    dtype = storage.work_dtype(first.param.dtype)
-    slots = rule.slots(vector=first.param.ndim < 2)
-    entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
-    before = {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
-    g, p = chunks.stack(gradients, (b, m, n), dtype), None
-    if _needs_param(rule):
-        p = chunks.stack(params, (b, m, n), dtype)
-        if rule.decay == "coupled" and rule.weight_decay:
-            g = g.add(p, alpha=rule.weight_decay)
-    if frame is None:
-        s = SimpleNamespace(**before)
-        d = rule.update(g, s, p if rule.reads_param else None, first.t)
-        after = vars(s)
-    else:
-        seen = {k: frame.wrap(before[k], slot.letters) for k, slot in slots.items()}
-        s = SimpleNamespace(**seen)
-        d = frame.unwrap(
-            rule.update(frame.wrap(g), s, frame.wrap(p) if rule.reads_param and p is not None else None, first.t)
-        )
-        after = {
-            k: before[k] if getattr(s, k) is seen[k] else frame.unwrap(getattr(s, k), slots[k].letters) for k in slots
-        }
-    for k in slots:
-        storage.write(entries[k], before[k], after[k])
-    for w, piece, like in zip(chunk, d.split(b), gradients, strict=True):
-        piece = piece.reshape(like.shape)
-        sink(w, piece) if sink else _apply(job, w, piece)
-
-
-def _apply(job: Job, w: Work, d: Tensor) -> None:
-    """Take the step of one parameter, given its direction on this rank."""
-    write, p = _Write(job, w), layout.local(w.param)
-    if p.dtype == d.dtype:
-        write(p, d)
-    else:
-        for (pb, db, *index), cut in chunks.blocks([p, d, *write.index]):
-            write(pb, db, cut, index)
-
-
-class _Write:
-    """p <- p - lr wd p - lr factor d, with the rounding of narrow weights: the only place that writes a parameter."""
-
-    def __init__(self, job: Job, w: Work):
-        rule = job.rule
-        self.step = rule.lr * _factor(job, w)
-        self.keep = 1 - rule.lr * rule.weight_decay
-        self.decay = rule.decay
-        self.dtype = storage.work_dtype(w.param.dtype)
-        self.stochastic = w.param.dtype == torch.bfloat16 and job.group["param_rounding"] == "stochastic"
-        self.key = hash_key(job.group["seed"], w.t, w.index) if self.stochastic else 0
-        self.first = layout.first_element(w.param) if self.stochastic else None
-        self.index = [layout.element_index(w.param)] if self.stochastic and self.first is None else []
-        """The element indices, as a tensor, where the local part is not one contiguous run."""
-
-    def __call__(self, p: Tensor, d: Tensor, cut: slice | None = None, index: Sequence[Tensor] = ()) -> None:
-        """Write one block.
-
-        Args:
-            p: a view of the parameter.
-            d: its direction.
-            cut: where the block lies along the first dimension of the local part, flat or not.
-            index: the block of `self.index`, if any.
-        """
-        x = p.to(self.dtype)  # p itself, or a copy
-        if self.decay == "before" and self.keep != 1:
-            x.mul_(self.keep)
-        x.add_(d, alpha=-self.step)
-        if self.decay == "after" and self.keep != 1:
-            x.mul_(self.keep)
-        if x is p:
-            return
-        if self.stochastic and cut is not None:
-            x = stochastic_round(x, index[0] if index else self._run(p, cut), self.key)
-        p.copy_(x)
-
-    def _run(self, p: Tensor, cut: slice) -> Tensor:
-        start = (self.first or 0) + cut.start * (p.numel() // max(1, cut.stop - cut.start))
-        return torch.arange(start, start + p.numel(), device=p.device).to(torch.int32).view(p.shape)

@@ -1,0 +1,247 @@
+"""Pretrain a small LLaMA with Lightning, on real text, with any optimizer of this package.
+
+    python examples/pretrain_lightning.py --optim muon
+    tensorboard --logdir runs/pretrain
+
+The text is the standard library's sources, or `--data FILE ...`, with a byte-level BPE tokenizer trained on it. The
+k-th batch depends on the seed and k alone and a checkpoint holds the position, so that a killed run that is started
+again with `--resume` and its other flags repeats the uninterrupted run bit for bit. Model and tokenizer are exported
+to `OUTPUT_DIR/model` for Transformers' `AutoModelForCausalLM` and `AutoTokenizer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from text import read, standard_library, unigram_entropy
+from tokens import EOS, PAD, Batches, encode, shuffled, train_tokenizer
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lightning_optim import configure_optimizers
+from lightning_optim.lightning import SCHEDULES
+from lightning_optim.optimizers import CLASSES
+
+PRESETS = {
+    "tiny": {"vocabulary": 1024, "context": 64, "width": 128, "layers": 2, "heads": 4},
+    "small": {"vocabulary": 4096, "context": 256, "width": 384, "layers": 6, "heads": 6},
+}
+VALIDATION_TOKENS = 2**15
+
+
+def texts(files: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Texts to train on and texts held out: other files of the standard library, or the end of each user's file."""
+    if not files:
+        return read(standard_library("pretrain")), read(standard_library("validation"))
+    found = read(Path(file) for file in files)
+    return [t[: len(t) * 19 // 20] for t in found], [t[len(t) * 19 // 20 :] for t in found]
+
+
+def build_model(vocabulary: int, preset: dict[str, int]) -> LlamaForCausalLM:
+    """A new model with tied embeddings."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=preset["width"],
+        intermediate_size=preset["width"] * 11 // 4,
+        num_hidden_layers=preset["layers"],
+        num_attention_heads=preset["heads"],
+        max_position_embeddings=preset["context"],
+        tie_word_embeddings=True,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return LlamaForCausalLM(config)
+
+
+class Pretraining(L.LightningModule):
+    """Next-token prediction. What concerns the optimizer is one call."""
+
+    def __init__(self, model: LlamaForCausalLM, settings: argparse.Namespace):
+        super().__init__()
+        self.model, self.settings = model, settings
+        self.save_hyperparameters(vars(settings))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: D102
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:  # noqa: D102
+        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss, prog_bar=True, batch_size=len(batch))
+
+    def configure_optimizers(self) -> Any:  # noqa: D102
+        s = self.settings
+        return configure_optimizers(
+            self,
+            s.optim,
+            lr=s.learning_rate,
+            weight_decay=s.weight_decay,
+            schedule=s.schedule,
+            warmup_steps=s.warmup_steps,
+            total_steps=s.max_steps,
+        )
+
+
+class Progress(L.Callback):
+    """Training loss and tokens per second. Logged here, not by `self.log`, to be on disk before the checkpoint is."""
+
+    def __init__(self, log_every: int):
+        self.log_every = log_every
+        self.tokens, self.seconds, self.loss = 0, 0.0, 0.0
+
+    def on_train_batch_start(  # noqa: D102
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Tensor, batch_idx: int
+    ) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
+    ) -> None:
+        self.loss += outputs["loss"].item()  # Lightning has divided it by the number of accumulated batches
+        self.tokens += batch.numel()
+        self.seconds += time.perf_counter() - self.started
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            values = {"train_loss": self.loss, "tokens_per_second": self.tokens / self.seconds}
+            pl_module.log_dict(values, prog_bar=True, logger=False)
+            if trainer.logger and trainer.global_step % self.log_every == 0:
+                trainer.logger.log_metrics(values, step=trainer.global_step - 1)
+            self.loss = 0.0
+
+    def on_save_checkpoint(  # noqa: D102
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.flush()
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """A checkpoint every few optimizer steps: between steps only, and after a step's validation.
+
+    Lightning's own saves before the validation, which a resumed run then leaves out, and once after a resume between
+    accumulated batches, whose gradients are lost. The newest two are kept, in case the last is cut off by a crash.
+    """
+
+    def __init__(self, directory: Path, every: int, val_every: int):
+        super().__init__(
+            directory,
+            "{step}",
+            monitor="step",
+            mode="max",
+            save_top_k=2,
+            every_n_train_steps=every,
+            save_on_train_epoch_end=True,  # otherwise the last step's waits for a validation that may not come
+            enable_version_counter=False,
+        )
+        self.val_every = val_every
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.global_step % self.val_every:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+        super().on_train_batch_end(trainer, pl_module, None, None, 0)
+
+
+def newest(directory: Path) -> Path | None:
+    """The last checkpoint that was written to its end, where a zip file has its table of contents."""
+    found = sorted(directory.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    return next((path for path in reversed(found) if zipfile.is_zipfile(path)), None)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="tiny", help="size of the model")
+    add("--data", nargs="+", default=[], metavar="FILE", help="text files; default: the standard library's sources")
+    add("--optim", choices=CLASSES, default="adamw", metavar="NAME", help="python -m lightning_optim list")
+    add("--learning_rate", type=float, default=3e-3, help="AdamW's, whatever the optimizer (default %(default)s)")
+    add("--weight_decay", type=float, default=0.1, help="default %(default)s")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="after the warm-up")
+    add("--warmup_steps", type=int, default=60, help="default %(default)s")
+    add("--max_steps", type=int, default=600, help="optimizer steps (default %(default)s)")
+    add("--batch_size", type=int, default=16, help="rows per batch (default %(default)s)")
+    add("--accumulate", type=int, default=1, help="batches per optimizer step")
+    add("--precision", default="32-true", help="Lightning's: 32-true, bf16-mixed, 16-mixed, bf16-true")
+    add("--threads", type=int, default=1, help="of the CPU; another number may change the last bits")
+    add("--seed", type=int, default=0)
+    add("--output_dir", default="runs/pretrain", help="default %(default)s")
+    add("--val_every", type=int, default=200, help="steps between validations (default %(default)s)")
+    add("--checkpoint_every", type=int, default=100, help="steps between checkpoints (default %(default)s)")
+    add("--log_every", type=int, default=10, help="steps between logged losses (default %(default)s)")
+    add("--resume", action="store_true", help="go on from the last run's last checkpoint, if there is one")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, export and say how it went."""
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    output, preset = Path(args.output_dir), PRESETS[args.preset]
+    runs = sorted(int(path.name.removeprefix("version_")) for path in output.glob("version_*"))
+    logger = TensorBoardLogger(output, name="", version=runs[-1] if args.resume and runs else None)
+    checkpoints = Path(logger.log_dir, "checkpoints")
+    last = newest(checkpoints)
+
+    corpus, held_out = texts(args.data)
+    if last:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "model")
+    else:
+        tokenizer = train_tokenizer(corpus, preset["vocabulary"])
+        tokenizer.save_pretrained(output / "model")
+    rows, val_rows = (encode(tokenizer, part, preset["context"]) for part in (corpus, held_out))
+    val_rows = val_rows[:: max(1, val_rows.numel() // VALIDATION_TOKENS)]
+    order = shuffled(len(rows), args.max_steps * args.accumulate * args.batch_size, args.seed)
+    train = Batches(rows, order, args.batch_size)
+    validation = Batches(val_rows, torch.arange(len(val_rows)), args.batch_size)
+
+    L.seed_everything(args.seed, verbose=False)
+    module = Pretraining(build_model(len(tokenizer), preset), args)
+    progress = Progress(args.log_every)
+    trainer = L.Trainer(
+        devices=1,
+        max_steps=args.max_steps,
+        accumulate_grad_batches=args.accumulate,
+        gradient_clip_val=1.0,
+        precision=args.precision,
+        val_check_interval=args.val_every * args.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=args.log_every,
+        logger=logger,
+        enable_model_summary=False,
+        callbacks=[
+            progress,
+            LearningRateMonitor(),
+            StepCheckpoint(checkpoints, args.checkpoint_every, args.val_every),
+            TQDMProgressBar(refresh_rate=args.log_every),
+        ],
+    )
+    trainer.fit(module, train, validation, ckpt_path=last)
+    loss = trainer.validate(module, validation, verbose=False)[0]["val_loss"]
+    module.model.save_pretrained(output / "model")
+
+    entropy = unigram_entropy(val_rows, len(tokenizer))
+    print(f"unigram entropy of the validation text: {entropy:.4f} nat")
+    print(f"validation loss: {loss:.4f} nat, {entropy - loss:.4f} below")
+    if progress.seconds:
+        print(f"tokens per second: {progress.tokens / progress.seconds:.0f}")
+    print(f"processor time: {time.process_time():.1f} s")
+    print(f"TensorBoard: tensorboard --logdir {output}")
+    print(f"model and tokenizer: {output / 'model'}")
+
+
+if __name__ == "__main__":
+    main()
