@@ -33,7 +33,7 @@ def state_formula(rule: type[Rule]) -> str:
     Returns:
         A sum such as `2mn` or `m + n`; `0` without state.
     """
-    letters = ["".join(sorted(slot.letters.replace("1", ""))) or "1" for slot in rule().slots(vector=False).values()]
+    letters = ["".join(sorted(slot.letters.replace("1", ""))) or "1" for slot in rule().slots(1024, 1024).values()]
     terms = [f"{count if count > 1 else ''}{x}" for x in dict.fromkeys(letters) if (count := letters.count(x))]
     return " + ".join(terms) or "0"
 
@@ -45,7 +45,7 @@ def state_bytes(rule: type[Rule], m: int = 1024, n: int = 1024) -> float:
         Bytes per element.
     """
     size = 0
-    for slot in rule().slots(vector=False).values():
+    for slot in rule().slots(m, n).values():
         rows, columns = slot.shape(m, n)
         size += rows * columns * (slot.dtype.itemsize if slot.dtype else 4)
     return size / (m * n)

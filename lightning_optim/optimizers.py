@@ -19,6 +19,7 @@ OPTION_TYPES: dict[str, Any] = {
     "on_nonfinite": str | None,
     "param_rounding": str,
     "blocks": int | None,
+    "cautious_decay": bool,
     "seed": int,
 }
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_optim.core.executor import Executor, ParamsT
 from lightning_optim.core.rule import Rule
 
-__all__ = ["Adafactor", "Adam", "AdamW", "Lion", "Muon", "SGD"]
+__all__ = ["Adafactor", "Adam", "AdamMini", "AdamW", "Lion", "Muon", "NorMuon", "SGD", "SOAP"]
 CLASSES: dict[str, type[Executor]]
 OPTION_TYPES: dict[str, Any]
 
@@ -30,6 +30,7 @@ class Adafactor(Executor):
         on_nonfinite: str | None = None,
         param_rounding: str = "stochastic",
         blocks: int | None = None,
+        cautious_decay: bool = False,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -49,6 +50,26 @@ class Adam(Executor):
         on_nonfinite: str | None = None,
         param_rounding: str = "stochastic",
         blocks: int | None = None,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class AdamMini(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        block: Literal["row", "matrix"] = "row",
+        *,
+        lr_convention: str = "native",
+        on_nonfinite: str | None = None,
+        param_rounding: str = "stochastic",
+        blocks: int | None = None,
+        cautious_decay: bool = False,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -68,6 +89,7 @@ class AdamW(Executor):
         on_nonfinite: str | None = None,
         param_rounding: str = "stochastic",
         blocks: int | None = None,
+        cautious_decay: bool = False,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -84,6 +106,7 @@ class Lion(Executor):
         on_nonfinite: str | None = None,
         param_rounding: str = "stochastic",
         blocks: int | None = None,
+        cautious_decay: bool = False,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -96,7 +119,7 @@ class Muon(Executor):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int = 5,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.775, 2.0315),
+        ns_coefficients: str | tuple[float, float, float] = "quintic",
         ns_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16",
         eps: float = 1e-07,
         scale: Literal["original", "match_rms_adamw", "spectral", "none"] = "original",
@@ -106,6 +129,31 @@ class Muon(Executor):
         on_nonfinite: str | None = None,
         param_rounding: str = "stochastic",
         blocks: int | None = None,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class NorMuon(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        ns_coefficients: str | tuple[float, float, float] = "quintic",
+        ns_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16",
+        eps: float = 1e-07,
+        scale: Literal["original", "match_rms_adamw", "spectral", "none"] = "original",
+        weight_decay: float = 0.0,
+        beta2: float = 0.95,
+        *,
+        lr_convention: str = "native",
+        on_nonfinite: str | None = None,
+        param_rounding: str = "stochastic",
+        blocks: int | None = None,
+        cautious_decay: bool = False,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -124,6 +172,31 @@ class SGD(Executor):
         on_nonfinite: str | None = None,
         param_rounding: str = "stochastic",
         blocks: int | None = None,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class SOAP(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.003,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-08,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        precondition_1d: bool = False,
+        normalize_grads: bool = False,
+        correct_bias: bool = True,
+        *,
+        lr_convention: str = "native",
+        on_nonfinite: str | None = None,
+        param_rounding: str = "stochastic",
+        blocks: int | None = None,
+        cautious_decay: bool = False,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...

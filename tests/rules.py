@@ -29,6 +29,12 @@ def reference(name: str) -> ModuleType:
         pytest.fail(f"rule {name!r} has no reference: write tests/references/{name}.py", pytrace=False)
 
 
+def narrow(name: str) -> dict[str, Any]:
+    """The same settings for float32 parameters."""
+    module = reference(name)
+    return getattr(module, "NARROW", getattr(module, "STRICT", {}))
+
+
 def strict(name: str) -> dict[str, Any]:
     """Settings under which a rule computes in its parameters' precision."""
     return getattr(reference(name), "STRICT", {})

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_optim.core.groups import rule_of
-from lightning_optim.core.rule import REGISTRY
+from lightning_optim.core.rule import ADAMW_RMS, REGISTRY
 from lightning_optim.core.storage import rest_shape, work_dtype
 from lightning_optim.docs import state_bytes
 from tests.rules import (
@@ -30,6 +30,9 @@ from tests.rules import (
     settings_of,
     strict,
     tensors,
+)
+from tests.rules import (
+    narrow as narrow_settings,
 )
 
 every_rule = pytest.mark.parametrize("name", NAMES)
@@ -55,7 +58,7 @@ def test_equals_naive_reference_in_float64(name: str, given: dict[str, Any]) -> 
 def test_float32_follows_float64(name: str) -> None:
     wide, narrow = params(name, torch.float64), params(name)
     run(name, wide, range(1, 7), **strict(name))
-    run(name, narrow, range(1, 7), None, **{k: "float32" for k in strict(name)})
+    run(name, narrow, range(1, 7), None, **narrow_settings(name))
     for key in wide:
         start = params(name, torch.float64)[key]
         rounding = 6 * torch.finfo(torch.float32).eps * start.norm()  # of the weight, at each step
@@ -148,10 +151,10 @@ def test_state_is_as_declared_after_the_first_step(name: str) -> None:
     optimizer.step()
     rule = rule_of(optimizer.param_groups[0])
     for p in ps.values():
-        slots = rule.slots(vector=p.ndim < 2)
+        dims = (1, p.shape[0], p.shape[1]) if p.ndim == 2 else (1, 1, p.numel())
+        slots = rule.slots(*dims[1:], vector=p.ndim < 2)
         state = optimizer.state[p]
         assert set(state) == {"step", *slots}
-        dims = (1, p.shape[0], p.shape[1]) if p.ndim == 2 else (1, 1, p.numel())
         for key, slot in slots.items():
             assert tuple(state[key].shape) == rest_shape(slot, p.shape, dims)
             assert state[key].dtype == (slot.dtype or work_dtype(p.dtype))
@@ -349,15 +352,16 @@ def test_bfloat16_weights_are_rounded_without_bias(name: str) -> None:
     """Steps far below half a unit in the last place: their mean survives, and is lost by rounding to nearest."""
     shape, steps = (64, 64), 40
     start = torch.ones(shape)
-    torch.manual_seed(0)
-    fixed = torch.randn(shape)
+    made = torch.Generator().manual_seed(0)
+    fixed = torch.randn(shape, generator=made)
+    grads = [(fixed + 0.5 * torch.randn(shape, generator=made)).bfloat16() for _ in range(steps)]
     out = {}
     for mode, dtype in (("stochastic", torch.bfloat16), ("nearest", torch.bfloat16), ("exact", torch.float32)):
         p = Parameter(start.to(dtype, copy=True))
         rounding = {} if mode == "exact" else {"param_rounding": mode}
         optimizer = make(name, [p], lr=5e-4, weight_decay=0.0, lr_convention="adamw", **rounding)
-        for _ in range(steps):
-            p.grad = fixed.to(dtype)
+        for g in grads:
+            p.grad = g.to(dtype)
             optimizer.step()
         out[mode] = p.detach().float() - start
     along = {k: ((v * out["exact"]).sum() / out["exact"].square().sum()).item() for k, v in out.items()}
@@ -399,6 +403,7 @@ def test_closure_is_called_once_with_gradients_enabled(name: str) -> None:
 
     loss = optimizer.step(closure)
     assert calls == [True]
+    optimizer.step(closure)  # some rules leave the weights alone at their first step
     assert loss.item() == pytest.approx(sum(p.square().sum().item() for p in params(name).values()))
     assert not torch.equal(ps["wide"], params(name)["wide"])
 
@@ -509,8 +514,7 @@ def test_adamw_convention_gives_the_rms_of_adamw(name: str) -> None:
         run(name, ps, range(1, 4), optimizer)
         assert_equal(native, ps)
         return
-    if name in ("adamw", "adam"):
-        assert rule_of(optimizer.param_groups[0]).rms(5, 12) == 0.2
+    if rule_of(optimizer.param_groups[0]).rms(5, 12) == ADAMW_RMS:  # the Adam family: measured, not computed
         return
     for key, p in ps.items():
         p.grad = gradient(p, key, 1)

@@ -36,6 +36,7 @@ class Executor(torch.optim.Optimizer):
       Default: off for elementwise rules, as in torch; raise for the others, of which one NaN destroys a whole matrix.
     * `param_rounding`: how bfloat16 weights are rounded, `"stochastic"` or `"nearest"` (float16 weights always
       to nearest). State is float32 either way.
+    * `cautious_decay`: decay only weights that the step moves towards zero, or not at all.
     * `blocks`: number of row blocks every matrix of the group is cut into (heads, a fused QKV).
     * `seed`: of the stochastic rounding.
 
@@ -150,7 +151,7 @@ class Executor(torch.optim.Optimizer):
 
     def _without_kernel(self, job: Job, works: list[Work]) -> list[Work]:
         """Step what a torch kernel of the rule can take; return the rest."""
-        slots = list(job.rule.slots(vector=False))
+        slots = list(job.rule.slots(1, 1))
         rest: list[Work] = []
         for run in chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device)):
             wide = run[0].param.dtype == storage.work_dtype(run[0].param.dtype)
@@ -158,7 +159,7 @@ class Executor(torch.optim.Optimizer):
             columns: list[list[Tensor]] = [[] for _ in range(2 + len(slots))]
             for w in run:
                 row = [layout.local(w.param), w.gradient(), *(layout.local(w.state[k]) for k in slots)]
-                if wide and factor_of(job, w) == 1.0 and chunks.agree(row):
+                if wide and factor_of(job, w) == 1.0 and not job.group["cautious_decay"] and chunks.agree(row):
                     ready.append(w)
                     for column, t in zip(columns, row, strict=True):
                         column.append(t)
@@ -202,7 +203,7 @@ class Executor(torch.optim.Optimizer):
                 update_stack(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
         like = layout.local(works[0].param).new_empty((), dtype=storage.work_dtype(works[0].param.dtype))
         for w, d in zip(works, exchange.from_owners(directions, like), strict=True):
-            if w.has_gradient:
+            if w.has_gradient and not job.rule.rests(w.t):
                 apply(job, w, d)
 
     # -- what precedes the first write ----------------------------------------------------------------------------
@@ -253,7 +254,7 @@ class Executor(torch.optim.Optimizer):
             for w in works:
                 w.state = self.state[w.param]
                 w.state.setdefault("step", torch.tensor(0.0))
-                for key, slot in rule.slots(vector=w.param.ndim < 2).items():
+                for key, slot in w.slots(rule).items():
                     if key not in w.state and (value := self._allocate(rule, slot, w)) is not None:
                         w.state[key] = value
 
@@ -288,7 +289,7 @@ class Executor(torch.optim.Optimizer):
             for w in works:
                 cut = layout.cut_of(w.param, w.name) if w.param in self._owners else None
                 if cut is not None:
-                    for key, slot in rule.slots(vector=False).items():
+                    for key, slot in w.slots(rule).items():
                         shape = storage.rest_shape(slot, w.param.shape, w.dims)
                         dtype = slot.dtype or storage.work_dtype(w.param.dtype)
                         if keep(w.param, key):
@@ -376,7 +377,7 @@ class Executor(torch.optim.Optimizer):
         where = {id(p): loaded.get(i, {}) for i, p in zip(ids, params, strict=True)}
         for rule, _, works in self._jobs(frozen=True):
             for w in works:
-                for key, slot in rule.slots(vector=w.param.ndim < 2).items():
+                for key, slot in w.slots(rule).items():
                     value = where[id(w.param)].get(key)
                     shape = storage.rest_shape(slot, w.param.shape, w.dims)
                     if value is not None and tuple(value.shape) != shape:
@@ -392,7 +393,7 @@ class Executor(torch.optim.Optimizer):
         self._assign_owners(jobs)
         for rule, _, works in jobs:
             for w in works:
-                state, slots = self.state[w.param], rule.slots(vector=w.param.ndim < 2)
+                state, slots = self.state[w.param], w.slots(rule)
                 for key, value in found[id(w.param)].items():
                     if key == "step":
                         state[key] = torch.tensor(float(value))

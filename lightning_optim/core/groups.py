@@ -16,6 +16,7 @@ OPTIONS: dict[str, Any] = {
     "on_nonfinite": None,
     "param_rounding": "stochastic",
     "blocks": None,
+    "cautious_decay": False,
     "seed": 0,
 }
 """Settings every group has beside its rule's hyperparameters, with their defaults; see `Executor`."""

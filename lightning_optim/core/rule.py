@@ -119,10 +119,12 @@ class Rule:
             raise TypeError(f"two rules are named {name!r}: {REGISTRY[name].__module__} and {cls.__module__}")
         REGISTRY[name] = cls
 
-    def slots(self, *, vector: bool) -> Mapping[str, Slot]:
-        """The state this rule keeps for a parameter, a pure function of its hyperparameters.
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:
+        """The state this rule keeps for a parameter, a pure function of its hyperparameters and the shape.
 
         Args:
+            m: rows of its matrices; elementwise rules must not look at it.
+            n: columns.
             vector: whether the parameter has fewer than two dimensions.
 
         Returns:
@@ -140,9 +142,17 @@ class Rule:
             t: number of this step for these parameters, from 1.
 
         Returns:
-            The direction, shaped like `g`. Finite for a zero gradient.
+            The direction, shaped like `g`, finite for a zero gradient; ignored where the rule `rests`.
         """
         raise NotImplementedError
+
+    def rests(self, t: int) -> bool:
+        """Whether step t only updates state and leaves the parameters alone, decay included.
+
+        Returns:
+            True for, say, a first step that only initialises a preconditioner.
+        """
+        return False
 
     def kernel(self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int) -> Literal[True] | None:
         """Do the whole step, decay included, with a kernel of torch's, for tensors of equal dtype and strides.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_optim.core import chunks, layout, storage
 from lightning_optim.core.chunks import Dims
-from lightning_optim.core.rule import ADAMW_RMS, Rule
+from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
 from lightning_optim.ops.rounding import hash_key, stochastic_round
 
 
@@ -31,6 +31,10 @@ class Work:
     def has_gradient(self) -> bool:
         """Whether the parameter takes part in this step."""
         return self.param.grad is not None
+
+    def slots(self, rule: Rule) -> Mapping[str, Slot]:
+        """What the rule keeps for this parameter."""
+        return rule.slots(*self.dims[1:], vector=self.param.ndim < 2)
 
     def count(self) -> None:
         """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
@@ -72,7 +76,7 @@ def alike(w: Work) -> tuple[Any, ...]:
 
 def update_elementwise(job: Job, w: Work) -> None:
     """Walk over one parameter in flat blocks."""
-    rule, slots = job.rule, list(job.rule.slots(vector=False))
+    rule, slots = job.rule, list(w.slots(job.rule))
     p, dtype = layout.local(w.param), storage.work_dtype(w.param.dtype)
     write = _Write(job, w)
     tensors = [p, w.gradient(), *(layout.local(w.state[k]) for k in slots), *write.index]
@@ -86,7 +90,8 @@ def update_elementwise(job: Job, w: Work) -> None:
         for key, view in views.items():
             if getattr(s, key) is not view:
                 view.copy_(getattr(s, key))
-        write(pb, d, cut, rest[len(slots) :])
+        if not rule.rests(w.t):
+            write(pb, d, cut, rest[len(slots) :])
 
 
 def update_stack(
@@ -110,7 +115,7 @@ def update_stack(
     rule, first = job.rule, chunk[0]
     b, m, n = first.dims if frame is None else frame.local_dims
     dtype = storage.work_dtype(first.param.dtype)
-    slots = rule.slots(vector=first.param.ndim < 2)
+    slots = first.slots(rule)
     entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
     before = {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
     g, p = chunks.stack(gradients, (b, m, n), dtype), None
@@ -121,11 +126,13 @@ def update_stack(
     wrap, unwrap = (frame.wrap, frame.unwrap) if frame else (_as_is, _as_is)
     seen = {k: wrap(before[k], slot.letters) for k, slot in slots.items()}
     s = SimpleNamespace(**seen)
-    d = unwrap(rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t))
+    d = rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t)
     for k, slot in slots.items():
         left = getattr(s, k)
         storage.write(entries[k], before[k], before[k] if left is seen[k] else unwrap(left, slot.letters))
-    for w, piece, like in zip(chunk, d.split(b), gradients, strict=True):
+    if rule.rests(first.t):
+        return
+    for w, piece, like in zip(chunk, unwrap(d).split(b), gradients, strict=True):
         piece = piece.reshape(like.shape)
         sink(w, piece) if sink else apply(job, w, piece)
 
@@ -153,6 +160,7 @@ class _Write:
         self.step = rule.lr * factor_of(job, w)
         self.keep = 1 - rule.lr * rule.weight_decay
         self.decay = rule.decay
+        self.cautious = job.group["cautious_decay"] and self.keep != 1
         self.dtype = storage.work_dtype(w.param.dtype)
         self.stochastic = w.param.dtype == torch.bfloat16 and job.group["param_rounding"] == "stochastic"
         self.key = hash_key(job.group["seed"], w.t, w.index) if self.stochastic else 0
@@ -171,15 +179,19 @@ class _Write:
         """
         x = p.to(self.dtype)  # p itself, or a copy
         if self.decay == "before" and self.keep != 1:
-            x.mul_(self.keep)
+            x.mul_(self._mask(x, d) if self.cautious else self.keep)
+        keep = self._mask(x, d) if self.decay == "after" and self.cautious else self.keep
         x.add_(d, alpha=-self.step)
         if self.decay == "after" and self.keep != 1:
-            x.mul_(self.keep)
+            x.mul_(keep)
         if x is p:
             return
         if self.stochastic and cut is not None:
             x = stochastic_round(x, index[0] if index else self._run(p, cut), self.key)
         p.copy_(x)
+
+    def _mask(self, x: Tensor, d: Tensor) -> Tensor:
+        return torch.where(x * d >= 0, self.keep, 1.0).to(x.dtype)
 
     def _run(self, p: Tensor, cut: slice) -> Tensor:
         start = (self.first or 0) + cut.start * (p.numel() // max(1, cut.stop - cut.start))

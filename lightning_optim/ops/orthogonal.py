@@ -6,31 +6,56 @@ and drives the values towards one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-QUINTIC = (3.4445, -4.7750, 2.0315)
+Coefficients = tuple[float, float, float]
+
+QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)
 """Jordan et al. 2024: the steepest slope at zero (3.44 per step) at the price of singular values in [0.68, 1.13]."""
+
+SCHEDULES: dict[str, tuple[Coefficients, ...]] = {
+    "quintic": (QUINTIC,),
+    "annealed": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+    "polar_express": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+}
+"""Coefficients per iteration; the last ones repeat. `quintic`: Jordan et al. 2024. `annealed`: the five-step table of
+microsoft/dion and modded-nanogpt; it ends in [0.97, 1.04] for singular values above 5 % of the norm. `polar_express`:
+Amsel et al. 2025, arXiv:2505.16932, with safety 1.02 in the coefficients and in the divisor; it ends in [0.86, 1.14]
+above 1 %."""
+
+SAFETY = {"polar_express": 1.02}
+"""Factor of the norm that is divided by, where it is not one."""
 
 
 def orthogonalize(
     x: Tensor,
     steps: int = 5,
     *,
-    coefficients: Sequence[float] = QUINTIC,
+    coefficients: str | Coefficients = "quintic",
     eps: float = 1e-7,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Approximate the polar factor U V^T of each matrix x = U S V^T by `steps` quintic Newton-Schulz iterations.
 
-        x <- x / max(|x|, eps);  A = x x^T;  x <- a x + (b A + c A A) x
+        x <- x / max(safety |x|, eps);  A = x x^T;  x <- a x + (b A + c A A) x
 
     Args:
         x: `[..., m, n]`; the smaller side is iterated on.
         steps: number of iterations.
-        coefficients: (a, b, c).
+        coefficients: (a, b, c) of every iteration, or a name of `SCHEDULES`.
         eps: smallest Frobenius norm that is divided by; zero stays zero.
         dtype: in which the products are taken. bfloat16 deviates from exact arithmetic by 2 to 4 % (measured).
 
@@ -38,14 +63,17 @@ def orthogonalize(
         Shaped like `x`, in the dtype of `x`. Singular values of the input above 1 % of its norm end in
         [0.68, 1.13] with the default coefficients.
     """
-    a, b, c = coefficients
+    named = isinstance(coefficients, str)
+    schedule = SCHEDULES[coefficients] if named else (coefficients,)
     tall = x.shape[-2] > x.shape[-1]
     y = x.to(dtype, copy=True)
     y = y.mT if tall else y  # a view: copying the transpose costs as much as an iteration
-    y /= torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
+    y /= norm.mul_(SAFETY.get(coefficients, 1.0) if named else 1.0).clamp_(min=eps)
     shape = y.shape
     y = y.reshape(-1, *shape[-2:])
-    for _ in range(steps):
+    for i in range(steps):
+        a, b, c = schedule[min(i, len(schedule) - 1)]
         gram = torch.bmm(y, y.mT)
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         y = torch.baddbmm(y, poly, y, beta=a)

@@ -50,7 +50,7 @@ class AdamW(Rule):
         if self.eps_mode not in ("corrected", "uncorrected"):
             raise ValueError(f"{self.name}: eps_mode must be 'corrected' or 'uncorrected', got {self.eps_mode!r}")
 
-    def slots(self, *, vector: bool) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         return {**self.state, "max_exp_avg_sq": zeros("mn")} if self.amsgrad else self.state
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, nearest, zeros
-from lightning_optim.ops.orthogonal import QUINTIC, orthogonalize
+from lightning_optim.ops.orthogonal import SCHEDULES, orthogonalize
 
 SCALES = {
     "original": lambda m, n: max(1.0, m / n) ** 0.5,
@@ -31,6 +31,9 @@ class Muon(Rule):
     m <- momentum m + (1 - momentum) g;  x = (1 - momentum) g + momentum m, or m without nesterov
     d = scale(m, n) orthogonalize(x)
 
+    `ns_coefficients` are (a, b, c) of every iteration, or `"quintic"`, `"annealed"`, `"polar_express"` (see
+    `ops.orthogonal.SCHEDULES`).
+
     Not for embeddings, heads, vectors or biases. Whether the momentum is an average (Jordan, torch) or a sum
     (Moonlight) makes no difference: the iteration does not see the factor.
 
@@ -42,7 +45,7 @@ class Muon(Rule):
     momentum: float = 0.95
     nesterov: bool = True
     ns_steps: int = 5
-    ns_coefficients: tuple[float, float, float] = QUINTIC
+    ns_coefficients: str | tuple[float, float, float] = "quintic"
     ns_dtype: IterationDtype = "bfloat16"
     eps: float = 1e-7
     scale: Scale = "original"
@@ -62,18 +65,31 @@ class Muon(Rule):
         """
         super().validate()
         if self.momentum >= 1:
-            raise ValueError(f"muon: momentum must be below 1, got {self.momentum}")
+            raise ValueError(f"{self.name}: momentum must be below 1, got {self.momentum}")
         if self.scale not in SCALES:
-            raise ValueError(f"muon: unknown scale {self.scale!r}; {nearest(self.scale, list(SCALES))}")
+            raise ValueError(f"{self.name}: unknown scale {self.scale!r}; {nearest(self.scale, list(SCALES))}")
+        if isinstance(self.ns_coefficients, str):
+            if self.ns_coefficients not in SCHEDULES:
+                hint = nearest(self.ns_coefficients, list(SCHEDULES))
+                raise ValueError(f"{self.name}: unknown ns_coefficients {self.ns_coefficients!r}; {hint}")
+        elif len(self.ns_coefficients) != 3:
+            raise ValueError(f"{self.name}: ns_coefficients must be three numbers, got {self.ns_coefficients!r}")
         if self.ns_dtype not in IterationDtype.__args__:
-            raise ValueError(f"muon: ns_dtype must be one of {IterationDtype.__args__}, got {self.ns_dtype!r}")
+            raise ValueError(f"{self.name}: ns_dtype must be one of {IterationDtype.__args__}, got {self.ns_dtype!r}")
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return SCALES[self.scale](m, n) / max(m, n) ** 0.5
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+    def orthogonal(self, g: Tensor, s: SimpleNamespace) -> Tensor:
+        """The orthogonalised momentum.
+
+        Returns:
+            `[b, m, n]`, without a shape scale.
+        """
         s.momentum_buffer.lerp_(g, 1 - self.momentum)
         x = g.lerp(s.momentum_buffer, self.momentum) if self.nesterov else s.momentum_buffer
         dtype = getattr(torch, self.ns_dtype)
-        d = orthogonalize(x, self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps, dtype=dtype)
-        return d.mul_(SCALES[self.scale](*g.shape[-2:]))
+        return orthogonalize(x, self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps, dtype=dtype)
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        return self.orthogonal(g, s).mul_(SCALES[self.scale](*g.shape[-2:]))

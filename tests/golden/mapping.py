@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from lightning_optim import SGD, Adafactor, Adam, AdamW, Executor, Lion, Muon
+from lightning_optim import SGD, SOAP, Adafactor, Adam, AdamW, Executor, Lion, Muon, NorMuon
 
 Params = dict[str, Parameter]
 Case = dict[str, Any]
@@ -90,14 +90,79 @@ def _muon_moonlight(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return _hybrid(params, {**shared, **muon, "scale": "match_rms_adamw", **FLOAT32}, {**shared, **adam})
 
 
+def _normuon(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    """Of microsoft/dion: momentum without Nesterov and Polar Express by default, the scale under `adjust_lr`."""
+    scale = {"spectral_norm": "spectral", "rms_norm": "match_rms_adamw", None: "none"}
+    polar = h.get("use_polar_express", True)
+    fp32 = (case.get("run_options") or {}).get("ns_fp32")  # recorded with the constant quintic
+    coefficients = "quintic" if fp32 else "polar_express" if polar else "annealed"
+    return NorMuon(
+        params.items(),
+        lr=h.get("lr", 0.01),
+        momentum=h.get("mu", 0.95),
+        beta2=h.get("muon_beta2", 0.95),
+        nesterov=h.get("nesterov", False),
+        weight_decay=h.get("weight_decay", 0.01),
+        scale=scale[h.get("adjust_lr", "spectral_norm")],
+        cautious_decay=h.get("cautious_wd", False),
+        ns_coefficients=coefficients,
+        **FLOAT32,
+    )
+
+
+def _adam_mini(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    """Of adam-mini 1.1.1: blocks by the reference's own substrings of lower-cased names, first match wins."""
+    dim, heads = h.pop("dim"), h.pop("n_heads")
+    h.pop("n_kv_heads", None)
+    rows = (
+        "embed embd wte lm_head output final_layer v_proj wv value feed_forward linear mlp o_proj wo attn.proj".split()
+    )
+    groups = []
+    for name, p in params.items():
+        low, settings = name.lower(), dict(h)
+        if any(k in low for k in ("norm", "ln", "bias")):
+            settings["weight_decay"] = 0.0
+        if "bias" in low:
+            settings["block"] = "row"
+        elif any(k in low for k in ("k_proj", "q_proj", "wq", "wk", "query", "key")):
+            settings |= {"block": "matrix", "blocks": p.numel() * heads // (dim * dim)}
+        else:
+            settings["block"] = "row" if any(k in low for k in rows) else "matrix"
+        groups.append({"params": [(name, p)], "rule": "adam_mini", "name": name, **settings})
+    return Executor(groups)
+
+
+def _soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    h.pop("merge_dims", None)
+    beta = h.pop("shampoo_beta", -1)
+    optimizer = SOAP(params.items(), **h, shampoo_beta=None if beta < 0 else beta)
+    if case.get("inject"):
+        optimizer.register_step_post_hook(lambda opt, *_: _inject_basis(opt, params, case))
+    return optimizer
+
+
+def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) -> None:
+    """Set the recorded first eigenbases after step 1."""
+    for name, p in params.items():
+        if int(optimizer.state[p]["step"]) == 1:
+            sides = ("left", "right") if p.ndim == 2 else ("right",)
+            for i, side in enumerate(sides):
+                basis = case["inject"].get(f"basis{i}_1/{name}")
+                if basis is not None and f"basis_{side}" in optimizer.state[p]:
+                    optimizer.state[p][f"basis_{side}"].copy_(basis)
+
+
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "Adafactor-torch": _plain(Adafactor),
     "Adam": _plain(Adam),
+    "Adam-mini": _adam_mini,
     "AdamW": _plain(AdamW),
     "Lion": _lion,
     "Muon-KellerJordan": _muon_keller_jordan,
     "Muon-KellerJordan-AuxAdam": _muon_aux_adam,
     "Muon-Moonlight": _muon_moonlight,
     "Muon-torch": _muon_torch,
+    "NorMuon": _normuon,
     "SGD": _plain(SGD),
+    "SOAP": _soap,
 }
