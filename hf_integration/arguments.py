@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 from transformers.training_args import OptimizerNames
 
 from hf_integration.factory import OptimizerFactory
-from lightning_optim.core.rule import REGISTRY, nearest
+from lightning_optim.core.rule import REGISTRY, lookup, nearest
+
+ADAM = ("adam", "adamw")
+"""Rules that the `adam_*` flags are for."""
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """Transformers' arguments with our optimizers under `--optim`.
 
-    A name of ours is kept in `optim_name` and switched on by passing `optimizer_cls_and_kwargs()` to the Trainer; any
-    other name is Transformers' own and runs as ever. Where both have a name (`sgd`, `adafactor`), it is ours.
+    trainer = Trainer(model, args, optimizer_cls_and_kwargs=args.optimizer_cls_and_kwargs(), ...)
+
+    Any other name is Transformers' own and runs as ever. Where both have a name (`sgd`, `adafactor`), it is ours.
+    `--optim_args "momentum=0.9, nesterov=False"` sets hyperparameters of our rule, and `--adam_beta1`, `--adam_beta2`
+    and `--adam_epsilon` hold for every parameter that AdamW or Adam updates.
     """
 
     optim: str = field(default="adamw", metadata={"help": "Name of an optimizer of lightning_optim or Transformers."})
     rest_optim: str = field(default="adamw", metadata={"help": "Rule of the parameters the optimizer does not take."})
     rest_learning_rate: float | None = field(default=None, metadata={"help": "Its learning rate; default: the same."})
-    lr_convention: str = field(
+    lr_convention: Literal["adamw", "native"] = field(
         default="adamw",
         metadata={"help": "adamw: --learning_rate is AdamW's, whatever the optimizer; native: the published scale."},
     )
 
     def __post_init__(self) -> None:
-        """Take our name out of `optim` and let Transformers check the rest.
+        """Check our names, and let Transformers check the rest.
 
         Raises:
             ValueError: nobody knows the name; the nearest ones are given.
         """
-        self.optim_name = None
-        if self.optim in REGISTRY:
-            self.optim_name, self.optim = str(self.optim), OptimizerNames.ADAMW_TORCH.value
-        elif self.optim not in list(OptimizerNames):
-            raise ValueError(f"unknown optimizer {self.optim!r}; {nearest(self.optim, [*REGISTRY, *OptimizerNames])}")
+        theirs = [name.value for name in OptimizerNames]
+        name = self.optim.value if isinstance(self.optim, OptimizerNames) else self.optim
+        if name not in REGISTRY and name not in theirs:
+            raise ValueError(f"unknown optimizer {name!r}; {nearest(name, [*REGISTRY, *theirs])}")
+        lookup(self.rest_optim)
+        if name in REGISTRY:
+            _literals(self.optim_args)
+            self.optim = OptimizerNames.ADAMW_TORCH  # the parent takes its own names only
         super().__post_init__()
+        if name in REGISTRY:
+            self.optim = name
 
     def optimizer_cls_and_kwargs(self) -> tuple[type, dict[str, Any]] | None:
         """The Trainer's argument of the same name.
@@ -47,14 +59,28 @@ class TrainingArguments(transformers.TrainingArguments):
         Returns:
             The factory and its arguments, or None for an optimizer of Transformers' own.
         """
-        if self.optim_name is None:
+        if self.optim not in REGISTRY:
             return None
+        adam = {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
         settings = {
-            "name": self.optim_name,
+            "name": self.optim,
             "lr": self.learning_rate,
             "weight_decay": self.weight_decay,
             "rest": self.rest_optim,
             "rest_lr": self.rest_learning_rate,
+            "rest_settings": adam if self.rest_optim in ADAM else {},
             "lr_convention": self.lr_convention,
         }
-        return OptimizerFactory, settings
+        return OptimizerFactory, settings | (adam if self.optim in ADAM else {}) | _literals(self.optim_args)
+
+
+def _literals(text: str | None) -> dict[str, Any]:
+    """Read `momentum=0.9, betas=(0.9, 0.95), schedule=polar`; a bare word is a string."""
+    try:
+        call = ast.parse(f"dict({text or ''})", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError("not name=value")
+        values = {str(k.arg): k.value for k in call.keywords}
+        return {k: v.id if isinstance(v, ast.Name) else ast.literal_eval(v) for k, v in values.items()}
+    except (SyntaxError, ValueError) as e:
+        raise ValueError(f"optim_args must be name=value, name=value with plain values, got {text!r}") from e

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import OPTIONS, rule_of
-from lightning_optim.core.rule import hyperparameters, lookup, nearest
+from lightning_optim.core.rule import Rule, hyperparameters, lookup, nearest
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.partition import Override, assign
 
@@ -25,6 +25,7 @@ def build_optimizer(
     weight_decay: float = 0.0,
     rest: str = "adamw",
     rest_lr: float | None = None,
+    rest_settings: Mapping[str, Any] | None = None,
     lr_convention: str = "adamw",
     overrides: Sequence[Override] = (),
     **settings: Any,
@@ -42,6 +43,7 @@ def build_optimizer(
         weight_decay: of everything but vectors.
         rest: rule of what the main rule does not take.
         rest_lr: its learning rate, `lr` if not given.
+        rest_settings: its hyperparameters.
         lr_convention: `"adamw"` scales every direction to AdamW's RMS; `"native"` takes `lr` as published.
         overrides: ordered (pattern or role, rule or None, settings); the first match wins.
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
@@ -54,11 +56,10 @@ def build_optimizer(
         ValueError: an unknown name, setting or pattern, or a parameter its rule cannot take.
     """
     rule = lookup(name)
-    known = [*hyperparameters(rule), *OPTIONS]
-    for key in settings:
-        if key not in known:
-            raise ValueError(f"{name} has no setting {key!r}; {nearest(key, known)}")
+    _check_names(rule, settings)
+    _check_names(lookup(rest), rest_settings or {})
     shared = {key: value for key, value in settings.items() if key in OPTIONS}
+    of_rule = {lookup(rest).name: shared | dict(rest_settings or {}), rule.name: settings}
     groups: dict[str, dict[str, Any]] = {}
     for a in assign(model, name, rest, overrides):
         if a.group not in groups:
@@ -70,7 +71,7 @@ def build_optimizer(
                 "lr": lr if main or rest_lr is None else rest_lr,
                 "weight_decay": 0.0 if a.role == "vector" else weight_decay,
                 "lr_convention": lr_convention,
-                **(settings if main else shared),
+                **of_rule.get(a.rule, shared),
                 **a.settings,
                 "params": [],
             }
@@ -80,6 +81,13 @@ def build_optimizer(
     optimizer.defaults.update(settings | {"lr": lr, "weight_decay": weight_decay, "lr_convention": lr_convention})
     _say_native(optimizer, lr_convention)
     return optimizer
+
+
+def _check_names(rule: type[Rule], settings: Mapping[str, Any]) -> None:
+    known = [*hyperparameters(rule), *OPTIONS]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{rule.name} has no setting {key!r}; {nearest(key, known)}")
 
 
 def _say_native(optimizer: Executor, lr_convention: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning import LightningModule
@@ -33,6 +33,7 @@ def configure_optimizers(
     weight_decay: float = 0.0,
     rest: str = "adamw",
     rest_lr: float | None = None,
+    rest_settings: Mapping[str, Any] | None = None,
     lr_convention: str = "adamw",
     overrides: Sequence[Override] = (),
     **settings: Any,
@@ -52,6 +53,7 @@ def configure_optimizers(
         weight_decay: see `build_optimizer`, as are the following.
         rest: see `build_optimizer`.
         rest_lr: see `build_optimizer`.
+        rest_settings: see `build_optimizer`.
         lr_convention: see `build_optimizer`.
         overrides: see `build_optimizer`.
         **settings: see `build_optimizer`.
@@ -71,6 +73,7 @@ def configure_optimizers(
         weight_decay=weight_decay,
         rest=rest,
         rest_lr=rest_lr,
+        rest_settings=rest_settings,
         lr_convention=lr_convention,
         overrides=overrides,
         **settings,

@@ -73,6 +73,16 @@ def test_matrix_rules_take_hidden_matrices_others_take_everything() -> None:
         assert {a.rule for a in assign(Block(), name, "adamw")} == {name}
 
 
+def test_settings_go_to_their_rule() -> None:
+    overrides = [("out.weight", "lion")]
+    optimizer = build_optimizer(Block(), "muon", lr=1e-3, rest_settings={"eps": 1e-5}, seed=4, overrides=overrides)
+    for group in optimizer.param_groups:
+        assert group["seed"] == 4
+        assert group.get("eps") == {"adamw": 1e-5, "muon": 1e-7, "lion": None}[group["rule"]]
+    with pytest.raises(ValueError, match="adamw has no setting 'epsilon'.*'eps'"):
+        build_optimizer(Block(), "muon", lr=1e-3, rest_settings={"epsilon": 1e-5})
+
+
 def test_overrides_in_order_first_match_wins() -> None:
     overrides = [("embed.weight", "lion", {"lr": 7.0}), ("hidden", None, {"momentum": 0.5}), ("*.bias", "sgd")]
     model = Block()

@@ -320,6 +320,8 @@ def test_resuming_inside_an_epoch_is_exact(tmp_path: Path, optim: str, dtype: to
         args = arguments(tmp_path / folder, optim=optim, max_steps=14, save_strategy="steps", save_steps=6)
         model = llama(dropout=0.1)  # dropout: the random state must come back, too
         cast("nn.Module", model).to(dtype)
+        if resume:
+            torch.nn.utils.vector_to_parameters(torch.zeros(model.num_parameters(), dtype=dtype), model.parameters())
         trainer = trainer_of(model, args)
         trainer.train(resume)
         return trainer
@@ -387,6 +389,7 @@ def test_a_half_written_checkpoint_is_not_the_last(tmp_path: Path):
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path, before=10) == str(tmp_path / "checkpoint-5")
 
 
 def make_model(folder: Path, text: Path) -> None:
@@ -426,7 +429,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path: Path):
     text = Path(dataclasses.__file__)
     make_model(tmp_path / "model", text)
     flags = ["--model", str(tmp_path / "model"), "--data", str(text), "--optim", "muon", "--learning_rate", "1e-3"]
-    flags += ["--max_steps", "60", "--per_device_train_batch_size", "8", "--logging_steps", "1", "--save_steps", "10"]
+    flags += ["--max_steps", "120", "--per_device_train_batch_size", "8", "--logging_steps", "1", "--save_steps", "10"]
     flags += ["--use_cpu", "--disable_tqdm", "true", "--resume_from_checkpoint", "true", "--output_dir"]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -443,24 +446,28 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path: Path):
     assert process.wait() == -signal.SIGKILL
     last = last_checkpoint(killed)
     assert last is not None and not (killed / "model.safetensors").exists()
-    shutil.copytree(last, killed / "checkpoint-55", ignore=shutil.ignore_patterns("trainer_state.json"))
+    shutil.copytree(last, killed / "checkpoint-115", ignore=shutil.ignore_patterns("trainer_state.json"))
 
-    again = subprocess.run(command(*flags, str(killed)), env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0, again.stderr
+    for start in (int(last.rpartition("-")[2]), 110):  # then the finished run once more, from before its last step
+        again = subprocess.run(
+            command(*flags, str(killed)), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        )
+        assert again.returncode == 0, again.stderr
+        assert again.stdout.count("{'loss'") == 120 - start
 
     def losses(folder: Path) -> dict[int, float]:
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
-    assert list(losses(whole)) == list(range(1, 61))
+    assert list(losses(whole)) == list(range(1, 121))
     assert losses(killed) == losses(whole)
     curve = scalars(whole / "tensorboard", "train/loss")
-    assert list(curve) == list(range(1, 61))
+    assert list(curve) == list(range(1, 121))
     assert scalars(killed / "tensorboard", "train/loss") == curve
     assert_same(load_file(killed / "model.safetensors"), load_file(whole / "model.safetensors"))
 
     assert scalars(killed / "tensorboard", "eval/loss") == scalars(whole / "tensorboard", "eval/loss")
-    before, after = (scalars(whole / "tensorboard", "eval/loss")[step] for step in (0, 60))
+    before, after = (scalars(whole / "tensorboard", "eval/loss")[step] for step in (0, 120))
     assert min(before) - max(after) > 0.5
     for line in ("muon/hidden", "adamw/embedding", "adamw/vector", "evaluation before", "evaluation after"):
         assert line in done.stdout
