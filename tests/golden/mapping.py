@@ -37,7 +37,7 @@ def _torch_iteration(case: Case) -> dict[str, Any]:
     return {"ns_dtype": "float32"} if (case.get("run_options") or {}).get("ns_fp32") else {}
 
 
-FLOAT32 = {"ns_dtype": "float32"}
+FLOAT32: dict[str, Any] = {"ns_dtype": "float32"}
 """Jordan's and Moonlight's bfloat16 roundings belong to an order of operations that is not ours (theirs adds outside
 the product). Their bfloat16 cases are compared with a float32 iteration, for which the tolerance was recorded."""
 
@@ -92,7 +92,7 @@ def _muon_moonlight(params: Params, h: dict[str, Any], case: Case) -> Executor:
 
 def _normuon(params: Params, h: dict[str, Any], case: Case) -> Executor:
     """Of microsoft/dion: momentum without Nesterov and Polar Express by default, the scale under `adjust_lr`."""
-    scale = {"spectral_norm": "spectral", "rms_norm": "match_rms_adamw", None: "none"}
+    scale: dict[str | None, Any] = {"spectral_norm": "spectral", "rms_norm": "match_rms_adamw", None: "none"}
     polar = h.get("use_polar_express", True)
     fp32 = (case.get("run_options") or {}).get("ns_fp32")  # recorded with the constant quintic
     coefficients = "quintic" if fp32 else "polar_express" if polar else "annealed"
