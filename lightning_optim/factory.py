@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import OPTIONS, rule_of
-from lightning_optim.core.rule import Rule, hyperparameters, lookup, nearest
+from lightning_optim.core.groups import OPTIONS, rule_of, settings_of
+from lightning_optim.core.rule import Rule, lookup, nearest
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.partition import Override, assign
 
@@ -58,11 +58,12 @@ def build_optimizer(
     rule = lookup(name)
     _check_names(rule, settings)
     _check_names(lookup(rest), rest_settings or {})
-    shared = {key: value for key, value in settings.items() if key in OPTIONS}
+    shared = {key: value for key, value in settings.items() if key in OPTIONS and key != "blocks"}
     of_rule = {lookup(rest).name: shared | dict(rest_settings or {}), rule.name: settings}
     groups: dict[str, dict[str, Any]] = {}
     for a in assign(model, name, rest, overrides):
         if a.group not in groups:
+            _check_names(lookup(a.rule), a.settings)
             main = a.rule == rule.name
             groups[a.group] = {
                 "name": a.group,
@@ -84,7 +85,7 @@ def build_optimizer(
 
 
 def _check_names(rule: type[Rule], settings: Mapping[str, Any]) -> None:
-    known = [*hyperparameters(rule), *OPTIONS]
+    known = list(settings_of(rule))
     for key in settings:
         if key not in known:
             raise ValueError(f"{rule.name} has no setting {key!r}; {nearest(key, known)}")

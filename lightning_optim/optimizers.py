@@ -11,17 +11,8 @@ from typing import Any
 
 import lightning_optim.rules  # noqa: F401  (fills the registry)
 from lightning_optim.core.executor import Executor, ParamsT
-from lightning_optim.core.groups import OPTIONS
+from lightning_optim.core.groups import OPTION_TYPES, OPTIONS
 from lightning_optim.core.rule import REGISTRY, Rule, hyperparameters
-
-OPTION_TYPES: dict[str, Any] = {
-    "lr_convention": str,
-    "on_nonfinite": str | None,
-    "param_rounding": str,
-    "blocks": int | None,
-    "cautious_decay": bool,
-    "seed": int,
-}
 
 
 def signature(rule: type[Rule]) -> inspect.Signature:
@@ -50,10 +41,7 @@ def optimizer_class(rule: type[Rule]) -> type[Executor]:
     def __init__(self: Executor, *args: Any, **kwargs: Any) -> None:
         bound = call.bind(*args, **kwargs).arguments
         params, size = bound.pop("params"), bound.pop("max_temp_bytes", 2**25)
-        defaults = {"rule": rule.name, **hyperparameters(rule), **OPTIONS, **bound}
-        if bound.get("lr_convention") == "adamw":
-            defaults.update({k: v for k, v in rule.adamw_settings.items() if k not in bound})
-        Executor.__init__(self, params, defaults, max_temp_bytes=size)
+        Executor.__init__(self, params, {"rule": rule.name, **bound}, max_temp_bytes=size)
 
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     __init__.__signature__ = call.replace(parameters=[self_parameter, *call.parameters.values()])  # pyright: ignore

@@ -32,6 +32,7 @@ SHAPES = {
     "again": (7, 5),
     "stack": (4, 6, 3),
     "vector": (9,),
+    "bias": (1,),
 }
 """Rows that do not divide, a matrix with fewer rows than ranks, two of one shape, a stack of experts, a vector."""
 
@@ -135,6 +136,31 @@ def full_state(rank: int, world: int, name: str, steps: int) -> Any:
     return weights(model), shapes
 
 
+def flattened(rank: int, world: int, name: str, steps: int) -> Any:
+    """A flattened state dict, loaded back into a fresh optimizer; then go on."""
+    model = sharded(name, world)
+    optimizer = make(name, model.parameters())
+    take_steps(model, optimizer, range(1, steps + 1))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    fresh = make(name, model.parameters(), lr=77.0)
+    fresh.zero_grad()
+    set_optimizer_state_dict(model, fresh, saved, options=options)
+    take_steps(model, fresh, range(steps + 1, steps + 4))
+    return weights(model)
+
+
+def collectives(rank: int, world: int, name: str) -> Any:
+    """How many collectives one step makes, and the largest number of elements a rank puts into one."""
+    model = sharded(name, world)
+    optimizer = make(name, model.parameters())
+    take_steps(model, optimizer, range(1, 3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        optimizer.step()
+    calls = [e for e in profile.events() or [] if e.name.startswith(("c10d::", "_c10d_functional::all_"))]
+    return len(calls), max((math.prod(s) for e in calls for s in e.input_shapes if s), default=0)
+
+
 def owners(rank: int, world: int, name: str) -> Any:
     """Which parameters have whole state here."""
     model = sharded(name, world)
@@ -146,7 +172,7 @@ def owners(rank: int, world: int, name: str) -> Any:
     owned = {
         names[p]: {k: tuple(v.shape) for k, v in s.items() if k != "step"}
         for p, s in optimizer.state.items()
-        if len(s) > 1
+        if all(v.numel() for v in s.values())
     }
     local = [v.to_local() for s in saved.values() for v in s.values() if isinstance(v, DTensor)]
     tight = all(t.untyped_storage().nbytes() == t.nbytes for t in local)

@@ -108,10 +108,22 @@ def test_full_state_dict_broadcast_from_rank_0(pool: Pool, name: str) -> None:
     for (found, shapes), rank in zip(pool.run("tests.jobs:full_state", 2, name=name, steps=3), (0, 1), strict=True):
         compare(name, found, straight(name, 6))
         if rank == 0:
-            slot = next(iter(REGISTRY[name]().slots(5, 12)))
+            slot = next(iter(REGISTRY[name]().declared(5, 12)))
             assert f"wide.{slot}" in shapes
             whole = {"muon": (5, 12), "lion": (5, 12), "adafactor": (5, 1)}
             assert shapes[f"wide.{slot}"] == whole[name]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_flattened_state_dict(pool: Pool, name: str) -> None:
+    for found in pool.run("tests.jobs:flattened", 2, name=name, steps=3):
+        compare(name, found, straight(name, 6))
+
+
+def test_elementwise_rules_move_nothing_and_reducing_rules_only_sums(pool: Pool) -> None:
+    assert pool.run("tests.jobs:collectives", 2, name="lion") == [(0, 0)] * 2
+    for calls, largest in pool.run("tests.jobs:collectives", 2, name="adafactor"):
+        assert calls > 0 and largest <= 12, "the column sums of the widest matrix, or of two stacked ones"
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -125,7 +137,7 @@ def test_each_matrix_has_one_owner_and_the_checkpoint_is_sharded(pool: Pool, nam
     for found, parts, tight in results:
         for key, held in found.items():
             dims = chunks.matrix_dims(shapes[key])
-            slots = REGISTRY[name]().slots(*dims[1:], vector=len(shapes[key]) < 2)
+            slots = REGISTRY[name]().declared(*dims[1:], vector=len(shapes[key]) < 2)
             assert held == {k: rest_shape(slot, shapes[key], dims) for k, slot in slots.items()}
         assert all(sharded == (slot != "step") for slots in parts.values() for slot, (_, sharded) in slots.items())
         assert tight, "a saved shard owns exactly its storage"

@@ -30,7 +30,10 @@ def model() -> nn.Module:
         (lambda: build_optimizer(model(), "muonn", lr=1e-3), r"unknown optimizer 'muonn'.*'muon'"),
         (lambda: build_optimizer(model(), "muon", lr=1e-3, rest="adam_w"), r"unknown optimizer 'adam_w'.*'adamw'"),
         (lambda: build_optimizer(model(), "muon", lr=1e-3, momentun=0.9), r"no setting 'momentun'.*'momentum'"),
-        (lambda: build_optimizer(model(), "muon", lr=1e-3, lr_convention="adam"), "unknown lr_convention 'adam'"),
+        (
+            lambda: build_optimizer(model(), "muon", lr=1e-3, lr_convention="adam"),
+            "lr_convention: unknown value 'adam'.*'adamw'",
+        ),
         (lambda: build_optimizer(model(), "muon", lr=1e-3, overrides=[("*.gate", "adamw")]), r"'\*.gate' matches no"),
         (
             lambda: build_optimizer(model(), "muon", lr=1e-3, overrides=[("vector", "muon")]),
@@ -46,19 +49,32 @@ def model() -> nn.Module:
         (lambda: Muon([("layer.bias", Parameter(torch.randn(3)))]), r"layer\.bias: muon needs a matrix"),
         (lambda: Muon([matrix()], blocks=3), "4 rows do not divide into 3 blocks"),
         (lambda: Muon([matrix()], blocks=0), "blocks must be a positive integer"),
-        (lambda: Muon([matrix()], lr=-1.0), "lr must be a number >= 0, got -1.0"),
-        (lambda: Muon([matrix()], momentum=math.nan), "momentum must be a number >= 0, got nan"),
-        (lambda: Muon([matrix()], momentum=1.0), "momentum must be below 1"),
-        (lambda: Muon([matrix()], lr=torch.tensor(math.nan)), "lr must be a number >= 0, got nan"),
-        (lambda: Muon([matrix()], scale="orignal"), "unknown scale 'orignal'.*'original'"),  # pyright: ignore
-        (lambda: Muon([matrix()], ns_dtype="int8"), "ns_dtype must be one of"),  # pyright: ignore
+        (lambda: Muon([matrix()], lr=-1.0), "lr must be a finite number >= 0, got -1.0"),
+        (lambda: Muon([matrix()], momentum=math.nan), "momentum must be a finite number >= 0, got nan"),
+        (lambda: Muon([matrix()], momentum=1.0), "momentum < 1"),
+        (lambda: Muon([matrix()], lr=torch.tensor(math.nan)), "lr must be a finite number >= 0, got nan"),
+        (lambda: Muon([matrix()], scale="orignal"), "scale: unknown value 'orignal'.*'original'"),  # pyright: ignore
+        (lambda: Muon([matrix()], ns_dtype="int8"), "ns_dtype: unknown value 'int8'; known: bfloat16"),  # pyright: ignore
         (lambda: AdamW([matrix()], betas=(0.9, 1.0)), r"betas must lie in \[0, 1\)"),
-        (lambda: AdamW([matrix()], weight_decay=-0.1), "weight_decay must be a number >= 0"),
+        (lambda: AdamW([matrix()], weight_decay=-0.1), "weight_decay must be a finite number >= 0"),
         (lambda: AdamW([matrix()], lr="0.1"), "lr must be a number, got '0.1'"),  # pyright: ignore
-        (lambda: AdamW([matrix()], eps_mode="hf"), "eps_mode"),  # pyright: ignore
+        (lambda: AdamW([matrix()], eps_mode="hf"), "eps_mode: unknown value 'hf'"),  # pyright: ignore
+        (lambda: AdamW([matrix()], betas=0.9), "betas must be 2 numbers, got 0.9"),  # pyright: ignore
+        (lambda: AdamW([matrix()], betas=(0.9,)), r"betas must be 2 numbers, got \(0.9,\)"),  # pyright: ignore
+        (lambda: AdamW([matrix()], eps=None), "eps must be a number, got None"),  # pyright: ignore
+        (lambda: AdamW([matrix()], lr=math.inf), "lr must be a finite number"),
+        (lambda: AdamW([matrix()], seed="x"), "seed must be an integer, got 'x'"),  # pyright: ignore
+        (lambda: Muon([matrix()], ns_steps=2.5), "ns_steps must be an integer, got 2.5"),  # pyright: ignore
+        (lambda: Muon([matrix()], ns_steps=0), "ns_steps >= 1"),
+        (lambda: Muon([matrix()], nesterov=None), "nesterov must be True or False, got None"),  # pyright: ignore
+        (lambda: Muon([matrix()], ns_coefficients=(1.0, 2.0)), "ns_coefficients must be 3 numbers"),  # pyright: ignore
+        (lambda: Muon([matrix()], ns_coefficients="quintik"), "unknown ns_coefficients 'quintik'.*'quintic'"),
+        (lambda: Muon([{"params": [matrix()], "learning_rate": 1.0}]), "no setting 'learning_rate'; did you mean 'lr'"),
+        (lambda: Muon([{"params": [matrix()], "momentun": 0.5}]), "no setting 'momentun'; did you mean 'momentum'"),
+        (lambda: build_optimizer(model(), "muon", lr=1.0, overrides=[("hidden", None, {"momentun": 0.5})]), "momentun"),
         (lambda: SGD([matrix()], nesterov=True), "nesterov needs momentum"),
-        (lambda: Lion([matrix()], on_nonfinite="rise"), "unknown on_nonfinite 'rise'.*'raise'"),
-        (lambda: Lion([matrix()], param_rounding="up"), "unknown param_rounding 'up'"),
+        (lambda: Lion([matrix()], on_nonfinite="rise"), "on_nonfinite: unknown value 'rise'.*'raise'"),  # pyright: ignore
+        (lambda: Lion([matrix()], param_rounding="up"), "param_rounding: unknown value 'up'"),  # pyright: ignore
         (lambda: AdamW([Parameter(torch.randn(3, dtype=torch.complex64))]), "complex parameters are not supported"),
         (lambda: AdamW([Parameter(torch.eye(3).to_sparse())]), "sparse parameters are not supported"),
         (lambda: Executor([{"params": [matrix()]}]), "names no rule"),
@@ -179,3 +195,59 @@ def test_checkpoints_of_torch_load(old_class: Any, new_class: Any, settings: dic
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     else:
         assert torch.equal(ours, theirs)
+
+
+def torch_checkpoint(cls: Any, **settings: Any) -> dict[str, Any]:
+    """A checkpoint of one of torch's optimizers after one step."""
+    p = Parameter(torch.randn(4, 3))
+    optimizer = cls([p], **settings)
+    p.grad = torch.ones(4, 3)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def test_settings_of_torch_are_translated() -> None:
+    muon = Muon([matrix()])
+    muon.load_state_dict(torch_checkpoint(torch.optim.Muon, adjust_lr_fn="match_rms_adamw"))
+    assert muon.param_groups[0]["scale"] == "match_rms_adamw"
+    adafactor = Adafactor([matrix()])
+    adafactor.load_state_dict(torch_checkpoint(torch.optim.Adafactor, eps=(1e-5, 1e-2)))
+    assert adafactor.param_groups[0]["eps1"] == 1e-5 and adafactor.param_groups[0]["eps2"] == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "settings", "match"),
+    [
+        (AdamW, torch.optim.AdamW, {"maximize": True}, "maximize=True, which adamw does not do"),
+        (AdamW, torch.optim.Adam, {"weight_decay": 0.1}, "has the L2 form, which is adam's, not adamw's"),
+        (Adam, torch.optim.AdamW, {"weight_decay": 0.1}, "has the decoupled form, which is adamw's, not adam's"),
+        (AdamW, torch.optim.RMSprop, {}, "the checkpoint has no 'exp_avg'"),
+        (Lion, torch.optim.SGD, {"momentum": 0.9}, "the checkpoint has no 'exp_avg'"),
+    ],
+)
+def test_checkpoints_that_would_change_the_run_are_refused(ours: Any, theirs: Any, settings: Any, match: str) -> None:
+    optimizer = ours([matrix()])
+    before = copy.deepcopy(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(torch_checkpoint(theirs, **settings))
+    assert optimizer.param_groups[0].keys() == before.keys() and not optimizer.state
+
+
+def test_bad_values_in_a_checkpoint_are_refused() -> None:
+    optimizer = Lion([matrix()])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = math.nan
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_slot_saved_as_none_is_absent() -> None:
+    """torch's SGD without momentum saves its buffer so."""
+    saved = torch_checkpoint(torch.optim.SGD)
+    saved["state"] = {0: {"momentum_buffer": None}}
+    p = matrix()
+    optimizer = SGD([p])
+    optimizer.load_state_dict(saved)
+    p.grad = torch.ones(4, 3)
+    optimizer.step()
+    assert set(optimizer.state[p]) == {"step"}

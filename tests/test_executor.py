@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import Executor, Rule, eye, zeros
+from lightning_optim import Adafactor, AdamW, Executor, Lion, Muon, Rule, eye, zeros
 from lightning_optim.core import chunks
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.ops.orthogonal import orthogonalize
@@ -132,8 +133,6 @@ def test_several_rules_in_one_optimizer_and_settings_of_each() -> None:
 def test_large_matrices_are_worked_on_without_copies_of_state() -> None:
     """A matrix above the stack limit is a view: the slot the rule mutates is the stored tensor."""
     p = Parameter(torch.randn(600, 500))
-    from lightning_optim import Muon
-
     optimizer = Muon([p])
     p.grad = gradient(p, "p", 1)
     optimizer.step()
@@ -195,8 +194,6 @@ def test_known_iterates() -> None:
 
 def test_muon_is_equivariant_under_rotations() -> None:
     """Muon(A G B) = A Muon(G) B for orthogonal A, B: rotate weights and gradients, and the run rotates with them."""
-    from lightning_optim import Muon
-
     made = torch.Generator().manual_seed(4)
     a, b = (torch.linalg.qr(torch.randn(k, k, dtype=torch.float64, generator=made)).Q for k in (6, 9))
     start = torch.randn(6, 9, dtype=torch.float64, generator=made)
@@ -223,3 +220,170 @@ def test_adamw_is_one_fused_kernel_and_nothing_else_of_parameter_size() -> None:
     assert [e.name for e in ours].count("aten::_fused_adamw_") == 1
     large = [e.name for e in ours if any(s and len(s) == 2 for s in e.input_shapes) and e.name != "aten::_fused_adamw_"]
     assert large == []
+
+
+def slots_of_each_other(registry: Any, *, elementwise: bool) -> None:
+    """A toy rule that assigns one slot to another."""
+
+    @dataclass(frozen=True)
+    class Previous(Rule):
+        lr: float = 0.1
+        weight_decay: float = 0.0
+
+        name: ClassVar = "previous"
+        source: ClassVar = "none"
+        state: ClassVar = {"now": zeros("mn"), "before": zeros("mn")}
+
+        def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:
+            s.before = s.now
+            s.now = s.now + g
+            return s.now - s.before
+
+    Previous.elementwise = elementwise
+    assert registry["previous"] is Previous
+
+
+@pytest.mark.parametrize("elementwise", [False, True])
+@pytest.mark.parametrize("shapes", [[(4, 3)], [(4, 3)] * 2, [(700, 500)]])
+def test_slots_may_be_assigned_to_each_other(registry: Any, shapes: list[Any], elementwise: bool) -> None:
+    slots_of_each_other(registry, elementwise=elementwise)
+    ps = [Parameter(torch.zeros(s)) for s in shapes]
+    optimizer = Executor([{"params": ps, "rule": "previous"}])
+    for _ in range(2):
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for p in ps:
+        assert (optimizer.state[p]["now"] == 2).all() and (optimizer.state[p]["before"] == 1).all()
+
+
+def test_the_rank_letter(registry: Any) -> None:
+    @dataclass(frozen=True)
+    class Ranked(Rule):
+        lr: float = 0.1
+        weight_decay: float = 0.0
+        rank: int = 3
+
+        name: ClassVar = "ranked"
+        source: ClassVar = "none"
+        state: ClassVar = {"low": zeros("rn"), "basis": eye("rr")}
+
+        def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:
+            assert s.low.shape[-2:] == s.basis.shape[-2:-1] + g.shape[-1:]
+            return g
+
+    ps = [Parameter(torch.randn(4, 5)), Parameter(torch.randn(2, 5))]
+    optimizer = Executor([{"params": ps, "rule": "ranked"}])
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert [tuple(optimizer.state[p]["low"].shape) for p in ps] == [(3, 5), (2, 5)]
+    assert [tuple(optimizer.state[p]["basis"].shape) for p in ps] == [(3, 3), (2, 2)]
+
+
+def test_elementwise_rules_have_elementwise_state(registry: Any) -> None:
+    with pytest.raises(TypeError, match="all its state must be 'mn'"):
+
+        class Wrong(Rule):
+            name: ClassVar = "wrong"
+            elementwise: ClassVar = True
+            state: ClassVar = {"row": zeros("m1")}
+
+
+def test_muon_does_not_depend_on_who_shares_the_stack() -> None:
+    """bfloat16 products of one matrix can round differently in a batch; ours are never batched on a CPU."""
+    start = [torch.randn(8, 64, generator=torch.Generator().manual_seed(i)) for i in range(17)]
+    results = []
+    for size in (1, 2**25):
+        ps = [Parameter(x.clone()) for x in start]
+        optimizer = Muon(ps, max_temp_bytes=size)
+        for t in range(1, 6):
+            for i, p in enumerate(ps):
+                p.grad = gradient(p, str(i), t)
+            optimizer.step()
+        results.append(ps)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_plain_tensors_with_a_gradient_move_and_frozen_parameters_do_not() -> None:
+    """A float32 copy of the weights, say; torch moves it too."""
+    copy_of_weights, frozen = torch.zeros(3), Parameter(torch.zeros(3), requires_grad=False)
+    optimizer = Executor([{"params": [copy_of_weights, frozen], "rule": "sgd", "lr": 1.0}])
+    copy_of_weights.grad, frozen.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    assert torch.equal(copy_of_weights, -torch.ones(3)) and torch.equal(frozen, torch.zeros(3))
+
+
+def test_a_group_may_join_with_or_without_names() -> None:
+    a, b, c = (Parameter(torch.zeros(2)) for _ in range(3))
+    named = Executor([{"params": [("a", a)], "rule": "sgd"}])
+    named.add_param_group({"params": [b], "rule": "sgd"})
+    assert named.param_groups[1]["param_names"] == ["sgd_1.0"]
+    unnamed = Executor([{"params": [a], "rule": "sgd"}])
+    unnamed.add_param_group({"params": [("b", b)], "rule": "sgd"})
+    named.param_groups[0]["params"].append(c)
+    for p in (a, b, c):
+        p.grad = torch.ones(2)
+    named.step()
+    assert (c != 0).all() and len(named.state) == 3
+
+
+def test_frozen_parameters_are_not_checked_until_they_train() -> None:
+    codes = Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    bias = Parameter(torch.zeros(3), requires_grad=False)
+    AdamW([Parameter(torch.zeros(3)), codes])
+    matrix = Parameter(torch.randn(3, 3))
+    optimizer = Muon([("w", matrix), ("bias", bias)])
+    matrix.grad = torch.ones(3, 3)
+    optimizer.step()
+    bias.requires_grad_(True)
+    before = matrix.clone()
+    bias.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="bias: muon needs a matrix"):
+        optimizer.step()
+    assert torch.equal(matrix, before) and optimizer.state[matrix]["step"] == 1
+    AdamW(torch.nn.LazyLinear(3).parameters())
+
+
+def test_the_step_count_is_float32_whatever_the_default_dtype() -> None:
+    p = Parameter(torch.zeros(2, dtype=torch.float32))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer = Executor([{"params": [p], "rule": "adamw"}])
+        for _ in range(300):
+            p.grad = torch.ones(2, dtype=torch.float32)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["step"].dtype == torch.float32 and int(optimizer.state[p]["step"]) == 300
+
+
+def test_what_the_user_says_stays() -> None:
+    p = Parameter(torch.randn(3, 3))
+    assert Adafactor([p], lr_convention="adamw", scale_parameter=True).param_groups[0]["scale_parameter"] is True
+    assert Adafactor([p], lr_convention="adamw").param_groups[0]["scale_parameter"] is False
+    assert Lion([p], max_temp_bytes=123).__getstate__()["max_temp_bytes"] == 123
+    assert copy.deepcopy(Lion([p], max_temp_bytes=123)).max_temp_bytes == 123
+
+
+def test_finite_values_of_any_size_are_finite() -> None:
+    p = Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = Executor([{"params": [p], "rule": "lion", "on_nonfinite": "raise"}])
+    p.grad = torch.full((2,), 1e300, dtype=torch.float64)
+    optimizer.step()
+    assert (p != 0).all()
+
+
+def test_settings_changed_to_nonsense_mid_run_are_refused() -> None:
+    p = Parameter(torch.zeros(2, 2))
+    p.grad = torch.ones(2, 2)
+    for key, value, match in [
+        ("lr_convention", "Adamw", "lr_convention: unknown value 'Adamw'"),
+        ("rule", "adamw", "has no betas"),
+        ("on_nonfinite", "no", "on_nonfinite: unknown value 'no'"),
+    ]:
+        optimizer = Executor([{"params": [p], "rule": "muon"}])
+        optimizer.param_groups[0][key] = value
+        with pytest.raises(ValueError, match=match):
+            optimizer.step()
+        assert not optimizer.state

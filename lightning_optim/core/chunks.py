@@ -29,7 +29,7 @@ def matrix_dims(shape: Sequence[int], blocks: int | None = None, *, conv: bool =
 
     Args:
         shape: of the parameter.
-        blocks: cut the rows of each matrix into this many blocks (attention heads, a fused QKV).
+        blocks: cut the rows of each matrix into this many blocks (attention heads, a fused QKV); vectors stay whole.
         conv: whether four and more dimensions are one matrix.
 
     Returns:
@@ -44,7 +44,7 @@ def matrix_dims(shape: Sequence[int], blocks: int | None = None, *, conv: bool =
         b, m, n = 1, shape[0], math.prod(shape[1:])
     else:
         b, m, n = math.prod(shape[:-2]), shape[-2], shape[-1]
-    if blocks and blocks > 1:
+    if blocks and blocks > 1 and len(shape) > 1:
         if m % blocks:
             raise ValueError(f"{m} rows do not divide into {blocks} blocks")
         b, m = b * blocks, m // blocks

@@ -8,17 +8,19 @@ only store of state, `param_groups` the only store of settings; nothing about pa
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.core import checkpoint, chunks, layout, storage
-from lightning_optim.core.groups import completed, rule_of
-from lightning_optim.core.rule import Rule, Slot
+from lightning_optim.core.groups import check_loaded, check_param, completed, rule_of
+from lightning_optim.core.rule import Rule, Slot, lookup
 from lightning_optim.core.work import Job, Work, alike, apply, factor_of, needs_param, update_elementwise, update_stack
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -69,6 +71,10 @@ class Executor(torch.optim.Optimizer):
         if not hasattr(self, "_meeting"):
             self._start()
         super().__setstate__(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied."""
+        return super().__getstate__() | {"max_temp_bytes": self.max_temp_bytes}
 
     # -- groups ---------------------------------------------------------------------------------------------------
 
@@ -124,14 +130,13 @@ class Executor(torch.optim.Optimizer):
         index = 0
         for group in self.param_groups:
             rule = rule_of(group)
-            names = group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]
-            works = []
-            for name, p in zip(names, group["params"], strict=True):
-                if (p.requires_grad or frozen) and p.numel():
+            names, works = group.get("param_names", []), []
+            for i, p in enumerate(group["params"]):
+                if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
+                    name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
                     blocks = None if rule.elementwise else group["blocks"]
                     dims = chunks.matrix_dims(p.shape, blocks, conv=not rule.reduces)
-                    state = self.state[p] if p in self.state else {}
-                    works.append(Work(p, f"{group['name']}: {name}", index, dims, state))
+                    works.append(Work(p, name, index, dims, self.state[p] if p in self.state else {}))
                 index += 1
             yield Job(rule, group, works)
 
@@ -151,7 +156,7 @@ class Executor(torch.optim.Optimizer):
 
     def _without_kernel(self, job: Job, works: list[Work]) -> list[Work]:
         """Step what a torch kernel of the rule can take; return the rest."""
-        slots = list(job.rule.slots(1, 1))
+        slots = list(job.rule.declared(1, 1))
         rest: list[Work] = []
         for run in chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device)):
             wide = run[0].param.dtype == storage.work_dtype(run[0].param.dtype)
@@ -249,22 +254,29 @@ class Executor(torch.optim.Optimizer):
 
     def _materialise(self, jobs: Sequence[Job]) -> None:
         """Allocate the state of every trainable parameter that has none: complete, in its final shape."""
+        for rule, group, works in jobs:
+            for w in works:
+                if w.param not in self.state:  # it may have been frozen, or without a shape, when it was added
+                    check_param(rule, w.name, w.param, group["blocks"])
         self._assign_owners(jobs)
         for rule, _, works in jobs:
             for w in works:
-                w.state = self.state[w.param]
-                w.state.setdefault("step", torch.tensor(0.0))
+                w.state = self.state.setdefault(w.param, {})
+                w.state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
                 for key, slot in w.slots(rule).items():
-                    if key not in w.state and (value := self._allocate(rule, slot, w)) is not None:
-                        w.state[key] = value
+                    if key not in w.state:
+                        w.state[key] = self._allocate(rule, slot, w)
 
-    def _allocate(self, rule: Rule, slot: Slot, w: Work) -> Tensor | None:
+    def _allocate(self, rule: Rule, slot: Slot, w: Work) -> Tensor:
+        """A slot at its start value; empty on a rank that does not own the matrix, so that all ranks have all keys."""
         if rule.reduces:
             return layout.StackLayout(w.param, w.dims, w.name).allocate(slot)
         like, cut = w.param, None if rule.elementwise else layout.cut_of(w.param, w.name)
         if cut is not None:
             if self._owners[w.param] != cut.rank:
-                return None
+                return torch.empty(
+                    0, dtype=slot.dtype or storage.work_dtype(w.param.dtype), device=layout.local(w.param).device
+                )
             like = torch.empty(w.param.shape, dtype=w.param.dtype, device=layout.local(w.param).device)
         return storage.allocate(slot, like, storage.rest_shape(slot, w.param.shape, w.dims))
 
@@ -309,16 +321,16 @@ class Executor(torch.optim.Optimizer):
             RuntimeError: on a mesh, when some rank does not make this call.
         """
         known = {id(p) for group in self.param_groups for p in group["params"]}
-        for p in [p for p in self.state if id(p) not in known]:
+        for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in known]:
             del self.state[p]
         trained = self.state
         if trained:
             jobs = list(self._jobs(frozen=True))
-            self._materialise([Job(r, g, [w for w in ws if w.param.requires_grad]) for r, g, ws in jobs])
+            self._materialise([Job(r, g, [w for w in ws if _is_trained(w.param)]) for r, g, ws in jobs])
             entries = self._entries(jobs, lambda p, key: p in trained)
             if entries:
                 self._meeting.attend(entries[0].cut, "state_dict()", self._content())
-                self.state = type(trained)(dict, {p: dict(slots) for p, slots in trained.items()})
+                self.state = defaultdict(dict, {p: dict(slots) for p, slots in trained.items()})
                 for e, value in checkpoint.spread(entries, lambda e: trained[e.param][e.key]):
                     self.state[e.param][e.key] = value
         try:
@@ -341,10 +353,10 @@ class Executor(torch.optim.Optimizer):
         ids: list[int] = []
 
         def take(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(saved["state"])
             ids.extend(chain.from_iterable(group["params"] for group in saved["param_groups"]))
+            loaded.update({i: _present(slots) for i, slots in saved["state"].items()})
             groups = self._completed(saved["param_groups"])
-            self._check_shapes(loaded, ids)
+            self._check_fits(loaded, ids, groups)
             return {**saved, "state": {}, "param_groups": groups}
 
         def give(_: torch.optim.Optimizer) -> None:
@@ -367,23 +379,30 @@ class Executor(torch.optim.Optimizer):
                     f"group {own['name']!r} runs {own['rule']!r}, the checkpoint's {group['rule']!r}: "
                     "build the optimizer as it was when the checkpoint was saved"
                 )
-            groups.append({**{k: v for k, v in own.items() if k != "params"}, **group})
+            known = group if "rule" in group else lookup(own["rule"]).translate(dict(group))
+            groups.append({**{k: v for k, v in own.items() if k != "params"}, **known})
+            check_loaded(groups[-1])
         return [*groups, *saved[len(groups) :]]
 
-    def _check_shapes(self, loaded: Mapping[int, Mapping[str, Any]], ids: Sequence[int]) -> None:
+    def _check_fits(
+        self, loaded: Mapping[int, Mapping[str, Any]], ids: Sequence[int], groups: Sequence[dict[str, Any]]
+    ) -> None:
+        """Check that every loaded state is that of its parameter under the loaded settings."""
         params = [p for group in self.param_groups for p in group["params"]]
-        if len(ids) != len(params):
+        if len(ids) != len(params) or len(groups) != len(self.param_groups):
             return  # torch names the group that differs
         where = {id(p): loaded.get(i, {}) for i, p in zip(ids, params, strict=True)}
-        for rule, _, works in self._jobs(frozen=True):
+        for (_, _, works), group in zip(self._jobs(frozen=True), groups, strict=True):
+            rule = rule_of(group)
             for w in works:
-                for key, slot in w.slots(rule).items():
-                    value = where[id(w.param)].get(key)
-                    shape = storage.rest_shape(slot, w.param.shape, w.dims)
-                    if value is not None and tuple(value.shape) != shape:
-                        raise ValueError(
-                            f"{w.name}: the checkpoint's {key!r} has shape {tuple(value.shape)}, expected {shape}"
-                        )
+                found = where[id(w.param)]
+                for key, slot in w.slots(rule).items() if found else ():
+                    value, shape = found.get(key), storage.rest_shape(slot, w.param.shape, w.dims)
+                    if value is None and float(found.get("step", 1)) > 0:
+                        raise ValueError(f"{w.name}: the checkpoint has no {key!r}; was it another optimizer's?")
+                    if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
+                        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                        raise ValueError(f"{w.name}: the checkpoint's {key!r} has shape {got}, expected {shape}")
 
     def _install(self, loaded: Mapping[int, Mapping[str, Any]], ids: Sequence[int]) -> None:
         """Copy loaded state into place, in the declared dtypes; matrices that travel go to their owners."""
@@ -396,15 +415,18 @@ class Executor(torch.optim.Optimizer):
                 state, slots = self.state[w.param], w.slots(rule)
                 for key, value in found[id(w.param)].items():
                     if key == "step":
-                        state[key] = torch.tensor(float(value))
+                        state[key] = torch.tensor(float(value), dtype=torch.float32)
                     elif key not in slots:
                         state[key] = value.clone() if isinstance(value, Tensor) else value
                     elif (placed := self._place(rule, slots[key], w, value)) is not None:
                         state[key] = placed
-                state.setdefault("step", torch.tensor(1.0))  # torch's SGD and Muon count none: it was not the first
+                state.setdefault(
+                    "step", torch.tensor(1.0, dtype=torch.float32)
+                )  # torch's SGD and Muon count none: it was not the first
         entries = self._entries(jobs, lambda p, key: key in found[id(p)])
         if entries:
-            self._meeting.attend(entries[0].cut, "load_state_dict()", self._content())
+            described = [(e.key, e.shape, str(e.dtype), e.owner) for e in entries]
+            self._meeting.attend(entries[0].cut, "load_state_dict()", f"{self._content()} {described}")
             for e, whole in checkpoint.collect(entries, lambda e: found[id(e.param)][e.key]):
                 self.state[e.param][e.key] = whole
 
@@ -422,7 +444,21 @@ class Executor(torch.optim.Optimizer):
         return placed.detach().to(device, slot.dtype or storage.work_dtype(w.param.dtype), copy=True)
 
 
+def _is_trained(p: Tensor) -> bool:
+    """Whether a tensor takes part: it requires a gradient, or is no Parameter (a copy, say) and was given one."""
+    return p.requires_grad or (p.grad is not None and not isinstance(p, torch.nn.Parameter))
+
+
+def _present(slots: Any) -> Any:
+    """Saved slots of a parameter without those that torch saves as None."""
+    return {k: v for k, v in slots.items() if v is not None} if isinstance(slots, Mapping) else slots
+
+
 def _largest(tensors: Sequence[Tensor]) -> float:
-    """The largest absolute value, NaN if there is one; one synchronisation."""
-    ends = [torch.stack(t.aminmax()).abs().float() for t in tensors if t.numel()]  # 20 times faster than an inf norm
-    return torch.cat(ends).max().item() if ends else 0.0
+    """The largest absolute value, NaN if there is one; one synchronisation per device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        if t.numel():  # aminmax is 20 times faster than an infinity norm
+            by_device.setdefault(t.device, []).append(torch.stack(t.aminmax()).abs().double())
+    found = [torch.cat(ends).max().item() for ends in by_device.values()]
+    return math.nan if any(math.isnan(x) for x in found) else max(found, default=0.0)

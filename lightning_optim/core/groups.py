@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import difflib
+import numbers
+import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_optim.core import chunks
-from lightning_optim.core.rule import Rule, hyperparameters, lookup, nearest
+from lightning_optim.core.rule import Rule, check_value, hyperparameters, lookup
 
-OPTIONS: dict[str, Any] = {
-    "lr_convention": "native",
-    "on_nonfinite": None,
-    "param_rounding": "stochastic",
-    "blocks": None,
-    "cautious_decay": False,
-    "seed": 0,
-}
-"""Settings every group has beside its rule's hyperparameters, with their defaults; see `Executor`."""
 
-CHOICES = {
-    "lr_convention": ("native", "adamw"),
-    "on_nonfinite": ("raise", "skip", "off"),
-    "param_rounding": ("stochastic", "nearest"),
-}
+@dataclass(frozen=True)
+class Options:
+    """Settings every group has beside its rule's hyperparameters; `Executor` explains them."""
+
+    lr_convention: Literal["native", "adamw"] = "native"
+    on_nonfinite: Literal["raise", "skip", "off"] | None = None
+    param_rounding: Literal["stochastic", "nearest"] = "stochastic"
+    blocks: int | None = None
+    cautious_decay: bool = False
+    seed: int = 0
+
+
+OPTIONS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
+OPTION_TYPES: dict[str, Any] = typing.get_type_hints(Options)
+
+
+def settings_of(rule: type[Rule]) -> dict[str, Any]:
+    """Every setting of a group of this rule.
+
+    Returns:
+        Names and defaults: hyperparameters, then options.
+    """
+    return hyperparameters(rule) | OPTIONS
 
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
@@ -36,8 +50,19 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
 
     Returns:
         The rule.
+
+    Raises:
+        ValueError: the group lacks a setting of its rule, or has an option of no known value.
     """
     rule = lookup(group["rule"])
+    missing = [name for name in settings_of(rule) if name not in group]
+    if missing:
+        raise ValueError(
+            f"group {group.get('name', '')!r} runs {rule.name!r} but has no {', '.join(missing)}; "
+            "a group keeps the rule it was added with"
+        )
+    if group["lr_convention"] not in ("native", "adamw") or group["on_nonfinite"] not in ("raise", "skip", "off"):
+        _check_options(group)
     values = {name: group[name] for name in hyperparameters(rule)}
     return rule(**{k: float(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
@@ -49,7 +74,7 @@ def completed(
 
     Args:
         group: as the user gave it.
-        defaults: of the optimizer; they count for groups of the same rule.
+        defaults: what the user gave the optimizer; they count for groups of the same rule.
         groups: that the optimizer has already.
 
     Returns:
@@ -60,26 +85,70 @@ def completed(
     """
     out = dict(group)
     params = out.get("params", ())
-    if not isinstance(params, (list, set)):  # torch refuses sets
+    if not isinstance(params, set):  # torch refuses sets
         out["params"] = [params] if isinstance(params, Tensor) else list(params)
     name = out.get("rule", defaults.get("rule"))
     if name is None:
         raise ValueError(f"param group {out.get('name', '')!r} names no rule; add 'rule': 'adamw', say")
     rule = lookup(name)
     out["rule"] = rule.name
-    inherited = defaults if defaults.get("rule") == rule.name else {}
-    for key, value in inherited.items():
-        out.setdefault(key, value)
+    for key in group:
+        _refuse_misspelled(key, rule)
+    if defaults.get("rule") == rule.name:
+        out = {**defaults, **out}
     if out.get("lr_convention") == "adamw":
-        out.update({k: v for k, v in rule.adamw_settings.items() if k not in group})
-    for key, value in (hyperparameters(rule) | OPTIONS).items():
-        out.setdefault(key, value)
+        out = {**rule.adamw_settings, **out}
+    out = {**settings_of(rule), **out}
+    for key, value in out.items():
+        if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
+            out[key] = float(value)  # numpy's scalars do not load with weights_only
     taken = {g["name"] for g in groups}
     if out.setdefault("name", _unused(rule.name, taken)) in taken:
         raise ValueError(f"two param groups are named {out['name']!r}; names must be unique")
-    _check_group(rule, out)
+    _check_settings(out)
+    if out["on_nonfinite"] is None:
+        out["on_nonfinite"] = "off" if rule.elementwise else "raise"
+    made = rule_of(out)
+    for label, p in _named(out):
+        if isinstance(p, Tensor) and p.requires_grad:
+            check_param(made, label, p, out["blocks"])
     _check_owned_once(groups, out)
+    _name_alike(groups, out)
     return out
+
+
+def check_loaded(group: Mapping[str, Any]) -> Rule:
+    """Check a group that comes from a checkpoint.
+
+    Returns:
+        Its rule.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    _check_settings(group)
+    return rule_of(group)
+
+
+def _check_settings(group: Mapping[str, Any]) -> None:
+    rule = lookup(group["rule"])
+    values = {k: float(v) if isinstance(v := group[k], Tensor) else v for k in hyperparameters(rule)}
+    rule(**values).validate()
+    _check_options(group)
+    if group["blocks"] is not None and group["blocks"] < 1:
+        raise ValueError(f"{group['name']}: blocks must be a positive integer, got {group['blocks']!r}")
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    for key, hint in OPTION_TYPES.items():
+        check_value(f"{group['name']}: {key}", group[key], hint, signed=key == "seed")
+
+
+def _refuse_misspelled(key: str, rule: type[Rule]) -> None:
+    known = [*settings_of(rule), "params", "rule", "name", "role", "initial_lr", "param_names"]
+    if key not in known and (close := difflib.get_close_matches(key, [*known, "learning_rate"], n=1, cutoff=0.8)):
+        right = "lr" if close[0] == "learning_rate" else close[0]
+        raise ValueError(f"{rule.name} has no setting {key!r}; did you mean {right!r}?")
 
 
 def _unused(name: str, taken: set[str]) -> str:
@@ -92,6 +161,16 @@ def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [x if isinstance(x, tuple) else (f"parameter {i} {at}", x) for i, x in enumerate(group["params"])]
 
 
+def _name_alike(groups: Sequence[Mapping[str, Any]], new: dict[str, Any]) -> None:
+    """Torch wants all groups named or none; a group that joins follows those that are there."""
+    if groups and new["params"] and isinstance(new["params"], list):
+        named, joins_named = "param_names" in groups[0], isinstance(new["params"][0], tuple)
+        if named and not joins_named:
+            new["params"] = [(f"{new['name']}.{i}", p) for i, p in enumerate(new["params"])]
+        elif joins_named and not named:
+            new["params"] = [p for _, p in new["params"]]
+
+
 def _check_owned_once(groups: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> None:
     owners = {id(p): group["name"] for group in groups for p in group["params"]}
     for name, p in _named(new):
@@ -100,22 +179,20 @@ def _check_owned_once(groups: Sequence[Mapping[str, Any]], new: Mapping[str, Any
         owners[id(p)] = new["name"]
 
 
-def _check_group(rule: type[Rule], group: dict[str, Any]) -> None:
-    made = rule_of(group)
-    made.validate()
-    if group["on_nonfinite"] is None:
-        group["on_nonfinite"] = "off" if rule.elementwise else "raise"
-    for key, choices in CHOICES.items():
-        if group[key] not in choices:
-            raise ValueError(f"{group['name']}: unknown {key} {group[key]!r}; {nearest(str(group[key]), choices)}")
-    if group["blocks"] is not None and (not isinstance(group["blocks"], int) or group["blocks"] < 1):
-        raise ValueError(f"{group['name']}: blocks must be a positive integer, got {group['blocks']!r}")
-    for name, p in _named(group):
-        if isinstance(p, Tensor):
-            _check_param(made, name, p, group["blocks"])
+def check_param(rule: Rule, name: str, p: Tensor, blocks: int | None) -> None:
+    """Check that a rule can take a parameter that is to be trained.
 
+    Args:
+        rule: the rule.
+        name: of the parameter, for the message.
+        p: the parameter.
+        blocks: of its group.
 
-def _check_param(rule: Rule, name: str, p: Tensor, blocks: int | None) -> None:
+    Raises:
+        ValueError: it cannot.
+    """
+    if is_lazy(p):
+        return  # checked when it has a shape and is trained
     shape = tuple(p.shape)
     if p.is_complex():
         raise ValueError(f"{name}: complex parameters are not supported; use torch.view_as_real")
@@ -123,7 +200,7 @@ def _check_param(rule: Rule, name: str, p: Tensor, blocks: int | None) -> None:
         raise ValueError(f"{name}: {rule.name} needs a floating-point parameter, got {p.dtype}")
     if p.layout != torch.strided:
         raise ValueError(f"{name}: sparse parameters are not supported, got layout {p.layout}")
-    if rule.elementwise or (rule.reduces and p.ndim >= 2 and not _is_flat(p)):
+    if rule.elementwise:
         return
     if _is_flat(p):
         raise ValueError(

@@ -188,7 +188,8 @@ class StackLayout:
                 self.local_dims = (1, part.shape[0], n)
             else:
                 per_block = m * n
-                bounds = [self.cut.rows(p.shape[0], r)[1] * p[:1].numel() for r in range(self.cut.size)]
+                row = math.prod(p.shape[1:])
+                bounds = [self.cut.rows(p.shape[0], r)[1] * row for r in range(self.cut.size)]
                 if any(end % per_block for end in bounds):
                     raise ValueError(f"{name}: blocks of {m} rows straddle the shards {self.cut.placements}")
                 self.local_dims = (part.numel() // per_block, m, n)
@@ -240,7 +241,8 @@ class StackLayout:
             return part
         whole = {"m": self.dims[1], "n": self.dims[2]}[self.axis]
         shape = [part.shape[0], *(whole if x == self.axis else k for x, k in zip(letters, part.shape[1:], strict=True))]
-        return _wrap(self.cut.mesh, self._placements(self.cut, letters), shape, part)
+        wrapped = _wrap(self.cut.mesh, self._placements(self.cut, letters), shape, part)
+        return wrapped.full_tensor() if whole == 1 else wrapped  # one element broadcasts, which no shard may in place
 
     def unwrap(self, value: Tensor, letters: str = "mn") -> Tensor:
         """The local part of what a rule returned.
@@ -249,7 +251,9 @@ class StackLayout:
             A plain tensor.
         """
         if self.cut is None or not isinstance(value, DTensor):
-            return value
+            if self.cut is None or self.axis == "b" or self.axis not in letters:
+                return value
+            return value.narrow(letters.index(self.axis) + 1, 0, self.local_dims["bmn".index(self.axis)])
         placements = self._placements(self.cut, letters)
         return (value if value.placements == placements else value.redistribute(None, placements)).to_local()
 

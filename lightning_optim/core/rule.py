@@ -14,6 +14,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
+import types
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -37,20 +40,28 @@ class Slot:
         letters: two letters out of `m` (rows), `n` (columns), `r` (the rule's rank) and `1`.
         fill: start value: a number, or `"eye"` for an identity per matrix.
         dtype: None for float32 (float64 for float64 parameters).
+        rank: what `r` stands for; filled in by `Rule.declared`.
     """
 
     letters: str
     fill: float | Literal["eye"] = 0.0
     dtype: torch.dtype | None = None
+    rank: int | None = None
 
-    def shape(self, m: int, n: int, rank: int = 1) -> tuple[int, int]:
+    def shape(self, m: int, n: int) -> tuple[int, int]:
         """The shape of this slot for one `m x n` matrix.
 
         Returns:
             (rows, columns).
+
+        Raises:
+            ValueError: the shape has an `r` that nobody has filled in.
         """
-        size = {"m": m, "n": n, "r": rank, "1": 1}
-        return size[self.letters[0]], size[self.letters[1]]
+        size = {"m": m, "n": n, "r": self.rank, "1": 1}
+        rows, columns = size[self.letters[0]], size[self.letters[1]]
+        if rows is None or columns is None:
+            raise ValueError(f"the rank of slot {self.letters!r} is not known yet; ask Rule.declared")
+        return rows, columns
 
 
 def zeros(letters: str, dtype: torch.dtype | None = None) -> Slot:
@@ -109,7 +120,7 @@ class Rule:
         """Register the rule under its name.
 
         Raises:
-            TypeError: two rules claim one name.
+            TypeError: two rules claim one name, or an elementwise rule has state of another shape.
         """
         super().__init_subclass__()
         name = cls.__dict__.get("name")
@@ -117,6 +128,8 @@ class Rule:
             return
         if name in REGISTRY and REGISTRY[name].__module__ != cls.__module__:
             raise TypeError(f"two rules are named {name!r}: {REGISTRY[name].__module__} and {cls.__module__}")
+        if cls.elementwise and any(slot.letters != "mn" for slot in cls.state.values()):
+            raise TypeError(f"{name}: an elementwise rule works on flat blocks; all its state must be 'mn'")
         REGISTRY[name] = cls
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:
@@ -132,6 +145,21 @@ class Rule:
         """
         return self.vector_state if vector and self.vector_state is not None else self.state
 
+    def declared(self, m: int, n: int, *, vector: bool = False) -> dict[str, Slot]:
+        """`slots`, with the rank filled in: the field `rank`, at most the shorter side.
+
+        Args:
+            m: rows.
+            n: columns.
+            vector: whether the parameter has fewer than two dimensions.
+
+        Returns:
+            Slot declarations by name.
+        """
+        rank = min(getattr(self, "rank", 1), m, n)
+        slots = self.slots(m, n, vector=vector)
+        return {k: dataclasses.replace(s, rank=rank) if "r" in s.letters else s for k, s in slots.items()}
+
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:
         """The direction d of `p <- p - lr d`, and the new state.
 
@@ -145,6 +173,23 @@ class Rule:
             The direction, shaped like `g`, finite for a zero gradient; ignored where the rule `rests`.
         """
         raise NotImplementedError
+
+    @classmethod
+    def translate(cls, group: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a checkpoint of torch's optimizer of this name, as this rule's.
+
+        Args:
+            group: a saved param group without `rule`.
+
+        Returns:
+            The group, with the names and values of this rule.
+
+        Raises:
+            ValueError: a setting that this rule cannot honour.
+        """
+        if group.get("maximize"):
+            raise ValueError(f"the checkpoint was saved with maximize=True, which {cls.name} does not do")
+        return group
 
     def rests(self, t: int) -> bool:
         """Whether step t only updates state and leaves the parameters alone, decay included.
@@ -182,21 +227,56 @@ class Rule:
         Raises:
             ValueError: a value is NaN, out of range or of the wrong type; the message names it.
         """
-        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            value = getattr(self, field.name)
-            numbers = value if isinstance(value, (tuple, list)) else (value,)
-            for x in numbers:
-                if isinstance(x, bool) or x is None:
-                    continue
-                if isinstance(x, str):
-                    if not isinstance(field.default, str):
-                        raise ValueError(f"{self.name}: {field.name} must be a number, got {value!r}")
-                elif not isinstance(x, (int, float)):
-                    raise ValueError(f"{self.name}: {field.name} must be a number, got {value!r}")
-                elif math.isnan(x) or (x < 0 and field.name not in self.signed):
-                    raise ValueError(f"{self.name}: {field.name} must be a number >= 0, got {value!r}")
-                elif field.name == "betas" and x >= 1:
-                    raise ValueError(f"{self.name}: betas must lie in [0, 1), got {value!r}")
+        hints = typing.get_type_hints(type(self))
+        for key in hyperparameters(type(self)):
+            check_value(f"{self.name}: {key}", getattr(self, key), hints[key], signed=key in self.signed)
+        betas = getattr(self, "betas", ())
+        if any(beta >= 1 for beta in betas):
+            raise ValueError(f"{self.name}: betas must lie in [0, 1), got {betas!r}")
+
+
+def check_value(what: str, value: Any, hint: Any, *, signed: bool = False) -> None:
+    """Check a setting against its annotation.
+
+    Args:
+        what: names the setting in the message.
+        value: its value.
+        hint: float, int, bool, str, Literal, tuple of these, or a union.
+        signed: whether numbers may be negative.
+
+    Raises:
+        ValueError: the value has another type, is not finite, or is negative.
+    """
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return
+        fitting = [x for x in inner if _fits(value, x)] or [x for x in inner if x is not type(None)][:1]
+        check_value(what, value, fitting[0], signed=signed)
+    elif origin is Literal:
+        if value not in inner:
+            raise ValueError(f"{what}: unknown value {value!r}; {nearest(str(value), [str(x) for x in inner])}")
+    elif origin is tuple:
+        if not isinstance(value, (tuple, list)) or len(value) != len(inner):
+            raise ValueError(f"{what} must be {len(inner)} numbers, got {value!r}")
+        for x, part in zip(value, inner, strict=True):
+            check_value(what, x, part, signed=signed)
+    elif not _fits(value, hint):
+        names = {float: "a number", int: "an integer", bool: "True or False", str: "a name"}
+        raise ValueError(f"{what} must be {names.get(hint, hint)}, got {value!r}")
+    elif hint in (float, int) and not (math.isfinite(value) and (signed or value >= 0)):
+        raise ValueError(f"{what} must be a finite number{'' if signed else ' >= 0'}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kinds = {float: numbers.Real, int: numbers.Integral}
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (tuple, list))
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str)
+    if hint in kinds:
+        return isinstance(value, kinds[hint]) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

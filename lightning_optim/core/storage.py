@@ -7,7 +7,7 @@ rests as one matrix, or as a stack of them for a parameter that is one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -79,15 +79,33 @@ def read(entries: Sequence[Tensor], dims: Dims) -> Tensor:
     return stack(entries, dims, entries[0].dtype)
 
 
-def write(entries: Sequence[Tensor], before: Tensor, after: Tensor) -> None:
+def untangled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a rule left, safe to write slot by slot: `s.prev = s.cur` must not see the new `cur`.
+
+    Args:
+        before: the stored tensors, or stacks of them, by slot.
+        after: what the rule left in each slot.
+
+    Returns:
+        `after`, with copies of tensors that lie in another slot's memory.
+    """
+    homes = {k: t.untyped_storage().data_ptr() for k, t in before.items()}
+    out = {}
+    for key, value in after.items():
+        home = value.untyped_storage().data_ptr()
+        foreign = any(home == other for k, other in homes.items() if k != key)
+        out[key] = value.clone() if foreign else value
+    return out
+
+
+def write(entries: Sequence[Tensor], after: Tensor) -> None:
     """Store what a rule left in a slot.
 
     Args:
         entries: one per parameter of the chunk.
-        before: what `read` gave.
-        after: the same tensor, mutated in place, or another one.
+        after: what `read` gave, mutated in place, or another tensor.
     """
-    if after is before and len(entries) == 1 and before.data_ptr() == entries[0].data_ptr():
+    if len(entries) == 1 and after.data_ptr() == entries[0].data_ptr():
         return
     for entry, piece in zip(entries, after.split(after.shape[0] // len(entries)), strict=True):
         entry.copy_(piece.reshape(entry.shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,9 +32,9 @@ class Work:
         """Whether the parameter takes part in this step."""
         return self.param.grad is not None
 
-    def slots(self, rule: Rule) -> Mapping[str, Slot]:
+    def slots(self, rule: Rule) -> dict[str, Slot]:
         """What the rule keeps for this parameter."""
-        return rule.slots(*self.dims[1:], vector=self.param.ndim < 2)
+        return rule.declared(*self.dims[1:], vector=self.param.ndim < 2)
 
     def count(self) -> None:
         """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
@@ -84,12 +84,12 @@ def update_elementwise(job: Job, w: Work) -> None:
         gb = gb.to(dtype)
         if rule.decay == "coupled" and rule.weight_decay:
             gb = gb.add(pb, alpha=rule.weight_decay)
-        views = dict(zip(slots, rest, strict=False))
+        views: dict[str, Tensor] = dict(zip(slots, rest, strict=False))
         s = SimpleNamespace(**views)
         d = rule.update(gb, s, pb.to(dtype) if rule.reads_param else None, w.t)
-        for key, view in views.items():
-            if getattr(s, key) is not view:
-                view.copy_(getattr(s, key))
+        for key, value in storage.untangled(views, vars(s)).items():
+            if value is not views[key]:
+                views[key].copy_(value)
         if not rule.rests(w.t):
             write(pb, d, cut, rest[len(slots) :])
 
@@ -127,9 +127,9 @@ def update_stack(
     seen = {k: wrap(before[k], slot.letters) for k, slot in slots.items()}
     s = SimpleNamespace(**seen)
     d = rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t)
-    for k, slot in slots.items():
-        left = getattr(s, k)
-        storage.write(entries[k], before[k], before[k] if left is seen[k] else unwrap(left, slot.letters))
+    left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
+    for k, value in storage.untangled(before, left).items():
+        storage.write(entries[k], value)
     if rule.rests(first.t):
         return
     for w, piece, like in zip(chunk, unwrap(d).split(b), gradients, strict=True):

@@ -70,12 +70,19 @@ def orthogonalize(
     y = y.mT if tall else y  # a view: copying the transpose costs as much as an iteration
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
     y /= norm.mul_(SAFETY.get(coefficients, 1.0) if named else 1.0).clamp_(min=eps)
-    shape = y.shape
-    y = y.reshape(-1, *shape[-2:])
+    flat = y.reshape(-1, *y.shape[-2:])
+    # bfloat16 on a CPU: a matrix alone and in a batch can round differently; alone, it does not matter who shares
+    # its stack
+    parts = flat.split(1) if dtype == torch.bfloat16 and x.device.type == "cpu" else (flat,)
+    done = [_iterate(part, steps, schedule) for part in parts]
+    y = (done[0] if len(done) == 1 else torch.cat(done)).reshape(y.shape)
+    return (y.mT if tall else y).to(x.dtype)
+
+
+def _iterate(y: Tensor, steps: int, schedule: tuple[Coefficients, ...]) -> Tensor:
     for i in range(steps):
         a, b, c = schedule[min(i, len(schedule) - 1)]
         gram = torch.bmm(y, y.mT)
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         y = torch.baddbmm(y, poly, y, beta=a)
-    y = y.reshape(shape)
-    return (y.mT if tall else y).to(x.dtype)
+    return y

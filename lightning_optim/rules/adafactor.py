@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,16 @@ class Adafactor(Rule):
     reads_param: ClassVar = True
     adamw_settings: ClassVar = {"scale_parameter": False}
     signed: ClassVar = frozenset({"beta2_decay"})
+
+    @classmethod
+    def translate(cls, group: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a checkpoint of `torch.optim.Adafactor`.
+
+        Returns:
+            The group, with `eps1` and `eps2` for the pair `eps`.
+        """
+        eps = dict(zip(("eps1", "eps2"), group["eps"], strict=True)) if "eps" in group else {}
+        return super().translate(group) | eps
 
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return None if self.scale_parameter else self.d

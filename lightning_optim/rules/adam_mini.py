@@ -38,16 +38,6 @@ class AdamMini(Rule):
     state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("m1")}
     reduces: ClassVar = True
 
-    def validate(self) -> None:
-        """Check the hyperparameters.
-
-        Raises:
-            ValueError: an unknown block.
-        """
-        super().validate()
-        if self.block not in ("row", "matrix"):
-            raise ValueError(f"adam_mini: block must be 'row' or 'matrix', got {self.block!r}")
-
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         letters = "11" if self.block == "matrix" else "mn" if vector else "m1"
         return {"exp_avg": zeros("mn"), "exp_avg_sq": zeros(letters)}

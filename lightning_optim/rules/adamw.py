@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,15 +40,24 @@ class AdamW(Rule):
     state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn")}
     elementwise: ClassVar = True
 
-    def validate(self) -> None:
-        """Check the hyperparameters.
+    @classmethod
+    def translate(cls, group: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a checkpoint of `torch.optim.AdamW` or `Adam`.
+
+        Args:
+            group: a saved param group without `rule`.
+
+        Returns:
+            The group.
 
         Raises:
-            ValueError: an unknown eps_mode.
+            ValueError: weight decay in the other form than this rule's.
         """
-        super().validate()
-        if self.eps_mode not in ("corrected", "uncorrected"):
-            raise ValueError(f"{self.name}: eps_mode must be 'corrected' or 'uncorrected', got {self.eps_mode!r}")
+        decoupled = group.get("decoupled_weight_decay", cls.decay == "before")
+        if decoupled != (cls.decay == "before") and group.get("weight_decay"):
+            form, other = ("decoupled", "adamw") if decoupled else ("L2", "adam")
+            raise ValueError(f"the checkpoint's weight decay has the {form} form, which is {other}'s, not {cls.name}'s")
+        return super().translate(group)
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         return {**self.state, "max_exp_avg_sq": zeros("mn")} if self.amsgrad else self.state
@@ -79,7 +88,7 @@ class AdamW(Rule):
             s["exp_avg"],
             s["exp_avg_sq"],
             s.get("max_exp_avg_sq", []),
-            [torch.tensor(float(t), device=p[0].device)] * len(p),
+            [torch.tensor(float(t), dtype=torch.float32, device=p[0].device)] * len(p),
             lr=self.lr,
             beta1=self.betas[0],
             beta2=self.betas[1],

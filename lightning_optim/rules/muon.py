@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,21 +61,24 @@ class Muon(Rule):
         """Check the hyperparameters.
 
         Raises:
-            ValueError: a momentum of 1 or more, an unknown scale or iteration dtype.
+            ValueError: a momentum of 1 or more, no iterations, unknown coefficients, or what `Rule.validate` raises.
         """
         super().validate()
-        if self.momentum >= 1:
-            raise ValueError(f"{self.name}: momentum must be below 1, got {self.momentum}")
-        if self.scale not in SCALES:
-            raise ValueError(f"{self.name}: unknown scale {self.scale!r}; {nearest(self.scale, list(SCALES))}")
-        if isinstance(self.ns_coefficients, str):
-            if self.ns_coefficients not in SCHEDULES:
-                hint = nearest(self.ns_coefficients, list(SCHEDULES))
-                raise ValueError(f"{self.name}: unknown ns_coefficients {self.ns_coefficients!r}; {hint}")
-        elif len(self.ns_coefficients) != 3:
-            raise ValueError(f"{self.name}: ns_coefficients must be three numbers, got {self.ns_coefficients!r}")
-        if self.ns_dtype not in IterationDtype.__args__:
-            raise ValueError(f"{self.name}: ns_dtype must be one of {IterationDtype.__args__}, got {self.ns_dtype!r}")
+        if self.momentum >= 1 or self.ns_steps < 1:
+            raise ValueError(f"{self.name}: needs momentum < 1 and ns_steps >= 1, got {self.momentum}, {self.ns_steps}")
+        if isinstance(self.ns_coefficients, str) and self.ns_coefficients not in SCHEDULES:
+            hint = nearest(self.ns_coefficients, list(SCHEDULES))
+            raise ValueError(f"{self.name}: unknown ns_coefficients {self.ns_coefficients!r}; {hint}")
+
+    @classmethod
+    def translate(cls, group: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a checkpoint of `torch.optim.Muon`.
+
+        Returns:
+            The group, with `scale` for `adjust_lr_fn`.
+        """
+        scale = {"scale": group["adjust_lr_fn"] or "original"} if "adjust_lr_fn" in group else {}
+        return super().translate(group) | scale
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return SCALES[self.scale](m, n) / max(m, n) ** 0.5
