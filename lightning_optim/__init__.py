@@ -15,6 +15,7 @@ from lightning_optim.core.rule import Rule, Slot, eye, lookup, zeros
 from lightning_optim.factory import build_optimizer
 from lightning_optim.optimizers import *  # noqa: F403
 from lightning_optim.partition import assign, roles
+from lightning_optim.plan import plan
 
 if TYPE_CHECKING:
     from lightning_optim.lightning import configure_optimizers
@@ -29,6 +30,7 @@ __all__ = [
     "configure_optimizers",
     "eye",
     "lookup",
+    "plan",
     "roles",
     "zeros",
 ]

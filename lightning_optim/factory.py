@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -28,6 +28,7 @@ def build_optimizer(
     rest_settings: Mapping[str, Any] | None = None,
     lr_convention: str = "adamw",
     overrides: Sequence[Override] = (),
+    last_layer: Literal["rest", "rule"] = "rest",
     **settings: Any,
 ) -> Executor:
     """Build one optimizer for a whole model.
@@ -46,6 +47,7 @@ def build_optimizer(
         rest_settings: its hyperparameters.
         lr_convention: `"adamw"` scales every direction to AdamW's RMS; `"native"` takes `lr` as published.
         overrides: ordered (pattern or role, rule or None, settings); the first match wins.
+        last_layer: whether `rest` or the main rule gets an untied output layer.
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
             `seed`).
 
@@ -61,17 +63,20 @@ def build_optimizer(
     shared = {key: value for key, value in settings.items() if key in OPTIONS and key != "blocks"}
     of_rule = {lookup(rest).name: shared | dict(rest_settings or {}), rule.name: settings}
     groups: dict[str, dict[str, Any]] = {}
-    for a in assign(model, name, rest, overrides):
+    for a in assign(model, name, rest, overrides, last_layer=last_layer):
         if a.group not in groups:
-            _check_names(lookup(a.rule), a.settings)
-            main = a.rule == rule.name
+            owner = lookup(a.rule)
+            _check_names(owner, a.settings)
+            whole = not owner.elementwise and not owner.reduces
             groups[a.group] = {
                 "name": a.group,
                 "rule": a.rule,
                 "role": a.role,
-                "lr": lr if main or rest_lr is None else rest_lr,
+                "lr": lr if a.rule == rule.name or rest_lr is None else rest_lr,
                 "weight_decay": 0.0 if a.role == "vector" else weight_decay,
                 "lr_convention": lr_convention,
+                "transposed": a.trait.transposed and not owner.elementwise,
+                "blocks": a.trait.blocks if whole else None,
                 **of_rule.get(a.rule, shared),
                 **a.settings,
                 "params": [],

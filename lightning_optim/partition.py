@@ -1,12 +1,13 @@
 """What each parameter of a model is, and which rule owns it.
 
-Roles are read from module identity, never from names: a parameter is an embedding because an `nn.Embedding` holds it.
+Roles are read from what modules are and how they are put together, never from names: a parameter is an embedding
+because an `nn.Embedding` holds it, a fused query-key-value projection because its attention module has one other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -14,93 +15,221 @@ from torch import Tensor, nn
 
 from lightning_optim.core.rule import lookup, nearest
 
-Role = Literal["hidden", "embedding", "head", "vector", "other"]
+Role = Literal[
+    "hidden",
+    "qkv",
+    "gate_up",
+    "experts",
+    "lora_a",
+    "lora_b",
+    "lora_embedding",
+    "embedding",
+    "head",
+    "router",
+    "conv",
+    "vector",
+    "other",
+]
+
+MATRIX_ROLES: frozenset[str] = frozenset({"hidden", "qkv", "gate_up", "experts", "lora_a", "lora_b"})
+"""Roles that rules for whole matrices take."""
 
 Override = tuple[str, str | None] | tuple[str, str | None, Mapping[str, Any]]
 """(pattern or role, rule or None to keep it, settings): `("*.gate.*", "adamw", {"lr": 1e-4})`."""
 
 
 @dataclass(frozen=True)
+class Trait:
+    """What a parameter is."""
+
+    role: Role
+    reason: str
+    transposed: bool = False
+    """Stored as inputs x outputs."""
+    blocks: int | None = None
+    """Equal blocks of outputs that are matrices of their own."""
+
+
+@dataclass(frozen=True)
 class Assignment:
-    """One trainable parameter, its role and its owner."""
+    """One trainable parameter, what it is and its owner."""
 
     name: str
     param: Tensor
-    role: Role
+    trait: Trait
     rule: str
-    reason: str
     group: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def role(self) -> Role:
+        """The parameter's role."""
+        return self.trait.role
 
-def roles(model: nn.Module) -> dict[str, tuple[Role, str]]:
-    """The role of every trainable parameter, with the reason.
 
-    * `embedding`: weight of an `nn.Embedding`, a tied head included;
-    * `head`: weight of the output layer: what `get_output_embeddings()` returns (Transformers), else the last linear
-      layer with as many outputs as the largest embedding has rows;
-    * `hidden`: weight of any other linear layer (Transformers' Conv1D and the input projection of
-      `nn.MultiheadAttention` included);
-    * `vector`: fewer than two dimensions;
-    * `other`: everything else (convolutions, parameters that belong to no known module).
+def roles(model: nn.Module) -> dict[str, Trait]:
+    """What every trainable parameter is.
+
+    * `embedding`: of an `nn.Embedding`, a tied head included;
+    * `head`: of the output layer: what `get_output_embeddings()` returns (Transformers), the last linear layer outside
+      the base model (classifiers), or the last one with as many outputs as the largest embedding has rows;
+    * `qkv`: the larger of the two linear layers of an attention module, query, key and value in one;
+    * `gate_up`: the larger of the two linear layers of a module, twice as wide as the other's input;
+    * `experts`: three-dimensional, of a module that says its number of experts; `router`: one row per expert beside it;
+    * `lora_a`, `lora_b`, `lora_embedding`: of a PEFT layer;
+    * `conv`: of a convolution;
+    * `hidden`: of any other linear layer (Transformers' Conv1D and `nn.MultiheadAttention`'s projection included);
+    * `vector`: fewer than two dimensions, or a side of length one, or a bias per expert;
+    * `other`: everything else.
 
     Args:
-        model: any module.
+        model: any module; wrappers (DDP, `torch.compile`, PEFT) do not matter.
 
     Returns:
-        Parameter name, as in `named_parameters`, to (role, reason).
+        Parameter name, as in `named_parameters`, to its trait.
     """
-    by_identity: dict[int, tuple[Role, str]] = {}
-    linear: list[nn.Module] = []
-    rows = 0
-    for module in model.modules():
-        kind = type(module).__name__
-        weight = getattr(module, "weight", None)
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            by_identity[id(module.weight)] = ("embedding", f"weight of {kind}")
-            rows = max(rows, module.num_embeddings)
-        elif isinstance(module, nn.MultiheadAttention):
-            for p in (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
-                by_identity.setdefault(id(p), ("hidden", f"input projection of {kind}"))
-        elif isinstance(weight, Tensor) and weight.ndim == 2 and _is_linear(module):
-            linear.append(module)
-            by_identity.setdefault(id(weight), ("hidden", f"weight of {kind}"))
-    for head, reason in _heads(model, linear, rows):
-        if by_identity.get(id(head.weight), ("", ""))[0] != "embedding":
-            by_identity[id(head.weight)] = ("head", reason)
-    out: dict[str, tuple[Role, str]] = {}
+    known: dict[int, Trait] = {}
+    for find in (_linear_layers, _fused_layers, _experts, _lora, _heads, _embeddings):
+        known.update({id(p): trait for p, trait in find(model) if isinstance(p, Tensor)})
+    out: dict[str, Trait] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            known = by_identity.get(id(p))
             if p.ndim < 2:
-                out[name] = ("vector", f"{p.ndim} dimensions")
+                out[name] = Trait("vector", f"{p.ndim} dimensions")
             else:
-                out[name] = known or ("other", "belongs to no linear layer or embedding")
+                trait = known.get(id(p), Trait("other", "belongs to no known layer"))
+                flat = trait.role in MATRIX_ROLES and min(p.shape[-2:]) == 1
+                out[name] = Trait("vector", "a side of length one") if flat else trait
     return out
 
 
+Found = Iterator[tuple[Any, Trait]]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Transformers' Conv1D is a linear layer, stored inputs x outputs; it is recognised by its `nf`."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def _is_linear(module: nn.Module) -> bool:
-    """Linear layers, and Transformers' Conv1D, which is one (stored in x out) and is recognised by its `nf`."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
-def _heads(model: nn.Module, linear: Sequence[nn.Module], rows: int) -> list[tuple[Any, str]]:
-    found = []
+def _sides(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer."""
+    rows, columns = module.weight.shape[-2:]
+    return (columns, rows) if _is_conv1d(module) else (rows, columns)
+
+
+def _linear_layers(model: nn.Module) -> Found:
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.MultiheadAttention):
+            yield module.in_proj_weight, Trait("qkv", f"input projection of {kind}", blocks=3)
+            for p in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
+                yield p, Trait("hidden", f"input projection of {kind}")
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            yield module.weight, Trait("conv", f"weight of {kind}")
+        elif _is_linear(module) and getattr(module.weight, "ndim", 0) == 2:
+            yield module.weight, Trait("hidden", f"weight of {kind}", transposed=_is_conv1d(module))
+
+
+def _fused_layers(model: nn.Module) -> Found:
+    for parent in model.modules():
+        linear = [m for m in parent.children() if _is_linear(m) and getattr(m.weight, "ndim", 0) == 2]
+        if len(linear) != 2:
+            continue
+        wide, back = sorted(linear, key=lambda m: -_sides(m)[0])
+        (outputs, inputs), (width, inner) = _sides(wide), _sides(back)
+        kind, turned = type(parent).__name__, _is_conv1d(wide)
+        heads = any(isinstance(getattr(parent, k, None), int) for k in ("head_dim", "head_size", "num_heads"))
+        if inputs != width or outputs <= inner:
+            continue
+        if heads:
+            # only GPT-2's layer is known to keep query, key and value apart; others interleave heads
+            yield wide.weight, Trait("qkv", f"query, key, value of {kind}", turned, 3 if turned else None)
+        elif outputs == 2 * inner:
+            yield wide.weight, Trait("gate_up", f"gate and up of {kind}", turned, 2)
+
+
+def _experts(model: nn.Module) -> Found:
+    for parent in model.modules():
+        for module in parent.children():
+            count = getattr(module, "num_experts", None)
+            own = list(module.parameters(recurse=False))
+            if not isinstance(count, int) or not any(p.ndim == 3 for p in own):
+                continue
+            turned, kind = bool(getattr(module, "is_transposed", False)), type(module).__name__
+            inner = min(p.numel() for p in own if p.ndim == 3)
+            for p in own:
+                fused = p.numel() == 2 * inner and getattr(module, "is_concatenated", False)
+                if p.ndim == 3:
+                    yield p, Trait("experts", f"matrices of {kind}", turned, 2 if fused else None)
+                else:
+                    yield p, Trait("vector", f"biases of {kind}")
+            for sibling in (m for m in parent.children() if m is not module):
+                for p in sibling.parameters(recurse=False):
+                    if p.ndim == 2 and p.shape[0] == count:
+                        yield p, Trait("router", f"one row per expert of {kind}")
+
+
+def _lora(model: nn.Module) -> Found:
+    for layer in model.modules():
+        if not hasattr(layer, "adapter_layer_names"):
+            continue
+        kind = type(layer).__name__
+        adapters: tuple[tuple[str, Role], ...] = (("lora_A", "lora_a"), ("lora_B", "lora_b"))
+        for key, role in adapters:
+            for adapter in getattr(layer, key, nn.ModuleDict()).values():
+                if isinstance(adapter, nn.Linear):
+                    yield adapter.weight, Trait(role, f"adapter of {kind}")
+        for key in ("lora_embedding_A", "lora_embedding_B"):
+            for p in getattr(layer, key, nn.ParameterDict()).values():
+                yield p, Trait("lora_embedding", f"adapter of {kind}")
+        for module in getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).values():
+            for p in module.parameters():
+                yield p, Trait("vector", f"magnitudes of {kind}")
+
+
+def _embeddings(model: nn.Module) -> Found:
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            yield module.weight, Trait("embedding", f"weight of {type(module).__name__}")
+
+
+def _heads(model: nn.Module) -> Found:
+    found = False
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
         head = getter() if callable(getter) else None
-        if isinstance(getattr(head, "weight", None), Tensor):
-            found.append((head, f"output embeddings of {type(module).__name__}"))
-    if not found and rows:
-        wide = [m for m in linear if isinstance(m, nn.Linear) and m.out_features == rows]
-        found = [(m, "last linear layer with one output per embedding row") for m in wide[-1:]]
-    return found
+        base = getattr(module, "base_model", None)
+        if head is None and hasattr(module, "base_model_prefix") and isinstance(base, nn.Module) and base is not module:
+            inside = {id(m) for m in base.modules()}
+            outer = [m for m in module.modules() if _is_linear(m) and id(m) not in inside]
+            head = outer[-1] if outer else None
+        for layer in getattr(head, "modules_to_save", nn.ModuleDict()).values() if head is not None else ():
+            yield getattr(layer, "weight", None), Trait("head", "output layer, trained whole beside adapters")
+        if head is not None:
+            found = True
+            yield getattr(head, "weight", None), Trait("head", f"output layer of {type(module).__name__}")
+    if not found:
+        rows = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
+        wide = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == rows]
+        if rows and wide:
+            yield wide[-1].weight, Trait("head", "last linear layer with one output per embedding row")
 
 
-def assign(model: nn.Module, rule: str, rest: str, overrides: Sequence[Override] = ()) -> list[Assignment]:
+def assign(
+    model: nn.Module,
+    rule: str,
+    rest: str,
+    overrides: Sequence[Override] = (),
+    *,
+    last_layer: Literal["rest", "rule"] = "rest",
+) -> list[Assignment]:
     """Give every trainable parameter exactly one owner.
 
-    Rules that need whole matrices own the hidden matrices, `rest` everything else; other rules own everything.
+    Rules that need whole matrices own the roles of `MATRIX_ROLES`, `rest` everything else; other rules own everything.
     Overrides come first, in order; the first match wins.
 
     Args:
@@ -108,6 +237,7 @@ def assign(model: nn.Module, rule: str, rest: str, overrides: Sequence[Override]
         rule: name of the main rule.
         rest: name of the rule for what the main rule does not take.
         overrides: (pattern or role, rule or None, settings). A pattern is a shell-style glob over parameter names.
+        last_layer: who owns an untied output layer when the main rule needs whole matrices.
 
     Returns:
         One assignment per trainable parameter, in the order of `named_parameters`.
@@ -116,24 +246,29 @@ def assign(model: nn.Module, rule: str, rest: str, overrides: Sequence[Override]
         ValueError: an unknown rule, no trainable parameter, or an override that matches nothing.
     """
     main, other = lookup(rule), lookup(rest)
+    if last_layer not in ("rest", "rule"):
+        raise ValueError(f"last_layer must be 'rest' or 'rule', got {last_layer!r}")
     takes_all = main.elementwise or main.reduces
+    taken = MATRIX_ROLES | ({"head"} if last_layer == "rule" else set())
     checked = [_override(o) for o in overrides]
     found = roles(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
     used: set[int] = set()
     params, out = dict(model.named_parameters()), []
-    for name, (role, reason) in found.items():
-        owner = main.name if takes_all or role == "hidden" else other.name
+    for name, trait in found.items():
+        owner = main.name if takes_all or trait.role in taken else other.name
         settings: Mapping[str, Any] = {}
-        group = f"{owner}/{role}"
+        label = trait.role
         for i, (pattern, named, extra) in enumerate(checked):
-            if role == pattern or fnmatchcase(name, pattern):
+            if trait.role == pattern or fnmatchcase(name, pattern):
                 used.add(i)
-                owner, settings, reason = named or owner, extra, f"override {pattern!r}"
-                group = f"{owner}/{pattern}" if role == pattern else f"{owner}/{pattern}/{role}"
+                owner, settings = named or owner, extra
+                label = pattern if trait.role == pattern else f"{pattern}/{trait.role}"
+                trait = replace(trait, reason=f"{trait.reason}; override {pattern!r}")
                 break
-        out.append(Assignment(name, params[name], role, owner, reason, group, settings))
+        label += "/transposed" * trait.transposed + (f"/{trait.blocks} blocks" if trait.blocks else "")
+        out.append(Assignment(name, params[name], trait, owner, f"{owner}/{label}", settings))
     for i, (pattern, _, _) in enumerate(checked):
         if i not in used:
             hint = nearest(pattern, [*get_args(Role), *found]) if len(found) < 200 else ""

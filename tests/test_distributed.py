@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,12 @@ ONE_OF_EACH = ["lion", "adafactor", "muon"]
 
 
 def straight(
-    name: str, steps: int, dtype: torch.dtype = torch.float32, missing: dict[int, str] | None = None
+    name: str, steps: int, dtype: torch.dtype = torch.float32, missing: dict[int, str] | None = None, **settings: Any
 ) -> jobs.Model:
     """The same run in this process."""
     torch.set_num_threads(1)
     model = jobs.Model(name, dtype)
-    jobs.take_steps(model, make(name, model.parameters()), range(1, steps + 1), missing)
+    jobs.take_steps(model, make(name, model.parameters(), **settings), range(1, steps + 1), missing)
     torch.set_num_threads(2)
     return model
 
@@ -58,6 +59,13 @@ def test_late_and_missing_gradients(pool: Pool, name: str) -> None:
     results = pool.run("tests.jobs:train", 2, name=name, steps=6, dtype=torch.float32, missing=missing)
     for found, _ in results:
         compare(name, found, straight(name, 6, missing=missing))
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon", "soap"])
+def test_transposed_matrices(pool: Pool, name: str) -> None:
+    settings: dict[str, Any] = {"transposed": True}
+    for found, _ in pool.run("tests.jobs:train", 2, name=name, steps=4, dtype=torch.float32, settings=settings):
+        compare(name, found, straight(name, 4, **settings))
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])

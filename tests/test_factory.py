@@ -30,17 +30,17 @@ class Block(nn.Module):
 
 
 def test_roles_come_from_modules_not_names() -> None:
-    found = {k: role for k, (role, _) in roles(Block()).items()}
+    found = {k: trait.role for k, trait in roles(Block()).items()}
     assert found == {
         "lm_head_norm.weight": "embedding",
         "positions.weight": "embedding",
         "embed.weight": "hidden",
         "embed.bias": "vector",
-        "attention.in_proj_weight": "hidden",
+        "attention.in_proj_weight": "qkv",
         "attention.in_proj_bias": "vector",
         "attention.out_proj.weight": "hidden",
         "attention.out_proj.bias": "vector",
-        "convolution.weight": "other",
+        "convolution.weight": "conv",
         "convolution.bias": "vector",
         "raw": "other",
         "norm.weight": "vector",
@@ -50,7 +50,7 @@ def test_roles_come_from_modules_not_names() -> None:
 
 
 def test_tied_head_counts_as_embedding_once() -> None:
-    found = {k: role for k, (role, _) in roles(Block(tied=True)).items()}
+    found = {k: trait.role for k, trait in roles(Block(tied=True)).items()}
     assert found["lm_head_norm.weight"] == "embedding"
     assert "out.weight" not in found
 
@@ -91,7 +91,9 @@ def test_overrides_in_order_first_match_wins() -> None:
     where = {names[id(p)]: g for g in optimizer.param_groups for p in g["params"]}
     assert len(where) == len(names)
     assert (where["embed.weight"]["rule"], where["embed.weight"]["lr"]) == ("lion", 7.0)
-    assert where["attention.in_proj_weight"]["momentum"] == 0.5
+    assert where["attention.out_proj.weight"]["momentum"] == 0.5
+    assert where["attention.in_proj_weight"]["momentum"] == 0.95
+    assert where["attention.in_proj_weight"]["blocks"] == 3
     assert where["embed.bias"]["rule"] == "sgd" and where["norm.weight"]["rule"] == "adamw"
     assert len({g["name"] for g in optimizer.param_groups}) == len(optimizer.param_groups)
 
@@ -102,7 +104,7 @@ def test_groups_learning_rates_and_decay() -> None:
     assert optimizer.param_groups[0]["name"] == "muon/hidden"
     assert type(optimizer).__name__ == "Muon"
     assert groups["muon/hidden"]["lr"] == 1e-3 and groups["muon/hidden"]["momentum"] == 0.9
-    assert {g["lr"] for k, g in groups.items() if k != "muon/hidden"} == {5e-4}
+    assert {g["lr"] for k, g in groups.items() if g["rule"] == "adamw"} == {5e-4}
     assert groups["adamw/vector"]["weight_decay"] == 0.0 and groups["adamw/embedding"]["weight_decay"] == 0.1
     assert {g["seed"] for g in optimizer.param_groups} == {3}
     assert {g["lr_convention"] for g in optimizer.param_groups} == {"adamw"}

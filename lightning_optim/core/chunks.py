@@ -21,7 +21,9 @@ SMALL = 2**14
 """Tensors with fewer elements are worked on end to end."""
 
 
-def matrix_dims(shape: Sequence[int], blocks: int | None = None, *, conv: bool = True) -> Dims:
+def matrix_dims(
+    shape: Sequence[int], blocks: int | None = None, *, conv: bool = True, transposed: bool = False
+) -> Dims:
     """How a parameter reads as a stack of matrices.
 
     A vector of length n is `[1, 1, n]`; three dimensions are a stack; with four or more, the trailing ones are
@@ -30,6 +32,7 @@ def matrix_dims(shape: Sequence[int], blocks: int | None = None, *, conv: bool =
     Args:
         shape: of the parameter.
         blocks: cut the rows of each matrix into this many blocks (attention heads, a fused QKV); vectors stay whole.
+        transposed: the matrices are stored columns x rows (two and three dimensions).
         conv: whether four and more dimensions are one matrix.
 
     Returns:
@@ -44,6 +47,7 @@ def matrix_dims(shape: Sequence[int], blocks: int | None = None, *, conv: bool =
         b, m, n = 1, shape[0], math.prod(shape[1:])
     else:
         b, m, n = math.prod(shape[:-2]), shape[-2], shape[-1]
+        m, n = (n, m) if transposed else (m, n)
     if blocks and blocks > 1 and len(shape) > 1:
         if m % blocks:
             raise ValueError(f"{m} rows do not divide into {blocks} blocks")
@@ -126,6 +130,15 @@ def blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
     for start in range(0, rows, step):
         cut = slice(start, min(start + step, rows))
         yield [t[cut] for t in tensors], cut
+
+
+def turned(t: Tensor, transposed: bool) -> Tensor:
+    """A parameter-shaped tensor with rows and columns as the rule counts them; its own inverse.
+
+    Returns:
+        A view.
+    """
+    return t.mT if transposed and 2 <= t.ndim <= 3 else t
 
 
 def stack(tensors: Sequence[Tensor], dims: Dims, dtype: torch.dtype) -> Tensor:

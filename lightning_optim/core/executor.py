@@ -38,6 +38,7 @@ class Executor(torch.optim.Optimizer):
       Default: off for elementwise rules, as in torch; raise for the others, of which one NaN destroys a whole matrix.
     * `param_rounding`: how bfloat16 weights are rounded, `"stochastic"` or `"nearest"` (float16 weights always
       to nearest). State is float32 either way.
+    * `transposed`: matrices are stored inputs x outputs (Transformers' Conv1D); rules see outputs as rows.
     * `cautious_decay`: decay only weights that the step moves towards zero, or not at all.
     * `blocks`: number of row blocks every matrix of the group is cut into (heads, a fused QKV).
     * `seed`: of the stochastic rounding.
@@ -134,9 +135,9 @@ class Executor(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
-                    blocks = None if rule.elementwise else group["blocks"]
-                    dims = chunks.matrix_dims(p.shape, blocks, conv=not rule.reduces)
-                    works.append(Work(p, name, index, dims, self.state[p] if p in self.state else {}))
+                    blocks, turned = (None, False) if rule.elementwise else (group["blocks"], group["transposed"])
+                    dims = chunks.matrix_dims(p.shape, blocks, conv=not rule.reduces, transposed=turned)
+                    works.append(Work(p, name, index, dims, self.state[p] if p in self.state else {}, turned))
                 index += 1
             yield Job(rule, group, works)
 
@@ -176,7 +177,7 @@ class Executor(torch.optim.Optimizer):
         return rest
 
     def _reduces(self, job: Job, works: list[Work]) -> None:
-        frames = {id(w): layout.StackLayout(w.param, w.dims, w.name) for w in works}
+        frames = {id(w): layout.StackLayout(w.param, w.dims, w.name, w.transposed) for w in works}
         for run in chunks.bucket(works, lambda w: (alike(w), frames[id(w)].cut)):
             frame = frames[id(run[0])]
             elements = math.prod(frame.local_dims) if frame.stackable else chunks.STACK_LIMIT + 1
@@ -257,7 +258,7 @@ class Executor(torch.optim.Optimizer):
         for rule, group, works in jobs:
             for w in works:
                 if w.param not in self.state:  # it may have been frozen, or without a shape, when it was added
-                    check_param(rule, w.name, w.param, group["blocks"])
+                    check_param(rule, w.name, w.param, group["blocks"], group["transposed"])
         self._assign_owners(jobs)
         for rule, _, works in jobs:
             for w in works:
@@ -270,7 +271,7 @@ class Executor(torch.optim.Optimizer):
     def _allocate(self, rule: Rule, slot: Slot, w: Work) -> Tensor:
         """A slot at its start value; empty on a rank that does not own the matrix, so that all ranks have all keys."""
         if rule.reduces:
-            return layout.StackLayout(w.param, w.dims, w.name).allocate(slot)
+            return layout.StackLayout(w.param, w.dims, w.name, w.transposed).allocate(slot)
         like, cut = w.param, None if rule.elementwise else layout.cut_of(w.param, w.name)
         if cut is not None:
             if self._owners[w.param] != cut.rank:
@@ -435,7 +436,7 @@ class Executor(torch.optim.Optimizer):
         if rule.elementwise:
             placed = layout.place_like(value, w.param)
         elif rule.reduces:
-            placed = layout.StackLayout(w.param, w.dims, w.name).place(slot, value)
+            placed = layout.StackLayout(w.param, w.dims, w.name, w.transposed).place(slot, value)
         elif layout.cut_of(w.param, w.name) is None:
             placed = layout.place(value, None, None)
         else:

@@ -25,6 +25,7 @@ class Options:
     on_nonfinite: Literal["raise", "skip", "off"] | None = None
     param_rounding: Literal["stochastic", "nearest"] = "stochastic"
     blocks: int | None = None
+    transposed: bool = False
     cautious_decay: bool = False
     seed: int = 0
 
@@ -111,7 +112,7 @@ def completed(
     made = rule_of(out)
     for label, p in _named(out):
         if isinstance(p, Tensor) and p.requires_grad:
-            check_param(made, label, p, out["blocks"])
+            check_param(made, label, p, out["blocks"], out["transposed"])
     _check_owned_once(groups, out)
     _name_alike(groups, out)
     return out
@@ -179,7 +180,7 @@ def _check_owned_once(groups: Sequence[Mapping[str, Any]], new: Mapping[str, Any
         owners[id(p)] = new["name"]
 
 
-def check_param(rule: Rule, name: str, p: Tensor, blocks: int | None) -> None:
+def check_param(rule: Rule, name: str, p: Tensor, blocks: int | None, transposed: bool) -> None:
     """Check that a rule can take a parameter that is to be trained.
 
     Args:
@@ -187,6 +188,7 @@ def check_param(rule: Rule, name: str, p: Tensor, blocks: int | None) -> None:
         name: of the parameter, for the message.
         p: the parameter.
         blocks: of its group.
+        transposed: of its group.
 
     Raises:
         ValueError: it cannot.
@@ -213,7 +215,7 @@ def check_param(rule: Rule, name: str, p: Tensor, blocks: int | None) -> None:
             "(build_optimizer does)"
         )
     try:
-        chunks.matrix_dims(shape, blocks, conv=not rule.reduces)
+        chunks.matrix_dims(shape, blocks, conv=not rule.reduces, transposed=transposed)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

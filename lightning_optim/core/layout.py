@@ -156,9 +156,11 @@ def _offset(p: Tensor) -> Sequence[int]:
     return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1]
 
 
-def _axis(p: Tensor, dims: Dims) -> str:
+def _axis(p: Tensor, dims: Dims, transposed: bool) -> str:
     """Which axis of the stack `[b, m, n]` a row cut of the parameter falls on."""
     if p.ndim < 2:
+        return "n"
+    if p.ndim == 2 and transposed:
         return "n"
     return "m" if p.ndim == 2 and dims[0] == 1 else "b"
 
@@ -166,24 +168,25 @@ def _axis(p: Tensor, dims: Dims) -> str:
 class StackLayout:
     """How the tensors of a reducing rule are cut: the identity for whole parameters, DTensors for row shards."""
 
-    def __init__(self, p: Tensor, dims: Dims, name: str = "parameter"):
+    def __init__(self, p: Tensor, dims: Dims, name: str = "parameter", transposed: bool = False):
         """Read the cut of a parameter.
 
         Args:
             p: the parameter.
             dims: of the whole parameter as a stack of matrices.
             name: for error messages.
+            transposed: whether the matrices are stored columns x rows.
 
         Raises:
             ValueError: blocks of rows that straddle shards.
         """
         self.cut = cut_of(p, name)
-        self.param, self.dims, self.axis = p, dims, _axis(p, dims)
+        self.param, self.dims, self.axis = p, dims, _axis(p, dims, transposed)
         self.local_dims = dims
         if self.cut is not None:
             part, (_, m, n) = local(p), dims
             if self.axis == "n":
-                self.local_dims = (1, 1, part.numel())
+                self.local_dims = (1, m, part.shape[0])
             elif self.axis == "m":
                 self.local_dims = (1, part.shape[0], n)
             else:

@@ -25,6 +25,7 @@ class Work:
     index: int
     dims: Dims
     state: dict[str, Tensor]
+    transposed: bool = False
     t: int = 0
 
     @property
@@ -71,7 +72,7 @@ def needs_param(rule: Rule) -> bool:
 
 def alike(w: Work) -> tuple[Any, ...]:
     """Works with equal keys may share a stack."""
-    return w.dims, w.param.ndim < 2, w.param.dtype, w.param.device, w.t
+    return w.dims, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t
 
 
 def update_elementwise(job: Job, w: Work) -> None:
@@ -116,11 +117,15 @@ def update_stack(
     b, m, n = first.dims if frame is None else frame.local_dims
     dtype = storage.work_dtype(first.param.dtype)
     slots = first.slots(rule)
+    turn = first.transposed
     entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
+    for k, slot in slots.items():
+        if slot.letters == "mn":
+            entries[k] = [chunks.turned(t, turn) for t in entries[k]]
     before = {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
-    g, p = chunks.stack(gradients, (b, m, n), dtype), None
+    g, p = chunks.stack([chunks.turned(t, turn) for t in gradients], (b, m, n), dtype), None
     if needs_param(rule):
-        p = chunks.stack(params, (b, m, n), dtype)
+        p = chunks.stack([chunks.turned(t, turn) for t in params], (b, m, n), dtype)
         if rule.decay == "coupled" and rule.weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
     wrap, unwrap = (frame.wrap, frame.unwrap) if frame else (_as_is, _as_is)
@@ -133,7 +138,7 @@ def update_stack(
     if rule.rests(first.t):
         return
     for w, piece, like in zip(chunk, unwrap(d).split(b), gradients, strict=True):
-        piece = piece.reshape(like.shape)
+        piece = chunks.turned(piece.reshape(chunks.turned(like, turn).shape), turn)
         sink(w, piece) if sink else apply(job, w, piece)
 
 

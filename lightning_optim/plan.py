@@ -1,0 +1,122 @@
+"""What an optimizer will do with a model, before anything is allocated: owners, reasons and bytes of state."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_optim.core import chunks, storage
+from lightning_optim.core.groups import rule_of
+from lightning_optim.factory import build_optimizer
+from lightning_optim.partition import roles
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    rule: str
+    group: str
+    reason: str
+    state_bytes: dict[str, int]
+    """By slot; the 4 bytes of the step count apart."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row per trainable parameter, in the order of the groups."""
+
+    rows: Sequence[Row]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of state of all parameters, step counts included."""
+        return sum(sum(r.state_bytes.values()) + 4 for r in self.rows)
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable weights."""
+        return sum(_size(r) for r in self.rows)
+
+    def shares(self) -> dict[str, float]:
+        """The share of the trainable weights each rule owns.
+
+        Returns:
+            Rule to share, summing to one.
+        """
+        owned: Counter[str] = Counter()
+        for row in self.rows:
+            owned[row.rule] += _size(row)
+        return {rule: size / self.parameters for rule, size in owned.most_common()}
+
+    def __str__(self) -> str:
+        """A Markdown table; repeated layers are one line."""
+        lines: dict[tuple[Any, ...], list[Row]] = {}
+        for r in self.rows:
+            lines.setdefault((_layerless(r.name), r.shape, r.role, r.rule, r.reason), []).append(r)
+        text = ["| parameter | shape | role | rule | state | reason |", "|---|---|---|---|---|---|"]
+        for (name, shape, role, rule, reason), same in lines.items():
+            times = f" ({len(same)} times)" if len(same) > 1 else ""
+            slots = ", ".join(f"{k} {_bytes(v)}" for k, v in same[0].state_bytes.items()) or "none"
+            size = " x ".join(map(str, shape)) or "scalar"
+            text.append(f"| {name}{times} | {size} | {role} | {rule} | {slots} | {reason} |")
+        owners = ", ".join(f"{rule} {share:.1%}" for rule, share in self.shares().items())
+        text.append(f"\n{self.parameters:,} trainable weights: {owners}")
+        text.append(
+            f"{_bytes(self.state_bytes)} of state, {self.state_bytes / max(1, self.parameters):.2f} B per weight"
+        )
+        return "\n".join(text)
+
+
+def plan(model: nn.Module, name: str, *, lr: float = 1e-3, **settings: Any) -> Plan:
+    """Say what `build_optimizer` with the same arguments would do.
+
+    Args:
+        model: any module; on the meta device nothing is allocated.
+        name: of the main rule.
+        lr: learning rate; does not matter here.
+        **settings: of `build_optimizer`.
+
+    Returns:
+        The plan.
+    """
+    optimizer = build_optimizer(model, name, lr=lr, **settings)
+    traits, rows = roles(model), []
+    for group in optimizer.param_groups:
+        rule = rule_of(group)
+        for label, p in zip(group["param_names"], group["params"], strict=True):
+            blocks, turned = (None, False) if rule.elementwise else (group["blocks"], group["transposed"])
+            dims = chunks.matrix_dims(p.shape, blocks, conv=not rule.reduces, transposed=turned)
+            state = {}
+            for key, slot in rule.declared(*dims[1:], vector=p.ndim < 2).items():
+                dtype = slot.dtype or storage.work_dtype(p.dtype)
+                shape = storage.rest_shape(slot, p.shape, dims)
+                state[key] = dtype.itemsize * math.prod(shape)
+            trait = traits[label]
+            rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state))
+    return Plan(rows)
+
+
+def _size(row: Row) -> int:
+    return math.prod(row.shape)
+
+
+def _layerless(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} GiB"
