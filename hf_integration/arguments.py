@@ -10,10 +10,8 @@ import transformers
 from transformers.training_args import OptimizerNames
 
 from hf_integration.factory import OptimizerFactory
+from hf_integration.settings import with_flags
 from lightning_optim.core.rule import REGISTRY, lookup, nearest
-
-ADAM = ("adam", "adamw")
-"""Rules that the `adam_*` flags are for."""
 
 
 @dataclass
@@ -61,17 +59,12 @@ class TrainingArguments(transformers.TrainingArguments):
         """
         if self.optim not in REGISTRY:
             return None
-        adam = {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
         settings = {
-            "name": self.optim,
-            "lr": self.learning_rate,
-            "weight_decay": self.weight_decay,
             "rest": self.rest_optim,
             "rest_lr": self.rest_learning_rate,
-            "rest_settings": adam if self.rest_optim in ADAM else {},
             "lr_convention": self.lr_convention,
         }
-        return OptimizerFactory, settings | (adam if self.optim in ADAM else {}) | _literals(self.optim_args)
+        return OptimizerFactory, with_flags(self, self.optim, settings | _literals(self.optim_args))
 
 
 def _literals(text: str | None) -> dict[str, Any]:

@@ -31,3 +31,23 @@ class OptimizerFactory:
             One optimizer for the whole model.
         """
         return build_optimizer(model, name, lr=lr, **settings)
+
+
+def create_optimizer(model: nn.Module, name: str, *, lr: float, **settings: Any) -> Executor:
+    """`build_optimizer` under the name PEFT users look for.
+
+    Trainer(model, args, optimizers=(create_optimizer(model, "muon", lr=2e-5), None), ...)
+
+    The model must be placed already, and the Trainer takes no finished optimizer under FSDP or with `model_init`:
+    `OptimizerFactory` and `attach` work there, too. The Trainer's `--learning_rate` and `--weight_decay` are not used.
+
+    Args:
+        model: any module, adapters included; its trainable parameters are taken.
+        name: of the main rule.
+        lr: learning rate; with the default convention, AdamW's.
+        **settings: of `build_optimizer`.
+
+    Returns:
+        One optimizer for the whole model.
+    """
+    return build_optimizer(model, name, lr=lr, **settings)

@@ -18,11 +18,12 @@ from lightning_optim.partition import assign, roles
 from lightning_optim.plan import plan
 
 if TYPE_CHECKING:
-    from lightning_optim.lightning import configure_optimizers
+    from lightning_optim.lightning import OptimizerConfig, configure_optimizers
 
 __version__ = "0.1.0"
 __all__ = [
     "Executor",
+    "OptimizerConfig",
     "Rule",
     "Slot",
     "assign",
@@ -38,8 +39,9 @@ __all__ += optimizers.__all__
 
 
 def __getattr__(name: str) -> Any:
-    if name == "configure_optimizers":
-        from lightning_optim.lightning import configure_optimizers
+    """Import Lightning only when a name that needs it is used."""
+    if name in ("OptimizerConfig", "configure_optimizers"):
+        from lightning_optim import lightning
 
-        return configure_optimizers
+        return getattr(lightning, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from lightning import LightningModule
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_optim.core.rule import nearest
+from lightning_optim.core.rule import lookup, nearest
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import Override
 
@@ -19,6 +21,21 @@ SCHEDULES = {
     "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
 }
 """Factor of the learning rate as a function of the share of steps done after the warm-up."""
+
+
+class Schedule(LambdaLR):
+    """A `LambdaLR` that also moves groups added during training (`BaseFinetuning`), from the lr they came with."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Learning rates of the step to come.
+
+        Returns:
+            One per group.
+        """
+        factor, step = self.lr_lambdas[0], self.last_epoch
+        later = self.optimizer.param_groups[len(self.lr_lambdas) :]
+        change = factor(step) / (factor(step - 1) or 1.0) if later else 1.0
+        return [*super().get_lr(), *(group["lr"] * change for group in later)]
 
 
 def configure_optimizers(
@@ -64,8 +81,7 @@ def configure_optimizers(
     Raises:
         ValueError: an unknown schedule, a run of unknown length, or what `build_optimizer` raises.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; {nearest(schedule, list(SCHEDULES))}")
+    _check_schedule(schedule)
     optimizer = build_optimizer(
         module,
         name,
@@ -92,8 +108,74 @@ def configure_optimizers(
         share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return min_lr_ratio + (1 - min_lr_ratio) * SCHEDULES[schedule](share)
 
-    scheduler = LambdaLR(optimizer, factor)
+    scheduler = Schedule(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """What `configure_optimizers` is to be given, as a value that LightningCLI reads from YAML.
+
+    A module takes it as an argument, `optimizer: OptimizerConfig`, and ends its `configure_optimizers` with
+    `return self.optimizer(self)`: it is called with the module because the parameters alone do not tell their roles.
+    `optimizer: OptimizerConfig | OptimizerCallable`, in this order, takes optimizer classes as well. jsonargparse lets
+    `OptimizerCallable` alone take only them; to such a module give `lightning_optim.callbacks.HybridOptimizer`.
+
+    Args:
+        name: see `configure_optimizers`, as are all the following but the last.
+        lr: see there.
+        schedule: see there.
+        warmup_steps: see there.
+        total_steps: see there.
+        min_lr_ratio: see there.
+        weight_decay: see there.
+        rest: see there.
+        rest_lr: see there.
+        rest_settings: see there.
+        lr_convention: see there.
+        overrides: see there.
+        settings: hyperparameters of the main rule, and options of all groups.
+
+    Raises:
+        ValueError: an unknown name or schedule.
+    """
+
+    name: str
+    lr: float
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.0
+    rest: str = "adamw"
+    rest_lr: float | None = None
+    rest_settings: dict[str, Any] = field(default_factory=dict)
+    lr_convention: Literal["adamw", "native"] = "adamw"
+    overrides: list[Override] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the names before a model is built."""
+        lookup(self.name)
+        lookup(self.rest)
+        _check_schedule(self.schedule)
+
+    def __call__(self, module: LightningModule) -> dict[str, Any]:
+        """Build what `LightningModule.configure_optimizers` returns.
+
+        Args:
+            module: the module; all its trainable parameters are taken.
+
+        Returns:
+            See `configure_optimizers`.
+        """
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+        return configure_optimizers(module, **given, **self.settings)
+
+
+def _check_schedule(schedule: str) -> None:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; {nearest(schedule, list(SCHEDULES))}")
 
 
 def _total_steps(module: LightningModule) -> int:

@@ -240,14 +240,15 @@ def test_every_role_lands_in_its_group(tmp_path: Path, tied: bool):
     assert next(iter(groups)) == "muon/hidden"  # group 0, whose learning rate the Trainer logs
 
 
-def test_gpt2s_transposed_linear_layers_are_hidden_matrices(tmp_path: Path):
+def test_gpt2s_transposed_linear_layers_are_matrices(tmp_path: Path):
     model = gpt2()
     before = weights(model)
     trainer = trainer_of(model, arguments(tmp_path))
     trainer.train()
-    linear = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    linear = ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     groups = groups_of(trainer)
-    assert set(groups["muon/hidden"]["param_names"]) == {f"transformer.h.0.{x}.weight" for x in linear}
+    assert set(groups["muon/hidden/transposed"]["param_names"]) == {f"transformer.h.0.{x}.weight" for x in linear}
+    assert groups["muon/qkv/transposed/3 blocks"]["param_names"] == ["transformer.h.0.attn.c_attn.weight"]
     assert set(groups["adamw/embedding"]["param_names"]) == {"transformer.wte.weight", "transformer.wpe.weight"}
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 

@@ -1,0 +1,43 @@
+"""Our optimizers for trainers that take no such argument."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from transformers import Trainer
+
+from hf_integration.factory import OptimizerFactory
+from hf_integration.settings import check_settings, with_flags
+
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
+
+def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **settings: Any) -> AnyTrainer:
+    """Have a trainer build one of our optimizers; DPO, GRPO and Seq2Seq trainers have no argument for it.
+
+    attach(DPOTrainer(model, args=args, ...), "muon", rest_lr=1e-5).train()
+
+    `args.optim` and `args.optim_args` are not used. `adam_beta1`, `adam_beta2` and `adam_epsilon` hold for every
+    parameter that AdamW or Adam updates, unless `settings` say otherwise.
+
+    Args:
+        trainer: any subclass whose `create_optimizer` is the Trainer's.
+        name: of the main rule.
+        lr: learning rate, `args.learning_rate` if not given; with the default convention, AdamW's.
+        **settings: of `build_optimizer`; `weight_decay` is `args.weight_decay` if not given.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        ValueError: the trainer has an optimizer, or an unknown name or bad value.
+    """
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None or trainer.state.global_step:
+        raise ValueError(
+            f"attach(trainer, {name!r}): the trainer already has an optimizer or has trained; "
+            "attach to a new one, before train() and without optimizers= or optimizer_cls_and_kwargs="
+        )
+    given = settings if lr is None else settings | {"lr": lr}
+    check_settings(name, given)
+    trainer.optimizer_cls_and_kwargs = (OptimizerFactory, with_flags(trainer.args, name, given))  # pyright: ignore[reportAttributeAccessIssue]
+    return trainer

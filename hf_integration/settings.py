@@ -1,0 +1,57 @@
+"""Arguments of `build_optimizer`: what they may be, and which of them Transformers' arguments give."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+
+from lightning_optim import build_optimizer
+from lightning_optim.core.groups import OPTION_TYPES, settings_of
+from lightning_optim.core.rule import check_value, lookup, nearest
+
+ADAM = ("adam", "adamw")
+"""Rules that the `adam_*` flags are for."""
+
+
+def with_flags(args: transformers.TrainingArguments, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the settings of an optimizer by `--learning_rate`, `--weight_decay` and the `--adam_*` flags.
+
+    Args:
+        args: the Trainer's.
+        name: of the main rule.
+        settings: of `build_optimizer`; they win over the flags.
+
+    Returns:
+        Keyword arguments of `OptimizerFactory`.
+    """
+    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    flags = {"name": name, "lr": args.learning_rate, "weight_decay": args.weight_decay}
+    flags |= adam if name in ADAM else {}
+    of_rest = adam if settings.get("rest", "adamw") in ADAM else {}
+    return flags | dict(settings) | {"rest_settings": of_rest | dict(settings.get("rest_settings") or {})}
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Check keyword arguments of `build_optimizer` before there is a model.
+
+    Args:
+        name: of the main rule.
+        settings: hyperparameters of the rule and arguments of `build_optimizer`.
+
+    Raises:
+        ValueError: an unknown name, or a value out of range or of the wrong type.
+    """
+    rule = lookup(name)
+    of_builder = set(inspect.signature(build_optimizer).parameters) - {"model", "name", "settings"}
+    hints = typing.get_type_hints(build_optimizer) | typing.get_type_hints(rule) | OPTION_TYPES
+    known = [*settings_of(rule), *sorted(of_builder)]
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"{name} has no setting {key!r}; {nearest(key, known)}")
+        if key not in ("overrides", "rest_settings"):  # build_optimizer checks what is inside
+            check_value(f"{name}: {key}", value, hints[key], signed=key in rule.signed or key == "seed")
+    lookup(settings.get("rest", "adamw"))

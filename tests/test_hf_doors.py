@@ -1,0 +1,376 @@
+"""The doors of `hf_integration` beside its `TrainingArguments`: the stock Trainer and TRL's on tiny random models."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, trainer_optimizer
+from transformers.training_args import OptimizerNames
+
+from hf_integration import OptimizerFactory, attach, create_optimizer, register
+from lightning_optim import Executor, build_optimizer
+from tests.test_hf import (
+    ENVIRONMENT,
+    Tokens,
+    arguments,
+    assert_same,
+    groups_of,
+    llama,
+    logged,
+    make_model,
+    model_of,
+    one_thread,  # noqa: F401
+    trainer_of,
+    weights,
+)
+
+FLAGS: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "weight_decay": 0.1,
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
+others_use_old_names = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing\\w*. is deprecated:FutureWarning")
+
+
+def stock(folder: Path, **settings: Any) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(output_dir=str(folder), **(FLAGS | settings))
+
+
+def plain_trainer(folder: Path, **settings: Any) -> Trainer:
+    return Trainer(llama(), stock(folder, **settings), train_dataset=Tokens())
+
+
+def run(folder: Path, script: str) -> str:
+    """Run a script in a process of its own, whose enum of optimizer names nobody has extended."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
+        cwd=folder,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# -- register ---------------------------------------------------------------------------------------------------------
+
+STOCK_SCRIPT = """
+    import transformers
+
+    from tests.test_hf import Tokens, llama
+
+
+    def main(*argv):
+        parser = transformers.HfArgumentParser(transformers.TrainingArguments)
+        (args,) = parser.parse_args_into_dataclasses(list(argv), look_for_args_file=False)
+        trainer = transformers.Trainer(llama(), args, train_dataset=Tokens())
+        trainer.train(args.resume_from_checkpoint)
+        return trainer
+"""
+"""Knows nothing of lightning_optim but the test's model."""
+
+
+def test_a_stock_script_takes_our_names(tmp_path: Path):
+    (tmp_path / "script.py").write_text(textwrap.dedent(STOCK_SCRIPT))
+    out = run(
+        tmp_path,
+        """
+        import copy
+        import json
+        import sys
+
+        sys.path.insert(0, ".")
+        from script import main
+        from transformers import TrainingArguments
+        from transformers.training_args import OptimizerNames
+
+        import hf_integration
+        from lightning_optim.core.rule import REGISTRY
+
+        theirs = {name: member.value for name, member in OptimizerNames.__members__.items()}
+        try:
+            TrainingArguments(optim="muon")
+            raise SystemExit("the import has registered")
+        except ValueError:
+            pass
+
+        added = hf_integration.register()
+        assert added == sorted(set(REGISTRY) - {"sgd", "adafactor"}), added
+        assert hf_integration.register() == []
+        members = OptimizerNames.__members__
+        assert {name: members[name].value for name in theirs} == theirs  # LION is lion_32bit, as before
+        assert [m.value for m in OptimizerNames][-len(added):] == added
+        assert len(set(members)) == len(theirs) + len(added)
+        muon = OptimizerNames("muon")
+        assert isinstance(muon, OptimizerNames) and muon == "muon" and muon.value == "muon"
+        assert OptimizerNames[muon.name] is muon and getattr(OptimizerNames, muon.name) is muon
+        assert copy.deepcopy(muon) == muon
+
+        flags = "--optim muon --optim_args momentum=0.9,rest_lr=1e-4,nesterov=false,ns_coefficients=3:-4.3:2 "
+        flags += "--learning_rate 1e-2 --weight_decay 0.1 --adam_beta2 0.95 --per_device_train_batch_size 2 "
+        flags += "--max_steps 4 --save_steps 2 --report_to none --use_cpu --disable_tqdm true "
+        flags += "--dataloader_pin_memory false --output_dir "
+        trainer = main(*(flags + "whole").split())
+        resumed = main(*(flags + "resumed --resume_from_checkpoint whole/checkpoint-2").split())
+        for a, b in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+            assert a.equal(b)
+        assert json.loads(trainer.args.to_json_string())["optim"] == trainer.args.to_dict()["optim"] == "muon"
+
+        ours = hf_integration.TrainingArguments(
+            optim="muon", rest_optim="lion", output_dir="ours", use_cpu=True, optim_args="momentum=0.8"
+        )
+        from tests.test_hf import llama
+        from transformers import Trainer
+
+        groups = Trainer(llama(), ours).create_optimizer().param_groups  # a forgotten factory still counts
+        print([(g["name"], g.get("momentum")) for g in groups])
+
+        for optim_args, wrong in {
+            "momentun=0.9": "muon has no setting 'momentun'; did you mean 'momentum'",
+            "momentum=high": "muon: momentum must be a number, got 'high'",
+            "momentum=-1": "muon: momentum must be a finite number >= 0, got -1",
+            "ns_steps=2.5": "muon: ns_steps must be an integer, got 2.5",
+            "nesterov=1": "muon: nesterov must be True or False, got 1",
+            "scale=spectrl": "muon: scale: unknown value 'spectrl'; did you mean 'spectral'",
+            "rest=adanw": "unknown optimizer 'adanw'; did you mean 'adamw'",
+            "rest_lr=-1e-4": "muon: rest_lr must be a finite number >= 0, got -0.0001",
+            "lr=1e-3": "optim_args: lr is set by --learning_rate",
+            "rest_settings=1": "optim_args cannot express rest_settings",
+        }.items():
+            try:
+                main(*(flags + "wrong --optim_args " + optim_args).split())
+                raise SystemExit(f"{optim_args} was taken")
+            except ValueError as error:
+                assert wrong in str(error), error
+        """,
+    )
+    assert out.splitlines()[-1] == "[('muon/hidden', 0.8), ('lion/embedding', None), ('lion/vector', None)]"
+
+    settings = {"momentum": 0.9, "nesterov": False, "ns_coefficients": (3, -4.3, 2), "rest_lr": 1e-4}
+    optimizer = {"name": "muon", "lr": 1e-2, "weight_decay": 0.1, "rest_settings": {"betas": (0.9, 0.95)}, **settings}
+    given: Any = (OptimizerFactory, optimizer)
+    by_argument = Trainer(llama(), stock(tmp_path), train_dataset=Tokens(), optimizer_cls_and_kwargs=given)
+    by_argument.train()
+    saved = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
+    assert_same({k: v for k, v in weights(model_of(by_argument)).items() if k in saved}, saved)
+
+    out = run(  # a machine without our package
+        tmp_path,
+        """
+        import sys
+
+        import torch
+        from transformers import AutoModelForCausalLM, Trainer
+
+        args = torch.load("whole/checkpoint-2/training_args.bin", weights_only=False)
+        model = AutoModelForCausalLM.from_pretrained("whole/checkpoint-2")
+        state = torch.load("whole/checkpoint-2/optimizer.pt", weights_only=True)
+        assert type(args.optim) is str and args.optim == args.to_dict()["optim"] == "muon"
+        assert args.learning_rate == 1e-2 and state["param_groups"][0]["momentum"] == 0.9
+        try:
+            Trainer(model, args).create_optimizer()
+            raise SystemExit("trained with something else")
+        except ValueError as error:
+            print(error)
+        assert not {"hf_integration", "lightning_optim"} & set(sys.modules)
+        """,
+    )
+    assert "unsupported optimizer: muon" in out
+
+
+@pytest.mark.parametrize("change", ["moved", "emptied", "a function", "another enum"])
+def test_another_release_of_transformers_is_refused_untouched(monkeypatch: pytest.MonkeyPatch, change: str):
+    names, handlers = list(OptimizerNames), dict(trainer_optimizer._OPTIMIZER_HANDLERS)
+    if change == "moved":
+        monkeypatch.delattr(trainer_optimizer, "_OPTIMIZER_HANDLERS")
+    elif change == "another enum":
+        monkeypatch.delattr(OptimizerNames, "_value2member_map_")
+    else:
+        table: Any = {} if change == "emptied" else handlers.get
+        monkeypatch.setattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", table)
+    refused = r"cannot extend --optim of Transformers \d.*optimizer_cls_and_kwargs=\(hf_integration.OptimizerFactory"
+    with pytest.raises(RuntimeError, match=refused):
+        register()
+    monkeypatch.undo()
+    assert list(OptimizerNames) == names and trainer_optimizer._OPTIMIZER_HANDLERS == handlers
+
+
+# -- attach -----------------------------------------------------------------------------------------------------------
+
+
+def test_attach_is_the_argument(tmp_path: Path):
+    attached = plain_trainer(tmp_path)
+    assert attach(attached, "muon", rest_lr=1e-3, momentum=0.9) is attached
+    attached.train()
+    args = arguments(
+        tmp_path, weight_decay=0.1, rest_learning_rate=1e-3, optim_args="momentum=0.9", max_steps=4, report_to="none"
+    )
+    by_argument = trainer_of(llama(), args)
+    by_argument.train()
+    assert_same(weights(model_of(attached)), weights(model_of(by_argument)))
+    assert [(g["name"], g["initial_lr"], g["weight_decay"]) for g in groups_of(attached).values()] == [
+        ("muon/hidden", 1e-2, 0.1),
+        ("adamw/embedding", 1e-3, 0.1),
+        ("adamw/vector", 1e-3, 0.0),
+    ]
+
+
+def test_what_attach_is_given_wins_over_the_arguments(tmp_path: Path):
+    trainer = attach(
+        plain_trainer(tmp_path, adam_beta1=0.8, adam_beta2=0.9),
+        "adamw",
+        lr=3e-4,
+        weight_decay=0.0,
+        betas=(0.9, 0.95),
+    )
+    trainer.create_optimizer()
+    seen = {(g["lr"], g["weight_decay"], g["betas"], g["eps"]) for g in groups_of(trainer).values()}
+    assert seen == {(3e-4, 0.0, (0.9, 0.95), 1e-8)}
+    trainer = attach(plain_trainer(tmp_path, adam_beta1=0.8), "muon", rest_settings={"eps": 1e-6})
+    trainer.create_optimizer()
+    assert (groups_of(trainer)["adamw/vector"]["betas"], groups_of(trainer)["adamw/vector"]["eps"]) == (
+        (0.8, 0.999),
+        1e-6,
+    )
+    trainer = attach(plain_trainer(tmp_path), "muon", rest="lion", overrides=[("*.mlp.*", "sgd", {"lr": 0.5})])
+    trainer.create_optimizer()
+    assert groups_of(trainer)["lion/vector"]["betas"] == (0.9, 0.99)
+    assert "sgd" in {g["rule"] for g in groups_of(trainer).values()}
+
+
+def test_a_trainer_without_the_argument(tmp_path: Path):
+    args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), **FLAGS)
+    trainer = Seq2SeqTrainer(llama(), args, train_dataset=Tokens())
+    before = weights(model_of(trainer))
+    attach(trainer, "muon").train()
+    assert isinstance(trainer, Seq2SeqTrainer) and list(groups_of(trainer))[0] == "muon/hidden"
+    assert all(not torch.equal(p, before[name]) for name, p in model_of(trainer).named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("muonn", {}, "unknown optimizer 'muonn'; did you mean 'muon'"),
+        ("muon", {"momentun": 0.9}, "muon has no setting 'momentun'; did you mean 'momentum'"),
+        ("muon", {"momentum": "0.9"}, "muon: momentum must be a number, got '0.9'"),
+        ("muon", {"rest_learning_rate": 1e-4}, "muon has no setting 'rest_learning_rate'"),
+        ("muon", {"rest": "adanw"}, "unknown optimizer 'adanw'; did you mean 'adamw'"),
+        ("muon", {"lr": -1.0}, "muon: lr must be a finite number >= 0"),
+    ],
+)
+def test_attach_refuses_at_once(tmp_path: Path, name: str, settings: dict[str, Any], message: str):
+    trainer = plain_trainer(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        attach(trainer, name, **settings)
+    assert trainer.optimizer_cls_and_kwargs is None
+
+
+def test_attach_comes_before_any_other_optimizer(tmp_path: Path):
+    refused = pytest.raises(ValueError, match=r"attach\(trainer, 'lion'\): the trainer already has an optimizer or has")
+    trainer = attach(plain_trainer(tmp_path), "muon")
+    with refused:
+        attach(trainer, "lion")
+    trained = plain_trainer(tmp_path, max_steps=1)
+    trained.train()
+    with refused:
+        attach(trained, "lion")
+    trained.optimizer = None
+    with refused:
+        attach(trained, "lion")
+    model = llama()
+    pair = (create_optimizer(model, "muon", lr=1e-2), None)
+    with refused:
+        attach(Trainer(model, stock(tmp_path), optimizers=pair), "lion")
+
+
+# -- create_optimizer -------------------------------------------------------------------------------------------------
+
+
+def test_create_optimizer_is_build_optimizer(tmp_path: Path):
+    model = llama()
+    made = create_optimizer(model, "muon", lr=1e-2, weight_decay=0.1, rest_lr=1e-3)
+    expected = build_optimizer(model, "muon", lr=1e-2, weight_decay=0.1, rest_lr=1e-3)
+    assert type(made) is type(expected) and isinstance(made, Executor)
+    assert made.state_dict() == expected.state_dict()
+
+    trainer = Trainer(model, stock(tmp_path), train_dataset=Tokens(), optimizers=(made, None))
+    trainer.train()
+    attached = attach(plain_trainer(tmp_path), "muon", rest_lr=1e-3)
+    attached.train()
+    assert_same(weights(model_of(trainer)), weights(model_of(attached)))
+
+
+@others_use_old_names
+def test_create_optimizer_takes_adapters_only(tmp_path: Path):
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))  # pyright: ignore[reportArgumentType]
+    before = weights(model)
+    optimizer = create_optimizer(model, "muon", lr=1e-2)
+    trainer = Trainer(model, stock(tmp_path), train_dataset=Tokens(), optimizers=(optimizer, None))
+    trainer.train()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+
+
+# -- TRL --------------------------------------------------------------------------------------------------------------
+
+
+def trl_model(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    torch.set_num_threads(1)
+    make_model(folder / "model", Path(json.__file__))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+    tokenizer.pad_token = tokenizer.eos_token
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "model"), tokenizer
+
+
+@others_use_old_names
+def test_trl_sft_by_argument(tmp_path: Path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    model, tokenizer = trl_model(tmp_path)
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(output_dir=str(tmp_path), max_length=16, bf16=False, **FLAGS),
+        train_dataset=datasets.Dataset.from_list([{"text": "def load(text): return decode(text)"}] * 8),
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=(OptimizerFactory, {"name": "muon", "lr": 1e-2}),
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert list(groups_of(trainer))[0] == "muon/hidden" and losses[-1] < losses[0] - 0.1
+
+
+@others_use_old_names
+def test_trl_dpo_by_attach(tmp_path: Path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    model, tokenizer = trl_model(tmp_path)
+    row = {"prompt": "def load", "chosen": "(text): return", "rejected": "; while 1"}
+    trainer = trl.DPOTrainer(
+        model,
+        args=trl.DPOConfig(output_dir=str(tmp_path), max_length=16, bf16=False, **FLAGS),
+        train_dataset=datasets.Dataset.from_list([row] * 8),
+        processing_class=tokenizer,
+    )
+    attach(trainer, "muon", rest_lr=1e-3).train()
+    losses = logged(trainer, "loss")
+    assert list(groups_of(trainer))[0] == "muon/hidden" and losses[-1] < losses[0] - 0.01

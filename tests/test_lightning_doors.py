@@ -1,0 +1,532 @@
+"""Lightning's other doors: the callback, LightningCLI, Fabric; and what Lightning may do to a module on the way."""
+
+from __future__ import annotations
+
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, LearningRateMonitor, WeightAveraging
+from lightning.pytorch.cli import LightningCLI, OptimizerCallable
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_avg_fn
+
+import lightning_optim
+from lightning_optim import Executor, assign, build_optimizer
+from lightning_optim.callbacks import HybridOptimizer
+from lightning_optim.lightning import OptimizerConfig
+from tests.test_lightning import Net, Rows, assert_same, scalars, trainer, weights
+from tests.test_lightning import pytestmark as lightning_warnings
+
+pytestmark = [
+    *lightning_warnings,
+    # LightningCLI calls jsonargparse in ways that its version 5 will no longer have.
+    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning"),
+    pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4\.\d+\.0 and will be removed in v5"),
+]
+
+LR = 1e-2
+SCHEDULE: dict[str, Any] = {"schedule": "cosine", "warmup_steps": 2}
+
+
+class Without(Net):
+    """A module that says nothing of optimizers."""
+
+    configure_optimizers = L.LightningModule.configure_optimizers
+
+
+class Other(Without):
+    """A module with an optimizer of its own."""
+
+    def configure_optimizers(self) -> Any:
+        raise AssertionError("asked for its own optimizer")
+
+
+class Brings(Without):
+    """A module that brings the callback along."""
+
+    def configure_callbacks(self) -> Any:
+        return hybrid()
+
+
+def hybrid(**settings: Any) -> HybridOptimizer:
+    return HybridOptimizer("muon", lr=LR, **SCHEDULE, weight_decay=0.1, momentum=0.9, **settings)
+
+
+def same_as_hybrid() -> Net:
+    return Net("muon", **SCHEDULE, weight_decay=0.1, momentum=0.9)
+
+
+class Save(L.Callback):
+    """A checkpoint in the middle of an epoch."""
+
+    def __init__(self, path: Path, step: int = 3):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+class Record(L.Callback):
+    """Weights after every step."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen.append(weights(pl_module))
+
+
+def assert_same_run(a: L.Trainer, b: L.Trainer) -> None:
+    """Same weights and optimizers, to the bit."""
+    assert_same(weights(a.lightning_module), weights(b.lightning_module))
+    x, y = (t.optimizers[0].state_dict() for t in (a, b))
+    assert x["param_groups"] == y["param_groups"]
+    assert x["state"].keys() == y["state"].keys()
+    for index in x["state"]:
+        assert_same(x["state"][index], y["state"][index])
+
+
+# -- the callback -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Without, Other, Brings])
+def test_callback_equals_configure_optimizers(tmp_path: Path, kind: type[Net]) -> None:
+    settings = {"max_steps": 4, "gradient_clip_val": 0.05, "accumulate_grad_batches": 2, "log_every_n_steps": 1}
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    own = [] if kind is Brings else [hybrid()]
+    net = kind("")
+    first = trainer(tmp_path, **settings, logger=logger, callbacks=[LearningRateMonitor(), *own])
+    first.fit(net, Rows(8))
+    second = trainer(tmp_path, **settings)
+    second.fit(same_as_hybrid(), Rows(8))
+
+    assert_same_run(first, second)
+    assert isinstance(first.optimizers[0], Executor) and len(first.optimizers) == 1
+    assert first.global_step == 4 and len(net.seen) == 8
+    assert net.lrs == second.lightning_module.lrs  # pyright: ignore
+    found = scalars(tmp_path)  # once per micro-batch
+    for step, lrs in enumerate(net.lrs):
+        for value in found["lr-Muon/muon/hidden", step]:
+            assert value == pytest.approx(lrs[0], rel=1e-6)
+    assert "configure_optimizers" not in vars(net)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_callback_resumes_bitwise(tmp_path: Path, precision: Any) -> None:
+    settings = {"max_steps": 6, "precision": precision, "gradient_clip_val": 0.5}
+    first = trainer(tmp_path, callbacks=[hybrid(), Save(tmp_path / "last.ckpt")], **settings)
+    first.fit(Without(""), Rows(6))
+    second = trainer(tmp_path, callbacks=[hybrid()], **settings)
+    second.fit(Without(""), Rows(6), ckpt_path=tmp_path / "last.ckpt")
+    assert len(second.lightning_module.seen) == 3  # pyright: ignore
+    assert_same_run(first, second)
+    configured = trainer(tmp_path, **settings)  # the checkpoint is that of a module with our optimizer
+    configured.fit(same_as_hybrid(), Rows(6), ckpt_path=tmp_path / "last.ckpt")
+    assert_same_run(first, configured)
+
+
+def test_callback_validates_and_fits_again(tmp_path: Path) -> None:
+    class Validated(Without):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.log("val_loss", self.loss(batch))
+
+    net, run = Validated(""), trainer(tmp_path, max_epochs=1, callbacks=[hybrid()])
+    run.validate(net, Rows(1), verbose=False)
+    assert "configure_optimizers" not in vars(net)
+    run.fit(net, Rows(2), Rows(1))
+    run.validate(net, Rows(1), verbose=False)
+    first = run.optimizers[0]
+    run.fit_loop.max_epochs = 2
+    run.fit(net, Rows(2), Rows(1))
+    assert run.global_step == 4
+    assert run.optimizers[0] is not first  # as with any configure_optimizers
+    assert "configure_optimizers" not in vars(net)
+
+
+def test_callback_gives_the_module_back_after_an_exception(tmp_path: Path) -> None:
+    class Failing(Other):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            raise KeyError("lost")
+
+    def own() -> None: ...
+
+    net = Failing("")
+    net.configure_optimizers = own
+    with pytest.raises(KeyError, match="lost"):
+        trainer(tmp_path, max_steps=1, callbacks=[hybrid()]).fit(net, Rows(1))
+    assert net.configure_optimizers is own
+
+
+def test_two_callbacks_raise(tmp_path: Path) -> None:
+    net = Without("")
+    with pytest.raises(ValueError, match="more than one HybridOptimizer"):
+        trainer(tmp_path, max_steps=1, callbacks=[hybrid(), hybrid()]).fit(net, Rows(1))
+    assert "configure_optimizers" not in vars(net)
+
+
+def test_callback_with_an_unknown_name_raises() -> None:
+    with pytest.raises(ValueError, match="unknown optimizer 'muno'; did you mean 'muon'"):
+        HybridOptimizer("muno", lr=LR)
+
+
+# -- LightningCLI -----------------------------------------------------------------------------------------------------
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return Rows(2)
+
+
+class Typed(Net):
+    def __init__(self, optimizer: OptimizerConfig) -> None:
+        super().__init__("")
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self)
+
+
+class Either(Net):
+    def __init__(self, optimizer: OptimizerConfig | OptimizerCallable = lightning_optim.AdamW) -> None:
+        super().__init__("")
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> Any:
+        if isinstance(self.optimizer, OptimizerConfig):
+            return self.optimizer(self)
+        return self.optimizer(self.parameters())
+
+
+class Stock(Net):
+    """As Lightning's documentation writes it."""
+
+    def __init__(self, optimizer: OptimizerCallable = lightning_optim.AdamW) -> None:
+        super().__init__("")
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+YAML = """
+seed_everything: 0
+trainer:
+  max_steps: 2
+  accelerator: cpu
+  devices: 1
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+OPTIMIZER_YAML = """
+model:
+  optimizer:
+    name: muon
+    lr: 0.01
+    schedule: cosine
+    warmup_steps: 1
+    weight_decay: 0.1
+    rest_lr: 1e-3
+    overrides:
+      - [head, null, {lr: 0.005}]
+      - ["hidden.*", adamw]
+    settings: {momentum: 0.9}
+"""
+
+
+@pytest.fixture
+def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a program of one line, `LightningCLI(model, Data)`, with YAML and flags."""
+    pytest.importorskip("jsonargparse")
+
+    def call(model: type[Net], text: str, *flags: str) -> L.Trainer:
+        file = tmp_path / "run.yaml"
+        file.write_text(text)
+        root = f"--trainer.default_root_dir={tmp_path}"
+        monkeypatch.setattr(sys, "argv", ["program", "fit", f"--config={file}", root, *flags])
+        return LightningCLI(model, Data, save_config_kwargs={"overwrite": True}).trainer
+
+    return call
+
+
+def lrs(run: L.Trainer) -> dict[str, float]:
+    return {group["name"]: group["initial_lr"] for group in run.optimizers[0].param_groups}
+
+
+def test_cli_reads_the_typed_config(tmp_path: Path, cli: Any) -> None:
+    run = cli(Typed, YAML + OPTIMIZER_YAML)
+    assert run.global_step == 2
+    expected = Net(
+        "muon",
+        schedule="cosine",
+        warmup_steps=1,
+        weight_decay=0.1,
+        rest_lr=1e-3,
+        overrides=[("head", None, {"lr": 5e-3}), ("hidden.*", "adamw")],
+        momentum=0.9,
+    )
+    by_hand = trainer(tmp_path, max_steps=2)
+    by_hand.fit(expected, Rows(2))
+    assert_same_run(run, by_hand)
+    assert lrs(run)["adamw/head"] == 5e-3
+
+    saved = (tmp_path / "config.yaml").read_text()  # the CLI's own record starts the same run
+    assert yaml.safe_load(saved)["model"]["optimizer"]["settings"] == {"momentum": 0.9}
+    assert_same_run(cli(Typed, saved), run)
+    assert lrs(cli(Typed, saved, "--model.optimizer.lr=0.5"))["muon/hidden"] == 0.5
+
+
+def test_cli_takes_config_or_class(cli: Any) -> None:
+    assert_same_run(cli(Either, YAML + OPTIMIZER_YAML), cli(Typed, YAML + OPTIMIZER_YAML))
+    by_class = """
+model:
+  optimizer: {class_path: lightning_optim.Lion, init_args: {lr: 0.5}}
+"""
+    run = cli(Either, YAML + by_class)
+    assert type(run.optimizers[0]) is lightning_optim.Lion and run.optimizers[0].param_groups[0]["lr"] == 0.5
+
+
+def test_cli_takes_our_classes(cli: Any) -> None:
+    assert type(cli(Stock, YAML).optimizers[0]) is lightning_optim.AdamW
+    for name in ("lightning_optim.Lion", "Lion"):
+        run = cli(
+            Stock, YAML, f"--model.optimizer={name}", "--model.optimizer.lr=0.5", "--model.optimizer.betas=[0.8,0.9]"
+        )
+        (group,) = run.optimizers[0].param_groups
+        assert (type(run.optimizers[0]), group["lr"], group["betas"]) == (lightning_optim.Lion, 0.5, (0.8, 0.9))
+
+
+# It says that it overrides the module's method, as asked.
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers` will be overridden by `LightningCLI")
+def test_cli_takes_the_callback(cli: Any) -> None:
+    callback = """
+  callbacks:
+    - class_path: lightning_optim.callbacks.HybridOptimizer
+      init_args: {name: muon, lr: 0.25, rest_lr: 0.125, schedule: linear}
+      dict_kwargs: {momentum: 0.5}
+"""
+    run = cli(Stock, YAML + callback, "--optimizer=torch.optim.SGD", "--optimizer.lr=0.1")
+    found = {g["name"]: (g["initial_lr"], g.get("momentum")) for g in run.optimizers[0].param_groups}
+    assert found["muon/hidden"] == (0.25, 0.5) and found["adamw/head"][0] == 0.125
+    assert "configure_optimizers" in vars(run.lightning_module)  # what the CLI put there is back
+
+
+@pytest.mark.parametrize("flag", ["name=muno", "schedule=cosin", "lr=fast", "momentum=0.9"])
+def test_cli_refuses_what_it_cannot_read(cli: Any, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, ValueError)) as error:
+        cli(Typed, YAML, "--model.optimizer.name=muon", "--model.optimizer.lr=1", f"--model.optimizer.{flag}")
+    assert flag.split("=")[-1] in str(error.value) + capsys.readouterr().err
+
+
+def test_config_checks_names_before_a_model_is_there() -> None:
+    for given in ({"name": "muno"}, {"rest": "adamv"}, {"schedule": "cosin"}):
+        with pytest.raises(ValueError, match="did you mean .*'(muon|adamw|cosine)'"):
+            OptimizerConfig(**{"name": "muon", "lr": LR, **given})
+
+
+# -- Fabric -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_fabric_trains_clips_and_resumes_bitwise(tmp_path: Path, precision: Any) -> None:
+    class Forward(Net):
+        def forward(self, batch: Tensor) -> Tensor:
+            return self.loss(batch)
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+
+    def start() -> tuple[Any, Any]:
+        net = Forward("").to(torch.bfloat16 if precision == "bf16-true" else None)
+        return fabric.setup(net, build_optimizer(net, "muon", lr=LR, weight_decay=0.1))
+
+    def train(model: Any, optimizer: Any, rows: range) -> None:
+        for k in rows:
+            fabric.backward(model(Rows(9).row(k)))
+            norm = fabric.clip_gradients(model, optimizer, max_norm=0.05)
+            assert norm is not None and norm > 0.05
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = start()
+    train(model, optimizer, range(3))
+    fabric.save(tmp_path / "state", {"model": model, "optimizer": optimizer, "step": 3})
+    train(model, optimizer, range(3, 6))
+
+    resumed, again = start()
+    state = {"model": resumed, "optimizer": again, "step": 0}
+    assert fabric.load(tmp_path / "state", state) == {}
+    train(resumed, again, range(state["step"], 6))
+    assert_same(weights(model.module), weights(resumed.module))
+    a, b = optimizer.state_dict(), again.state_dict()
+    assert a["param_groups"] == b["param_groups"] and len(a["state"]) == 5
+    for index in a["state"]:
+        assert_same(a["state"][index], b["state"][index])
+
+    plain = Net("").to(torch.bfloat16 if precision == "bf16-true" else None)
+    by_hand = build_optimizer(plain, "muon", lr=LR, weight_decay=0.1)
+    for k in range(6):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = plain.loss(Rows(9).row(k))
+        loss.backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+        by_hand.step()
+        by_hand.zero_grad()
+    assert_same(weights(model.module), weights(plain))
+
+
+# -- what Lightning does to modules -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_bf16_true_equals_a_plain_loop(tmp_path: Path, name: str) -> None:
+    net, plain = Net(name, weight_decay=0.1), Net(name).bfloat16()
+    run = trainer(tmp_path, max_steps=4, precision="bf16-true", gradient_clip_val=0.05)
+    run.fit(net, Rows(4))
+    optimizer = build_optimizer(plain, name, lr=LR, weight_decay=0.1)
+    for row in Rows(4):
+        plain.loss(row).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    assert_same(weights(net), weights(plain))
+    state = run.optimizers[0].state
+    assert {t.dtype for slots in state.values() for t in slots.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("callback", [WeightAveraging, EMAWeightAveraging])
+@pytest.mark.parametrize("door", ["module", "callback"])
+def test_weight_averaging(tmp_path: Path, callback: Any, door: str) -> None:
+    def start(*callbacks: L.Callback) -> tuple[Net, L.Trainer]:
+        own = [hybrid()] if door == "callback" else []
+        net = Without("") if own else same_as_hybrid()
+        return net, trainer(tmp_path, max_steps=6, callbacks=[*callbacks, *own])
+
+    settings: dict[str, Any] = {"decay": 0.5} if callback is EMAWeightAveraging else {}
+    record = Record()
+    plain, run = start(record)
+    run.fit(plain, Rows(6))
+    averaged, run = start(callback(**settings), Save(tmp_path / "last.ckpt"))
+    run.fit(averaged, Rows(6))
+
+    mix = get_ema_avg_fn(0.5) if settings else lambda mean, new, n: mean + (new - mean) / (n + 1)
+    mean = deepcopy(record.seen[0])
+    for n, seen in enumerate(record.seen[1:], start=1):
+        mean = {key: mix(mean[key], seen[key], n) for key in mean}  # pyright: ignore
+    for key, value in weights(averaged).items():
+        torch.testing.assert_close(value, mean[key])
+        assert not torch.equal(value, record.seen[-1][key])
+
+    resumed, again = start(callback(**settings))
+    again.fit(resumed, Rows(6), ckpt_path=tmp_path / "last.ckpt")
+    assert_same_run(run, again)
+
+
+class Late(Net):
+    """Has no parameter before configure_model."""
+
+    def __init__(self, name: str, **settings: Any):
+        super().__init__(name, **settings)
+        self.later = dict(self.named_children())
+        self._modules.clear()
+
+    def configure_model(self) -> None:
+        for name, module in self.later.items():
+            self.add_module(name, module)
+
+
+@pytest.mark.parametrize("door", ["module", "callback"])
+def test_configure_model(tmp_path: Path, door: str) -> None:
+    class LateWithout(Late):
+        configure_optimizers = L.LightningModule.configure_optimizers
+
+    own = [hybrid()] if door == "callback" else []
+    late = LateWithout("") if own else Late("muon", **SCHEDULE, weight_decay=0.1, momentum=0.9)
+    assert not list(late.parameters())
+    first, second = trainer(tmp_path, max_steps=3, callbacks=own), trainer(tmp_path, max_steps=3)
+    first.fit(late, Rows(3))
+    second.fit(same_as_hybrid(), Rows(3))
+    assert_same_run(first, second)
+
+
+class Unfreeze(BaseFinetuning):
+    """Trains one layer from the second epoch on, in the words of Lightning's documentation."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def freeze_before_training(self, pl_module: L.LightningModule) -> None:
+        self.freeze(pl_module.get_submodule(self.layer))
+
+    def finetune_function(self, pl_module: L.LightningModule, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.get_submodule(self.layer), optimizer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Any optimizer needs this: a resumed run freezes everything again, and unfreezes it at the start of an epoch.
+        for group in trainer.optimizers[0].param_groups:
+            for p in group["params"]:
+                p.requires_grad_(True)
+
+
+class UnfreezeByRole(Unfreeze):
+    """The same for a layer with parameters of several roles."""
+
+    def finetune_function(self, pl_module: L.LightningModule, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.make_trainable(pl_module.get_submodule(self.layer))
+            for a in assign(pl_module, "muon", "adamw"):
+                if a.name.startswith(f"{self.layer}."):
+                    group = {"params": [(a.name, a.param)], "rule": a.rule, "name": f"unfrozen {a.name}", "lr": LR}
+                    optimizer.add_param_group({**group, "lr_convention": "adamw"})
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "callback"),
+    [("adamw", "hidden", Unfreeze), ("muon", "out", Unfreeze), ("muon", "hidden", UnfreezeByRole)],
+)
+def test_unfreezing(tmp_path: Path, name: str, layer: str, callback: type[Unfreeze]) -> None:
+    record = Record()
+    settings: dict[str, Any] = {"max_epochs": 3}
+    first = trainer(tmp_path, callbacks=[record, callback(layer), Save(tmp_path / "last.ckpt", 5)], **settings)
+    first.fit(Net(name), Rows(2))
+    start, (_, frozen, thawed, *_) = weights(Net(name)), record.seen
+    for key in start:
+        inside = key.startswith(f"{layer}.")
+        assert torch.equal(start[key], frozen[key]) == inside, key
+        assert not torch.equal(frozen[key], thawed[key]), key
+    names = [g["name"] for g in first.optimizers[0].param_groups]
+    assert len(set(names)) == len(names)
+
+    second = trainer(tmp_path, callbacks=[callback(layer)], **settings)
+    second.fit(Net(name), Rows(2), ckpt_path=tmp_path / "last.ckpt")
+    assert_same_run(first, second)
+
+
+def test_unfreezing_a_vector_with_muon_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="muon needs a matrix.*adamw"):
+        trainer(tmp_path, max_epochs=2, callbacks=[Unfreeze("hidden")]).fit(Net("muon"), Rows(2))
+
+
+def test_unfrozen_group_follows_the_schedule(tmp_path: Path) -> None:
+    net = Net("muon", schedule="linear")
+    trainer(tmp_path, max_epochs=4, callbacks=[Unfreeze("out")]).fit(net, Rows(2))
+    main = [LR * (1 - step / 8) for step in range(8)]
+    assert [lrs[0] for lrs in net.lrs] == pytest.approx(main, rel=1e-12)
+    assert [len(lrs) for lrs in net.lrs] == [4] * 2 + [5] * 6
+    assert [lrs[-1] for lrs in net.lrs[2:]] == pytest.approx([lr / 10 for lr in main[2:]], rel=1e-12)
