@@ -14,7 +14,7 @@ Dims = tuple[int, int, int]
 T = TypeVar("T")
 
 STACK_LIMIT = 2**18
-"""A matrix with more elements is a stack of its own, a view; smaller ones are copied into a stack."""
+"""A matrix with so many elements or more is a stack of its own, a view; smaller ones are copied into a stack."""
 BLOCK = 2**17
 """Elements of a block that stays in a CPU's cache."""
 SMALL = 2**14
@@ -76,9 +76,9 @@ def stacks(items: Sequence[T], elements: int, max_temp_bytes: int) -> Iterator[S
         max_temp_bytes: bound for a stack and the temporaries of its update, counted as four float32 copies.
 
     Yields:
-        Runs of `items`; single ones above `STACK_LIMIT` elements.
+        Runs of `items`; single ones from `STACK_LIMIT` elements on.
     """
-    size = 1 if elements > STACK_LIMIT else max(1, max_temp_bytes // (16 * max(elements, 1)))
+    size = 1 if elements >= STACK_LIMIT else max(1, max_temp_bytes // (16 * max(elements, 1)))
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

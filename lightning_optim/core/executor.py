@@ -261,10 +261,15 @@ class Executor(torch.optim.Optimizer):
                     check_param(rule, w.name, w.param, group["blocks"], group["transposed"])
         self._assign_owners(jobs)
         for rule, _, works in jobs:
+            declared: dict[tuple[Any, ...], dict[str, Slot]] = {}
             for w in works:
+                kind = w.dims, w.param.ndim < 2
+                if kind not in declared:
+                    declared[kind] = w.slots(rule)
                 w.state = self.state.setdefault(w.param, {})
-                w.state.setdefault("step", torch.tensor(0.0, dtype=torch.float32))
-                for key, slot in w.slots(rule).items():
+                if "step" not in w.state:
+                    w.state["step"] = torch.tensor(0.0, dtype=torch.float32)
+                for key, slot in declared[kind].items():
                     if key not in w.state:
                         w.state[key] = self._allocate(rule, slot, w)
 

@@ -95,4 +95,6 @@ class Muon(Rule):
         return orthogonalize(x, self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps, dtype=dtype)
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        return self.orthogonal(g, s).mul_(SCALES[self.scale](*g.shape[-2:]))
+        scale = SCALES[self.scale](*g.shape[-2:])
+        d = self.orthogonal(g, s)
+        return d if scale == 1 else d.mul_(scale)
