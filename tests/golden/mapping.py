@@ -46,6 +46,12 @@ def _plain(cls: Callable[..., Executor]) -> Callable[[Params, dict[str, Any], Ca
     return lambda params, h, case: cls(params.items(), **h)
 
 
+def _adafactor(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    if "eps" in h:
+        h["eps1"], h["eps2"] = h.pop("eps")
+    return Adafactor(params.items(), **h)
+
+
 def _lion(params: Params, h: dict[str, Any], case: Case) -> Executor:
     if h.pop("decoupled_weight_decay", False):  # lion-pytorch divides by the initial learning rate
         h["weight_decay"] = h.get("weight_decay", 0.0) / h.get("lr", 1e-4)
@@ -134,6 +140,7 @@ def _adam_mini(params: Params, h: dict[str, Any], case: Case) -> Executor:
 
 def _soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
     h.pop("merge_dims", None)
+    h.pop("data_format", None)
     beta = h.pop("shampoo_beta", -1)
     optimizer = SOAP(params.items(), **h, shampoo_beta=None if beta < 0 else beta)
     if case.get("inject"):
@@ -153,7 +160,7 @@ def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) 
 
 
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
-    "Adafactor-torch": _plain(Adafactor),
+    "Adafactor-torch": _adafactor,
     "Adam": _plain(Adam),
     "Adam-mini": _adam_mini,
     "AdamW": _plain(AdamW),
