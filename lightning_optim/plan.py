@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_optim.core import chunks, storage
-from lightning_optim.core.groups import rule_of
+from lightning_optim.core import storage
+from lightning_optim.core.groups import dims_of, rule_of
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import roles
 
@@ -93,13 +93,12 @@ def plan(model: nn.Module, name: str, *, lr: float = 1e-3, **settings: Any) -> P
     for group in optimizer.param_groups:
         rule = rule_of(group)
         for label, p in zip(group["param_names"], group["params"], strict=True):
-            blocks, turned = (None, False) if rule.elementwise else (group["blocks"], group["transposed"])
-            dims = chunks.matrix_dims(p.shape, blocks, conv=not rule.reduces, transposed=turned)
-            state = {}
-            for key, slot in rule.declared(*dims[1:], vector=p.ndim < 2).items():
-                dtype = slot.dtype or storage.work_dtype(p.dtype)
-                shape = storage.rest_shape(slot, p.shape, dims)
-                state[key] = dtype.itemsize * math.prod(shape)
+            dims, _ = dims_of(rule, group, p.shape)
+            slots = rule.declared(*dims[1:], vector=p.ndim < 2)
+            state = {
+                key: storage.rest_dtype(slot, p.dtype).itemsize * math.prod(storage.rest_shape(slot, p.shape, dims))
+                for key, slot in slots.items()
+            }
             trait = traits[label]
             rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state))
     return Plan(rows)

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.core import checkpoint, chunks, layout, storage
-from lightning_optim.core.groups import check_loaded, check_param, completed, rule_of
+from lightning_optim.core.groups import check_loaded, check_param, completed, dims_of, rule_of
 from lightning_optim.core.rule import Rule, Slot, lookup
 from lightning_optim.core.work import Job, Work, alike, apply, factor_of, needs_param, update_elementwise, update_stack
 
@@ -135,8 +135,7 @@ class Executor(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
-                    blocks, turned = (None, False) if rule.elementwise else (group["blocks"], group["transposed"])
-                    dims = chunks.matrix_dims(p.shape, blocks, conv=not rule.reduces, transposed=turned)
+                    dims, turned = dims_of(rule, group, p.shape)
                     works.append(Work(p, name, index, dims, self.state[p] if p in self.state else {}, turned))
                 index += 1
             yield Job(rule, group, works)
@@ -225,20 +224,20 @@ class Executor(torch.optim.Optimizer):
 
     def _gradients_usable(self, jobs: Sequence[Job]) -> bool:
         """Check all gradients before anything is written; one synchronisation if any group asks for it."""
-        asked: dict[str, list[tuple[str, Tensor]]] = {"raise": [], "skip": [], "off": []}
+        asked: dict[str, list[tuple[str, Tensor]]] = {"raise": [], "skip": []}
         talking: list[Work] = []
         for rule, group, works in jobs:
             for w in works:
-                if w.has_gradient:
-                    g = w.gradient()
-                    if g.layout != torch.strided:
+                if w.param.grad is not None:
+                    if w.param.grad.layout != torch.strided:
                         raise RuntimeError(f"{w.name}: sparse gradients are not supported; use sparse=False")
-                    asked[group["on_nonfinite"]].append((w.name, g))
+                    if group["on_nonfinite"] != "off":
+                        asked[group["on_nonfinite"]].append((w.name, w.gradient()))
             if not rule.elementwise or group["on_nonfinite"] != "off":
                 talking += works
         if not talking:
             return True
-        bad = [float(not math.isfinite(_largest([g for _, g in asked[k]]))) for k in ("raise", "skip")]
+        bad = [float(not math.isfinite(_largest([g for _, g in asked[k]]))) for k in asked]
         bits = float(layout.fingerprint(w.has_gradient for w in talking))
         fail, skip, high, low = layout.agree_max([*bad, bits, -bits], [w.param for w in talking])
         if high != -low:
@@ -258,7 +257,7 @@ class Executor(torch.optim.Optimizer):
         for rule, group, works in jobs:
             for w in works:
                 if w.param not in self.state:  # it may have been frozen, or without a shape, when it was added
-                    check_param(rule, w.name, w.param, group["blocks"], group["transposed"])
+                    check_param(rule, w.name, w.param, group)
         self._assign_owners(jobs)
         for rule, _, works in jobs:
             declared: dict[tuple[Any, ...], dict[str, Slot]] = {}
@@ -279,11 +278,10 @@ class Executor(torch.optim.Optimizer):
             return layout.StackLayout(w.param, w.dims, w.name, w.transposed).allocate(slot)
         like, cut = w.param, None if rule.elementwise else layout.cut_of(w.param, w.name)
         if cut is not None:
+            device = layout.local(w.param).device
             if self._owners[w.param] != cut.rank:
-                return torch.empty(
-                    0, dtype=slot.dtype or storage.work_dtype(w.param.dtype), device=layout.local(w.param).device
-                )
-            like = torch.empty(w.param.shape, dtype=w.param.dtype, device=layout.local(w.param).device)
+                return torch.empty(0, dtype=storage.rest_dtype(slot, w.param.dtype), device=device)
+            like = torch.empty(w.param.shape, dtype=w.param.dtype, device=device)
         return storage.allocate(slot, like, storage.rest_shape(slot, w.param.shape, w.dims))
 
     def _assign_owners(self, jobs: Sequence[Job]) -> None:
@@ -309,7 +307,7 @@ class Executor(torch.optim.Optimizer):
                 if cut is not None:
                     for key, slot in w.slots(rule).items():
                         shape = storage.rest_shape(slot, w.param.shape, w.dims)
-                        dtype = slot.dtype or storage.work_dtype(w.param.dtype)
+                        dtype = storage.rest_dtype(slot, w.param.dtype)
                         if keep(w.param, key):
                             out.append(checkpoint.Entry(w.param, key, shape, dtype, cut, self._owners[w.param]))
         return out
@@ -401,6 +399,7 @@ class Executor(torch.optim.Optimizer):
         for (_, _, works), group in zip(self._jobs(frozen=True), groups, strict=True):
             rule = rule_of(group)
             for w in works:
+                w.dims, w.transposed = dims_of(rule, group, w.param.shape)
                 found = where[id(w.param)]
                 for key, slot in w.slots(rule).items() if found else ():
                     value, shape = found.get(key), storage.rest_shape(slot, w.param.shape, w.dims)
@@ -426,9 +425,8 @@ class Executor(torch.optim.Optimizer):
                         state[key] = value.clone() if isinstance(value, Tensor) else value
                     elif (placed := self._place(rule, slots[key], w, value)) is not None:
                         state[key] = placed
-                state.setdefault(
-                    "step", torch.tensor(1.0, dtype=torch.float32)
-                )  # torch's SGD and Muon count none: it was not the first
+                # torch's SGD and Muon count no steps: it was not the first
+                state.setdefault("step", torch.tensor(1.0, dtype=torch.float32))
         entries = self._entries(jobs, lambda p, key: key in found[id(p)])
         if entries:
             described = [(e.key, e.shape, str(e.dtype), e.owner) for e in entries]
@@ -447,7 +445,7 @@ class Executor(torch.optim.Optimizer):
         else:
             return None
         device = layout.local(w.param).device
-        return placed.detach().to(device, slot.dtype or storage.work_dtype(w.param.dtype), copy=True)
+        return placed.detach().to(device, storage.rest_dtype(slot, w.param.dtype), copy=True)
 
 
 def _is_trained(p: Tensor) -> bool:

@@ -68,6 +68,24 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
     return rule(**{k: float(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
+def dims_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tuple[chunks.Dims, bool]:
+    """How a parameter of a group reads as a stack of matrices; elementwise rules do not ask how it is stored.
+
+    Args:
+        rule: of the group.
+        group: gives `blocks` and `transposed`.
+        shape: of the parameter.
+
+    Returns:
+        (dims, whether rows and columns are exchanged).
+
+    Raises:
+        ValueError: the rows do not divide into the group's blocks.
+    """
+    blocks, transposed = (None, False) if rule.elementwise else (group["blocks"], group["transposed"])
+    return chunks.matrix_dims(shape, blocks, conv=not rule.reduces, transposed=transposed), transposed
+
+
 def completed(
     group: Mapping[str, Any], defaults: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -112,7 +130,7 @@ def completed(
     made = rule_of(out)
     for label, p in _named(out):
         if isinstance(p, Tensor) and p.requires_grad:
-            check_param(made, label, p, out["blocks"], out["transposed"])
+            check_param(made, label, p, out)
     _check_owned_once(groups, out)
     _name_alike(groups, out)
     return out
@@ -180,15 +198,14 @@ def _check_owned_once(groups: Sequence[Mapping[str, Any]], new: Mapping[str, Any
         owners[id(p)] = new["name"]
 
 
-def check_param(rule: Rule, name: str, p: Tensor, blocks: int | None, transposed: bool) -> None:
+def check_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
     """Check that a rule can take a parameter that is to be trained.
 
     Args:
         rule: the rule.
         name: of the parameter, for the message.
         p: the parameter.
-        blocks: of its group.
-        transposed: of its group.
+        group: of the parameter.
 
     Raises:
         ValueError: it cannot.
@@ -215,7 +232,7 @@ def check_param(rule: Rule, name: str, p: Tensor, blocks: int | None, transposed
             "(build_optimizer does)"
         )
     try:
-        chunks.matrix_dims(shape, blocks, conv=not rule.reduces, transposed=transposed)
+        dims_of(rule, group, shape)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -25,6 +25,19 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def rest_dtype(slot: Slot, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a slot rests.
+
+    Args:
+        slot: its declaration.
+        dtype: of the parameter.
+
+    Returns:
+        The declared dtype, or that of the arithmetic.
+    """
+    return slot.dtype or work_dtype(dtype)
+
+
 def rest_shape(slot: Slot, shape: Sequence[int], dims: Dims) -> tuple[int, ...]:
     """The shape in which a slot rests in `state[p]`.
 
@@ -58,7 +71,7 @@ def allocate(slot: Slot, like: Tensor, shape: Sequence[int]) -> Tensor:
     Returns:
         A tensor that owns its storage.
     """
-    dtype = slot.dtype or work_dtype(like.dtype)
+    dtype = rest_dtype(slot, like.dtype)
     if slot.fill == "eye":
         return torch.eye(shape[-1], dtype=dtype, device=like.device).expand(*shape).contiguous()
     if slot.letters == "mn":
