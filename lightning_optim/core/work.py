@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core import chunks, layout, storage
-from lightning_optim.core.chunks import Dims
+from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
 from lightning_optim.ops.rounding import hash_key, stochastic_round
 
@@ -23,10 +23,20 @@ class Work:
     param: Tensor
     name: str
     index: int
-    dims: Dims
+    parts: tuple[Part, ...]
     state: dict[str, Tensor]
     transposed: bool = False
     t: int = 0
+
+    @property
+    def dims(self) -> Dims:
+        """The parameter as a stack of matrices; its first part, where they are not all equal."""
+        return self.parts[0].dims
+
+    @property
+    def cost(self) -> float:
+        """Multiplications of one product of a matrix with its square factor, summed."""
+        return float(sum(b * m * n * min(m, n) for b, m, n in (part.dims for part in self.parts)))
 
     @property
     def has_gradient(self) -> bool:
@@ -35,7 +45,7 @@ class Work:
 
     def slots(self, rule: Rule) -> dict[str, Slot]:
         """What the rule keeps for this parameter."""
-        return rule.declared(*self.dims[1:], vector=self.param.ndim < 2)
+        return slots_of(rule, self.parts, self.param.ndim)
 
     def count(self) -> None:
         """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
@@ -57,11 +67,30 @@ class Job(NamedTuple):
     works: list[Work]
 
 
-def factor_of(job: Job, w: Work) -> float:
+def slots_of(rule: Rule, parts: Sequence[Part], ndim: int) -> dict[str, Slot]:
+    """What a rule keeps for a parameter.
+
+    An `m x n` slot has the parameter's shape. Of others, each part but the first has its own: `factor_left.1`.
+
+    Returns:
+        Slots by their key in the parameter's state.
+    """
+    out: dict[str, Slot] = {}
+    for i, part in enumerate(parts):
+        for key, slot in rule.declared(*part.dims[1:], vector=ndim < 2).items():
+            out[_key(key, slot, i)] = slot if len(parts) == 1 else replace(slot, dims=part.dims)
+    return out
+
+
+def _key(key: str, slot: Slot, i: int) -> str:
+    return key if i == 0 or slot.letters == "mn" else f"{key}.{i}"
+
+
+def factor_of(job: Job, dims: Dims) -> float:
     """What the direction is multiplied by: a constant of the matrix's shape."""
     if job.group["lr_convention"] == "native":
         return 1.0
-    rms = job.rule.rms(*w.dims[1:])
+    rms = job.rule.rms(*dims[1:])
     return 1.0 if rms is None else ADAMW_RMS / rms
 
 
@@ -72,7 +101,7 @@ def needs_param(rule: Rule) -> bool:
 
 def alike(w: Work) -> tuple[Any, ...]:
     """Works with equal keys may share a stack."""
-    return w.dims, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t
+    return w.parts, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t
 
 
 def update_elementwise(job: Job, w: Work) -> None:
@@ -103,7 +132,7 @@ def update_stack(
     frame: layout.StackLayout | None = None,
     sink: Callable[[Work, Tensor], None] | None = None,
 ) -> None:
-    """Call a rule on one stack, store the state it leaves and hand out the directions.
+    """Call a rule on the matrices of parameters, store the state it leaves and hand out the directions.
 
     Args:
         job: rule and settings.
@@ -113,19 +142,52 @@ def update_stack(
         frame: how a reducing rule's stacks are cut.
         sink: takes each direction, shaped like its gradient; applied if not given.
     """
+    first = chunk[0]
+    parts = first.parts if frame is None or frame.cut is None else (Part(frame.local_dims),)
+    found = [_directions(job, chunk, i, part, params, gradients, frame) for i, part in enumerate(parts)]
+    if job.rule.rests(first.t):
+        return
+    for w, like, *pieces in zip(chunk, gradients, *found, strict=True):
+        d = _joined(job, parts, pieces, like, w.transposed)
+        sink(w, d) if sink else apply(job, w, d)
+
+
+def _joined(job: Job, parts: Sequence[Part], pieces: list[Tensor], like: Tensor, transposed: bool) -> Tensor:
+    """The direction of one parameter, shaped like its gradient, out of those of its parts."""
+    if len(parts) == 1 and parts[0].rows is None:
+        return chunks.turned(pieces[0].reshape(chunks.turned(like, transposed).shape), transposed)
+    out = torch.empty_like(like, dtype=pieces[0].dtype)
+    for part, piece in zip(parts, pieces, strict=True):
+        where = part.of(out, transposed)
+        ratio = factor_of(job, part.dims) / factor_of(job, parts[0].dims)  # `apply` knows the first one's factor
+        where.copy_((piece if ratio == 1 else piece * ratio).reshape(where.shape))
+    return out
+
+
+def _directions(
+    job: Job,
+    chunk: Sequence[Work],
+    i: int,
+    part: Part,
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    frame: layout.StackLayout | None,
+) -> Sequence[Tensor]:
+    """Call a rule on one part of each parameter of a chunk, a stack, and store the state it leaves."""
     rule, first = job.rule, chunk[0]
-    b, m, n = first.dims if frame is None else frame.local_dims
+    b, m, n = part.dims
     dtype = storage.work_dtype(first.param.dtype)
-    slots = first.slots(rule)
+    # a mesh's dims are a shard's: a rule may ask for other slots there
+    slots = rule.declared(*first.parts[i].dims[1:], vector=first.param.ndim < 2)
     turn = first.transposed
-    entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
+    entries = {k: [layout.local(w.state[_key(k, slot, i)]) for w in chunk] for k, slot in slots.items()}
     for k, slot in slots.items():
         if slot.letters == "mn":
-            entries[k] = [chunks.turned(t, turn) for t in entries[k]]
+            entries[k] = [part.of(t, turn) for t in entries[k]]
     before = {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
-    g, p = chunks.stack([chunks.turned(t, turn) for t in gradients], (b, m, n), dtype), None
+    g, p = chunks.stack([part.of(t, turn) for t in gradients], (b, m, n), dtype), None
     if needs_param(rule):
-        p = chunks.stack([chunks.turned(t, turn) for t in params], (b, m, n), dtype)
+        p = chunks.stack([part.of(t, turn) for t in params], (b, m, n), dtype)
         if rule.decay == "coupled" and rule.weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
     wrap, unwrap = (frame.wrap, frame.unwrap) if frame else (_as_is, _as_is)
@@ -135,11 +197,7 @@ def update_stack(
     left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
     for k, value in storage.untangled(before, left).items():
         storage.write(entries[k], value)
-    if rule.rests(first.t):
-        return
-    for w, piece, like in zip(chunk, unwrap(d).split(b), gradients, strict=True):
-        piece = chunks.turned(piece.reshape(chunks.turned(like, turn).shape), turn)
-        sink(w, piece) if sink else apply(job, w, piece)
+    return unwrap(d).split(b)
 
 
 def _as_is(t: Tensor, letters: str = "mn") -> Tensor:
@@ -162,7 +220,7 @@ class _Write:
 
     def __init__(self, job: Job, w: Work):
         rule = job.rule
-        self.step = rule.lr * factor_of(job, w)
+        self.step = rule.lr * factor_of(job, w.dims)
         self.keep = 1 - rule.lr * rule.weight_decay
         self.decay = rule.decay
         self.cautious = job.group["cautious_decay"] and self.keep != 1
