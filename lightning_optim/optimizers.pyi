@@ -31,6 +31,7 @@ class Adafactor(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -52,6 +53,7 @@ class Adam(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -72,6 +74,7 @@ class AdamMini(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -93,6 +96,7 @@ class AdamW(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -111,6 +115,7 @@ class Lion(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -135,6 +140,7 @@ class Muon(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -160,6 +166,7 @@ class NorMuon(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -180,6 +187,7 @@ class SGD(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -205,6 +213,7 @@ class SOAP(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...

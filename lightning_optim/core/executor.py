@@ -21,7 +21,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_optim.core import checkpoint, chunks, layout, storage
 from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
 from lightning_optim.core.rule import Rule, Slot, lookup
-from lightning_optim.core.work import Job, Work, alike, apply, factor_of, needs_param, update_elementwise, update_stack
+from lightning_optim.core.work import (
+    Job,
+    Work,
+    alike,
+    apply,
+    factor_of,
+    needs_param,
+    portions,
+    update_elementwise,
+    update_stack,
+)
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -43,6 +53,8 @@ class Executor(torch.optim.Optimizer):
     * `blocks`: how the rows of every matrix are cut into matrices: a number of equal blocks (heads, a fused QKV), or
       the rows of one block after the other, repeated until the rows are used up: `(8, 4, 4)` for 8 rows of queries, 4
       of keys and 4 of values, `(1, 1)` for alternate rows.
+    * `clip_norm`: scale the gradients of the group by `clip_norm / norm` if their common norm, over the whole mesh, is
+      larger. Unlike a trainer's clipping it does not let one group's norm shrink another's, and leaves `p.grad` alone.
     * `seed`: of the stochastic rounding.
 
     Args:
@@ -120,6 +132,7 @@ class Executor(torch.optim.Optimizer):
         if not self.state and self._only_materialises(jobs):
             self._materialise(jobs)
         elif self._gradients_usable(jobs):
+            self._clip(jobs)
             self._materialise(jobs)
             for job in jobs:
                 for w in job.works:
@@ -160,7 +173,8 @@ class Executor(torch.optim.Optimizer):
         """Step what a torch kernel of the rule can take; return the rest."""
         slots = list(job.rule.declared(1, 1))
         rest: list[Work] = []
-        for run in chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device)):
+        runs = chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device))
+        for run in (portion for same in runs for portion in portions(same, self.max_temp_bytes)):
             wide = run[0].param.dtype == storage.work_dtype(run[0].param.dtype)
             ready: list[Work] = []
             columns: list[list[Tensor]] = [[] for _ in range(2 + len(slots))]
@@ -251,6 +265,15 @@ class Executor(torch.optim.Optimizer):
                 'on_nonfinite="skip" leaves such steps out'
             )
         return not skip
+
+    def _clip(self, jobs: Sequence[Job]) -> None:
+        """Find the factor of every group that clips, by torch's formula; one synchronisation if any does."""
+        asked = [job for job in jobs if job.group["clip_norm"] is not None]
+        sets = [[(w.param, w.gradient() if w.has_gradient else None) for w in job.works] for job in asked]
+        for job, norm in zip(asked, layout.total_norms(sets), strict=True):
+            scale = job.group["clip_norm"] / (norm + 1e-6)
+            for w in job.works:
+                w.scale = 1.0 if scale >= 1 else scale
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,6 +27,8 @@ class Work:
     state: dict[str, Tensor]
     transposed: bool = False
     t: int = 0
+    scale: float = 1.0
+    """The gradient is clipped by this factor."""
 
     @property
     def dims(self) -> Dims:
@@ -54,7 +56,12 @@ class Work:
         self.t = int(self.state["step"].add_(1).item())
 
     def gradient(self) -> Tensor:
-        """The gradient on this rank, zeros where there is none."""
+        """The gradient on this rank, zeros where there is none; a clipped one is a copy."""
+        g = self.unclipped()
+        return g if self.scale == 1 else g * self.scale
+
+    def unclipped(self) -> Tensor:
+        """The gradient on this rank as it came."""
         g = layout.local_gradient(self.param)
         return torch.zeros_like(layout.local(self.param)) if g is None else g
 
@@ -104,14 +111,25 @@ def alike(w: Work) -> tuple[Any, ...]:
     return w.parts, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t
 
 
+def portions(works: Sequence[Work], max_temp_bytes: int) -> Iterator[Sequence[Work]]:
+    """Runs of works whose clipped gradients, which are copies, take no more than some memory together."""
+    start = size = 0
+    for i, w in enumerate(works):
+        size += 0 if w.scale == 1 else w.param.numel() * w.param.element_size()
+        if size > max_temp_bytes and i > start:
+            yield works[start:i]
+            start, size = i, w.param.numel() * w.param.element_size()
+    yield works[start:]
+
+
 def update_elementwise(job: Job, w: Work) -> None:
     """Walk over one parameter in flat blocks."""
     rule, slots = job.rule, list(w.slots(job.rule))
     p, dtype = layout.local(w.param), storage.work_dtype(w.param.dtype)
     write = _Write(job, w)
-    tensors = [p, w.gradient(), *(layout.local(w.state[k]) for k in slots), *write.index]
+    tensors = [p, w.unclipped(), *(layout.local(w.state[k]) for k in slots), *write.index]
     for (pb, gb, *rest), cut in chunks.blocks(tensors):
-        gb = gb.to(dtype)
+        gb = gb.to(dtype) if w.scale == 1 else gb.to(dtype) * w.scale
         if rule.decay == "coupled" and rule.weight_decay:
             gb = gb.add(pb, alpha=rule.weight_decay)
         views: dict[str, Tensor] = dict(zip(slots, rest, strict=False))
