@@ -14,7 +14,7 @@ from lightning_optim.core import storage
 from lightning_optim.core.groups import parts_of, rule_of
 from lightning_optim.core.work import slots_of
 from lightning_optim.factory import build_optimizer
-from lightning_optim.partition import roles
+from lightning_optim.partition import matches, roles
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,23 @@ class Plan:
         return "\n".join(text)
 
 
-def plan(model: nn.Module, name: str, *, lr: float = 1e-3, **settings: Any) -> Plan:
+def plan(model: nn.Module, name: str, *, lr: float | None = None, recipe: str | None = None, **settings: Any) -> Plan:
     """Say what `build_optimizer` with the same arguments would do.
 
     Args:
         model: any module; on the meta device nothing is allocated.
         name: of the main rule.
         lr: learning rate; does not matter here.
+        recipe: name of published settings.
         **settings: of `build_optimizer`.
 
     Returns:
         The plan.
     """
-    optimizer = build_optimizer(model, name, lr=lr, **settings)
+    lr = 1e-3 if lr is None and recipe is None else lr
+    optimizer = build_optimizer(model, name, lr=lr, recipe=recipe, **settings)
     traits, rows = roles(model), []
+    patterns = [pattern for pattern, *_ in settings.get("overrides", ())]
     for group in optimizer.param_groups:
         rule = rule_of(group)
         for label, p in zip(group["param_names"], group["params"], strict=True):
@@ -101,7 +104,9 @@ def plan(model: nn.Module, name: str, *, lr: float = 1e-3, **settings: Any) -> P
                 for key, slot in slots_of(rule, parts, p.ndim).items()
             }
             trait = traits[label]
-            rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state))
+            match = next((x for x in patterns if matches(x, label, trait.role)), None)
+            reason = trait.reason if match is None else f"{trait.reason}; override {match!r}"
+            rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], reason, state))
     return Plan(rows)
 
 
