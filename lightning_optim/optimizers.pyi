@@ -7,7 +7,22 @@ from torch import Tensor
 from lightning_optim.core.executor import Executor, ParamsT
 from lightning_optim.core.rule import Rule
 
-__all__ = ["Adafactor", "Adam", "AdamMini", "AdamW", "Lion", "Muon", "NorMuon", "SGD", "SOAP"]
+__all__ = [
+    "AMSGrad",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamMini",
+    "AdamW",
+    "Lion",
+    "Muon",
+    "NorMuon",
+    "RMSprop",
+    "SGD",
+    "SOAP",
+    "SignSGD",
+    "Signum",
+]
 CLASSES: dict[str, type[Executor]]
 
 def signature(rule: type[Rule]) -> inspect.Signature: ...
@@ -35,6 +50,26 @@ class Adafactor(Executor):
         max_temp_bytes: int = ...,
     ) -> None: ...
 
+class Adagrad(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
 class Adam(Executor):
     def __init__(
         self,
@@ -45,6 +80,7 @@ class Adam(Executor):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         eps_mode: Literal["corrected", "uncorrected"] = "corrected",
+        correct_bias: bool = True,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,
@@ -86,6 +122,29 @@ class AdamW(Executor):
         weight_decay: float = 0.01,
         amsgrad: bool = False,
         eps_mode: Literal["corrected", "uncorrected"] = "corrected",
+        correct_bias: bool = True,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class AMSGrad(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        amsgrad: bool = True,
+        eps_mode: Literal["corrected", "uncorrected"] = "corrected",
+        correct_bias: bool = True,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,
@@ -164,6 +223,27 @@ class NorMuon(Executor):
         max_temp_bytes: int = ...,
     ) -> None: ...
 
+class RMSprop(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        alpha: float = 0.99,
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
 class SGD(Executor):
     def __init__(
         self,
@@ -173,6 +253,41 @@ class SGD(Executor):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class SignSGD(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.0001,
+        weight_decay: float = 0.0,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class Signum(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.0001,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,
