@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_optim.core.executor import Executor, ParamsT
 from lightning_optim.core.rule import Rule
 
-__all__ = ["Adafactor", "Adam", "AdamMini", "AdamW", "Lion", "Muon", "NorMuon", "SGD", "SOAP"]
+__all__ = ["Adafactor", "Adam", "AdamMini", "AdamW", "Lion", "Muon", "NorMuon", "RACS", "SGD", "SOAP", "SWAN"]
 CLASSES: dict[str, type[Executor]]
 
 def signature(rule: type[Rule]) -> inspect.Signature: ...
@@ -164,6 +164,30 @@ class NorMuon(Executor):
         max_temp_bytes: int = ...,
     ) -> None: ...
 
+class RACS(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        beta: float = 0.9,
+        ema: bool = True,
+        bias_correction: bool = False,
+        alpha: float = 0.05,
+        limit: float = 1.01,
+        iterations: int = 5,
+        normalize: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
 class SGD(Executor):
     def __init__(
         self,
@@ -198,6 +222,26 @@ class SOAP(Executor):
         precondition_1d: bool = False,
         normalize_grads: bool = False,
         correct_bias: bool = True,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class SWAN(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        root: Literal["eigh", "newton"] = "newton",
+        iterations: int = 10,
+        rescale: Literal["none", "norm"] = "none",
+        weight_decay: float = 0.0,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,

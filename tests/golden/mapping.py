@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from lightning_optim import SGD, SOAP, Adafactor, Adam, AdamW, Executor, Lion, Muon, NorMuon
+from lightning_optim import RACS, SGD, SOAP, SWAN, Adafactor, Adam, AdamW, Executor, Lion, Muon, NorMuon
 
 Params = dict[str, Parameter]
 Case = dict[str, Any]
@@ -159,6 +159,14 @@ def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) 
                     optimizer.state[p][f"basis_{side}"].copy_(basis)
 
 
+def _racs(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return RACS(params.items(), limit=h.pop("gamma", 1.01), iterations=h.pop("iters", 5), **h)
+
+
+def _swan(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return SWAN(params.items(), **h, root="eigh")  # recorded with the exact root
+
+
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "Adafactor-torch": _adafactor,
     "Adam": _plain(Adam),
@@ -170,6 +178,8 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "Muon-Moonlight": _muon_moonlight,
     "Muon-torch": _muon_torch,
     "NorMuon": _normuon,
+    "RACS": _racs,
     "SGD": _plain(SGD),
     "SOAP": _soap,
+    "SWAN": _swan,
 }
