@@ -7,7 +7,21 @@ from torch import Tensor
 from lightning_optim.core.executor import Executor, ParamsT
 from lightning_optim.core.rule import Rule
 
-__all__ = ["Adafactor", "Adam", "AdamMini", "AdamW", "Lion", "Muon", "NorMuon", "RACS", "SGD", "SOAP", "SWAN"]
+__all__ = [
+    "Adafactor",
+    "Adam",
+    "AdamMini",
+    "AdamW",
+    "Dion",
+    "EigenAdam",
+    "Lion",
+    "Muon",
+    "NorMuon",
+    "RACS",
+    "SGD",
+    "SOAP",
+    "SWAN",
+]
 CLASSES: dict[str, type[Executor]]
 
 def signature(rule: type[Rule]) -> inspect.Signature: ...
@@ -86,6 +100,47 @@ class AdamW(Executor):
         weight_decay: float = 0.01,
         amsgrad: bool = False,
         eps_mode: Literal["corrected", "uncorrected"] = "corrected",
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class Dion(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        momentum: float = 0.95,
+        rank: int = 256,
+        eps: float = 1e-08,
+        weight_decay: float = 0.01,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class EigenAdam(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        betas: tuple[float, float, float] = (0.9, 0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        refresh: str = "staggered:200",
+        bias_correction: bool = False,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,
