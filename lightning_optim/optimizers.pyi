@@ -14,12 +14,16 @@ __all__ = [
     "Adam",
     "AdamMini",
     "AdamW",
+    "Dion",
+    "EigenAdam",
     "Lion",
     "Muon",
     "NorMuon",
+    "RACS",
     "RMSprop",
     "SGD",
     "SOAP",
+    "SWAN",
     "SignSGD",
     "Signum",
 ]
@@ -156,6 +160,47 @@ class AMSGrad(Executor):
         max_temp_bytes: int = ...,
     ) -> None: ...
 
+class Dion(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        momentum: float = 0.95,
+        rank: int = 256,
+        eps: float = 1e-08,
+        weight_decay: float = 0.01,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class EigenAdam(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        betas: tuple[float, float, float] = (0.9, 0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        refresh: str = "staggered:200",
+        bias_correction: bool = False,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
 class Lion(Executor):
     def __init__(
         self,
@@ -212,6 +257,30 @@ class NorMuon(Executor):
         scale: Literal["original", "match_rms_adamw", "spectral", "none"] = "original",
         weight_decay: float = 0.0,
         beta2: float = 0.95,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class RACS(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        beta: float = 0.9,
+        ema: bool = True,
+        bias_correction: bool = False,
+        alpha: float = 0.05,
+        limit: float = 1.01,
+        iterations: int = 5,
+        normalize: bool = False,
+        weight_decay: float = 0.0,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,
@@ -313,6 +382,26 @@ class SOAP(Executor):
         precondition_1d: bool = False,
         normalize_grads: bool = False,
         correct_bias: bool = True,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class SWAN(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        root: Literal["eigh", "newton"] = "newton",
+        iterations: int = 10,
+        rescale: Literal["none", "norm"] = "none",
+        weight_decay: float = 0.0,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,
