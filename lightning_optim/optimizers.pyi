@@ -50,6 +50,7 @@ class Adafactor(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -70,6 +71,7 @@ class Adagrad(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -92,6 +94,7 @@ class Adam(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -112,6 +115,7 @@ class AdamMini(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -134,6 +138,7 @@ class AdamW(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -156,6 +161,7 @@ class AMSGrad(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -176,6 +182,7 @@ class Dion(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -197,6 +204,7 @@ class EigenAdam(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -215,6 +223,7 @@ class Lion(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -239,6 +248,7 @@ class Muon(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -264,6 +274,7 @@ class NorMuon(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -288,6 +299,7 @@ class RACS(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -309,6 +321,7 @@ class RMSprop(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -329,6 +342,7 @@ class SGD(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -346,6 +360,7 @@ class SignSGD(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -364,6 +379,7 @@ class Signum(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -389,6 +405,7 @@ class SOAP(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -409,6 +426,7 @@ class SWAN(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...

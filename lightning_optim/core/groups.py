@@ -27,6 +27,7 @@ class Options:
     blocks: int | tuple[int, ...] | None = None
     transposed: bool = False
     cautious_decay: bool = False
+    clip_norm: float | None = None
     seed: int = 0
 
 
@@ -156,6 +157,8 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     values = {k: float(v) if isinstance(v := group[k], Tensor) else v for k in hyperparameters(rule)}
     rule(**values).validate()
     _check_options(group)
+    if group["clip_norm"] == 0:
+        raise ValueError(f"{group['name']}: clip_norm must be positive, or None for no clipping, got 0")
     blocks = group["blocks"]
     if blocks is not None and min(blocks if isinstance(blocks, tuple) else (blocks,), default=0) < 1:
         raise ValueError(f"{group['name']}: blocks must be a positive integer or several, got {blocks!r}")
