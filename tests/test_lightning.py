@@ -307,6 +307,30 @@ def test_step_that_the_scaler_skips_changes_nothing(tmp_path: Path) -> None:
     assert fit.precision_plugin.state_dict()["scale"] == 2.0**15
 
 
+def test_presets_have_the_published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import pretrain_lightning as example
+
+    found = {}
+    for name, preset in example.PRESETS.items():
+        with torch.device("meta"):
+            model = example.build_model(preset.vocabulary, preset)
+        found[name] = sum(p.numel() for p in model.parameters())
+    assert found == {
+        "tiny": 533_120,
+        "small": 12_415_872,
+        "9m": 8_995_968,
+        "60m": 58_073_600,
+        "130m": 134_105_856,
+        "350m": 367_969_280,
+        "1b": 1_339_082_752,
+    }
+    # Table 3 of arXiv:2502.07752: GiB of bfloat16 weights and both moments of Adam
+    published = {"60m": 0.32, "130m": 0.75, "350m": 2.05, "1b": 7.48}
+    for name, size in published.items():
+        assert found[name] * 3 * 2 / 2**30 == pytest.approx(size, abs=0.01), name
+
+
 def scalars(directory: Path) -> dict[tuple[str, int], list[float]]:
     """Values of every event file under a directory by tag and step; what a resumed run repeats is there twice."""
     found = defaultdict(list)
@@ -322,7 +346,7 @@ def start(output: Path, *flags: str) -> subprocess.Popen[str]:
     """The example, in its own process, on three files of the standard library."""
     library = Path(sysconfig.get_path("stdlib"))
     data = [str(library / name) for name in ("argparse.py", "ast.py", "typing.py")]
-    settings = {"optim": "muon", "max_steps": 40, "warmup_steps": 4, "batch_size": 8}
+    settings = {"optim": "muon", "max_steps": 40, "warmup_steps": 4, "momentum_warmup_steps": 15, "batch_size": 8}
     settings |= {"val_every": 10, "checkpoint_every": 10, "log_every": 1, "output_dir": output}
     command = [sys.executable, str(ROOT / "examples" / "pretrain_lightning.py"), "--data", *data, *flags]
     for key, value in settings.items():
