@@ -193,7 +193,7 @@ class SOAP(Executor):
         shampoo_beta: float | None = None,
         eps: float = 1e-08,
         weight_decay: float = 0.01,
-        precondition_frequency: int = 10,
+        refresh: str = "staggered:10",
         max_precond_dim: int = 10000,
         precondition_1d: bool = False,
         normalize_grads: bool = False,

@@ -7,6 +7,7 @@ only store of state, `param_groups` the only store of settings; nothing about pa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_optim.core import checkpoint, chunks, layout, storage
 from lightning_optim.core.groups import check_loaded, check_param, completed, dims_of, rule_of
 from lightning_optim.core.rule import Rule, Slot, lookup
-from lightning_optim.core.work import Job, Work, alike, apply, factor_of, needs_param, update_elementwise, update_stack
+from lightning_optim.core.work import (
+    Job,
+    Refresh,
+    Work,
+    alike,
+    apply,
+    factor_of,
+    needs_param,
+    staleness,
+    update_elementwise,
+    update_stack,
+)
+from lightning_optim.refresh import RECORD, Clock, View, parse, phases
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -41,7 +54,11 @@ class Executor(torch.optim.Optimizer):
     * `transposed`: matrices are stored inputs x outputs (Transformers' Conv1D); rules see outputs as rows.
     * `cautious_decay`: decay only weights that the step moves towards zero, or not at all.
     * `blocks`: number of row blocks every matrix of the group is cut into (heads, a fused QKV).
-    * `seed`: of the stochastic rounding.
+    * `seed`: of the stochastic rounding and of random projections.
+
+    Where a rule has costly state, its setting `refresh` says when that is computed anew (`lightning_optim.refresh`);
+    `on_refresh`, if set, is called with a `Refresh` for each. `process_group`, if set, is that of replicas that must
+    agree on measured times.
 
     Args:
         params: parameters, named parameters or groups.
@@ -66,6 +83,9 @@ class Executor(torch.optim.Optimizer):
         self._owners = WeakTensorKeyDictionary()
         self._loads: dict[Any, list[float]] = {}
         self._meeting = layout.Meeting()
+        self._clock = Clock()
+        self.on_refresh: Callable[[Refresh], None] | None = None
+        self.process_group: Any = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer."""
@@ -115,6 +135,7 @@ class Executor(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         jobs = list(self._jobs())
+        self._spread_refreshes(jobs)
         if not self.state and self._only_materialises(jobs):
             self._materialise(jobs)
         elif self._gradients_usable(jobs):
@@ -149,7 +170,9 @@ class Executor(torch.optim.Optimizer):
             self._reduces(job, present)
         else:
             cuts = {id(w): layout.cut_of(w.param, w.name) for w in job.works}
-            self._whole(job, [w for w in present if cuts[id(w)] is None])
+            here = [w for w in present if cuts[id(w)] is None]
+            self._decide_refreshes(job, here, lambda w: w.gradient())
+            self._whole(job, here)
             travelling = [w for w in job.works if cuts[id(w)] is not None]
             for run in chunks.bucket(travelling, lambda w: (cuts[id(w)], w.param.dtype)):
                 self._travel(job, run, cast("layout.Cut", cuts[id(run[0])]))
@@ -202,7 +225,9 @@ class Executor(torch.optim.Optimizer):
         def keep(w: Work, d: Tensor) -> None:
             directions[at[id(w)]] = d
 
-        for run in chunks.bucket((works[i] for i in exchange.mine if works[i].has_gradient), alike):
+        mine = [works[i] for i in exchange.mine if works[i].has_gradient]
+        self._decide_refreshes(job, mine, lambda w: gradients[at[id(w)]])
+        for run in chunks.bucket(mine, alike):
             for chunk in chunks.stacks(run, math.prod(run[0].dims), self.max_temp_bytes):
                 here = [at[id(w)] for w in chunk]
                 update_stack(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
@@ -210,6 +235,68 @@ class Executor(torch.optim.Optimizer):
         for w, d in zip(works, exchange.from_owners(directions, like), strict=True):
             if w.has_gradient and not job.rule.rests(w.t):
                 apply(job, w, d)
+
+    # -- refreshes ------------------------------------------------------------------------------------------------
+
+    def _spread_refreshes(self, jobs: Sequence[Job]) -> None:
+        """Rank the parameters with costly state among those of the same policy, and agree on the time."""
+        pools: defaultdict[str, list[float]] = defaultdict(list)
+        for rule, group, works in ((j.rule, j.group, j.works) for j in jobs if j.rule.costly):
+            costs: dict[tuple[Any, ...], float] = {}
+            pool = pools[group["refresh"]]
+            for w in works:
+                kind = w.dims, w.param.ndim < 2
+                if kind not in costs:
+                    costs[kind] = w.dims[0] * rule.refresh_cost(*w.dims[1:], vector=kind[1])
+                w.cost, w.rank = costs[kind], len(pool)
+                pool.append(w.cost)
+        self._pools = {text: tuple(costs) for text, costs in pools.items()}
+        self._clock.tick()
+        timed = [text for text in pools if parse(text).timed]
+        if timed:
+            params = [w.param for j in jobs if j.rule.costly for w in j.works]
+            agreed = layout.agree_times([self._clock.elapsed, self._clock.rate], params, self.process_group)
+            self._clock.elapsed, self._clock.rate = agreed
+
+    def _decide_refreshes(self, job: Job, works: Sequence[Work], gradient: Callable[[Work], Tensor]) -> None:
+        """Ask the policy which of the works, whole on this rank, are due."""
+        if not job.rule.costly:
+            return
+        policy, pool = parse(job.group["refresh"]), self._pools[job.group["refresh"]]
+        asked = [w for w in works if w.cost]
+        later = [w for w in asked if w.t > 1]
+        for w in asked:
+            w.due = "first"
+            w.note = self._refreshed if self.on_refresh is not None or policy.timed else None
+        if not later:
+            return
+        records = torch.stack([w.record.amin(0) for w in later]).tolist() if policy.reads else [[]] * len(later)
+        views = {
+            id(w): View(w.t, w.cost, functools.partial(_phase, pool, w.rank), dict(zip(RECORD, r, strict=False)))
+            for w, r in zip(later, records, strict=True)
+        }
+        home = {id(v): w for w, v in zip(later, views.values(), strict=True)}
+        known: dict[int, float] = {}
+
+        def measure(some: Sequence[View]) -> list[float]:
+            new = [home[id(v)] for v in some if id(v) not in known]
+            if new:
+                found = torch.stack([staleness(job, w, gradient(w)) for w in new]).tolist()
+                for w, x in zip(new, found, strict=True):
+                    w.stale = known[id(views[id(w)])] = x
+            return [known[id(v)] for v in some]
+
+        for w, reason in zip(later, policy.decide(list(views.values()), measure, self._clock), strict=True):
+            w.due = reason
+            if policy.reads:
+                kept = [views[id(w)].record[k] for k in RECORD[2:]]
+                w.record[:, 2:] = torch.tensor(kept, dtype=w.record.dtype, device=w.record.device)
+
+    def _refreshed(self, w: Work, event: Refresh) -> None:
+        """Take note of a refresh."""
+        self._clock.spent(w.cost, event.seconds)
+        if self.on_refresh is not None:
+            self.on_refresh(event)
 
     # -- what precedes the first write ----------------------------------------------------------------------------
 
@@ -446,6 +533,10 @@ class Executor(torch.optim.Optimizer):
             return None
         device = layout.local(w.param).device
         return placed.detach().to(device, storage.rest_dtype(slot, w.param.dtype), copy=True)
+
+
+def _phase(costs: tuple[float, ...], rank: int, interval: int) -> int:
+    return phases(costs, interval)[rank]
 
 
 def _is_trained(p: Tensor) -> bool:

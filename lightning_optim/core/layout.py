@@ -247,6 +247,20 @@ class StackLayout:
         wrapped = _wrap(self.cut.mesh, self._placements(self.cut, letters), shape, part)
         return wrapped.full_tensor() if whole == 1 else wrapped  # one element broadcasts, which no shard may in place
 
+    def part(self, whole: Tensor, letters: str) -> Tensor:
+        """This rank's part of a stack that every rank has whole.
+
+        Returns:
+            A plain tensor.
+        """
+        if self.cut is None or (self.axis != "b" and self.axis not in letters):
+            return whole
+        first, end = self.cut.rows(self.param.shape[0], self.cut.rank)
+        if self.axis != "b":
+            return whole.narrow(letters.index(self.axis) + 1, first, end - first)
+        start = first * math.prod(self.param.shape[1:]) // (self.dims[1] * self.dims[2])
+        return whole.narrow(0, start, self.local_dims[0])  # parameters cut between matrices share no stack
+
     def unwrap(self, value: Tensor, letters: str = "mn") -> Tensor:
         """The local part of what a rule returned.
 
@@ -411,6 +425,34 @@ def agree_max(values: Sequence[float], params: Iterable[Tensor]) -> list[float]:
             dist.all_reduce(moved, dist.ReduceOp.MAX, group=mesh.get_group(d))
         out = moved.cpu()
     return out.tolist()
+
+
+def agree_times(seconds: Sequence[float], params: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[float]:
+    """Measured times that all ranks doing the same work share: the largest.
+
+    Args:
+        seconds: measured on this rank.
+        params: the parameters concerned.
+        group: of replicas, for parameters that are whole on every rank.
+
+    Returns:
+        The times, equal on every rank.
+
+    Raises:
+        RuntimeError: replicas that may drift apart, because nothing says which ranks they are.
+    """
+    out = agree_max(seconds, params)
+    if group is not None:
+        moved = torch.tensor(out, dtype=torch.float64, device=local(params[0]).device)
+        dist.all_reduce(moved, dist.ReduceOp.MAX, group=group)
+        return moved.tolist()
+    whole = any(not isinstance(p, DTensor) for p in params)
+    if whole and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            "refresh='time_budget' measures time, which differs between replicas; set optimizer.process_group to "
+            "the group of the replicas, or choose another policy"
+        )
+    return out
 
 
 class Meeting:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -13,7 +16,10 @@ from torch import Tensor
 from lightning_optim.core import chunks, layout, storage
 from lightning_optim.core.chunks import Dims
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
+from lightning_optim.ops.eigenbasis import overlap
+from lightning_optim.ops.noise import normal
 from lightning_optim.ops.rounding import hash_key, stochastic_round
+from lightning_optim.refresh import parse
 
 
 @dataclass
@@ -27,11 +33,26 @@ class Work:
     state: dict[str, Tensor]
     transposed: bool = False
     t: int = 0
+    due: str = ""
+    """Why the costly state is refreshed in this step, if it is."""
+    cost: float = 0.0
+    """Of a refresh."""
+    rank: int = 0
+    """Among the parameters whose refreshes are spread over the steps."""
+    stale: float = math.nan
+    """Measured in this step, if it was."""
+    note: Callable[[Work, Refresh], None] | None = None
+    """Is told about a refresh."""
 
     @property
     def has_gradient(self) -> bool:
         """Whether the parameter takes part in this step."""
         return self.param.grad is not None
+
+    @property
+    def record(self) -> Tensor:
+        """What the refresh policy keeps, `[matrices, numbers]`."""
+        return layout.local(self.state["refreshed"]).flatten(0, -2)
 
     def slots(self, rule: Rule) -> dict[str, Slot]:
         """What the rule keeps for this parameter."""
@@ -57,6 +78,22 @@ class Job(NamedTuple):
     works: list[Work]
 
 
+class Refresh(NamedTuple):
+    """One refresh of the costly state of one parameter."""
+
+    name: str
+    t: int
+    reason: str
+    age: int
+    """Steps since the refresh before."""
+    seconds: float
+    """Its share of the time its stack took."""
+    staleness: float
+    """Just before, if the policy measured it; else NaN."""
+    overlap: float
+    """With the state before, 1 for none of a change, 0 for chance; NaN for the first."""
+
+
 def factor_of(job: Job, w: Work) -> float:
     """What the direction is multiplied by: a constant of the matrix's shape."""
     if job.group["lr_convention"] == "native":
@@ -72,7 +109,7 @@ def needs_param(rule: Rule) -> bool:
 
 def alike(w: Work) -> tuple[Any, ...]:
     """Works with equal keys may share a stack."""
-    return w.dims, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t
+    return w.dims, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t, bool(w.due)
 
 
 def update_elementwise(job: Job, w: Work) -> None:
@@ -114,24 +151,24 @@ def update_stack(
         sink: takes each direction, shaped like its gradient; applied if not given.
     """
     rule, first = job.rule, chunk[0]
-    b, m, n = first.dims if frame is None else frame.local_dims
+    dims = b, m, n = first.dims if frame is None else frame.local_dims
     dtype = storage.work_dtype(first.param.dtype)
     slots = first.slots(rule)
     turn = first.transposed
-    entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
-    for k, slot in slots.items():
-        if slot.letters == "mn":
-            entries[k] = [chunks.turned(t, turn) for t in entries[k]]
-    before = {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
-    g, p = chunks.stack([chunks.turned(t, turn) for t in gradients], (b, m, n), dtype), None
+    entries, before = stacked_state(chunk, slots, dims)
+    g, p = stacked_gradient(chunk, gradients, dims), None
     if needs_param(rule):
         p = chunks.stack([chunks.turned(t, turn) for t in params], (b, m, n), dtype)
         if rule.decay == "coupled" and rule.weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
     wrap, unwrap = (frame.wrap, frame.unwrap) if frame else (_as_is, _as_is)
-    seen = {k: wrap(before[k], slot.letters) for k, slot in slots.items()}
-    s = SimpleNamespace(**seen)
+    s = SimpleNamespace(**{k: wrap(before[k], slot.letters) for k, slot in slots.items()})
+    s.noise = lambda letters, stream=0: wrap(_noise(job, chunk, frame, letters, stream), letters)
+    s.refresh = functools.partial(_refresh, job, chunk, s)
     d = rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t)
+    if "refreshed" in slots:
+        age = s.refreshed[..., 0]
+        age.copy_(torch.ones_like(age) if first.due else age + 1)
     left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
     for k, value in storage.untangled(before, left).items():
         storage.write(entries[k], value)
@@ -140,6 +177,77 @@ def update_stack(
     for w, piece, like in zip(chunk, unwrap(d).split(b), gradients, strict=True):
         piece = chunks.turned(piece.reshape(chunks.turned(like, turn).shape), turn)
         sink(w, piece) if sink else apply(job, w, piece)
+
+
+def stacked_state(
+    chunk: Sequence[Work], slots: Mapping[str, Slot], dims: Dims
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """State of works that are alike.
+
+    Args:
+        chunk: the works.
+        slots: of each.
+        dims: of each on this rank.
+
+    Returns:
+        (resting tensors by slot, one per work; stacks by slot).
+    """
+    entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
+    for k, slot in slots.items():
+        if slot.letters == "mn":
+            entries[k] = [chunks.turned(t, chunk[0].transposed) for t in entries[k]]
+    b, m, n = dims
+    return entries, {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
+
+
+def stacked_gradient(chunk: Sequence[Work], gradients: Sequence[Tensor], dims: Dims) -> Tensor:
+    """Gradients of works that are alike, as one stack in the dtype of the arithmetic.
+
+    Returns:
+        `[len(chunk) * b, m, n]`.
+    """
+    turn, dtype = chunk[0].transposed, storage.work_dtype(chunk[0].param.dtype)
+    return chunks.stack([chunks.turned(t, turn) for t in gradients], dims, dtype)
+
+
+def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
+    """The largest staleness among the matrices of one parameter that is whole here.
+
+    Returns:
+        A 0-d tensor.
+    """
+    _, state = stacked_state([w], w.slots(job.rule), w.dims)
+    return job.rule.staleness(stacked_gradient([w], [gradient], w.dims), SimpleNamespace(**state)).amax()
+
+
+def _refresh(job: Job, chunk: Sequence[Work], s: SimpleNamespace, g: Tensor) -> None:
+    """Rebuild the costly state of a stack if it is due, and tell about it."""
+    first = chunk[0]
+    if not first.due:
+        return
+    names = [k for k in job.rule.costly if hasattr(s, k)]
+    looked = first.t > 1 and (first.note is not None or parse(job.group["refresh"]).reads)
+    old = {k: getattr(s, k).clone() for k in names if looked}
+    started = time.perf_counter()
+    job.rule.rebuild(g, s, first.t)
+    seconds = (time.perf_counter() - started) / len(chunk)
+    if old:
+        s.refreshed[..., 0, 1] = torch.stack([overlap(old[k], getattr(s, k)) for k in names]).amin(0)
+    if first.note is not None:
+        records = s.refreshed[:, 0].unflatten(0, (len(chunk), -1)).amin(1).tolist()
+        for w, (age, shared, *_) in zip(chunk, records, strict=True):
+            shared = shared if old else math.nan
+            first.note(w, Refresh(w.name, w.t, w.due, int(age), seconds, w.stale, shared))
+
+
+def _noise(job: Job, chunk: Sequence[Work], frame: layout.StackLayout | None, letters: str, stream: int) -> Tensor:
+    """This rank's part of the normal numbers for a stack."""
+    device, dtype = layout.local(chunk[0].param).device, storage.work_dtype(chunk[0].param.dtype)
+    whole = Slot(letters, rank=min(getattr(job.rule, "rank", 1), *chunk[0].dims[1:])).shape(*chunk[0].dims[1:])
+    keys = [hash_key(job.group["seed"], w.t, w.index, stream) for w in chunk]
+    drawn = [normal((w.dims[0], *whole), key, device=device) for w, key in zip(chunk, keys, strict=True)]
+    stack = torch.cat(drawn).to(dtype)
+    return stack if frame is None else frame.part(stack, letters)
 
 
 def _as_is(t: Tensor, letters: str = "mn") -> Tensor:

@@ -142,6 +142,7 @@ def _soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
     h.pop("merge_dims", None)
     h.pop("data_format", None)
     beta = h.pop("shampoo_beta", -1)
+    h["refresh"] = f"fixed:{h.pop('precondition_frequency', 10)}"
     optimizer = SOAP(params.items(), **h, shampoo_beta=None if beta < 0 else beta)
     if case.get("inject"):
         optimizer.register_step_post_hook(lambda opt, *_: _inject_basis(opt, params, case))
