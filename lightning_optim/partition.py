@@ -289,7 +289,8 @@ def assign(
 ) -> list[Assignment]:
     """Give every trainable parameter exactly one owner.
 
-    Rules that need whole matrices own the roles of `MATRIX_ROLES`, `rest` everything else; other rules own everything.
+    Rules that need whole matrices, or take no vectors, own the roles of `MATRIX_ROLES`, `rest` everything else; other
+    rules own everything.
     Overrides come first, in order; the first match wins.
 
     Args:
@@ -308,7 +309,7 @@ def assign(
     main, other = lookup(rule), lookup(rest)
     if last_layer not in ("rest", "rule"):
         raise ValueError(f"last_layer must be 'rest' or 'rule', got {last_layer!r}")
-    takes_all = main.elementwise or main.reduces
+    takes_all = (main.elementwise or main.reduces) and main.vectors
     taken = MATRIX_ROLES | ({"head"} if last_layer == "rule" else set())
     checked = [_override(o) for o in overrides]
     found = roles(model)
