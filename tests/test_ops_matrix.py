@@ -11,6 +11,7 @@ from lightning_optim.ops.lowrank import follow_subspace, range_basis, switch
 from lightning_optim.ops.moments import rank_one
 from lightning_optim.ops.norms import growth_factor, normalized, rms
 from lightning_optim.ops.roots import coupled_newton, inverse_power, inverse_root
+from lightning_optim.ops.spectral import norm_lower_bound
 
 F64 = torch.float64
 
@@ -163,3 +164,13 @@ def test_switching_keeps_the_leading_columns_and_draws_from_the_complement() -> 
     assert (kept[..., 3:].mT @ near).abs().max() < 1e-12
     square = orthonormal(draw(1, 4, 4))
     assert torch.equal(switch(square, 1, draw(1, 0)), square)
+
+
+def test_lower_bound_of_the_spectral_norm() -> None:
+    x = draw(3, 8, 5)
+    found = norm_lower_bound(x @ x.mT).flatten()
+    exact = torch.linalg.matrix_norm(x, 2).square()
+    assert (found <= exact).all() and (found > 0.7 * exact).all()
+    one = x[0, :, :1] @ x[0, :, :1].T
+    torch.testing.assert_close(norm_lower_bound(one)[0, 0], torch.linalg.matrix_norm(one, 2))
+    assert not norm_lower_bound(torch.zeros(1, 4, 4)).any()

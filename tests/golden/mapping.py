@@ -24,6 +24,7 @@ from lightning_optim import (
     Lion,
     Muon,
     NorMuon,
+    PSGDKron,
 )
 from lightning_optim.core import work
 
@@ -216,6 +217,14 @@ def _injected(optimizer: Executor, params: Params, recorded: Callable[[str, int]
     return optimizer
 
 
+def _psgd_kron(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    """Of pytorch_optimizer: an update counter, so a probability of 0.2 fits at steps 5, 10, 15."""
+    interval = round(1 / h.pop("pre_conditioner_update_probability"))
+    h.pop("balance_prob", None)
+    optimizer = PSGDKron(params.items(), refresh=_multiples(interval), start=interval, **h)
+    return _injected(optimizer, params, lambda name, t: case["inject"].get(f"probe_{t}/{name}"))
+
+
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "Adafactor-torch": _adafactor,
     "Adam": _plain(Adam),
@@ -229,6 +238,7 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "Muon-Moonlight": _muon_moonlight,
     "Muon-torch": _muon_torch,
     "NorMuon": _normuon,
+    "PSGD-Kron": _psgd_kron,
     "RACS": _racs,
     "SGD": _plain(SGD),
     "SOAP": _soap,
