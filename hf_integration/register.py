@@ -27,9 +27,9 @@ def register() -> list[str]:
     `build_optimizer`. Transformers splits it at commas, so a pair is written with a colon: `betas=0.9:0.95`. It is read
     when the optimizer is built, in `train()`. The learning rate, weight decay and Adam's betas and eps are the flags'.
 
-    Names that Transformers has (`sgd`, `adafactor`) stay its own; `OptimizerFactory` and `attach` give ours. A saved
-    `training_args.bin` holds the name as a plain string and loads without this package; to train from it, call
-    `register()` again, or the Trainer refuses the name.
+    Names that Transformers has (`sgd`, `adagrad`, `rmsprop`, `adafactor`) stay its own; `OptimizerFactory` and `attach`
+    give ours. A saved `training_args.bin` holds the name as a plain string and loads without this package; to train
+    from it, call `register()` again, or the Trainer refuses the name.
 
     Extends two tables of Transformers that are not public. Calling it again adds only rules defined since.
 

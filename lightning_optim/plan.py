@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from lightning_optim.core import storage
-from lightning_optim.core.groups import dims_of, rule_of
+from lightning_optim.core.groups import parts_of, rule_of
+from lightning_optim.core.work import slots_of
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import roles
 
@@ -93,11 +94,11 @@ def plan(model: nn.Module, name: str, *, lr: float = 1e-3, **settings: Any) -> P
     for group in optimizer.param_groups:
         rule = rule_of(group)
         for label, p in zip(group["param_names"], group["params"], strict=True):
-            dims, _ = dims_of(rule, group, p.shape)
-            slots = rule.declared(*dims[1:], vector=p.ndim < 2)
+            parts, _ = parts_of(rule, group, p.shape)
             state = {
-                key: storage.rest_dtype(slot, p.dtype).itemsize * math.prod(storage.rest_shape(slot, p.shape, dims))
-                for key, slot in slots.items()
+                key: storage.rest_dtype(slot, p.dtype).itemsize
+                * math.prod(storage.rest_shape(slot, p.shape, parts[0].dims))
+                for key, slot in slots_of(rule, parts, p.ndim).items()
             }
             trait = traits[label]
             rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state))

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.core import checkpoint, chunks, layout, storage
-from lightning_optim.core.groups import check_loaded, check_param, completed, dims_of, rule_of
+from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
 from lightning_optim.core.rule import Rule, Slot, lookup
 from lightning_optim.core.work import (
     Job,
@@ -53,7 +53,9 @@ class Executor(torch.optim.Optimizer):
       to nearest). State is float32 either way.
     * `transposed`: matrices are stored inputs x outputs (Transformers' Conv1D); rules see outputs as rows.
     * `cautious_decay`: decay only weights that the step moves towards zero, or not at all.
-    * `blocks`: number of row blocks every matrix of the group is cut into (heads, a fused QKV).
+    * `blocks`: how the rows of every matrix are cut into matrices: a number of equal blocks (heads, a fused QKV), or
+      the rows of one block after the other, repeated until the rows are used up: `(8, 4, 4)` for 8 rows of queries, 4
+      of keys and 4 of values, `(1, 1)` for alternate rows.
     * `seed`: of the stochastic rounding and of random projections.
 
     Where a rule has costly state, its setting `refresh` says when that is computed anew (`lightning_optim.refresh`);
@@ -156,8 +158,8 @@ class Executor(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
-                    dims, turned = dims_of(rule, group, p.shape)
-                    works.append(Work(p, name, index, dims, self.state[p] if p in self.state else {}, turned))
+                    parts, turned = parts_of(rule, group, p.shape)
+                    works.append(Work(p, name, index, parts, self.state[p] if p in self.state else {}, turned))
                 index += 1
             yield Job(rule, group, works)
 
@@ -187,7 +189,7 @@ class Executor(torch.optim.Optimizer):
             columns: list[list[Tensor]] = [[] for _ in range(2 + len(slots))]
             for w in run:
                 row = [layout.local(w.param), w.gradient(), *(layout.local(w.state[k]) for k in slots)]
-                if wide and factor_of(job, w) == 1.0 and not job.group["cautious_decay"] and chunks.agree(row):
+                if wide and factor_of(job, w.dims) == 1.0 and not job.group["cautious_decay"] and chunks.agree(row):
                     ready.append(w)
                     for column, t in zip(columns, row, strict=True):
                         column.append(t)
@@ -202,13 +204,13 @@ class Executor(torch.optim.Optimizer):
         frames = {id(w): layout.StackLayout(w.param, w.dims, w.name, w.transposed) for w in works}
         for run in chunks.bucket(works, lambda w: (alike(w), frames[id(w)].cut)):
             frame = frames[id(run[0])]
-            elements = math.prod(frame.local_dims) if frame.stackable else chunks.STACK_LIMIT + 1
+            elements = layout.local(run[0].param).numel() if frame.stackable else chunks.STACK_LIMIT + 1
             for chunk in chunks.stacks(run, elements, self.max_temp_bytes):
                 update_stack(job, chunk, [layout.local(w.param) for w in chunk], [w.gradient() for w in chunk], frame)
 
     def _whole(self, job: Job, works: list[Work]) -> None:
         for run in chunks.bucket(works, alike):
-            for chunk in chunks.stacks(run, math.prod(run[0].dims), self.max_temp_bytes):
+            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
                 update_stack(job, chunk, [w.param for w in chunk], [w.gradient() for w in chunk])
 
     def _travel(self, job: Job, works: list[Work], cut: layout.Cut) -> None:
@@ -228,7 +230,7 @@ class Executor(torch.optim.Optimizer):
         mine = [works[i] for i in exchange.mine if works[i].has_gradient]
         self._decide_refreshes(job, mine, lambda w: gradients[at[id(w)]])
         for run in chunks.bucket(mine, alike):
-            for chunk in chunks.stacks(run, math.prod(run[0].dims), self.max_temp_bytes):
+            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
                 here = [at[id(w)] for w in chunk]
                 update_stack(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
         like = layout.local(works[0].param).new_empty((), dtype=storage.work_dtype(works[0].param.dtype))
@@ -245,11 +247,13 @@ class Executor(torch.optim.Optimizer):
             costs: dict[tuple[Any, ...], float] = {}
             pool = pools[group["refresh"]]
             for w in works:
-                kind = w.dims, w.param.ndim < 2
+                kind = w.parts, w.param.ndim < 2
                 if kind not in costs:
-                    costs[kind] = w.dims[0] * rule.refresh_cost(*w.dims[1:], vector=kind[1])
-                w.cost, w.rank = costs[kind], len(pool)
-                pool.append(w.cost)
+                    costs[kind] = sum(
+                        b * rule.refresh_cost(m, n, vector=kind[1]) for b, m, n in (x.dims for x in w.parts)
+                    )
+                w.refresh_cost, w.rank = costs[kind], len(pool)
+                pool.append(w.refresh_cost)
         self._pools = {text: tuple(costs) for text, costs in pools.items()}
         self._clock.tick()
         timed = [text for text in pools if parse(text).timed]
@@ -263,16 +267,19 @@ class Executor(torch.optim.Optimizer):
         if not job.rule.costly:
             return
         policy, pool = parse(job.group["refresh"]), self._pools[job.group["refresh"]]
-        asked = [w for w in works if w.cost]
+        asked = [w for w in works if w.refresh_cost]
         later = [w for w in asked if w.t > 1]
         for w in asked:
             w.due = "first"
             w.note = self._refreshed if self.on_refresh is not None or policy.timed else None
         if not later:
             return
-        records = torch.stack([w.record.amin(0) for w in later]).tolist() if policy.reads else [[]] * len(later)
+        blank = [[0.0] * len(RECORD)] * len(later)
+        records = torch.stack([w.record.amin(0) for w in later]).tolist() if policy.reads else blank
         views = {
-            id(w): View(w.t, w.cost, functools.partial(_phase, pool, w.rank), dict(zip(RECORD, r, strict=False)))
+            id(w): View(
+                w.t, w.refresh_cost, functools.partial(_phase, pool, w.rank), dict(zip(RECORD, r, strict=False))
+            )
             for w, r in zip(later, records, strict=True)
         }
         home = {id(v): w for w, v in zip(later, views.values(), strict=True)}
@@ -294,7 +301,7 @@ class Executor(torch.optim.Optimizer):
 
     def _refreshed(self, w: Work, event: Refresh) -> None:
         """Take note of a refresh."""
-        self._clock.spent(w.cost, event.seconds)
+        self._clock.spent(w.refresh_cost / len(w.parts), event.seconds)
         if self.on_refresh is not None:
             self.on_refresh(event)
 
@@ -349,7 +356,7 @@ class Executor(torch.optim.Optimizer):
         for rule, _, works in jobs:
             declared: dict[tuple[Any, ...], dict[str, Slot]] = {}
             for w in works:
-                kind = w.dims, w.param.ndim < 2
+                kind = w.parts, w.param.ndim < 2
                 if kind not in declared:
                     declared[kind] = w.slots(rule)
                 w.state = self.state.setdefault(w.param, {})
@@ -381,7 +388,7 @@ class Executor(torch.optim.Optimizer):
         for run in chunks.bucket(fresh, lambda x: x[1].group):
             cut = run[0][1]
             loads = self._loads.setdefault(cut.group, [0.0] * cut.size)
-            costs = [float(b * m * n * min(m, n)) for b, m, n in (w.dims for w, _ in run)]
+            costs = [w.cost for w, _ in run]
             for (w, _), owner in zip(run, layout.assign_owners(costs, loads), strict=True):
                 self._owners[w.param] = owner
 
@@ -486,7 +493,7 @@ class Executor(torch.optim.Optimizer):
         for (_, _, works), group in zip(self._jobs(frozen=True), groups, strict=True):
             rule = rule_of(group)
             for w in works:
-                w.dims, w.transposed = dims_of(rule, group, w.param.shape)
+                w.parts, w.transposed = parts_of(rule, group, w.param.shape)
                 found = where[id(w.param)]
                 for key, slot in w.slots(rule).items() if found else ():
                     value, shape = found.get(key), storage.rest_shape(slot, w.param.shape, w.dims)

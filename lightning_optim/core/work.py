@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core import chunks, layout, storage
-from lightning_optim.core.chunks import Dims
+from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
 from lightning_optim.ops.eigenbasis import overlap
 from lightning_optim.ops.noise import normal
@@ -29,20 +29,29 @@ class Work:
     param: Tensor
     name: str
     index: int
-    dims: Dims
+    parts: tuple[Part, ...]
     state: dict[str, Tensor]
     transposed: bool = False
     t: int = 0
     due: str = ""
     """Why the costly state is refreshed in this step, if it is."""
-    cost: float = 0.0
-    """Of a refresh."""
+    refresh_cost: float = 0.0
     rank: int = 0
     """Among the parameters whose refreshes are spread over the steps."""
     stale: float = math.nan
     """Measured in this step, if it was."""
     note: Callable[[Work, Refresh], None] | None = None
     """Is told about a refresh."""
+
+    @property
+    def dims(self) -> Dims:
+        """The parameter as a stack of matrices; its first part, where they are not all equal."""
+        return self.parts[0].dims
+
+    @property
+    def cost(self) -> float:
+        """Multiplications of one product of a matrix with its square factor, summed."""
+        return float(sum(b * m * n * min(m, n) for b, m, n in (part.dims for part in self.parts)))
 
     @property
     def has_gradient(self) -> bool:
@@ -56,7 +65,7 @@ class Work:
 
     def slots(self, rule: Rule) -> dict[str, Slot]:
         """What the rule keeps for this parameter."""
-        return rule.declared(*self.dims[1:], vector=self.param.ndim < 2)
+        return slots_of(rule, self.parts, self.param.ndim)
 
     def count(self) -> None:
         """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
@@ -94,11 +103,30 @@ class Refresh(NamedTuple):
     """With the state before, 1 for none of a change, 0 for chance; NaN for the first."""
 
 
-def factor_of(job: Job, w: Work) -> float:
+def slots_of(rule: Rule, parts: Sequence[Part], ndim: int) -> dict[str, Slot]:
+    """What a rule keeps for a parameter.
+
+    An `m x n` slot has the parameter's shape. Of others, each part but the first has its own: `factor_left.1`.
+
+    Returns:
+        Slots by their key in the parameter's state.
+    """
+    out: dict[str, Slot] = {}
+    for i, part in enumerate(parts):
+        for key, slot in rule.declared(*part.dims[1:], vector=ndim < 2).items():
+            out[_key(key, slot, i)] = slot if len(parts) == 1 else replace(slot, dims=part.dims)
+    return out
+
+
+def _key(key: str, slot: Slot, i: int) -> str:
+    return key if i == 0 or slot.letters == "mn" else f"{key}.{i}"
+
+
+def factor_of(job: Job, dims: Dims) -> float:
     """What the direction is multiplied by: a constant of the matrix's shape."""
     if job.group["lr_convention"] == "native":
         return 1.0
-    rms = job.rule.rms(*w.dims[1:])
+    rms = job.rule.rms(*dims[1:])
     return 1.0 if rms is None else ADAMW_RMS / rms
 
 
@@ -109,7 +137,7 @@ def needs_param(rule: Rule) -> bool:
 
 def alike(w: Work) -> tuple[Any, ...]:
     """Works with equal keys may share a stack."""
-    return w.dims, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t, bool(w.due)
+    return w.parts, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t, bool(w.due)
 
 
 def update_elementwise(job: Job, w: Work) -> None:
@@ -140,7 +168,7 @@ def update_stack(
     frame: layout.StackLayout | None = None,
     sink: Callable[[Work, Tensor], None] | None = None,
 ) -> None:
-    """Call a rule on one stack, store the state it leaves and hand out the directions.
+    """Call a rule on the matrices of parameters, store the state it leaves and hand out the directions.
 
     Args:
         job: rule and settings.
@@ -150,20 +178,51 @@ def update_stack(
         frame: how a reducing rule's stacks are cut.
         sink: takes each direction, shaped like its gradient; applied if not given.
     """
+    first = chunk[0]
+    parts = first.parts if frame is None or frame.cut is None else (Part(frame.local_dims),)
+    found = [_directions(job, chunk, i, part, params, gradients, frame) for i, part in enumerate(parts)]
+    if job.rule.rests(first.t):
+        return
+    for w, like, *pieces in zip(chunk, gradients, *found, strict=True):
+        d = _joined(job, parts, pieces, like, w.transposed)
+        sink(w, d) if sink else apply(job, w, d)
+
+
+def _joined(job: Job, parts: Sequence[Part], pieces: list[Tensor], like: Tensor, transposed: bool) -> Tensor:
+    """The direction of one parameter, shaped like its gradient, out of those of its parts."""
+    if len(parts) == 1 and parts[0].rows is None:
+        return chunks.turned(pieces[0].reshape(chunks.turned(like, transposed).shape), transposed)
+    out = torch.empty_like(like, dtype=pieces[0].dtype)
+    for part, piece in zip(parts, pieces, strict=True):
+        where = part.of(out, transposed)
+        ratio = factor_of(job, part.dims) / factor_of(job, parts[0].dims)  # `apply` knows the first one's factor
+        where.copy_((piece if ratio == 1 else piece * ratio).reshape(where.shape))
+    return out
+
+
+def _directions(
+    job: Job,
+    chunk: Sequence[Work],
+    i: int,
+    part: Part,
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    frame: layout.StackLayout | None,
+) -> Sequence[Tensor]:
+    """Call a rule on one part of each parameter of a chunk, a stack, and store the state it leaves."""
     rule, first = job.rule, chunk[0]
-    dims = b, m, n = first.dims if frame is None else frame.local_dims
-    dtype = storage.work_dtype(first.param.dtype)
-    slots = first.slots(rule)
-    turn = first.transposed
-    entries, before = stacked_state(chunk, slots, dims)
-    g, p = stacked_gradient(chunk, gradients, dims), None
+    b = part.dims[0]
+    # a mesh's dims are a shard's: a rule may ask for other slots there
+    slots = rule.declared(*first.parts[i].dims[1:], vector=first.param.ndim < 2)
+    entries, before = stacked_state(chunk, i, part, slots)
+    g, p = stacked(chunk, part, gradients), None
     if needs_param(rule):
-        p = chunks.stack([chunks.turned(t, turn) for t in params], (b, m, n), dtype)
+        p = stacked(chunk, part, params)
         if rule.decay == "coupled" and rule.weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
     wrap, unwrap = (frame.wrap, frame.unwrap) if frame else (_as_is, _as_is)
     s = SimpleNamespace(**{k: wrap(before[k], slot.letters) for k, slot in slots.items()})
-    s.noise = lambda letters, stream=0: wrap(_noise(job, chunk, frame, letters, stream), letters)
+    s.noise = lambda letters, stream=0: wrap(_noise(job, chunk, i, frame, letters, stream), letters)
     s.refresh = functools.partial(_refresh, job, chunk, s)
     d = rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t)
     if "refreshed" in slots:
@@ -172,42 +231,39 @@ def update_stack(
     left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
     for k, value in storage.untangled(before, left).items():
         storage.write(entries[k], value)
-    if rule.rests(first.t):
-        return
-    for w, piece, like in zip(chunk, unwrap(d).split(b), gradients, strict=True):
-        piece = chunks.turned(piece.reshape(chunks.turned(like, turn).shape), turn)
-        sink(w, piece) if sink else apply(job, w, piece)
+    return unwrap(d).split(b)
 
 
 def stacked_state(
-    chunk: Sequence[Work], slots: Mapping[str, Slot], dims: Dims
+    chunk: Sequence[Work], i: int, part: Part, slots: Mapping[str, Slot]
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
-    """State of works that are alike.
+    """State of one part of works that are alike.
 
     Args:
         chunk: the works.
-        slots: of each.
-        dims: of each on this rank.
+        i: number of the part.
+        part: as it lies on this rank.
+        slots: of the part.
 
     Returns:
         (resting tensors by slot, one per work; stacks by slot).
     """
-    entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
+    entries = {k: [layout.local(w.state[_key(k, slot, i)]) for w in chunk] for k, slot in slots.items()}
     for k, slot in slots.items():
         if slot.letters == "mn":
-            entries[k] = [chunks.turned(t, chunk[0].transposed) for t in entries[k]]
-    b, m, n = dims
+            entries[k] = [part.of(t, chunk[0].transposed) for t in entries[k]]
+    b, m, n = part.dims
     return entries, {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
 
 
-def stacked_gradient(chunk: Sequence[Work], gradients: Sequence[Tensor], dims: Dims) -> Tensor:
-    """Gradients of works that are alike, as one stack in the dtype of the arithmetic.
+def stacked(chunk: Sequence[Work], part: Part, tensors: Sequence[Tensor]) -> Tensor:
+    """One part of the gradients, or parameters, of works that are alike, as one stack in the dtype of the arithmetic.
 
     Returns:
         `[len(chunk) * b, m, n]`.
     """
     turn, dtype = chunk[0].transposed, storage.work_dtype(chunk[0].param.dtype)
-    return chunks.stack([chunks.turned(t, turn) for t in gradients], dims, dtype)
+    return chunks.stack([part.of(t, turn) for t in tensors], part.dims, dtype)
 
 
 def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
@@ -216,8 +272,11 @@ def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
     Returns:
         A 0-d tensor.
     """
-    _, state = stacked_state([w], w.slots(job.rule), w.dims)
-    return job.rule.staleness(stacked_gradient([w], [gradient], w.dims), SimpleNamespace(**state)).amax()
+    found = []
+    for i, part in enumerate(w.parts):
+        _, state = stacked_state([w], i, part, job.rule.declared(*part.dims[1:], vector=w.param.ndim < 2))
+        found.append(job.rule.staleness(stacked([w], part, [gradient]), SimpleNamespace(**state)).amax())
+    return torch.stack(found).amax()
 
 
 def _refresh(job: Job, chunk: Sequence[Work], s: SimpleNamespace, g: Tensor) -> None:
@@ -240,13 +299,15 @@ def _refresh(job: Job, chunk: Sequence[Work], s: SimpleNamespace, g: Tensor) -> 
             first.note(w, Refresh(w.name, w.t, w.due, int(age), seconds, w.stale, shared))
 
 
-def _noise(job: Job, chunk: Sequence[Work], frame: layout.StackLayout | None, letters: str, stream: int) -> Tensor:
-    """This rank's part of the normal numbers for a stack."""
+def _noise(
+    job: Job, chunk: Sequence[Work], i: int, frame: layout.StackLayout | None, letters: str, stream: int
+) -> Tensor:
+    """This rank's share of the normal numbers for a stack of i-th parts."""
+    dims = chunk[0].parts[i].dims
     device, dtype = layout.local(chunk[0].param).device, storage.work_dtype(chunk[0].param.dtype)
-    whole = Slot(letters, rank=min(getattr(job.rule, "rank", 1), *chunk[0].dims[1:])).shape(*chunk[0].dims[1:])
-    keys = [hash_key(job.group["seed"], w.t, w.index, stream) for w in chunk]
-    drawn = [normal((w.dims[0], *whole), key, device=device) for w, key in zip(chunk, keys, strict=True)]
-    stack = torch.cat(drawn).to(dtype)
+    whole = Slot(letters, rank=min(getattr(job.rule, "rank", 1), *dims[1:])).shape(*dims[1:])
+    keys = [hash_key(job.group["seed"], w.t, w.index, i, stream) for w in chunk]
+    stack = torch.cat([normal((dims[0], *whole), key, device=device) for key in keys]).to(dtype)
     return stack if frame is None else frame.part(stack, letters)
 
 
@@ -270,7 +331,7 @@ class _Write:
 
     def __init__(self, job: Job, w: Work):
         rule = job.rule
-        self.step = rule.lr * factor_of(job, w)
+        self.step = rule.lr * factor_of(job, w.dims)
         self.keep = 1 - rule.lr * rule.weight_decay
         self.decay = rule.decay
         self.cautious = job.group["cautious_decay"] and self.keep != 1
