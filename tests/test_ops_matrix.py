@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.ops.lapack import LinAlgError, complement, eigh, orthonormal
-from lightning_optim.ops.lowrank import follow_subspace, range_basis, switch
+from lightning_optim.ops.lowrank import follow_subspace, leading_basis, range_basis, switch
 from lightning_optim.ops.moments import rank_one
 from lightning_optim.ops.norms import growth_factor, normalized, rms
 from lightning_optim.ops.roots import coupled_newton, inverse_power, inverse_root
@@ -141,6 +141,25 @@ def test_range_finder_captures_the_leading_energy() -> None:
         q = range_basis(x[None], draw(1, n, rank + 8, seed=1), rank, power)
         torch.testing.assert_close(q.mT @ q, torch.eye(rank, dtype=F64)[None])
         assert (q.mT @ x).square().sum() > bound * best
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 9), (2, 9, 6), (2, 6, 6)])
+def test_leading_basis_is_that_of_the_svd(shape: tuple[int, ...]) -> None:
+    x = draw(*shape)
+    u = leading_basis(x, 3)
+    exact = torch.linalg.svd(x).U[..., :3]
+    torch.testing.assert_close(u @ u.mT, exact @ exact.mT)
+    torch.testing.assert_close((u * exact).sum(-2).abs(), torch.ones(2, 3, dtype=F64))
+    assert (u.gather(-2, u.abs().argmax(-2, keepdim=True)) > 0).all()
+
+
+def test_a_followed_subspace_keeps_its_signs_and_outlives_a_zero_gradient() -> None:
+    x = draw(1, 6, 9)
+    u = leading_basis(x, 3)
+    for signs in ([1.0, 1.0, 1.0], [1.0, -1.0, -1.0]):
+        old = u * torch.tensor(signs, dtype=F64)
+        torch.testing.assert_close(follow_subspace(lambda y: x @ (x.mT @ y), old), old)
+    assert torch.equal(follow_subspace(torch.zeros_like, u), u)
 
 
 def test_subspace_iteration_converges_to_the_leading_eigenvectors() -> None:

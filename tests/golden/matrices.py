@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import RACS, SWAN, Dion, EigenAdam, Executor, PSGDKron
+from lightning_optim import RACS, SWAN, Alice, Alice0, Dion, EigenAdam, Executor, PSGDKron
 from lightning_optim.core import work
 
 Params = dict[str, Parameter]
@@ -71,6 +71,27 @@ def _cosmos(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return Executor([g for g in groups if g["params"]])
 
 
+def _alice(cls: type[Executor]) -> Callable[[Params, dict[str, Any], Case], Executor]:
+    def made(params: Params, h: dict[str, Any], case: Case) -> Executor:
+        optimizer = cls(params.items(), refresh=_multiples(h.pop("interval", 200)), limit=h.pop("gamma", 1.01), **h)
+        names, refresh, step = {id(p): name for name, p in params.items()}, work._refresh, optimizer.step
+
+        def recorded(job: Any, chunk: Any, s: Any, g: Tensor) -> None:
+            refresh(job, chunk, s, g)
+            found = [case["inject"].get(f"U_{w.t}/{names[id(w.param)]}") for w in chunk]
+            if all(u is not None for u in found):
+                s.basis = torch.stack([u.to(g) for u in found])
+
+        def injecting(closure: Callable[[], Any] | None = None) -> Any:
+            with mock.patch.object(work, "_refresh", recorded):
+                return step(closure)
+
+        optimizer.step = injecting
+        return optimizer
+
+    return made
+
+
 def _psgd_kron(params: Params, h: dict[str, Any], case: Case) -> Executor:
     """Of pytorch_optimizer: an update counter, so a probability of 0.2 fits at steps 5, 10, 15."""
     interval = round(1 / h.pop("pre_conditioner_update_probability"))
@@ -80,6 +101,8 @@ def _psgd_kron(params: Params, h: dict[str, Any], case: Case) -> Executor:
 
 
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+    "Alice": _alice(Alice),
+    "Alice-0": _alice(Alice0),
     "COSMOS": _cosmos,
     "Dion": _dion,
     "EigenAdam": _eigen_adam,
