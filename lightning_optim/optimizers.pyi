@@ -54,6 +54,7 @@ class Adafactor(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -74,6 +75,7 @@ class Adagrad(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -96,6 +98,7 @@ class Adam(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -116,6 +119,7 @@ class AdamMini(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -138,6 +142,7 @@ class AdamW(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -166,6 +171,7 @@ class Alice(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -194,6 +200,7 @@ class Alice0(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -216,6 +223,7 @@ class AMSGrad(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -242,6 +250,7 @@ class COSMOS(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -262,6 +271,7 @@ class Dion(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -283,6 +293,7 @@ class EigenAdam(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -301,6 +312,7 @@ class Lion(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -325,6 +337,7 @@ class Muon(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -350,6 +363,7 @@ class NorMuon(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -374,6 +388,7 @@ class PSGDKron(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -398,6 +413,7 @@ class RACS(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -419,6 +435,7 @@ class RMSprop(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -439,6 +456,7 @@ class SGD(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -456,6 +474,7 @@ class SignSGD(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -474,6 +493,7 @@ class Signum(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -499,6 +519,7 @@ class SOAP(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -519,6 +540,7 @@ class SWAN(Executor):
         blocks: int | tuple[int, ...] | None = None,
         transposed: bool = False,
         cautious_decay: bool = False,
+        clip_norm: float | None = None,
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...

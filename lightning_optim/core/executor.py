@@ -30,6 +30,8 @@ from lightning_optim.core.work import (
     apply,
     factor_of,
     needs_param,
+    portions,
+    refresh_cost,
     staleness,
     update_elementwise,
     update_stack,
@@ -56,6 +58,8 @@ class Executor(torch.optim.Optimizer):
     * `blocks`: how the rows of every matrix are cut into matrices: a number of equal blocks (heads, a fused QKV), or
       the rows of one block after the other, repeated until the rows are used up: `(8, 4, 4)` for 8 rows of queries, 4
       of keys and 4 of values, `(1, 1)` for alternate rows.
+    * `clip_norm`: scale the gradients of the group by `clip_norm / norm` if their common norm, over the whole mesh, is
+      larger. Unlike a trainer's clipping it does not let one group's norm shrink another's, and leaves `p.grad` alone.
     * `seed`: of the stochastic rounding and of random projections.
 
     Where a rule has costly state, its setting `refresh` says when that is computed anew (`lightning_optim.refresh`);
@@ -80,8 +84,12 @@ class Executor(torch.optim.Optimizer):
         for key in ("lr", "weight_decay"):
             self.defaults.setdefault(key, self.param_groups[0][key])
 
+    divide: Callable[[dict[str, Any]], Sequence[dict[str, Any]]] | None
+    """Gives a group that is added without a rule as groups with rules; set by `build_optimizer`."""
+
     def _start(self, max_temp_bytes: int = 2**25) -> None:
         self.max_temp_bytes = max_temp_bytes
+        self.divide = None  # not on the class, where Lightning's wrapper of an optimizer would find it
         self._owners = WeakTensorKeyDictionary()
         self._loads: dict[Any, list[float]] = {}
         self._meeting = layout.Meeting()
@@ -104,12 +112,23 @@ class Executor(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, completed by its rule's defaults and checked.
 
+        If `build_optimizer` made this optimizer, a group that names no rule is divided: every parameter gets the rule
+        and settings it would have had from the start. What the group gives goes before; its lr is that of the main
+        rule, and those of the others keep their ratio to it.
+
         Args:
             param_group: see the class.
 
         Raises:
             ValueError: see the class; no group is added then.
         """
+        if self.divide is not None and "rule" not in param_group:
+            parts = self.divide(param_group)
+            for part in parts:
+                completed(part, self.defaults, self.param_groups)
+            for part in parts:
+                self.add_param_group(part)
+            return
         group = completed(param_group, self.defaults, self.param_groups)
         foreign = self.defaults.keys() - group.keys()
         super().add_param_group(group)
@@ -141,6 +160,7 @@ class Executor(torch.optim.Optimizer):
         if not self.state and self._only_materialises(jobs):
             self._materialise(jobs)
         elif self._gradients_usable(jobs):
+            self._clip(jobs)
             self._materialise(jobs)
             for job in jobs:
                 for w in job.works:
@@ -183,7 +203,8 @@ class Executor(torch.optim.Optimizer):
         """Step what a torch kernel of the rule can take; return the rest."""
         slots = list(job.rule.declared(1, 1))
         rest: list[Work] = []
-        for run in chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device)):
+        runs = chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device))
+        for run in (portion for same in runs for portion in portions(same, self.max_temp_bytes)):
             wide = run[0].param.dtype == storage.work_dtype(run[0].param.dtype)
             ready: list[Work] = []
             columns: list[list[Tensor]] = [[] for _ in range(2 + len(slots))]
@@ -249,11 +270,9 @@ class Executor(torch.optim.Optimizer):
             for w in works:
                 kind = w.parts, w.param.ndim < 2
                 if kind not in costs:
-                    costs[kind] = sum(
-                        b * rule.refresh_cost(m, n, vector=kind[1]) for b, m, n in (x.dims for x in w.parts)
-                    )
-                w.refresh_cost, w.rank = costs[kind], len(pool)
-                pool.append(w.refresh_cost)
+                    costs[kind] = refresh_cost(rule, w.parts, vector=kind[1])
+                w.cost, w.rank = costs[kind], len(pool)
+                pool.append(w.cost)
         self._pools = {text: tuple(costs) for text, costs in pools.items()}
         self._clock.tick()
         timed = [text for text in pools if parse(text).timed]
@@ -267,19 +286,18 @@ class Executor(torch.optim.Optimizer):
         if not job.rule.costly:
             return
         policy, pool = parse(job.group["refresh"]), self._pools[job.group["refresh"]]
-        asked = [w for w in works if w.refresh_cost]
+        asked = [w for w in works if w.cost]
         later = [w for w in asked if w.t > 1]
         for w in asked:
             w.due = "first"
             w.note = self._refreshed if self.on_refresh is not None or policy.timed else None
         if not later:
             return
-        blank = [[0.0] * len(RECORD)] * len(later)
-        records = torch.stack([w.record.amin(0) for w in later]).tolist() if policy.reads else blank
+        records = (
+            torch.stack([torch.cat(w.records).amin(0) for w in later]).tolist() if policy.reads else [[]] * len(later)
+        )
         views = {
-            id(w): View(
-                w.t, w.refresh_cost, functools.partial(_phase, pool, w.rank), dict(zip(RECORD, r, strict=False))
-            )
+            id(w): View(w.t, w.cost, functools.partial(_phase, pool, w.rank), dict(zip(RECORD, r, strict=False)))
             for w, r in zip(later, records, strict=True)
         }
         home = {id(v): w for w, v in zip(later, views.values(), strict=True)}
@@ -297,11 +315,12 @@ class Executor(torch.optim.Optimizer):
             w.due = reason
             if policy.reads:
                 kept = [views[id(w)].record[k] for k in RECORD[2:]]
-                w.record[:, 2:] = torch.tensor(kept, dtype=w.record.dtype, device=w.record.device)
+                for record in w.records:
+                    record[:, 2:] = torch.tensor(kept, dtype=record.dtype, device=record.device)
 
     def _refreshed(self, w: Work, event: Refresh) -> None:
         """Take note of a refresh."""
-        self._clock.spent(w.refresh_cost / len(w.parts), event.seconds)
+        self._clock.spent(w.cost, event.seconds)
         if self.on_refresh is not None:
             self.on_refresh(event)
 
@@ -343,6 +362,15 @@ class Executor(torch.optim.Optimizer):
                 'on_nonfinite="skip" leaves such steps out'
             )
         return not skip
+
+    def _clip(self, jobs: Sequence[Job]) -> None:
+        """Find the factor of every group that clips, by torch's formula; one synchronisation if any does."""
+        asked = [job for job in jobs if job.group["clip_norm"] is not None]
+        sets = [[(w.param, w.gradient() if w.has_gradient else None) for w in job.works] for job in asked]
+        for job, norm in zip(asked, layout.total_norms(sets), strict=True):
+            scale = job.group["clip_norm"] / (norm + 1e-6)
+            for w in job.works:
+                w.scale = 1.0 if scale >= 1 else scale
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -388,7 +416,7 @@ class Executor(torch.optim.Optimizer):
         for run in chunks.bucket(fresh, lambda x: x[1].group):
             cut = run[0][1]
             loads = self._loads.setdefault(cut.group, [0.0] * cut.size)
-            costs = [w.cost for w, _ in run]
+            costs = [sum(float(b * m * n * min(m, n)) for b, m, n in (x.dims for x in w.parts)) for w, _ in run]
             for (w, _), owner in zip(run, layout.assign_owners(costs, loads), strict=True):
                 self._owners[w.param] = owner
 

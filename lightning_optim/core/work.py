@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -33,9 +33,14 @@ class Work:
     state: dict[str, Tensor]
     transposed: bool = False
     t: int = 0
+    scale: float = 1.0
+    """The gradient is clipped by this factor."""
+    piece: int = 0
+    """Which part of the parameter this is the work of, where it has several and this is one's."""
     due: str = ""
     """Why the costly state is refreshed in this step, if it is."""
-    refresh_cost: float = 0.0
+    cost: float = 0.0
+    """Of a refresh."""
     rank: int = 0
     """Among the parameters whose refreshes are spread over the steps."""
     stale: float = math.nan
@@ -48,10 +53,18 @@ class Work:
         """The parameter as a stack of matrices; its first part, where they are not all equal."""
         return self.parts[0].dims
 
-    @property
-    def cost(self) -> float:
-        """Multiplications of one product of a matrix with its square factor, summed."""
-        return float(sum(b * m * n * min(m, n) for b, m, n in (part.dims for part in self.parts)))
+    def pieces(self, rule: Rule) -> list[Work]:
+        """The work of each part; this one, where all matrices are equal."""
+        if len(self.parts) == 1:
+            return [self]
+        out = []
+        for i, part in enumerate(self.parts):
+            slots = rule.declared(*part.dims[1:])
+            state = {k: self.state[_key(k, slot, i)] for k, slot in slots.items()}
+            cost = refresh_cost(rule, (part,), vector=False)
+            due = self.due if cost else ""
+            out.append(replace(self, parts=(part,), state=state, piece=i, cost=cost, due=due))
+        return out
 
     @property
     def has_gradient(self) -> bool:
@@ -59,9 +72,10 @@ class Work:
         return self.param.grad is not None
 
     @property
-    def record(self) -> Tensor:
-        """What the refresh policy keeps, `[matrices, numbers]`."""
-        return layout.local(self.state["refreshed"]).flatten(0, -2)
+    def records(self) -> list[Tensor]:
+        """What the refresh policy keeps, `[matrices, numbers]`, of each part."""
+        kept = [t for k, t in self.state.items() if k.partition(".")[0] == "refreshed"]
+        return [layout.local(t).flatten(0, -2) for t in kept]
 
     def slots(self, rule: Rule) -> dict[str, Slot]:
         """What the rule keeps for this parameter."""
@@ -74,7 +88,12 @@ class Work:
         self.t = int(self.state["step"].add_(1).item())
 
     def gradient(self) -> Tensor:
-        """The gradient on this rank, zeros where there is none."""
+        """The gradient on this rank, zeros where there is none; a clipped one is a copy."""
+        g = self.unclipped()
+        return g if self.scale == 1 else g * self.scale
+
+    def unclipped(self) -> Tensor:
+        """The gradient on this rank as it came."""
         g = layout.local_gradient(self.param)
         return torch.zeros_like(layout.local(self.param)) if g is None else g
 
@@ -122,6 +141,11 @@ def _key(key: str, slot: Slot, i: int) -> str:
     return key if i == 0 or slot.letters == "mn" else f"{key}.{i}"
 
 
+def refresh_cost(rule: Rule, parts: Sequence[Part], *, vector: bool) -> float:
+    """Work of one refresh of all matrices of a parameter."""
+    return sum(b * rule.refresh_cost(m, n, vector=vector) for b, m, n in (part.dims for part in parts))
+
+
 def factor_of(job: Job, dims: Dims) -> float:
     """What the direction is multiplied by: a constant of the matrix's shape."""
     if job.group["lr_convention"] == "native":
@@ -140,14 +164,25 @@ def alike(w: Work) -> tuple[Any, ...]:
     return w.parts, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t, bool(w.due)
 
 
+def portions(works: Sequence[Work], max_temp_bytes: int) -> Iterator[Sequence[Work]]:
+    """Runs of works whose clipped gradients, which are copies, take no more than some memory together."""
+    start = size = 0
+    for i, w in enumerate(works):
+        size += 0 if w.scale == 1 else w.param.numel() * w.param.element_size()
+        if size > max_temp_bytes and i > start:
+            yield works[start:i]
+            start, size = i, w.param.numel() * w.param.element_size()
+    yield works[start:]
+
+
 def update_elementwise(job: Job, w: Work) -> None:
     """Walk over one parameter in flat blocks."""
     rule, slots = job.rule, list(w.slots(job.rule))
     p, dtype = layout.local(w.param), storage.work_dtype(w.param.dtype)
     write = _Write(job, w)
-    tensors = [p, w.gradient(), *(layout.local(w.state[k]) for k in slots), *write.index]
+    tensors = [p, w.unclipped(), *(layout.local(w.state[k]) for k in slots), *write.index]
     for (pb, gb, *rest), cut in chunks.blocks(tensors):
-        gb = gb.to(dtype)
+        gb = gb.to(dtype) if w.scale == 1 else gb.to(dtype) * w.scale
         if rule.decay == "coupled" and rule.weight_decay:
             gb = gb.add(pb, alpha=rule.weight_decay)
         views: dict[str, Tensor] = dict(zip(slots, rest, strict=False))
@@ -178,24 +213,23 @@ def update_stack(
         frame: how a reducing rule's stacks are cut.
         sink: takes each direction, shaped like its gradient; applied if not given.
     """
-    first = chunk[0]
-    parts = first.parts if frame is None or frame.cut is None else (Part(frame.local_dims),)
-    found = [_directions(job, chunk, i, part, params, gradients, frame) for i, part in enumerate(parts)]
-    if job.rule.rests(first.t):
+    pieces = zip(*(w.pieces(job.rule) for w in chunk), strict=True)
+    found = [_directions(job, piece, params, gradients, frame) for piece in pieces]
+    if job.rule.rests(chunk[0].t):
         return
-    for w, like, *pieces in zip(chunk, gradients, *found, strict=True):
-        d = _joined(job, parts, pieces, like, w.transposed)
+    for w, like, *ds in zip(chunk, gradients, *found, strict=True):
+        d = _joined(job, w, ds, like)
         sink(w, d) if sink else apply(job, w, d)
 
 
-def _joined(job: Job, parts: Sequence[Part], pieces: list[Tensor], like: Tensor, transposed: bool) -> Tensor:
+def _joined(job: Job, w: Work, pieces: Sequence[Tensor], like: Tensor) -> Tensor:
     """The direction of one parameter, shaped like its gradient, out of those of its parts."""
-    if len(parts) == 1 and parts[0].rows is None:
-        return chunks.turned(pieces[0].reshape(chunks.turned(like, transposed).shape), transposed)
+    if len(pieces) == 1 and w.parts[0].rows is None:
+        return chunks.turned(pieces[0].reshape(chunks.turned(like, w.transposed).shape), w.transposed)
     out = torch.empty_like(like, dtype=pieces[0].dtype)
-    for part, piece in zip(parts, pieces, strict=True):
-        where = part.of(out, transposed)
-        ratio = factor_of(job, part.dims) / factor_of(job, parts[0].dims)  # `apply` knows the first one's factor
+    for part, piece in zip(w.parts, pieces, strict=True):
+        where = part.of(out, w.transposed)
+        ratio = factor_of(job, part.dims) / factor_of(job, w.dims)  # `apply` knows the first one's factor
         where.copy_((piece if ratio == 1 else piece * ratio).reshape(where.shape))
     return out
 
@@ -203,26 +237,25 @@ def _joined(job: Job, parts: Sequence[Part], pieces: list[Tensor], like: Tensor,
 def _directions(
     job: Job,
     chunk: Sequence[Work],
-    i: int,
-    part: Part,
     params: Sequence[Tensor],
     gradients: Sequence[Tensor],
     frame: layout.StackLayout | None,
 ) -> Sequence[Tensor]:
-    """Call a rule on one part of each parameter of a chunk, a stack, and store the state it leaves."""
+    """Call a rule on one stack and store the state it leaves."""
     rule, first = job.rule, chunk[0]
-    b = part.dims[0]
-    # a mesh's dims are a shard's: a rule may ask for other slots there
-    slots = rule.declared(*first.parts[i].dims[1:], vector=first.param.ndim < 2)
-    entries, before = stacked_state(chunk, i, part, slots)
-    g, p = stacked(chunk, part, gradients), None
+    dims = b, m, n = first.dims if frame is None or frame.cut is None else frame.local_dims
+    dtype = storage.work_dtype(first.param.dtype)
+    slots = first.slots(rule)
+    part, turn = first.parts[0], first.transposed
+    entries, before = stacked_state(chunk, slots, dims)
+    g, p = stacked_gradient(chunk, gradients, dims), None
     if needs_param(rule):
-        p = stacked(chunk, part, params)
+        p = chunks.stack([part.of(t, turn) for t in params], (b, m, n), dtype)
         if rule.decay == "coupled" and rule.weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
     wrap, unwrap = (frame.wrap, frame.unwrap) if frame else (_as_is, _as_is)
     s = SimpleNamespace(**{k: wrap(before[k], slot.letters) for k, slot in slots.items()})
-    s.noise = lambda letters, stream=0: wrap(_noise(job, chunk, i, frame, letters, stream), letters)
+    s.noise = lambda letters, stream=0: wrap(_noise(job, chunk, frame, letters, stream), letters)
     s.refresh = functools.partial(_refresh, job, chunk, s)
     d = rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t)
     if "refreshed" in slots:
@@ -235,35 +268,34 @@ def _directions(
 
 
 def stacked_state(
-    chunk: Sequence[Work], i: int, part: Part, slots: Mapping[str, Slot]
+    chunk: Sequence[Work], slots: Mapping[str, Slot], dims: Dims
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
-    """State of one part of works that are alike.
+    """State of works that are alike.
 
     Args:
         chunk: the works.
-        i: number of the part.
-        part: as it lies on this rank.
-        slots: of the part.
+        slots: of each.
+        dims: of each on this rank.
 
     Returns:
         (resting tensors by slot, one per work; stacks by slot).
     """
-    entries = {k: [layout.local(w.state[_key(k, slot, i)]) for w in chunk] for k, slot in slots.items()}
+    entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
     for k, slot in slots.items():
         if slot.letters == "mn":
-            entries[k] = [part.of(t, chunk[0].transposed) for t in entries[k]]
-    b, m, n = part.dims
+            entries[k] = [chunk[0].parts[0].of(t, chunk[0].transposed) for t in entries[k]]
+    b, m, n = dims
     return entries, {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
 
 
-def stacked(chunk: Sequence[Work], part: Part, tensors: Sequence[Tensor]) -> Tensor:
-    """One part of the gradients, or parameters, of works that are alike, as one stack in the dtype of the arithmetic.
+def stacked_gradient(chunk: Sequence[Work], gradients: Sequence[Tensor], dims: Dims) -> Tensor:
+    """Gradients of works that are alike, as one stack in the dtype of the arithmetic.
 
     Returns:
         `[len(chunk) * b, m, n]`.
     """
-    turn, dtype = chunk[0].transposed, storage.work_dtype(chunk[0].param.dtype)
-    return chunks.stack([part.of(t, turn) for t in tensors], part.dims, dtype)
+    part, dtype = chunk[0].parts[0], storage.work_dtype(chunk[0].param.dtype)
+    return chunks.stack([part.of(t, chunk[0].transposed) for t in gradients], dims, dtype)
 
 
 def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
@@ -273,9 +305,11 @@ def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
         A 0-d tensor.
     """
     found = []
-    for i, part in enumerate(w.parts):
-        _, state = stacked_state([w], i, part, job.rule.declared(*part.dims[1:], vector=w.param.ndim < 2))
-        found.append(job.rule.staleness(stacked([w], part, [gradient]), SimpleNamespace(**state)).amax())
+    for piece in w.pieces(job.rule):
+        if piece.cost:
+            _, state = stacked_state([piece], piece.slots(job.rule), piece.dims)
+            g = stacked_gradient([piece], [gradient], piece.dims)
+            found.append(job.rule.staleness(g, SimpleNamespace(**state)).amax())
     return torch.stack(found).amax()
 
 
@@ -299,15 +333,13 @@ def _refresh(job: Job, chunk: Sequence[Work], s: SimpleNamespace, g: Tensor) -> 
             first.note(w, Refresh(w.name, w.t, w.due, int(age), seconds, w.stale, shared))
 
 
-def _noise(
-    job: Job, chunk: Sequence[Work], i: int, frame: layout.StackLayout | None, letters: str, stream: int
-) -> Tensor:
-    """This rank's share of the normal numbers for a stack of i-th parts."""
-    dims = chunk[0].parts[i].dims
+def _noise(job: Job, chunk: Sequence[Work], frame: layout.StackLayout | None, letters: str, stream: int) -> Tensor:
+    """This rank's part of the normal numbers for a stack."""
     device, dtype = layout.local(chunk[0].param).device, storage.work_dtype(chunk[0].param.dtype)
-    whole = Slot(letters, rank=min(getattr(job.rule, "rank", 1), *dims[1:])).shape(*dims[1:])
-    keys = [hash_key(job.group["seed"], w.t, w.index, i, stream) for w in chunk]
-    stack = torch.cat([normal((dims[0], *whole), key, device=device) for key in keys]).to(dtype)
+    whole = Slot(letters, rank=min(getattr(job.rule, "rank", 1), *chunk[0].dims[1:])).shape(*chunk[0].dims[1:])
+    keys = [hash_key(job.group["seed"], w.t, w.index, stream, *[w.piece] * (w.piece > 0)) for w in chunk]
+    drawn = [normal((w.dims[0], *whole), key, device=device) for w, key in zip(chunk, keys, strict=True)]
+    stack = torch.cat(drawn).to(dtype)
     return stack if frame is None else frame.part(stack, letters)
 
 
