@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optim import recipes
 from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import OPTIONS, rule_of, settings_of
+from lightning_optim.core.groups import OPTIONS, rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.partition import Override, assign
@@ -66,7 +66,7 @@ def build_optimizer(
     Raises:
         ValueError: an unknown name, setting or pattern, or a parameter its rule cannot take.
     """
-    given = {
+    given: dict[str, Any] = {
         "lr": lr,
         "weight_decay": weight_decay,
         "rest": rest,
@@ -78,11 +78,11 @@ def build_optimizer(
     }
     chosen = recipes.chosen(name, recipe, given | settings)
     rule, other = lookup(name), lookup(chosen["rest"])
-    settings = {k: v for k, v in chosen.items() if k not in given}
-    _check_names(rule, settings)
+    own = {k: v for k, v in chosen.items() if k not in given}
+    _check_names(rule, own)
     _check_names(other, chosen["rest_settings"])
-    shared = {key: value for key, value in settings.items() if key in OPTIONS}
-    of_rule = {other.name: shared | chosen["rest_settings"], rule.name: settings}
+    shared = {key: value for key, value in own.items() if key in OPTIONS}
+    of_rule = {other.name: shared | chosen["rest_settings"], rule.name: own}
     groups: dict[str, dict[str, Any]] = {}
     for a in assign(model, name, other.name, overrides, last_layer=chosen["last_layer"], blocks=chosen["blocks"]):
         if a.group not in groups:
@@ -111,9 +111,42 @@ def build_optimizer(
         groups[a.group]["params"].append((a.name, a.param))
     ordered = sorted(groups.values(), key=lambda g: (g["rule"] != rule.name, g["role"] != "hidden"))
     optimizer = CLASSES[rule.name](ordered)
-    optimizer.defaults.update(settings | {k: chosen[k] for k in ("lr", "weight_decay", "lr_convention")})
+    optimizer.defaults.update(own | {k: chosen[k] for k in ("lr", "weight_decay", "lr_convention")})
     _say_native(optimizer, chosen["lr_convention"])
+
+    def divide(group: dict[str, Any]) -> list[dict[str, Any]]:
+        again = build_optimizer(model, name, recipe=recipe, overrides=overrides, **given, **settings)
+        return _divided(group, again, {g["name"] for g in optimizer.param_groups})
+
+    optimizer.divide = divide
     return optimizer
+
+
+def _divided(group: Mapping[str, Any], like: Executor, taken: Collection[str]) -> list[dict[str, Any]]:
+    """A group that joins, as groups like those of an optimizer that has its parameters from the start.
+
+    Args:
+        group: names no rule.
+        like: the optimizer built anew, with the parameters that are trained now.
+        taken: names of groups that are there.
+
+    Returns:
+        One group per rule and role; what `like` does not have comes last, under the main rule.
+    """
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    left = {id(p[1] if isinstance(p, tuple) else p): p for p in params}
+    given = {k: v for k, v in group.items() if k not in ("params", "name", "lr")}
+    share = group["lr"] / like.defaults["lr"] if "lr" in group and like.defaults["lr"] else 1.0
+    out: list[dict[str, Any]] = []
+    for g in like.param_groups:
+        mine = [(n, p) for n, p in zip(g["param_names"], g["params"], strict=True) if left.pop(id(p), None) is not None]
+        if mine:
+            label = f"{group['name']}/{g['name']}" if "name" in group else g["name"]
+            of_role = {k: v for k, v in given.items() if k != "weight_decay" or g["role"] != "vector"}
+            out.append({**g, **of_role, "name": unused(label, taken), "lr": g["lr"] * share, "params": mine})
+    if left:
+        out.append({**group, "rule": like.defaults["rule"], "params": list(left.values())})
+    return out
 
 
 def _check_names(rule: type[Rule], settings: Mapping[str, Any]) -> None:

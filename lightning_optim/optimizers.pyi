@@ -7,7 +7,30 @@ from torch import Tensor
 from lightning_optim.core.executor import Executor, ParamsT
 from lightning_optim.core.rule import Rule
 
-__all__ = ["Adafactor", "Adam", "AdamMini", "AdamW", "Lion", "Muon", "NorMuon", "SGD", "SOAP"]
+__all__ = [
+    "AMSGrad",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamMini",
+    "AdamW",
+    "Alice",
+    "Alice0",
+    "COSMOS",
+    "Dion",
+    "EigenAdam",
+    "Lion",
+    "Muon",
+    "NorMuon",
+    "PSGDKron",
+    "RACS",
+    "RMSprop",
+    "SGD",
+    "SOAP",
+    "SWAN",
+    "SignSGD",
+    "Signum",
+]
 CLASSES: dict[str, type[Executor]]
 
 def signature(rule: type[Rule]) -> inspect.Signature: ...
@@ -36,6 +59,27 @@ class Adafactor(Executor):
         max_temp_bytes: int = ...,
     ) -> None: ...
 
+class Adagrad(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
 class Adam(Executor):
     def __init__(
         self,
@@ -46,6 +90,7 @@ class Adam(Executor):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         eps_mode: Literal["corrected", "uncorrected"] = "corrected",
+        correct_bias: bool = True,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,
@@ -89,6 +134,158 @@ class AdamW(Executor):
         weight_decay: float = 0.01,
         amsgrad: bool = False,
         eps_mode: Literal["corrected", "uncorrected"] = "corrected",
+        correct_bias: bool = True,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class Alice(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        betas: tuple[float, float, float] = (0.9, 0.9, 0.999),
+        rank: int = 128,
+        leading: int = 40,
+        alpha: float = 0.3,
+        alpha_c: float = 0.4,
+        limit: float = 1.01,
+        switch: bool = True,
+        compensation: Literal["optimal", "fira_plus", "none"] = "optimal",
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        refresh: str = "staggered:200",
+        normalize: bool = False,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class Alice0(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        betas: tuple[float, float, float] = (0.9, 0.9, 0.0),
+        rank: int = 128,
+        leading: int = 40,
+        alpha: float = 0.3,
+        alpha_c: float = 0.4,
+        limit: float = 1.01,
+        switch: bool = True,
+        compensation: Literal["optimal", "fira_plus", "none"] = "optimal",
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        refresh: str = "staggered:200",
+        normalize: bool = False,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class AMSGrad(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        amsgrad: bool = True,
+        eps_mode: Literal["corrected", "uncorrected"] = "corrected",
+        correct_bias: bool = True,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class COSMOS(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        rank: int = 64,
+        gamma: float = 0.2,
+        lr_ratio: float = 0.1,
+        momentum: Literal["nesterov", "momentum", "gradient"] = "nesterov",
+        eps: float = 1e-08,
+        ns_steps: int = 5,
+        ns_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16",
+        weight_decay: float = 0.0,
+        refresh: str = "fixed:1",
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class Dion(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        momentum: float = 0.95,
+        rank: int = 256,
+        eps: float = 1e-08,
+        weight_decay: float = 0.01,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class EigenAdam(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        betas: tuple[float, float, float] = (0.9, 0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        refresh: str = "staggered:200",
+        bias_correction: bool = False,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,
@@ -171,6 +368,78 @@ class NorMuon(Executor):
         max_temp_bytes: int = ...,
     ) -> None: ...
 
+class PSGDKron(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        momentum: float = 0.9,
+        step_size: float = 0.1,
+        max_rms: float = 1.1,
+        max_triangular: int = 8192,
+        weight_decay: float = 0.0,
+        refresh: str = "until(500, fixed:1, staggered:33)",
+        start: int = 1,
+        normalize: bool = False,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class RACS(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.02,
+        beta: float = 0.9,
+        ema: bool = True,
+        bias_correction: bool = False,
+        alpha: float = 0.05,
+        limit: float = 1.01,
+        iterations: int = 5,
+        normalize: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class RMSprop(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        alpha: float = 0.99,
+        eps: float = 1e-08,
+        weight_decay: float = 0.0,
+        momentum: float = 0.0,
+        centered: bool = False,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
 class SGD(Executor):
     def __init__(
         self,
@@ -180,6 +449,43 @@ class SGD(Executor):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class SignSGD(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.0001,
+        weight_decay: float = 0.0,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class Signum(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.0001,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,
@@ -206,6 +512,27 @@ class SOAP(Executor):
         precondition_1d: bool = False,
         normalize_grads: bool = False,
         correct_bias: bool = True,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest"] = "stochastic",
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class SWAN(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        root: Literal["eigh", "newton"] = "newton",
+        iterations: int = 10,
+        rescale: Literal["none", "norm"] = "none",
+        weight_decay: float = 0.0,
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,

@@ -60,10 +60,9 @@ ALICE: dict[str, Any] = {
     "lr": 0.02,
     "alpha": (0.3, 0.3, 0.3, 0.25),
     "alpha_c": (0.4, 0.4, 0.4, 0.2),
-    "betas": (0.9, 0.9, 0.999),
     "rank": (128, 256, 256, 512),
     "leading": (40, 40, 40, 160),
-    "refresh": "fixed:200",
+    "refresh": "fixed:200:200",
 }
 SPEEDRUN = "modded-nanogpt, records/track_1_short/2024-10-29_Optimizers: GPT-2 124M to loss 3.28 on FineWeb; no decay"
 
@@ -72,7 +71,8 @@ RECIPES: dict[str, Recipe] = {
     **_by_size("fira", "Table 7", last_layer="rule", alpha=(0.3, 0.3, 0.3, 0.25), **GALORE),
     **_by_size("adam", "Table 8", last_layer="rest", lr=ADAM_LR, betas=(0.9, 0.999)),
     **_by_size("racs", "Table 9", last_layer="rest", lr=0.02, beta=0.9, alpha=(0.05, 0.05, 0.05, 0.02)),
-    **_by_size("alice", "Table 11", last_layer="rule", **ALICE),
+    **_by_size("alice", "Table 11", last_layer="rule", betas=(0.9, 0.9, 0.999), **ALICE),
+    **_by_size("alice0", "Table 11, without tracking", last_layer="rule", betas=(0.9, 0.9, 0.0), **ALICE),
     **{
         f"apollo-{size}": Recipe("apollo", APOLLO | {"rank": rank}, "Zhu et al. 2024, arXiv:2412.05270, scripts")
         for size, rank in zip(SIZES, (128, 192, 256, 256), strict=True)

@@ -45,6 +45,7 @@ ALLOWED = {
     "refresh": {"ops"},
     "rules": {"core.rule", "ops", "rules"},
     "core": {"core", "ops", "refresh"},
+    "diagnostics": {"core", "diagnostics", "ops"},
     "partition": {"core", "partition"},
     "factory": {"core", "optimizers", "partition", "factory"},
     "optimizers": {"core", "rules", "optimizers"},

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import transformers as hf
+from lightning import LightningModule
+from torch import nn
 
 from hf_integration import TrainingArguments, attach, register
-from lightning_optim import Executor, build_optimizer, plan
+from lightning_optim import Executor, OptimizerConfig, build_optimizer, configure_optimizers, plan
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.recipes import RECIPES, SIZES, find
 from tests.test_roles import built
@@ -102,3 +104,23 @@ def test_recipes_are_flags_of_transformers(tmp_path: Any) -> None:
     assert muon(changed, hf.Trainer) == (0.3, 1.8e-3)
     plain = hf.TrainingArguments(**{**common, "optim": "adamw_torch"})
     assert muon(plain, lambda m, a: attach(hf.Trainer(m, a), "muon", recipe="muon-speedrun")) == (0.02, 1.8e-3)
+
+
+def test_recipes_in_lightning() -> None:
+    """The schedule stays the user's; a learning rate that is given wins."""
+    module = Module()
+    made = configure_optimizers(module, "muon", recipe="muon-speedrun", schedule="linear", total_steps=4)
+    groups: dict[str, Any] = {g["rule"]: g for g in made["optimizer"].param_groups}
+    assert (groups["muon"]["lr"], groups["adamw"]["lr"]) == (0.02, 1.8e-3)
+    config = OptimizerConfig("muon", recipe="muon-speedrun", lr=0.5)
+    assert {g["lr"] for g in config(module)["optimizer"].param_groups} == {0.5, 1.8e-3}
+    with pytest.raises(ValueError, match="unknown recipe 'x'"):
+        OptimizerConfig("muon", recipe="x")
+
+
+class Module(LightningModule):
+    """A matrix and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 6)

@@ -84,8 +84,12 @@ class Executor(torch.optim.Optimizer):
         for key in ("lr", "weight_decay"):
             self.defaults.setdefault(key, self.param_groups[0][key])
 
+    divide: Callable[[dict[str, Any]], Sequence[dict[str, Any]]] | None
+    """Gives a group that is added without a rule as groups with rules; set by `build_optimizer`."""
+
     def _start(self, max_temp_bytes: int = 2**25) -> None:
         self.max_temp_bytes = max_temp_bytes
+        self.divide = None  # not on the class, where Lightning's wrapper of an optimizer would find it
         self._owners = WeakTensorKeyDictionary()
         self._loads: dict[Any, list[float]] = {}
         self._meeting = layout.Meeting()
@@ -108,12 +112,23 @@ class Executor(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, completed by its rule's defaults and checked.
 
+        If `build_optimizer` made this optimizer, a group that names no rule is divided: every parameter gets the rule
+        and settings it would have had from the start. What the group gives goes before; its lr is that of the main
+        rule, and those of the others keep their ratio to it.
+
         Args:
             param_group: see the class.
 
         Raises:
             ValueError: see the class; no group is added then.
         """
+        if self.divide is not None and "rule" not in param_group:
+            parts = self.divide(param_group)
+            for part in parts:
+                completed(part, self.defaults, self.param_groups)
+            for part in parts:
+                self.add_param_group(part)
+            return
         group = completed(param_group, self.defaults, self.param_groups)
         foreign = self.defaults.keys() - group.keys()
         super().add_param_group(group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import numbers
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -125,7 +125,7 @@ def completed(
     if isinstance(out["blocks"], list):
         out["blocks"] = tuple(out["blocks"])
     taken = {g["name"] for g in groups}
-    if out.setdefault("name", _unused(rule.name, taken)) in taken:
+    if out.setdefault("name", unused(rule.name, taken)) in taken:
         raise ValueError(f"two param groups are named {out['name']!r}; names must be unique")
     _check_settings(out)
     if out["on_nonfinite"] is None:
@@ -176,7 +176,12 @@ def _refuse_misspelled(key: str, rule: type[Rule]) -> None:
         raise ValueError(f"{rule.name} has no setting {key!r}; did you mean {right!r}?")
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def unused(name: str, taken: Collection[str]) -> str:
+    """The name itself, or the first of `name_1`, `name_2`, ... that is free.
+
+    Returns:
+        A name that is not taken.
+    """
     return next(x for x in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if x not in taken)
 
 
