@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_optim import recipes
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import OPTIONS, rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.partition import Override, assign
+from lightning_optim.recipes import chosen as completed
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def build_optimizer(
         "last_layer": last_layer,
         "blocks": blocks,
     }
-    chosen = recipes.chosen(name, recipe, given | settings)
+    chosen = completed(name, recipe, given | settings)
     rule, other = lookup(name), lookup(chosen["rest"])
     own = {k: v for k, v in chosen.items() if k not in given}
     _check_names(rule, own)
