@@ -83,7 +83,7 @@ def dims_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tuple
         ValueError: the rows do not divide into the group's blocks.
     """
     blocks, transposed = (None, False) if rule.elementwise else (group["blocks"], group["transposed"])
-    return chunks.matrix_dims(shape, blocks, conv=not rule.reduces, transposed=transposed), transposed
+    return chunks.matrix_dims(shape, blocks, conv=not rule.last_two, transposed=transposed), transposed
 
 
 def completed(

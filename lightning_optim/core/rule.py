@@ -106,11 +106,13 @@ class Rule:
     """Needs only row, column or whole sums: runs on DTensors as they lie."""
     vectors: ClassVar[bool] = True
     """Takes parameters with fewer than two dimensions."""
+    last_two: ClassVar[bool] = False
+    """Four and more dimensions are a stack over the last two, not one matrix (a convolution)."""
     reads_param: ClassVar[bool] = False
     """`update` gets the parameter (before decay); None otherwise."""
 
-    decay: ClassVar[Literal["before", "after", "coupled"]] = "before"
-    """Weight decay multiplies the weight before or after the step, or is added to the gradient (L2)."""
+    decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "before"
+    """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
     adamw_settings: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters that `lr_convention="adamw"` sets so that `rms` is known."""
     signed: ClassVar[frozenset[str]] = frozenset()
@@ -165,7 +167,8 @@ class Rule:
 
         Args:
             g: gradients `[b, m, n]` (a flat block for elementwise rules), never written.
-            s: state by slot name; mutate in place or assign.
+            s: state by slot name; mutate in place or assign. In a stack, `s.vector` says whether these are parameters
+                with fewer than two dimensions, or of the role `vector`.
             p: parameters like `g`, before decay, if `reads_param`; else None.
             t: number of this step for these parameters, from 1.
 

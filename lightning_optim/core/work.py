@@ -130,7 +130,7 @@ def update_stack(
             g = g.add(p, alpha=rule.weight_decay)
     wrap, unwrap = (frame.wrap, frame.unwrap) if frame else (_as_is, _as_is)
     seen = {k: wrap(before[k], slot.letters) for k, slot in slots.items()}
-    s = SimpleNamespace(**seen)
+    s = SimpleNamespace(**seen, vector=first.param.ndim < 2 or job.group.get("role") == "vector")
     d = rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t)
     left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
     for k, value in storage.untangled(before, left).items():
