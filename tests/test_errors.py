@@ -21,7 +21,9 @@ from lightning_optim import (
     AdafactorHF,
     Adagrad,
     Adam,
+    AdamMini,
     AdamW,
+    Adapprox,
     AMSGrad,
     Executor,
     Lion,
@@ -101,6 +103,8 @@ def model() -> nn.Module:
         (lambda: LAMB([matrix()], norm_bounds=(2.0, 1.0)), r"norm_bounds must be \(lower, upper\)"),
         (lambda: LAMB([matrix()], norm_bounds=1.0), "norm_bounds must be 2 numbers"),  # pyright: ignore
         (lambda: CAME([matrix()], betas=(0.9, 0.999, 1.0)), r"came: betas must lie in \[0, 1\)"),
+        (lambda: Adapprox([matrix()], rank=0), "needs rank >= 1 and iterations >= 1, got 0, 5"),
+        (lambda: AdamMini([matrix()], statistic="median"), "statistic: unknown value 'median'"),  # pyright: ignore
         (lambda: AdafactorHF([matrix()], beta1=1.0), "beta1 must be below 1"),
         (lambda: AdafactorHF([matrix()], relative_step=False, warmup_init=True), "needs relative_step=True"),
         (lambda: Lion([matrix()], on_nonfinite="rise"), "on_nonfinite: unknown value 'rise'.*'raise'"),  # pyright: ignore

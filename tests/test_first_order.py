@@ -17,6 +17,7 @@ from lightning_optim import (
     AdafactorHF,
     AdamMini,
     AdamW,
+    Adapprox,
     Lion,
     RMSprop,
     Signum,
@@ -142,3 +143,39 @@ def test_adafactor_hf_without_scales_is_adafactor_beside_eps_and_decay() -> None
         for optimizer in ours:
             optimizer.step()
     torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def adapprox(p: Parameter, gradients: list[torch.Tensor], **settings: Any) -> torch.Tensor:
+    """The weights after some steps, and the second moment's factors in the optimizer."""
+    q = Parameter(p.detach().clone())
+    optimizer = Adapprox([q], lr=0.01, **settings)
+    for g in gradients:
+        q.grad = g
+        optimizer.step()
+    state = optimizer.state[q]
+    return torch.cat([q.detach().flatten(), (state["factor_left"] @ state["factor_right"].mT).flatten()])
+
+
+def test_adapprox_of_rank_one_is_exact_where_the_second_moment_is() -> None:
+    p = Parameter(torch.randn(6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    pattern = gradient(p[:, :1], "a", 1) @ gradient(p[:1], "b", 1)
+    scales = [1.0, -0.5, 2.0, 0.1]
+    one, all_of_them = (adapprox(p, [x * pattern for x in scales], rank=rank) for rank in (1, 6))
+    torch.testing.assert_close(one, all_of_them)
+
+
+def test_adapprox_draws_the_same_sketch_for_the_same_seed() -> None:
+    p = Parameter(torch.randn(12, 15, generator=torch.Generator().manual_seed(0)))
+    gradients = [gradient(p, "p", t) for t in range(1, 4)]
+    first, again, other = (adapprox(p, gradients, rank=2, iterations=1, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_adapprox_keeps_nearly_the_best_low_rank_part() -> None:
+    p = Parameter(torch.zeros(40, 60))
+    g = gradient(p, "p", 1) * torch.logspace(0, -2, 40)[:, None]
+    kept = adapprox(p, [g], rank=4)[p.numel() :].view_as(p)
+    v = 1e-3 * g**2
+    best = torch.linalg.svdvals(v)[4:].norm()
+    assert (kept - v).norm() <= 1.001 * best

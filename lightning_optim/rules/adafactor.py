@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
 from lightning_optim.ops.factored import over_root, update_means_
-from lightning_optim.ops.scaling import clip_rms_, rms
+from lightning_optim.ops.norms import clip_rms_, rms
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
-from lightning_optim.ops.moments import adam_ratio, bias_corrections, update_moments_
+from lightning_optim.ops.basis import adam_moments
+from lightning_optim.ops.moments import adam_ratio, bias_corrections
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class AdamW(Rule):
         return ADAMW_RMS
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        update_moments_(s.exp_avg, s.exp_avg_sq, g, self.betas)
+        adam_moments(s.exp_avg, s.exp_avg_sq, g, g, self.betas)
         v = s.exp_avg_sq
         if self.amsgrad:
             v = torch.maximum(s.max_exp_avg_sq, v, out=s.max_exp_avg_sq)

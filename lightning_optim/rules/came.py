@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, zeros
 from lightning_optim.ops.factored import over_root, update_means_
-from lightning_optim.ops.scaling import clip_rms_
+from lightning_optim.ops.norms import clip_rms_
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, zeros
-from lightning_optim.ops.moments import adam_ratio, bias_corrections, update_moments_
-from lightning_optim.ops.scaling import norm, quotient
+from lightning_optim.ops.basis import adam_moments
+from lightning_optim.ops.moments import adam_ratio, bias_corrections
+from lightning_optim.ops.norms import norm, quotient
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class LAMB(Rule):
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         assert p is not None
-        update_moments_(s.exp_avg, s.exp_avg_sq, g, self.betas)
+        adam_moments(s.exp_avg, s.exp_avg_sq, g, g, self.betas)
         mean, root = bias_corrections(self.betas, t) if self.correct_bias else (1.0, 1.0)
         u = adam_ratio(s.exp_avg, s.exp_avg_sq, mean, root, self.eps)
         if self.exclude_vectors and s.vector:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, Slot, zeros
-from lightning_optim.ops.scaling import norm, quotient
+from lightning_optim.ops.norms import norm, quotient
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim import (
     CAME,
     LAMB,
     LARS,
+    RACS,
     SGD,
     SOAP,
+    SWAN,
     Adafactor,
     AdafactorHF,
     Adagrad,
     Adam,
     AdamW,
     AMSGrad,
+    Dion,
+    EigenAdam,
     Executor,
     Lion,
     Muon,
@@ -28,6 +34,7 @@ from lightning_optim import (
     SignSGD,
     Signum,
 )
+from lightning_optim.core import work
 
 Params = dict[str, Parameter]
 Case = dict[str, Any]
@@ -183,6 +190,7 @@ def _soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
     h.pop("merge_dims", None)
     h.pop("data_format", None)
     beta = h.pop("shampoo_beta", -1)
+    h["refresh"] = f"fixed:{h.pop('precondition_frequency', 10)}"
     optimizer = SOAP(params.items(), **h, shampoo_beta=None if beta < 0 else beta)
     if case.get("inject"):
         optimizer.register_step_post_hook(lambda opt, *_: _inject_basis(opt, params, case))
@@ -200,6 +208,45 @@ def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) 
                     optimizer.state[p][f"basis_{side}"].copy_(basis)
 
 
+def _racs(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return RACS(params.items(), limit=h.pop("gamma", 1.01), iterations=h.pop("iters", 5), **h)
+
+
+def _swan(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return SWAN(params.items(), **h, root="eigh")  # recorded with the exact root
+
+
+def _eigen_adam(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return EigenAdam(params.items(), refresh=_multiples(h.pop("interval", 200)), **h)
+
+
+def _multiples(interval: int) -> str:
+    """The policy that refreshes at step 1 and at the multiples of an interval."""
+    return f"fixed:{interval}:{interval}"
+
+
+def _dion(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    optimizer = Dion(params.items(), momentum=h.pop("mu", 0.95), **h)
+    return _injected(optimizer, params, lambda name, t: case["inject"].get(f"Q_{t - 1}/{name}"))
+
+
+def _injected(optimizer: Executor, params: Params, recorded: Callable[[str, int], Tensor | None]) -> Executor:
+    """Replace the random numbers that rules draw by recorded ones."""
+    names, draw, step = {id(p): name for name, p in params.items()}, work._noise, optimizer.step
+
+    def noise(job: Any, chunk: Any, frame: Any, letters: str, stream: int) -> Tensor:
+        drawn = draw(job, chunk, frame, letters, stream).split(chunk[0].dims[0])
+        found = [recorded(names[id(w.param)], w.t) for w in chunk]
+        return torch.cat([d if f is None else f.to(d).view(d.shape) for d, f in zip(drawn, found, strict=True)])
+
+    def injecting(closure: Callable[[], Any] | None = None) -> Any:
+        with mock.patch.object(work, "_noise", noise):
+            return step(closure)
+
+    optimizer.step = injecting
+    return optimizer
+
+
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "CAME": _plain(CAME),
     "AMSGrad": _plain(AMSGrad),
@@ -213,14 +260,18 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "LAMB-paper": _lamb,
     "LARS": _plain(LARS),
     "LARS-paper": _lars_paper,
+    "Dion": _dion,
+    "EigenAdam": _eigen_adam,
     "Lion": _lion,
     "Muon-KellerJordan": _muon_keller_jordan,
     "Muon-KellerJordan-AuxAdam": _muon_aux_adam,
     "Muon-Moonlight": _muon_moonlight,
     "Muon-torch": _muon_torch,
     "NorMuon": _normuon,
+    "RACS": _racs,
     "RMSprop": _plain(RMSprop),
     "SGD": _plain(SGD),
     "SOAP": _soap,
+    "SWAN": _swan,
     "SignSGD": _signsgd,
 }
