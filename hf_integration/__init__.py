@@ -5,5 +5,14 @@ from hf_integration.attach import attach
 from hf_integration.checkpoint import last_checkpoint
 from hf_integration.factory import OptimizerFactory, create_optimizer
 from hf_integration.register import register
+from hf_integration.relora import ReLoRACallback
 
-__all__ = ["OptimizerFactory", "TrainingArguments", "attach", "create_optimizer", "last_checkpoint", "register"]
+__all__ = [
+    "OptimizerFactory",
+    "ReLoRACallback",
+    "TrainingArguments",
+    "attach",
+    "create_optimizer",
+    "last_checkpoint",
+    "register",
+]
