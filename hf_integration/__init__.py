@@ -2,12 +2,13 @@
 
 from hf_integration.arguments import TrainingArguments
 from hf_integration.attach import attach
-from hf_integration.checkpoint import last_checkpoint
+from hf_integration.checkpoint import KeepSchedule, last_checkpoint
 from hf_integration.factory import OptimizerFactory, create_optimizer
 from hf_integration.register import register
 from hf_integration.relora import ReLoRACallback
 
 __all__ = [
+    "KeepSchedule",
     "OptimizerFactory",
     "ReLoRACallback",
     "TrainingArguments",

@@ -107,7 +107,7 @@ def stub() -> str:
         "from lightning_optim.core.rule import Rule",
         "",
         "__all__ = [",
-        *(f'    "{name}",' for name in sorted(cls.__name__ for cls in CLASSES.values())),
+        *[f'    "{name}",' for name in sorted(cls.__name__ for cls in CLASSES.values())],
         "]",
         "CLASSES: dict[str, type[Executor]]",
         "",

@@ -46,6 +46,7 @@ ALLOWED = {
     "relora": {"core", "ops"},
     "rules": {"core.rule", "ops", "rules"},
     "core": {"core", "ops", "refresh"},
+    "diagnostics": {"core", "diagnostics", "ops"},
     "partition": {"core", "partition"},
     "factory": {"core", "optimizers", "partition", "factory"},
     "optimizers": {"core", "rules", "optimizers"},

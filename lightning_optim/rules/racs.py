@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class RACS(Rule):
     state: ClassVar = {"row_scale": zeros("m1"), "col_scale": zeros("1n"), "norm": zeros("11")}
     reduces: ClassVar = True
     vectors: ClassVar = False
-    adamw_settings: ClassVar[dict[str, Any]] = {"normalize": True}
+    adamw_settings: ClassVar = {"normalize": True}
 
     def validate(self) -> None:
         """Check the hyperparameters.

@@ -6,14 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import Parameter
 
-from lightning_optim import RACS, SGD, SOAP, SWAN, Adafactor, Adam, AdamW, Executor, Lion, Muon, NorMuon
-from lightning_optim.core.work import Job
-from lightning_optim.rules.projected import Projected
-
-Params = dict[str, Parameter]
-Case = dict[str, Any]
+from lightning_optim import (
+    SGD,
+    SOAP,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    AMSGrad,
+    Executor,
+    Lion,
+    Muon,
+    NorMuon,
+    RMSprop,
+    SignSGD,
+    Signum,
+)
+from tests.golden import matrices, projected
+from tests.golden.common import Case, Params, split
 
 
 def make(params: Params, case: Case) -> torch.optim.Optimizer:
@@ -54,6 +65,15 @@ def _adafactor(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return Adafactor(params.items(), **h)
 
 
+def _adam_uncorrected(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return Adam(params.items(), **h, correct_bias=False)
+
+
+def _signsgd(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    momentum = h.pop("momentum", 0.9)
+    return Signum(params.items(), momentum=momentum, **h) if momentum else SignSGD(params.items(), **h)
+
+
 def _lion(params: Params, h: dict[str, Any], case: Case) -> Executor:
     if h.pop("decoupled_weight_decay", False):  # lion-pytorch divides by the initial learning rate
         h["weight_decay"] = h.get("weight_decay", 0.0) / h.get("lr", 1e-4)
@@ -70,16 +90,8 @@ def _muon_keller_jordan(params: Params, h: dict[str, Any], case: Case) -> Execut
     return Muon(params.items(), **{"lr": 0.02, **h, **FLOAT32})
 
 
-def _split(params: Params) -> tuple[list[tuple[str, Parameter]], list[tuple[str, Parameter]]]:
-    """Hidden matrices and the rest, as the references' scripts split them: by dimensions, embedding and head apart."""
-    edge = ("embed", "lm_head")
-    hidden = [(n, p) for n, p in params.items() if p.ndim >= 2 and not any(e in n for e in edge)]
-    taken = {n for n, _ in hidden}
-    return hidden, [(n, p) for n, p in params.items() if n not in taken]
-
-
 def _hybrid(params: Params, muon: dict[str, Any], adam: dict[str, Any]) -> Executor:
-    hidden, rest = _split(params)
+    hidden, rest = split(params)
     groups = [{"params": hidden, "rule": "muon", **muon}, {"params": rest, "rule": "adamw", **adam}]
     return Executor([g for g in groups if g["params"]])
 
@@ -162,89 +174,24 @@ def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) 
                     optimizer.state[p][f"basis_{side}"].copy_(basis)
 
 
-def _racs(params: Params, h: dict[str, Any], case: Case) -> Executor:
-    return RACS(params.items(), limit=h.pop("gamma", 1.01), iterations=h.pop("iters", 5), **h)
-
-
-def _swan(params: Params, h: dict[str, Any], case: Case) -> Executor:
-    return SWAN(params.items(), **h, root="eigh")  # recorded with the exact root
-
-
-class Recorded(Executor):
-    """Takes projections from a recording where it would compute them; one group per projected parameter."""
-
-    def __init__(self, groups: list[dict[str, Any]], case: Case) -> None:
-        super().__init__(groups)
-        self.inject: dict[str, torch.Tensor] = case.get("inject") or {}
-
-    def _run(self, job: Job) -> None:
-        name = job.group["name"]
-
-        def rebuild(rule: Projected, g: torch.Tensor, s: Any, t: int) -> None:
-            found = {slot: self.inject.get(f"{key}_{t}/{name}") for slot, key in _sides(rule, g).items()}
-            if any(x is None for x in found.values()):
-                type(job.rule).rebuild(rule, g, s, t)
-            for slot, x in found.items():
-                if x is not None:
-                    setattr(s, slot, (x.mT if "right" in slot else x).to(g)[None])
-
-        if isinstance(job.rule, Projected):
-            recorded = type("Recorded", (type(job.rule),), {"rebuild": rebuild})
-            job = job._replace(rule=recorded(**vars(job.rule)))
-        super()._run(job)
-
-
-def _sides(rule: Projected, g: torch.Tensor) -> dict[str, str]:
-    """Our slots and the recording's keys of a matrix's projection."""
-    sides = rule.projected_sides(*g.shape[-2:])
-    both = {"left": "proj_A", "right": "proj_B"}
-    return {f"projection_{x}": "proj" if len(sides) == 1 else both[x] for x in sides}
-
-
-def _projected(rule: str, defaults: dict[str, Any], names: dict[str, str]):
-    """A reference class with a projector: matrices with a recorded projection, the others in plain Adam steps."""
-
-    def build(params: Params, h: dict[str, Any], case: Case) -> Executor:
-        h = {**defaults, **h}
-        h["refresh"] = f"fixed:{h.pop('update_proj_gap')}"
-        h = {names.get(k, k): v for k, v in h.items()}
-        taken = {k.split("/", 1)[1] for k in case.get("inject") or () if k.startswith("proj_")}
-        taken = taken or {n for n, _ in _split(params)[0]}
-        groups = [{"params": [(n, params[n])], "rule": rule, "name": n, **h} for n in params]
-        return Recorded([g if g["name"] in taken else {**g, "rank": 0} for g in groups], case)
-
-    return build
-
-
-PROJECTOR = {"lr": 1e-3, "rank": 128, "update_proj_gap": 200}
-LIMITED = {**PROJECTOR, "limiter_restarts": False}
-_galore = _projected("galore", PROJECTOR, {"proj_type": "side"})
-_fira = _projected("fira", {**LIMITED, "alpha": 1.0, "residual_uses_alpha": True}, {"proj_type": "side"})
-
-
-def _apollo(params: Params, h: dict[str, Any], case: Case) -> Executor:
-    h.pop("proj_type", None)  # the standard one
-    h["projection"] = h.pop("proj", "random")
-    limit = {"limit": None} if h.pop("disable_nl", False) else {}
-    return _projected("apollo", LIMITED, {})(params, {**h, **limit}, case)
-
-
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
-    "APOLLO": _apollo,
+    "AMSGrad": _plain(AMSGrad),
     "Adafactor-torch": _adafactor,
+    "Adagrad": _plain(Adagrad),
     "Adam": _plain(Adam),
     "Adam-mini": _adam_mini,
+    "AdamNoBiasCorrection": _adam_uncorrected,
     "AdamW": _plain(AdamW),
-    "Fira": _fira,
-    "GaLore": _galore,
     "Lion": _lion,
     "Muon-KellerJordan": _muon_keller_jordan,
     "Muon-KellerJordan-AuxAdam": _muon_aux_adam,
     "Muon-Moonlight": _muon_moonlight,
     "Muon-torch": _muon_torch,
     "NorMuon": _normuon,
-    "RACS": _racs,
+    "RMSprop": _plain(RMSprop),
     "SGD": _plain(SGD),
     "SOAP": _soap,
-    "SWAN": _swan,
+    "SignSGD": _signsgd,
+    **matrices.FAMILIES,
+    **projected.FAMILIES,
 }
