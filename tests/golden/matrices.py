@@ -43,8 +43,8 @@ def _injected(optimizer: Executor, params: Params, recorded: Callable[[str, int]
     """Replace the random numbers that rules draw by recorded ones."""
     names, draw, step = {id(p): name for name, p in params.items()}, work._noise, optimizer.step
 
-    def noise(job: Any, chunk: Any, i: int, frame: Any, letters: str, stream: int) -> Tensor:
-        drawn = draw(job, chunk, i, frame, letters, stream).split(chunk[0].parts[i].dims[0])
+    def noise(job: Any, chunk: Any, frame: Any, letters: str, stream: int) -> Tensor:
+        drawn = draw(job, chunk, frame, letters, stream).split(chunk[0].dims[0])
         found = [recorded(names[id(w.param)], w.t) for w in chunk]
         return torch.cat([d if f is None else f.to(d).view(d.shape) for d, f in zip(drawn, found, strict=True)])
 
