@@ -125,5 +125,5 @@ def _translated(optimizer: Executor, saved: Mapping[str, Any], numbers: Mapping[
                 state |= {i: {k: v for k, v in slots.items() if k in kept}} if slots else {}
     afresh = sorted({group["rule"] for group in groups} - set(ADAM))
     fresh = f"; {', '.join(afresh)} begins afresh" if afresh else ""
-    _log.warning("went on from AdamW's checkpoint: moments of %s of %s parameters%s", len(state), len(numbers), fresh)
+    _log.warning("from AdamW's checkpoint: moments of %s of %s parameters%s", len(state), len(numbers), fresh)
     return {**saved, "state": state, "param_groups": groups}

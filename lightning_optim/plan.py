@@ -70,10 +70,10 @@ class Plan:
             lines.setdefault((_layerless(r.name), r.shape, r.role, r.rule, r.reason), []).append(r)
         text = ["| parameter | shape | role | rule | state | reason |", "|---|---|---|---|---|---|"]
         for (name, shape, role, rule, reason), same in lines.items():
-            times = f" ({len(same)} times)" if len(same) > 1 else ""
+            label = f"{name} ({len(same)} times)" if len(same) > 1 else same[0].name
             slots = ", ".join(f"{k} {_bytes(v)}" for k, v in same[0].state_bytes.items()) or "none"
             size = " x ".join(map(str, shape)) or "scalar"
-            text.append(f"| {name}{times} | {size} | {role} | {rule} | {slots} | {reason} |")
+            text.append(f"| {label} | {size} | {role} | {rule} | {slots} | {reason} |")
         owners = ", ".join(f"{rule} {share:.1%}" for rule, share in self.shares().items())
         text.append(f"\n{self.parameters:,} trainable weights: {owners}")
         text.append(
@@ -81,9 +81,11 @@ class Plan:
         )
         for said, found in (("frozen", self.frozen), ("trainable, but in no group", self.unowned)):
             if found:
-                size, names = sum(math.prod(shape) for shape in found.values()), Counter(map(_layerless, found))
-                listed = ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in names.items())
-                text.append(f"\n{size:,} weights {said}: {listed}")
+                alike: dict[str, list[str]] = {}
+                for name in found:
+                    alike.setdefault(_layerless(name), []).append(name)
+                listed = (f"{n} ({len(same)} times)" if len(same) > 1 else same[0] for n, same in alike.items())
+                text.append(f"\n{sum(map(math.prod, found.values())):,} weights {said}: {', '.join(listed)}")
         return "\n".join(text)
 
 
