@@ -43,6 +43,7 @@ def imported(path: Path) -> set[str]:
 ALLOWED = {
     "ops": {"ops"},
     "refresh": {"ops"},
+    "relora": {"core", "ops"},
     "rules": {"core.rule", "ops", "rules"},
     "core": {"core", "ops", "refresh"},
     "diagnostics": {"core", "diagnostics", "ops"},

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import Parameter
 
 from lightning_optim import (
+    CAME,
+    LAMB,
+    LARS,
     SGD,
     SOAP,
     Adafactor,
+    AdafactorHF,
     Adagrad,
     Adam,
     AdamW,
@@ -24,10 +27,8 @@ from lightning_optim import (
     SignSGD,
     Signum,
 )
-from tests.golden import matrices
-
-Params = dict[str, Parameter]
-Case = dict[str, Any]
+from tests.golden import matrices, projected
+from tests.golden.common import Case, Params, split
 
 
 def make(params: Params, case: Case) -> torch.optim.Optimizer:
@@ -68,8 +69,21 @@ def _adafactor(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return Adafactor(params.items(), **h)
 
 
+def _adafactor_hf(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return AdafactorHF(params.items(), **{"lr": 1e-2, **{k: v for k, v in h.items() if v is not None}})
+
+
 def _adam_uncorrected(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return Adam(params.items(), **h, correct_bias=False)
+
+
+def _lamb(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return LAMB(params.items(), **h, exclude_vectors=False)
+
+
+def _lars_paper(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    h["trust_coefficient"] = h.pop("trust", 1e-3)
+    return LARS(params.items(), **h, exclude_vectors=False, lr_in_momentum=True, zero_gradient_rate="one")
 
 
 def _signsgd(params: Params, h: dict[str, Any], case: Case) -> Executor:
@@ -93,16 +107,8 @@ def _muon_keller_jordan(params: Params, h: dict[str, Any], case: Case) -> Execut
     return Muon(params.items(), **{"lr": 0.02, **h, **FLOAT32})
 
 
-def _split(params: Params) -> tuple[list[tuple[str, Parameter]], list[tuple[str, Parameter]]]:
-    """Hidden matrices and the rest, as the references' scripts split them: by dimensions, embedding and head apart."""
-    edge = ("embed", "lm_head")
-    hidden = [(n, p) for n, p in params.items() if p.ndim >= 2 and not any(e in n for e in edge)]
-    taken = {n for n, _ in hidden}
-    return hidden, [(n, p) for n, p in params.items() if n not in taken]
-
-
 def _hybrid(params: Params, muon: dict[str, Any], adam: dict[str, Any]) -> Executor:
-    hidden, rest = _split(params)
+    hidden, rest = split(params)
     groups = [{"params": hidden, "rule": "muon", **muon}, {"params": rest, "rule": "adamw", **adam}]
     return Executor([g for g in groups if g["params"]])
 
@@ -186,13 +192,18 @@ def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) 
 
 
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+    "CAME": _plain(CAME),
     "AMSGrad": _plain(AMSGrad),
+    "Adafactor-HF": _adafactor_hf,
     "Adafactor-torch": _adafactor,
     "Adagrad": _plain(Adagrad),
     "Adam": _plain(Adam),
     "Adam-mini": _adam_mini,
     "AdamNoBiasCorrection": _adam_uncorrected,
     "AdamW": _plain(AdamW),
+    "LAMB-paper": _lamb,
+    "LARS": _plain(LARS),
+    "LARS-paper": _lars_paper,
     "Lion": _lion,
     "Muon-KellerJordan": _muon_keller_jordan,
     "Muon-KellerJordan-AuxAdam": _muon_aux_adam,
@@ -204,4 +215,5 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "SOAP": _soap,
     "SignSGD": _signsgd,
     **matrices.FAMILIES,
+    **projected.FAMILIES,
 }
