@@ -45,7 +45,7 @@ ALLOWED = {
     "refresh": {"ops"},
     "rules": {"core.rule", "ops", "rules"},
     "core": {"core", "ops", "refresh"},
-    "diagnostics": {"core", "diagnostics", "ops"},
+    "diagnostics": {"core", "diagnostics", "ops", "refresh"},
     "partition": {"core", "partition"},
     "factory": {"core", "optimizers", "partition", "factory"},
     "optimizers": {"core", "rules", "optimizers"},
