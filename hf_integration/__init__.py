@@ -11,7 +11,7 @@ from hf_integration.callbacks import (
     PreconditionerRefresh,
     diagnostics,
 )
-from hf_integration.checkpoint import last_checkpoint
+from hf_integration.checkpoint import KeepSchedule, last_checkpoint
 from hf_integration.factory import OptimizerFactory, create_optimizer
 from hf_integration.register import register
 
@@ -19,6 +19,7 @@ __all__ = [
     "GradientNoiseScale",
     "GradientRank",
     "HessianBlocks",
+    "KeepSchedule",
     "MemoryLogger",
     "OptimizerFactory",
     "OptimizerHealth",

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lightning_optim.core import storage
-from lightning_optim.core.groups import dims_of, rule_of
+from lightning_optim.core.executor import Executor
+from lightning_optim.core.groups import parts_of, rule_of
+from lightning_optim.core.work import slots_of
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import roles
 
@@ -32,9 +34,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One row per trainable parameter, in the order of the groups."""
+    """One row per trainable parameter that the optimizer has, in the order of the groups; and the others' names."""
 
     rows: Sequence[Row]
+    frozen: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of parameters that are not trained."""
+    unowned: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of parameters that get gradients, but that no group has: they never move."""
 
     @property
     def state_bytes(self) -> int:
@@ -64,15 +70,22 @@ class Plan:
             lines.setdefault((_layerless(r.name), r.shape, r.role, r.rule, r.reason), []).append(r)
         text = ["| parameter | shape | role | rule | state | reason |", "|---|---|---|---|---|---|"]
         for (name, shape, role, rule, reason), same in lines.items():
-            times = f" ({len(same)} times)" if len(same) > 1 else ""
+            label = f"{name} ({len(same)} times)" if len(same) > 1 else same[0].name
             slots = ", ".join(f"{k} {_bytes(v)}" for k, v in same[0].state_bytes.items()) or "none"
             size = " x ".join(map(str, shape)) or "scalar"
-            text.append(f"| {name}{times} | {size} | {role} | {rule} | {slots} | {reason} |")
+            text.append(f"| {label} | {size} | {role} | {rule} | {slots} | {reason} |")
         owners = ", ".join(f"{rule} {share:.1%}" for rule, share in self.shares().items())
         text.append(f"\n{self.parameters:,} trainable weights: {owners}")
         text.append(
             f"{_bytes(self.state_bytes)} of state, {self.state_bytes / max(1, self.parameters):.2f} B per weight"
         )
+        for said, found in (("frozen", self.frozen), ("trainable, but in no group", self.unowned)):
+            if found:
+                alike: dict[str, list[str]] = {}
+                for name in found:
+                    alike.setdefault(_layerless(name), []).append(name)
+                listed = (f"{n} ({len(same)} times)" if len(same) > 1 else same[0] for n, same in alike.items())
+                text.append(f"\n{sum(map(math.prod, found.values())):,} weights {said}: {', '.join(listed)}")
         return "\n".join(text)
 
 
@@ -88,20 +101,38 @@ def plan(model: nn.Module, name: str, *, lr: float = 1e-3, **settings: Any) -> P
     Returns:
         The plan.
     """
-    optimizer = build_optimizer(model, name, lr=lr, **settings)
-    traits, rows = roles(model), []
+    return describe(model, build_optimizer(model, name, lr=lr, **settings))
+
+
+def describe(model: nn.Module, optimizer: Executor) -> Plan:
+    """Say what an optimizer does with a model now, whatever was frozen, unfrozen or added since it was built.
+
+    Args:
+        model: any module.
+        optimizer: of this model.
+
+    Returns:
+        The plan; printed, it is a Markdown table.
+    """
+    traits, rows, names = roles(model), [], {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         rule = rule_of(group)
-        for label, p in zip(group["param_names"], group["params"], strict=True):
-            dims, _ = dims_of(rule, group, p.shape)
-            slots = rule.declared(*dims[1:], vector=p.ndim < 2)
+        for p in group["params"]:
+            label = names.get(id(p), "")
+            if label not in traits:
+                continue
+            parts, _ = parts_of(rule, group, p.shape)
             state = {
-                key: storage.rest_dtype(slot, p.dtype).itemsize * math.prod(storage.rest_shape(slot, p.shape, dims))
-                for key, slot in slots.items()
+                key: storage.rest_dtype(slot, p.dtype).itemsize
+                * math.prod(storage.rest_shape(slot, p.shape, parts[0].dims))
+                for key, slot in slots_of(rule, parts, p.ndim).items()
             }
             trait = traits[label]
             rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state))
-    return Plan(rows)
+    owned = {row.name for row in rows}
+    others = {name: p for name, p in model.named_parameters() if name not in owned}
+    frozen = {name: tuple(p.shape) for name, p in others.items() if name not in traits}
+    return Plan(rows, frozen, {name: tuple(p.shape) for name, p in others.items() if name in traits})
 
 
 def _size(row: Row) -> int:

@@ -94,12 +94,16 @@ class Policy:
 
 @dataclass(frozen=True)
 class Fixed(Policy):
-    """Every `interval` steps, all at once: the published schedule of SOAP, GaLore and Shampoo."""
+    """Every `interval` steps, all at once: the published schedule of SOAP and GaLore, at steps 1, 11, 21.
+
+    With `offset` equal to the interval at multiples of it, as Alice, Eigen-Adam, Shampoo and PSGD: 10, 20, 30.
+    """
 
     interval: int = 10
+    offset: int = 1
 
     def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:  # noqa: D102
-        return ["interval" if (v.t - 1) % self.interval == 0 else "" for v in views]
+        return ["interval" if (v.t - self.offset) % self.interval == 0 else "" for v in views]
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,9 @@ def compare(
     """Assert equal values of equal tags.
 
     Eigenvectors of a null space hang on the last bit; of soap only what precedes its first rotated step is compared.
+
+    Returns:
+        How many tags.
     """
     tags = {t for t in expected if t.startswith(prefixes)}
     assert tags == {t for t in found if t.startswith(prefixes)}

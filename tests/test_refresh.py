@@ -53,6 +53,7 @@ def dates(
 
 def test_fixed_is_the_published_schedule() -> None:
     assert dates("fixed:10", 40) == [[11, 21, 31]]
+    assert dates("fixed:10:10", 40) == [[10, 20, 30, 40]]
 
 
 def test_staggered_spreads_the_cost_over_the_steps() -> None:

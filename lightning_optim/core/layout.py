@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -425,6 +426,35 @@ def agree_max(values: Sequence[float], params: Iterable[Tensor]) -> list[float]:
             dist.all_reduce(moved, dist.ReduceOp.MAX, group=mesh.get_group(d))
         out = moved.cpu()
     return out.tolist()
+
+
+def total_norms(sets: Sequence[Sequence[tuple[Tensor, Tensor | None]]]) -> list[float]:
+    """The norm of each of several sets of gradients, over the whole mesh; one synchronisation per device.
+
+    Args:
+        sets: pairs of a parameter and its gradient on this rank, None where there is none.
+
+    Returns:
+        One norm per set, equal on every rank; replicas count once.
+    """
+    squares: dict[tuple[torch.device, DeviceMesh | None, tuple[int, ...]], Tensor] = {}
+    for i, pairs in enumerate(sets):
+        for p, g in pairs:
+            mesh = p.device_mesh if isinstance(p, DTensor) else None
+            cut = tuple(d for d, x in enumerate(p.placements) if not x.is_replicate()) if isinstance(p, DTensor) else ()
+            where = local(p).device, mesh, cut
+            if where not in squares:
+                squares[where] = torch.zeros(len(sets), dtype=torch.float64, device=where[0])
+            if g is not None:
+                exact = torch.promote_types(g.dtype, torch.float32)
+                squares[where][i] += torch.linalg.vector_norm(g, dtype=exact).double().square()
+    by_device: dict[torch.device, Tensor] = {}
+    for (device, mesh, cut), sums in squares.items():
+        for d in cut:
+            dist.all_reduce(sums, group=cast("DeviceMesh", mesh).get_group(d))
+        by_device[device] = by_device.get(device, 0) + sums
+    totals = [found.tolist() for found in by_device.values()]
+    return [math.sqrt(sum(x)) for x in zip(*totals, strict=True)] if totals else [0.0] * len(sets)
 
 
 def agree_times(seconds: Sequence[float], params: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[float]:

@@ -43,12 +43,15 @@ class Slot:
         fill: start value: a number, or `"eye"` for an identity per matrix.
         dtype: None for float32 (float64 for float64 parameters).
         rank: what `r` stands for; filled in by `Rule.declared`.
+        dims: (matrices, rows, columns) it is for, where a parameter is cut into matrices of several sizes; filled in by
+            the executor.
     """
 
     letters: str
     fill: float | Literal["eye"] = 0.0
     dtype: torch.dtype | None = None
     rank: int | None = None
+    dims: tuple[int, int, int] | None = None
 
     def shape(self, m: int, n: int) -> tuple[int, int]:
         """The shape of this slot for one `m x n` matrix.
@@ -304,6 +307,8 @@ def check_value(what: str, value: Any, hint: Any, *, signed: bool = False) -> No
         if value not in inner:
             raise ValueError(f"{what}: unknown value {value!r}; {nearest(str(value), [str(x) for x in inner])}")
     elif origin is tuple:
+        if inner[1:] == (Ellipsis,) and isinstance(value, (tuple, list)):
+            inner = inner[:1] * len(value)
         if not isinstance(value, (tuple, list)) or len(value) != len(inner):
             raise ValueError(f"{what} must be {len(inner)} numbers, got {value!r}")
         for x, part in zip(value, inner, strict=True):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core import chunks, layout, storage
-from lightning_optim.core.chunks import Dims
+from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
 from lightning_optim.ops.eigenbasis import overlap
 from lightning_optim.ops.noise import normal
@@ -29,10 +29,14 @@ class Work:
     param: Tensor
     name: str
     index: int
-    dims: Dims
+    parts: tuple[Part, ...]
     state: dict[str, Tensor]
     transposed: bool = False
     t: int = 0
+    scale: float = 1.0
+    """The gradient is clipped by this factor."""
+    piece: int = 0
+    """Which part of the parameter this is the work of, where it has several and this is one's."""
     due: str = ""
     """Why the costly state is refreshed in this step, if it is."""
     cost: float = 0.0
@@ -45,18 +49,37 @@ class Work:
     """Is told about a refresh."""
 
     @property
+    def dims(self) -> Dims:
+        """The parameter as a stack of matrices; its first part, where they are not all equal."""
+        return self.parts[0].dims
+
+    def pieces(self, rule: Rule) -> list[Work]:
+        """The work of each part; this one, where all matrices are equal."""
+        if len(self.parts) == 1:
+            return [self]
+        out = []
+        for i, part in enumerate(self.parts):
+            slots = rule.declared(*part.dims[1:])
+            state = {k: self.state[_key(k, slot, i)] for k, slot in slots.items()}
+            cost = refresh_cost(rule, (part,), vector=False)
+            due = self.due if cost else ""
+            out.append(replace(self, parts=(part,), state=state, piece=i, cost=cost, due=due))
+        return out
+
+    @property
     def has_gradient(self) -> bool:
         """Whether the parameter takes part in this step."""
         return self.param.grad is not None
 
     @property
-    def record(self) -> Tensor:
-        """What the refresh policy keeps, `[matrices, numbers]`."""
-        return layout.local(self.state["refreshed"]).flatten(0, -2)
+    def records(self) -> list[Tensor]:
+        """What the refresh policy keeps, `[matrices, numbers]`, of each part."""
+        kept = [t for k, t in self.state.items() if k.partition(".")[0] == "refreshed"]
+        return [layout.local(t).flatten(0, -2) for t in kept]
 
     def slots(self, rule: Rule) -> dict[str, Slot]:
         """What the rule keeps for this parameter."""
-        return rule.declared(*self.dims[1:], vector=self.param.ndim < 2)
+        return slots_of(rule, self.parts, self.param.ndim)
 
     def count(self) -> None:
         """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
@@ -65,7 +88,12 @@ class Work:
         self.t = int(self.state["step"].add_(1).item())
 
     def gradient(self) -> Tensor:
-        """The gradient on this rank, zeros where there is none."""
+        """The gradient on this rank, zeros where there is none; a clipped one is a copy."""
+        g = self.unclipped()
+        return g if self.scale == 1 else g * self.scale
+
+    def unclipped(self) -> Tensor:
+        """The gradient on this rank as it came."""
         g = layout.local_gradient(self.param)
         return torch.zeros_like(layout.local(self.param)) if g is None else g
 
@@ -94,11 +122,35 @@ class Refresh(NamedTuple):
     """With the state before, 1 for none of a change, 0 for chance; NaN for the first."""
 
 
-def factor_of(job: Job, w: Work) -> float:
+def slots_of(rule: Rule, parts: Sequence[Part], ndim: int) -> dict[str, Slot]:
+    """What a rule keeps for a parameter.
+
+    An `m x n` slot has the parameter's shape. Of others, each part but the first has its own: `factor_left.1`.
+
+    Returns:
+        Slots by their key in the parameter's state.
+    """
+    out: dict[str, Slot] = {}
+    for i, part in enumerate(parts):
+        for key, slot in rule.declared(*part.dims[1:], vector=ndim < 2).items():
+            out[_key(key, slot, i)] = slot if len(parts) == 1 else replace(slot, dims=part.dims)
+    return out
+
+
+def _key(key: str, slot: Slot, i: int) -> str:
+    return key if i == 0 or slot.letters == "mn" else f"{key}.{i}"
+
+
+def refresh_cost(rule: Rule, parts: Sequence[Part], *, vector: bool) -> float:
+    """Work of one refresh of all matrices of a parameter."""
+    return sum(b * rule.refresh_cost(m, n, vector=vector) for b, m, n in (part.dims for part in parts))
+
+
+def factor_of(job: Job, dims: Dims) -> float:
     """What the direction is multiplied by: a constant of the matrix's shape."""
     if job.group["lr_convention"] == "native":
         return 1.0
-    rms = job.rule.rms(*w.dims[1:])
+    rms = job.rule.rms(*dims[1:])
     return 1.0 if rms is None else ADAMW_RMS / rms
 
 
@@ -109,7 +161,18 @@ def needs_param(rule: Rule) -> bool:
 
 def alike(w: Work) -> tuple[Any, ...]:
     """Works with equal keys may share a stack."""
-    return w.dims, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t, bool(w.due)
+    return w.parts, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t, bool(w.due)
+
+
+def portions(works: Sequence[Work], max_temp_bytes: int) -> Iterator[Sequence[Work]]:
+    """Runs of works whose clipped gradients, which are copies, take no more than some memory together."""
+    start = size = 0
+    for i, w in enumerate(works):
+        size += 0 if w.scale == 1 else w.param.numel() * w.param.element_size()
+        if size > max_temp_bytes and i > start:
+            yield works[start:i]
+            start, size = i, w.param.numel() * w.param.element_size()
+    yield works[start:]
 
 
 def update_elementwise(job: Job, w: Work) -> None:
@@ -117,9 +180,9 @@ def update_elementwise(job: Job, w: Work) -> None:
     rule, slots = job.rule, list(w.slots(job.rule))
     p, dtype = layout.local(w.param), storage.work_dtype(w.param.dtype)
     write = _Write(job, w)
-    tensors = [p, w.gradient(), *(layout.local(w.state[k]) for k in slots), *write.index]
+    tensors = [p, w.unclipped(), *(layout.local(w.state[k]) for k in slots), *write.index]
     for (pb, gb, *rest), cut in chunks.blocks(tensors):
-        gb = gb.to(dtype)
+        gb = gb.to(dtype) if w.scale == 1 else gb.to(dtype) * w.scale
         if rule.decay == "coupled" and rule.weight_decay:
             gb = gb.add(pb, alpha=rule.weight_decay)
         views: dict[str, Tensor] = dict(zip(slots, rest, strict=False))
@@ -140,7 +203,7 @@ def update_stack(
     frame: layout.StackLayout | None = None,
     sink: Callable[[Work, Tensor], None] | None = None,
 ) -> None:
-    """Call a rule on one stack, store the state it leaves and hand out the directions.
+    """Call a rule on the matrices of parameters, store the state it leaves and hand out the directions.
 
     Args:
         job: rule and settings.
@@ -150,15 +213,44 @@ def update_stack(
         frame: how a reducing rule's stacks are cut.
         sink: takes each direction, shaped like its gradient; applied if not given.
     """
+    pieces = zip(*(w.pieces(job.rule) for w in chunk), strict=True)
+    found = [_directions(job, piece, params, gradients, frame) for piece in pieces]
+    if job.rule.rests(chunk[0].t):
+        return
+    for w, like, *ds in zip(chunk, gradients, *found, strict=True):
+        d = _joined(job, w, ds, like)
+        sink(w, d) if sink else apply(job, w, d)
+
+
+def _joined(job: Job, w: Work, pieces: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The direction of one parameter, shaped like its gradient, out of those of its parts."""
+    if len(pieces) == 1 and w.parts[0].rows is None:
+        return chunks.turned(pieces[0].reshape(chunks.turned(like, w.transposed).shape), w.transposed)
+    out = torch.empty_like(like, dtype=pieces[0].dtype)
+    for part, piece in zip(w.parts, pieces, strict=True):
+        where = part.of(out, w.transposed)
+        ratio = factor_of(job, part.dims) / factor_of(job, w.dims)  # `apply` knows the first one's factor
+        where.copy_((piece if ratio == 1 else piece * ratio).reshape(where.shape))
+    return out
+
+
+def _directions(
+    job: Job,
+    chunk: Sequence[Work],
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    frame: layout.StackLayout | None,
+) -> Sequence[Tensor]:
+    """Call a rule on one stack and store the state it leaves."""
     rule, first = job.rule, chunk[0]
-    dims = b, m, n = first.dims if frame is None else frame.local_dims
+    dims = b, m, n = first.dims if frame is None or frame.cut is None else frame.local_dims
     dtype = storage.work_dtype(first.param.dtype)
     slots = first.slots(rule)
-    turn = first.transposed
+    part, turn = first.parts[0], first.transposed
     entries, before = stacked_state(chunk, slots, dims)
     g, p = stacked_gradient(chunk, gradients, dims), None
     if needs_param(rule):
-        p = chunks.stack([chunks.turned(t, turn) for t in params], (b, m, n), dtype)
+        p = chunks.stack([part.of(t, turn) for t in params], (b, m, n), dtype)
         if rule.decay == "coupled" and rule.weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
     wrap, unwrap = (frame.wrap, frame.unwrap) if frame else (_as_is, _as_is)
@@ -172,11 +264,7 @@ def update_stack(
     left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
     for k, value in storage.untangled(before, left).items():
         storage.write(entries[k], value)
-    if rule.rests(first.t):
-        return
-    for w, piece, like in zip(chunk, unwrap(d).split(b), gradients, strict=True):
-        piece = chunks.turned(piece.reshape(chunks.turned(like, turn).shape), turn)
-        sink(w, piece) if sink else apply(job, w, piece)
+    return unwrap(d).split(b)
 
 
 def stacked_state(
@@ -195,7 +283,7 @@ def stacked_state(
     entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
     for k, slot in slots.items():
         if slot.letters == "mn":
-            entries[k] = [chunks.turned(t, chunk[0].transposed) for t in entries[k]]
+            entries[k] = [chunk[0].parts[0].of(t, chunk[0].transposed) for t in entries[k]]
     b, m, n = dims
     return entries, {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
 
@@ -206,8 +294,8 @@ def stacked_gradient(chunk: Sequence[Work], gradients: Sequence[Tensor], dims: D
     Returns:
         `[len(chunk) * b, m, n]`.
     """
-    turn, dtype = chunk[0].transposed, storage.work_dtype(chunk[0].param.dtype)
-    return chunks.stack([chunks.turned(t, turn) for t in gradients], dims, dtype)
+    part, dtype = chunk[0].parts[0], storage.work_dtype(chunk[0].param.dtype)
+    return chunks.stack([part.of(t, chunk[0].transposed) for t in gradients], dims, dtype)
 
 
 def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
@@ -216,8 +304,13 @@ def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
     Returns:
         A 0-d tensor.
     """
-    _, state = stacked_state([w], w.slots(job.rule), w.dims)
-    return job.rule.staleness(stacked_gradient([w], [gradient], w.dims), SimpleNamespace(**state)).amax()
+    found = []
+    for piece in w.pieces(job.rule):
+        if piece.cost:
+            _, state = stacked_state([piece], piece.slots(job.rule), piece.dims)
+            g = stacked_gradient([piece], [gradient], piece.dims)
+            found.append(job.rule.staleness(g, SimpleNamespace(**state)).amax())
+    return torch.stack(found).amax()
 
 
 def _refresh(job: Job, chunk: Sequence[Work], s: SimpleNamespace, g: Tensor) -> None:
@@ -244,7 +337,7 @@ def _noise(job: Job, chunk: Sequence[Work], frame: layout.StackLayout | None, le
     """This rank's part of the normal numbers for a stack."""
     device, dtype = layout.local(chunk[0].param).device, storage.work_dtype(chunk[0].param.dtype)
     whole = Slot(letters, rank=min(getattr(job.rule, "rank", 1), *chunk[0].dims[1:])).shape(*chunk[0].dims[1:])
-    keys = [hash_key(job.group["seed"], w.t, w.index, stream) for w in chunk]
+    keys = [hash_key(job.group["seed"], w.t, w.index, stream, *[w.piece] * (w.piece > 0)) for w in chunk]
     drawn = [normal((w.dims[0], *whole), key, device=device) for w, key in zip(chunk, keys, strict=True)]
     stack = torch.cat(drawn).to(dtype)
     return stack if frame is None else frame.part(stack, letters)
@@ -270,7 +363,7 @@ class _Write:
 
     def __init__(self, job: Job, w: Work):
         rule = job.rule
-        self.step = rule.lr * factor_of(job, w)
+        self.step = rule.lr * factor_of(job, w.dims)
         self.keep = 1 - rule.lr * rule.weight_decay
         self.decay = rule.decay
         self.cautious = job.group["cautious_decay"] and self.keep != 1

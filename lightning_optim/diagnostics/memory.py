@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_optim.core import layout, storage
 from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import dims_of, rule_of
+from lightning_optim.core.groups import parts_of, rule_of
+from lightning_optim.core.work import slots_of
 
 MIB = 2**20
 Key = tuple[str, int, int]
@@ -112,11 +113,10 @@ def predicted_state(optimizer: torch.optim.Optimizer) -> int | None:
         rule = rule_of(group)
         for p in group["params"]:
             if p.requires_grad:
-                dims, _ = dims_of(rule, group, p.shape)
-                slots = rule.declared(*dims[1:], vector=p.ndim < 2)
+                parts, _ = parts_of(rule, group, p.shape)
                 total += 4 + sum(
-                    storage.rest_dtype(s, p.dtype).itemsize * math.prod(storage.rest_shape(s, p.shape, dims))
-                    for s in slots.values()
+                    storage.rest_dtype(s, p.dtype).itemsize * math.prod(storage.rest_shape(s, p.shape, parts[0].dims))
+                    for s in slots_of(rule, parts, p.ndim).values()
                 )
     return total
 

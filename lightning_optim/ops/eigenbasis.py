@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _each(function, x: Tensor) -> Tensor:
-    """LAPACK matrix by matrix on a CPU, where its batched calls depend on a matrix's place in the stack."""
-    if x.device.type != "cpu":
-        return function(x)
-    return torch.stack([function(matrix) for matrix in x.flatten(0, -3)]).view(x.shape)
+from lightning_optim.ops.lapack import eigh, orthonormal
 
 
 def eigenbasis(x: Tensor, shift: float = 1e-30) -> Tensor:
@@ -23,8 +18,7 @@ def eigenbasis(x: Tensor, shift: float = 1e-30) -> Tensor:
     Returns:
         Orthonormal columns, `[..., n, n]`. Signs, and the order within a null space, are LAPACK's.
     """
-    shifted = x + shift * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return _each(lambda a: torch.linalg.eigh(a).eigenvectors, shifted).flip(-1)
+    return eigh(x + shift * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).vectors
 
 
 def overlap(old: Tensor, new: Tensor) -> Tensor:
@@ -95,4 +89,4 @@ def follow_eigenbasis(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     power = x @ q
     order = (q * power).sum(-2).argsort(dim=-1, descending=True)
     sorted_power = power.gather(-1, order.unsqueeze(-2).expand_as(power))
-    return _each(lambda a: torch.linalg.qr(a).Q, sorted_power), order
+    return orthonormal(sorted_power), order

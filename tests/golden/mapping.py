@@ -8,7 +8,23 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from lightning_optim import SGD, SOAP, Adafactor, Adam, AdamW, Executor, Lion, Muon, NorMuon
+from lightning_optim import (
+    SGD,
+    SOAP,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    AMSGrad,
+    Executor,
+    Lion,
+    Muon,
+    NorMuon,
+    RMSprop,
+    SignSGD,
+    Signum,
+)
+from tests.golden import matrices
 
 Params = dict[str, Parameter]
 Case = dict[str, Any]
@@ -50,6 +66,15 @@ def _adafactor(params: Params, h: dict[str, Any], case: Case) -> Executor:
     if "eps" in h:
         h["eps1"], h["eps2"] = h.pop("eps")
     return Adafactor(params.items(), **h)
+
+
+def _adam_uncorrected(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return Adam(params.items(), **h, correct_bias=False)
+
+
+def _signsgd(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    momentum = h.pop("momentum", 0.9)
+    return Signum(params.items(), momentum=momentum, **h) if momentum else SignSGD(params.items(), **h)
 
 
 def _lion(params: Params, h: dict[str, Any], case: Case) -> Executor:
@@ -161,9 +186,12 @@ def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) 
 
 
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+    "AMSGrad": _plain(AMSGrad),
     "Adafactor-torch": _adafactor,
+    "Adagrad": _plain(Adagrad),
     "Adam": _plain(Adam),
     "Adam-mini": _adam_mini,
+    "AdamNoBiasCorrection": _adam_uncorrected,
     "AdamW": _plain(AdamW),
     "Lion": _lion,
     "Muon-KellerJordan": _muon_keller_jordan,
@@ -171,6 +199,9 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "Muon-Moonlight": _muon_moonlight,
     "Muon-torch": _muon_torch,
     "NorMuon": _normuon,
+    "RMSprop": _plain(RMSprop),
     "SGD": _plain(SGD),
     "SOAP": _soap,
+    "SignSGD": _signsgd,
+    **matrices.FAMILIES,
 }
