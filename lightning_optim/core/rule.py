@@ -210,6 +210,14 @@ class Rule:
         """
         raise NotImplementedError
 
+    def goes_stale(self) -> bool:
+        """Whether `staleness` can be asked.
+
+        Returns:
+            False for rules without it, and where costly state does not depend on the gradient.
+        """
+        return type(self).staleness is not Rule.staleness
+
     def refresh_cost(self, m: int, n: int, *, vector: bool = False) -> float:
         """Work of one `rebuild` of an `m x n` matrix, in multiply-adds up to a constant.
 
@@ -278,7 +286,7 @@ class Rule:
             check_value(f"{self.name}: {key}", getattr(self, key), hints[key], signed=key in self.signed)
         if self.costly:
             policy = parse(getattr(self, "refresh", "staggered:10"))
-            if policy.measures and type(self).staleness is Rule.staleness:
+            if policy.measures and not self.goes_stale():
                 raise ValueError(f"{self.name}: it has no measure of staleness, which refresh={policy} needs")
         betas = getattr(self, "betas", ())
         if any(beta >= 1 for beta in betas):

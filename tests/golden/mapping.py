@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn import Parameter
 
 from lightning_optim import (
     SGD,
@@ -24,10 +23,8 @@ from lightning_optim import (
     SignSGD,
     Signum,
 )
-from tests.golden import matrices
-
-Params = dict[str, Parameter]
-Case = dict[str, Any]
+from tests.golden import matrices, projected
+from tests.golden.common import Case, Params, split
 
 
 def make(params: Params, case: Case) -> torch.optim.Optimizer:
@@ -93,16 +90,8 @@ def _muon_keller_jordan(params: Params, h: dict[str, Any], case: Case) -> Execut
     return Muon(params.items(), **{"lr": 0.02, **h, **FLOAT32})
 
 
-def _split(params: Params) -> tuple[list[tuple[str, Parameter]], list[tuple[str, Parameter]]]:
-    """Hidden matrices and the rest, as the references' scripts split them: by dimensions, embedding and head apart."""
-    edge = ("embed", "lm_head")
-    hidden = [(n, p) for n, p in params.items() if p.ndim >= 2 and not any(e in n for e in edge)]
-    taken = {n for n, _ in hidden}
-    return hidden, [(n, p) for n, p in params.items() if n not in taken]
-
-
 def _hybrid(params: Params, muon: dict[str, Any], adam: dict[str, Any]) -> Executor:
-    hidden, rest = _split(params)
+    hidden, rest = split(params)
     groups = [{"params": hidden, "rule": "muon", **muon}, {"params": rest, "rule": "adamw", **adam}]
     return Executor([g for g in groups if g["params"]])
 
@@ -204,4 +193,5 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "SOAP": _soap,
     "SignSGD": _signsgd,
     **matrices.FAMILIES,
+    **projected.FAMILIES,
 }

@@ -43,8 +43,8 @@ def _injected(optimizer: Executor, params: Params, recorded: Callable[[str, int]
     """Replace the random numbers that rules draw by recorded ones."""
     names, draw, step = {id(p): name for name, p in params.items()}, work._noise, optimizer.step
 
-    def noise(job: Any, chunk: Any, i: int, frame: Any, letters: str, stream: int) -> Tensor:
-        drawn = draw(job, chunk, i, frame, letters, stream).split(chunk[0].parts[i].dims[0])
+    def noise(job: Any, chunk: Any, frame: Any, letters: str, stream: int) -> Tensor:
+        drawn = draw(job, chunk, frame, letters, stream).split(chunk[0].dims[0])
         found = [recorded(names[id(w.param)], w.t) for w in chunk]
         return torch.cat([d if f is None else f.to(d).view(d.shape) for d, f in zip(drawn, found, strict=True)])
 
@@ -71,7 +71,7 @@ def _cosmos(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return Executor([g for g in groups if g["params"]])
 
 
-def _alice(cls: type[Executor]) -> Callable[[Params, dict[str, Any], Case], Executor]:
+def _alice(cls: Callable[..., Executor]) -> Callable[[Params, dict[str, Any], Case], Executor]:
     def made(params: Params, h: dict[str, Any], case: Case) -> Executor:
         optimizer = cls(params.items(), refresh=_multiples(h.pop("interval", 200)), limit=h.pop("gamma", 1.01), **h)
         names, refresh, step = {id(p): name for name, p in params.items()}, work._refresh, optimizer.step
