@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.core import chunks, layout
-from lightning_optim.core.groups import dims_of, rule_of
+from lightning_optim.core.groups import parts_of, rule_of
 from lightning_optim.core.rule import Rule
 
 MAX_ROLES = 10
@@ -29,24 +29,29 @@ class Entry:
     role: str
     group: dict[str, Any]
     rule: Rule | None
-    dims: chunks.Dims
+    parts: tuple[chunks.Part, ...]
     transposed: bool
+
+    @property
+    def dims(self) -> chunks.Dims:
+        """The parameter as a stack of matrices; its first part, where they are not all equal."""
+        return self.parts[0].dims
 
     @property
     def is_matrix(self) -> bool:
         """Whether it has two sides."""
         return self.param.ndim > 1 and min(self.dims[1:]) > 1
 
-    def stack(self, t: Tensor) -> Tensor:
+    def stacks(self, t: Tensor) -> list[Tensor]:
         """A tensor of the parameter's shape as matrices, outputs as rows.
 
         Args:
             t: whole.
 
         Returns:
-            `[b, m, n]`.
+            `[b, m, n]` of each part.
         """
-        return chunks.turned(t, self.transposed).reshape(self.dims)
+        return [part.of(t, self.transposed).reshape(part.dims) for part in self.parts]
 
 
 def whole(t: Tensor) -> Tensor:
@@ -82,8 +87,8 @@ def entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Entry]:
     out = []
     for (name, p, _, group), label in zip(found, labels, strict=True):
         rule = rule_of(group) if "rule" in group else None
-        dims, turned = (chunks.matrix_dims(p.shape), False) if rule is None else dims_of(rule, group, p.shape)
-        out.append(Entry(name, p, label, group, rule, dims, turned))
+        parts, turned = (chunks.parts(p.shape), False) if rule is None else parts_of(rule, group, p.shape)
+        out.append(Entry(name, p, label, group, rule, parts, turned))
     return out
 
 
@@ -186,31 +191,29 @@ def momentum_of(entry: Entry, state: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def bases_of(entry: Entry, state: dict[str, Any]) -> list[tuple[str, Tensor]]:
+def bases_of(e: Entry, state: dict[str, Any]) -> list[tuple[str, Tensor]]:
     """Orthonormal bases an optimizer projects or rotates this parameter's gradient with.
 
     Returns:
-        (side, columns `[b, m, r]` for "left" or `[b, n, r]` for "right"); none on ranks that do not hold them.
+        (side, columns `[b, m, r]` for "left" or `[b, n, r]` for "right"); none on ranks that do not hold them, and
+        none of a parameter with matrices of several sizes.
     """
-    out = []
-    costly: Iterable[str] = entry.rule.costly if entry.rule is not None else ()
-    b, m, n = entry.dims
-    for key in costly:
+    if e.rule is None or len(e.parts) > 1:
+        return []
+    out, (b, m, n) = [], e.dims
+    declared = e.rule.declared(m, n, vector=e.param.ndim < 2)
+    for key in e.rule.costly:
         value = state.get(key)
-        if not isinstance(value, Tensor) or not value.numel():
+        if key not in declared or not isinstance(value, Tensor) or not value.numel():
             continue
-        value = whole(value)
-        value = value.reshape(b, *value.shape[-2:])
-        rows, columns = value.shape[-2:]
-        if "right" in key or (m != n and n in (rows, columns)):
-            side, length = "right", n
-        else:
-            side, length = "left", m
-        if length not in (rows, columns):
-            continue
-        value = value if rows == length else value.mT
-        if value.shape[-1] <= length and _orthonormal(value):
-            out.append((side, value))
+        letters = declared[key].letters
+        turned = letters[0] == "r"
+        side = {"m": "left", "n": "right"}.get(letters[1] if turned else letters[0])
+        q = whole(value)
+        q = q.reshape(b, *q.shape[-2:])
+        q = q.mT if turned else q
+        if side is not None and q.shape[-1] <= q.shape[-2] and _orthonormal(q):
+            out.append((side, q))
     return out
 
 

@@ -378,16 +378,18 @@ def scaling_root(e: view.Entry, state: Mapping[str, Any]) -> Callable[[Tensor], 
     t = max(1.0, float(t) - (1.0 if bases else 0.0))
     corrected = (v / (1 - betas[1] ** t)).sqrt() + float(e.group.get("eps", 0.0) or 0.0)
     root = ((1 - betas[0] ** t) * corrected / lr).clamp(min=1e-30).rsqrt()
+    if root.shape == e.param.shape and not bases:
+        return lambda x: (x * root).to(x.dtype)
     if root.shape == e.param.shape:
-        root = e.stack(root)
-    elif root.numel() == e.dims[0] * root.shape[-2] * root.shape[-1]:
+        root = e.stacks(root)[0]
+    elif len(e.parts) == 1 and root.ndim > 1 and root.numel() == e.dims[0] * root.shape[-2] * root.shape[-1]:
         root = root.reshape(e.dims[0], *root.shape[-2:])
     else:
         return None
     turns = dict(bases)
 
     def apply(x: Tensor) -> Tensor:
-        y = e.stack(x).to(root.dtype)
+        y = e.stacks(x)[0].to(root.dtype)
         left, right = turns.get("left"), turns.get("right")
         y = y if left is None else left.mT @ y
         y = y if right is None else y @ right

@@ -111,7 +111,7 @@ class GradientRank(Probe):
                 if kind == "momentum" and self._held_by_one(e, state):
                     mine = not elsewhere
                 if t is not None and t.numel() and mine:
-                    for name, value in self._measures(e.stack(t), device).items():
+                    for name, value in self._measures(e.stacks(t), device).items():
                         if (column := place.get(f"{kind}.{name}")) is not None:
                             table[i, column] = value
             if _orthogonalises(e):
@@ -121,7 +121,7 @@ class GradientRank(Probe):
                         table[i, place[name]] = value
             gradient = tensors["gradient"]
             if gradient is not None and (self._held_by_one(e, state) or owner[i] == run.rank):
-                for name, value in self._basis(e, state, e.stack(gradient)).items():
+                for name, value in self._basis(e, state, e.stacks(gradient)[0]).items():
                     table[i, place[name]] = value
         self._start = {}
         known = (~table.isnan()).double()
@@ -133,12 +133,14 @@ class GradientRank(Probe):
         """Whether a single rank keeps this sharded parameter's state."""
         return e.rule is not None and not e.rule.elementwise and not e.rule.reduces and view.is_cut(e.param)
 
-    def _measures(self, stack: Tensor, device: torch.device) -> dict[str, Tensor]:
-        m, n = stack.shape[-2:]
-        each = [spectrum.measures(x, self.generator(device), ranks=self.ranks, limit=self.limit) for x in stack]
-        out = {k: torch.stack([row[k].double() for row in each if k in row]).mean() for k in each[0]}
-        out["stable_rank_vs_gaussian"] = out["stable_rank"] / spectrum.gaussian_stable_rank(m, n)
-        return out
+    def _measures(self, stacks: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Means over all matrices of a parameter."""
+        rows: list[dict[str, Tensor]] = []
+        for x in (x for stack in stacks for x in stack):
+            found = spectrum.measures(x, self.generator(device), ranks=self.ranks, limit=self.limit)
+            found["stable_rank_vs_gaussian"] = found["stable_rank"] / spectrum.gaussian_stable_rank(*x.shape)
+            rows.append(found)
+        return {k: torch.stack([row[k].double() for row in rows if k in row]).mean() for k in rows[0]}
 
     def _basis(self, e: view.Entry, state: dict[str, Any], gradient: Tensor) -> dict[str, Tensor | float]:
         """What the optimizer's bases hold of the gradient; the side that holds less."""
@@ -239,12 +241,15 @@ def _orthogonalises(e: view.Entry) -> bool:
 def _orthogonality(e: view.Entry, direction: Tensor) -> dict[str, Tensor]:
     """Measures of a step without learning rate and shape scale."""
     assert e.rule is not None
-    _, m, n = e.dims
-    rms = ADAMW_RMS if e.group["lr_convention"] == "adamw" else e.rule.rms(m, n) or 1.0
-    s = spectrum.singular_values(e.stack(direction).double() / (e.rule.lr * rms * max(m, n) ** 0.5))
+    values = []
+    for stack in e.stacks(direction):
+        m, n = stack.shape[-2:]
+        rms = ADAMW_RMS if e.group["lr_convention"] == "adamw" else e.rule.rms(m, n) or 1.0
+        values.append(spectrum.singular_values(stack.double() / (e.rule.lr * rms * max(m, n) ** 0.5)).flatten())
+    s = torch.cat(values)
     return {
-        "orth": spectrum.orthogonality_error(s).mean(),
+        "orth": spectrum.orthogonality_error(s),
         "smin": s.min(),
         "smax": s.max(),
-        "outside": spectrum.outside_band(s).mean(),
+        "outside": spectrum.outside_band(s),
     }

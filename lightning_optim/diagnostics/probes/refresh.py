@@ -120,14 +120,15 @@ class PreconditionerRefresh(Probe):
             if not job.rule.costly:
                 continue
             for w in job.works:
-                if "refreshed" not in w.state:
+                kept = [t for key, t in w.state.items() if key.partition(".")[0] == "refreshed"]
+                if not kept:
                     continue
                 names.append(w.name)
-                record = layout.local(w.state["refreshed"])
-                if record.numel():
-                    ages[w.name] = float(w.record[:, 0].amax())
+                if all(layout.local(t).numel() for t in kept):  # empty on ranks that do not own the matrix
+                    ages[w.name] = max(float(record[:, 0].amax()) for record in w.records)
                     whole = layout.cut_of(w.param) is None
                     if whole and w.has_gradient and type(job.rule).staleness is not Rule.staleness:
+                        w.cost = work.refresh_cost(job.rule, w.parts, vector=w.param.ndim < 2)
                         stale[w.name] = work.staleness(job, w, w.gradient())
         if not names:
             return None
