@@ -11,16 +11,16 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lightning_optim.relora import ReLoRA, check_settings
+from lightning_optim import relora
 
 FILE = "relora.safetensors"
 """Holds the merged weights in a checkpoint, where the Trainer saves the adapters only."""
 
 
-class ReLoRACallback(TrainerCallback):
+class ReLoRA(TrainerCallback):
     """Merges the LoRA adapters of a model into its weights every so often; see `lightning_optim.relora.ReLoRA`.
 
-    Trainer(get_peft_model(model, config), args, callbacks=[ReLoRACallback(every=2000)], ...)
+    Trainer(get_peft_model(model, config), args, callbacks=[ReLoRA(every=2000)], ...)
 
     Steps are optimizer steps. Every checkpoint gets a file with the merged weights, and resuming continues the run
     exactly. After the run save `trainer.model.merge_and_unload()`: the adapter alone holds the last piece only.
@@ -48,9 +48,9 @@ class ReLoRACallback(TrainerCallback):
         resume_from: str | Path | None = None,
     ) -> None:
         self._settings: dict[str, Any] = dict(every=every, prune=prune, by=by, warmup_steps=warmup_steps, seed=seed)
-        check_settings(**self._settings)
+        relora.check_settings(**self._settings)
         self._resume_from = resume_from
-        self.relora: ReLoRA | None = None
+        self.relora: relora.ReLoRA | None = None
 
     def on_train_begin(
         self,
@@ -75,9 +75,9 @@ class ReLoRACallback(TrainerCallback):
         """
         assert model is not None and optimizer is not None
         if args.load_best_model_at_end:
-            raise ValueError("ReLoRACallback: load_best_model_at_end would put old adapters on newer weights")
+            raise ValueError("ReLoRA: load_best_model_at_end would put old adapters on newer weights")
         self._leave()
-        self.relora = ReLoRA(model, optimizer, steps=state.global_step, **self._settings)
+        self.relora = relora.ReLoRA(model, optimizer, steps=state.global_step, **self._settings)
         if state.global_step >= self._settings["every"]:
             self.relora.load_weights(load_file(self._find(args, state), device=str(args.device)))
 
@@ -117,6 +117,6 @@ class ReLoRACallback(TrainerCallback):
         if not found:
             raise ValueError(
                 f"ReLoRA: no {FILE} in {home}: the adapters of step {state.global_step} belong to merged weights; "
-                "give ReLoRACallback(resume_from=...) the checkpoint if it lies elsewhere"
+                "give ReLoRA(resume_from=...) the checkpoint if it lies elsewhere"
             )
         return found[0]

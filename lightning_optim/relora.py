@@ -1,6 +1,6 @@
 """ReLoRA: adapters that are merged into the weights every so often and begin anew, so that the sum has a high rank.
 
-Lialin et al. 2023, arXiv:2307.05695, Alg. 1. `lightning_optim.callbacks.ReLoRA` and `hf_integration.ReLoRACallback` do
+Lialin et al. 2023, arXiv:2307.05695, Alg. 1. `lightning_optim.callbacks.ReLoRA` and `hf_integration.ReLoRA` do
 this inside trainers; here is what they share, for any `torch.optim.Optimizer` and a model with PEFT's LoRA layers.
 """
 

@@ -46,7 +46,7 @@ ALLOWED = {
     "relora": {"core", "ops"},
     "rules": {"core.rule", "ops", "rules"},
     "core": {"core", "ops", "refresh"},
-    "diagnostics": {"core", "diagnostics", "ops"},
+    "diagnostics": {"core", "diagnostics", "ops", "refresh"},
     "partition": {"core", "partition"},
     "recipes": {"core"},
     "factory": {"core", "optimizers", "partition", "recipes", "factory"},

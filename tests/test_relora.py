@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
-from hf_integration import ReLoRACallback, TrainingArguments
+import hf_integration
+from hf_integration import TrainingArguments
 from lightning_optim import build_optimizer, callbacks
 from lightning_optim.relora import ReLoRA
 
@@ -152,7 +153,7 @@ def test_settings_and_models_that_do_not_fit_are_told() -> None:
         ({"every": 2, "warmup_steps": 1.5}, "must be an integer"),
     )
     for settings, message in wrong:
-        for make in (callbacks.ReLoRA, ReLoRACallback):
+        for make in (callbacks.ReLoRA, hf_integration.ReLoRA):
             with pytest.raises(ValueError, match=message):
                 make(**settings)
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
@@ -200,7 +201,7 @@ def hf(folder: Path, *extra: TrainerCallback, **settings: Any) -> Trainer:
         logging_strategy="no",
         **settings,
     )
-    relora = ReLoRACallback(every=3, warmup_steps=2, prune=0.5)
+    relora = hf_integration.ReLoRA(every=3, warmup_steps=2, prune=0.5)
     return Trainer(
         adapted(lora_dropout=0.1),
         args,

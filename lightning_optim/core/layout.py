@@ -485,6 +485,18 @@ def agree_times(seconds: Sequence[float], params: Sequence[Tensor], group: dist.
     return out
 
 
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors that are whole on every rank by their mean over all ranks, in place.
+
+    Args:
+        tensors: of the same shapes on every rank.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for t in tensors:
+            dist.all_reduce(t)
+            t /= dist.get_world_size()
+
+
 class Meeting:
     """A rendezvous before a collective outside a training step, so that a call on one rank raises and never hangs."""
 
