@@ -221,8 +221,8 @@ def _experts(model: nn.Module) -> Found:
             inner = min(p.numel() for p in own if p.ndim == 3)
             for p in own:
                 fused: Blocks = None
-                if p.numel() == 2 * inner and hasattr(module, "is_concatenated"):
-                    fused = 2 if module.is_concatenated else (1, 1)
+                if p.numel() == 2 * inner and (halves := _gate_and_up_are_halves(module)) is not None:
+                    fused = 2 if halves else (1, 1)
                 if p.ndim == 3:
                     yield p, Trait("experts", f"matrices of {kind}", turned, fused)
                 else:
@@ -231,6 +231,12 @@ def _experts(model: nn.Module) -> Found:
                 for p in sibling.parameters(recurse=False):
                     if p.ndim == 2 and p.shape[0] == count:
                         yield p, Trait("router", f"one row per expert of {kind}")
+
+
+def _gate_and_up_are_halves(experts: nn.Module) -> bool | None:
+    """Whether they are, rather than take turns; None for a module that says nothing."""
+    gate = getattr(type(experts), "_apply_gate", None)  # all that Transformers 5.2 has: its own, or GPT-OSS's
+    return getattr(experts, "is_concatenated", None if gate is None else gate.__name__ == "_default_apply_gate")
 
 
 def _lora(model: nn.Module) -> Found:

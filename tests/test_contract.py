@@ -377,7 +377,8 @@ def test_bfloat16_weights_are_rounded_without_bias(name: str) -> None:
     for mode, dtype in (("stochastic", torch.bfloat16), ("nearest", torch.bfloat16), ("exact", torch.float32)):
         p = Parameter(start.to(dtype, copy=True))
         rounding = {} if mode == "exact" else {"param_rounding": mode}
-        optimizer = make(name, [p], lr=5e-4, weight_decay=0.0, lr_convention="adamw", **rounding)
+        lr = getattr(reference(name), "TINY_LR", 5e-4)
+        optimizer = make(name, [p], lr=lr, weight_decay=0.0, lr_convention="adamw", **rounding)
         for g in grads:
             p.grad = g.to(dtype)
             optimizer.step()

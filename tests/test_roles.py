@@ -89,6 +89,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
             "dense_h_to_4h": "hidden",
             "dense_4h_to_h": "hidden",
             "lm_head": "head",
+            "embed_out": "head",  # its name in Transformers 5.2
         },
     ),
     "mamba": (
@@ -147,6 +148,8 @@ MODELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
             "attention.o_proj": "hidden",
             "mlp.fc1": "hidden",
             "mlp.fc2": "hidden",
+            **dict.fromkeys(("attention.query", "attention.key", "attention.value"), "hidden"),  # in Transformers 5.2
+            **dict.fromkeys(("output.dense", "intermediate.dense"), "hidden"),
             "classifier": "head",
         },
     ),
@@ -195,7 +198,7 @@ def test_role_table_with_adapters(name: str, dora: bool) -> None:
         r=2,
         target_modules=targets.get(name, ["q_proj", "v_proj"]),
         use_dora=dora,
-        modules_to_save=None if tied else ["lm_head"],
+        modules_to_save=None if tied else ["lm_head", "embed_out"],
         fan_in_fan_out=name == "gpt2",
     )
     model = peft.get_peft_model(cls(config), settings)
