@@ -1,4 +1,4 @@
-"""What GaLore, Fira and APOLLO share: Adam's moments of a projected gradient, and a projection that is renewed."""
+"""What GaLore, Fira, APOLLO and Flora share: a projection that is renewed, and moments of what it projects."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_optim.core.rule import Rule, Slot, zeros
 from lightning_optim.ops.norms import growth_factor, norm
 from lightning_optim.ops.projection import OVERSAMPLING, Method, Side, leading_vectors, left_out, project, sides
+from lightning_optim.rules.adafactor import AdafactorHF
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,25 @@ class Projected(Subspace):
         s.exp_avg_sq.mul_(b2).addcmul_(x, x, value=1 - b2)
         correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if self.correct_bias else 1.0
         return s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), correction
+
+
+@dataclass(frozen=True)
+class FactoredSubspace(Subspace, AdafactorHF):
+    """Base of rules that take a projected gradient, or its momentum only, through Adafactor.
+
+    What is not projected is `adafactor_hf`'s.
+    """
+
+    scale_parameter: bool = False
+    relative_step: bool = False
+
+    reduces: ClassVar = False
+    last_two: ClassVar = False
+
+    def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:  # noqa: D102
+        second = {"row_var": zeros(f"{letters[0]}1"), "col_var": zeros(f"1{letters[1]}")}
+        first = {"exp_avg": zeros(letters)} if self.beta1 is not None else {}
+        return {**({"variance": zeros("mn")} if vector else second), **first}
 
 
 @dataclass(frozen=True)
