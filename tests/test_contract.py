@@ -45,8 +45,8 @@ every_rule = pytest.mark.parametrize("name", NAMES)
 def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random numbers of a matrix come from its index among all; here from its shape, so that it may be alone."""
 
-    def drawn(job: Any, chunk: Any, i: int, frame: Any, letters: str, stream: int) -> torch.Tensor:
-        b, m, n = chunk[0].parts[i].dims
+    def drawn(job: Any, chunk: Any, frame: Any, letters: str, stream: int) -> torch.Tensor:
+        b, m, n = chunk[0].dims
         rank = min(getattr(job.rule, "rank", 1), m, n)
         one = noise(Slot(letters, rank=rank).shape(m, n), chunk[0].t, stream)
         return one.to(work_dtype(chunk[0].param.dtype)).expand(b * len(chunk), *one.shape)

@@ -12,6 +12,7 @@ from lightning_optim.ops.moments import rank_one
 from lightning_optim.ops.norms import growth_factor, normalized, rms
 from lightning_optim.ops.roots import coupled_newton, inverse_power, inverse_root
 from lightning_optim.ops.spectral import norm_lower_bound
+from lightning_optim.ops.tiles import filled, joined, tiles
 
 F64 = torch.float64
 
@@ -193,3 +194,14 @@ def test_lower_bound_of_the_spectral_norm() -> None:
     one = x[0, :, :1] @ x[0, :, :1].T
     torch.testing.assert_close(norm_lower_bound(one)[0, 0], torch.linalg.matrix_norm(one, 2))
     assert not norm_lower_bound(torch.zeros(1, 4, 4)).any()
+
+
+@pytest.mark.parametrize("size", [(12, 20), (8, 8), (5, 7), (1, 20), (1, 1)])
+def test_tiles_come_back_together(size: tuple[int, int]) -> None:
+    x = draw(2, 12, 20)
+    cut = tiles(x, *size)
+    count = -(-12 // size[0]) * -(-20 // size[1])
+    assert cut.shape == (2, count, *size)
+    assert torch.equal(joined(cut, 12, 20), x)
+    rows, columns = filled(12, 20, *size, x.device)
+    assert torch.equal(tiles(torch.ones(12, 20), *size) == 0, rows[:, :, None] | columns[:, None, :])

@@ -43,6 +43,7 @@ class Slot:
         fill: start value: a number, or `"eye"` for an identity per matrix.
         dtype: None for float32 (float64 for float64 parameters).
         rank: what `r` stands for; filled in by `Rule.declared`.
+        size: (rows, columns) where letters do not tell them.
         dims: (matrices, rows, columns) it is for, where a parameter is cut into matrices of several sizes; filled in by
             the executor.
     """
@@ -51,6 +52,7 @@ class Slot:
     fill: float | Literal["eye"] = 0.0
     dtype: torch.dtype | None = None
     rank: int | None = None
+    size: tuple[int, int] | None = None
     dims: tuple[int, int, int] | None = None
 
     def shape(self, m: int, n: int) -> tuple[int, int]:
@@ -62,6 +64,8 @@ class Slot:
         Raises:
             ValueError: the shape has an `r` that nobody has filled in.
         """
+        if self.size is not None:
+            return self.size
         size = {"m": m, "n": n, "r": self.rank}
         rows, columns = (size[x] if x in size else int(x) for x in self.letters)
         if rows is None or columns is None:
