@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import APOLLO, APOLLOSVD, AdamW, Executor, Fira, GaLore
+from lightning_optim import APOLLO, APOLLOSVD, AdafactorHF, AdamW, Executor, Fira, Flora, GaLore
 from lightning_optim.core.work import Refresh
 from lightning_optim.ops.projection import Method, Side, aligned, leading_vectors, left_out, project, sides
 
@@ -23,7 +23,7 @@ def matrices(count: int, *shape: int, seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape, generator=made, dtype=torch.float64) for _ in range(count)]
 
 
-def moved(cls: type[Executor], grads: list[Tensor], **settings: Any) -> Tensor:
+def moved(cls: Any, grads: list[Tensor], **settings: Any) -> Tensor:
     """Where a parameter goes from zero."""
     p = Parameter(torch.zeros_like(grads[0]))
     optimizer = cls([p], weight_decay=0.0, **settings)
@@ -103,6 +103,26 @@ def test_apollo_projections_keep_norms_on_average() -> None:
         found.append((project(g, optimizer.state[p]["projection_left"], None).norm() / g.norm()).square())
     found = torch.stack(found)
     assert (found.mean() - 1).abs() < 4 * found.std() / 10 and found.std() > 0.01
+
+
+def test_flora_without_momentum_is_adafactor() -> None:
+    grads, settings = matrices(4, 5, 9), {"lr": 0.01, "scale_parameter": False, "relative_step": False, "beta1": None}
+    assert torch.equal(moved(Flora, grads, rank=2, **settings), moved(AdafactorHF, grads, **settings))
+
+
+def test_flora_keeps_its_momentum_on_average() -> None:
+    """Over many seeds, and over a projection that is drawn anew: P C is the momentum of steps that are all alike."""
+    g = matrices(1, 8, 12)[0].sign()  # a gradient whose step is itself
+    settings = {"lr": 1.0, "rank": 4, "refresh": "fixed:2", "clip_threshold": 1e9}
+    before, after = [], []
+    for seed in range(400):
+        found = [-moved(Flora, [g] * count, seed=seed, **settings) for count in (2, 3)]
+        before.append(found[0] - 0.1 * g)
+        after.append(found[1] - found[0])
+    for steps, share in ((before, 0.19), (after, 0.271)):
+        found = torch.stack(steps)
+        error = (found.mean(0) - share * g).abs() / (found.std(0) / 20)
+        assert error.max() < 4.5 and found.std(0).min() > 0.01
 
 
 # -- projections ------------------------------------------------------------------------------------------------------
