@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainin
 from transformers.training_args import OptimizerNames
 
 from hf_integration import OptimizerFactory, attach, create_optimizer, register
+from hf_integration.register import _value
 from lightning_optim import Executor, build_optimizer
 from tests.test_hf import (
     ENVIRONMENT,

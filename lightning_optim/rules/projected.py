@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, Slot, zeros
+from lightning_optim.ops.moments import adam_moments
 from lightning_optim.ops.norms import growth_factor, norm
 from lightning_optim.ops.projection import OVERSAMPLING, Method, Side, leading_vectors, left_out, project, sides
 from lightning_optim.rules.adafactor import AdafactorHF
@@ -129,8 +130,7 @@ class Projected(Subspace):
             (u, c) of the formulae above.
         """
         b1, b2 = self.betas
-        s.exp_avg.lerp_(x, 1 - b1)
-        s.exp_avg_sq.mul_(b2).addcmul_(x, x, value=1 - b2)
+        adam_moments(s.exp_avg, s.exp_avg_sq, x, x, self.betas)
         correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if self.correct_bias else 1.0
         return s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), correction
 
