@@ -1,9 +1,36 @@
-"""Ratios of moments, and compressed second moments."""
+"""First and second moments of gradients, whole and compressed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def gram(x: Tensor, *, left: bool) -> Tensor:
+    """X x^T or x^T x.
+
+    Args:
+        x: `[..., m, n]`.
+        left: whether of the rows.
+
+    Returns:
+        `[..., m, m]` or `[..., n, n]`.
+    """
+    return x @ x.mT if left else x.mT @ x
+
+
+def adam_moments(m: Tensor, v: Tensor, first: Tensor, second: Tensor, betas: tuple[float, float]) -> None:
+    """Adam's averages, in place: m <- b1 m + (1 - b1) first;  v <- b2 v + (1 - b2) second^2.
+
+    Args:
+        m: first moment, written.
+        v: second moment, written.
+        first: gradient in the basis of m.
+        second: gradient in the basis of v; the same one, where m and v share a basis.
+        betas: (b1, b2).
+    """
+    m.lerp_(first, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(second, second, value=1 - betas[1])
 
 
 def rank_one(a: Tensor, iterations: int = 5) -> tuple[Tensor, Tensor]:

@@ -137,20 +137,49 @@ class AdafactorHF(Rule):
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         assert p is not None
-        weight, (eps1, eps2) = t**self.decay_rate, self.eps
-        u = g * g
+        a = self.size(p, t)
+        return self.decayed(self.stepped(self.ratio(g, s, t), a, s), p, a)
+
+    def ratio(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
+        """Take g into the second moment.
+
+        Returns:
+            u before it is clipped, a new tensor.
+        """
+        weight, u = t**self.decay_rate, g * g
         if hasattr(s, "variance"):
-            s.variance.lerp_(u.add_(eps1), weight)
-            torch.mul(g, s.variance.rsqrt(), out=u)
-        else:
-            update_means_(s.row_var, s.col_var, u, weight, eps1)
-            over_root(g, s.row_var, s.col_var, out=u)
+            s.variance.lerp_(u.add_(self.eps[0]), weight)
+            return torch.mul(g, s.variance.rsqrt(), out=u)
+        update_means_(s.row_var, s.col_var, u, weight, self.eps[0])
+        return over_root(g, s.row_var, s.col_var, out=u)
+
+    def size(self, p: Tensor, t: int) -> Tensor:
+        """The size of a step per unit lr.
+
+        Returns:
+            a / lr, `[b, 1, 1]`.
+        """
         scale = _relative(self.lr, t, 1e-4 * t if self.warmup_init else 1.0) if self.relative_step else 1.0
-        a = scale * (rms(p).clamp(min=eps2) if self.scale_parameter else g.new_ones(1, 1, 1))
+        return scale * (rms(p).clamp(min=self.eps[1]) if self.scale_parameter else p.new_ones(1, 1, 1))
+
+    def stepped(self, u: Tensor, a: Tensor, s: SimpleNamespace) -> Tensor:
+        """Clip u, scale it by a, and take it into the momentum if there is one.
+
+        Returns:
+            The direction without decay; `u` is written.
+        """
         clip_rms_(u, self.clip_threshold).mul_(a)
         if self.beta1 is not None:
             s.exp_avg.mul_(self.beta1).add_(u, alpha=(1 - self.beta1) * self.lr)
             u = s.exp_avg / self.lr if self.lr else torch.zeros_like(u)
+        return u
+
+    def decayed(self, u: Tensor, p: Tensor, a: Tensor) -> Tensor:
+        """Add the decay, which is scaled like the step.
+
+        Returns:
+            The direction.
+        """
         return u.addcmul_(p, a, value=self.weight_decay) if self.weight_decay else u
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
-from lightning_optim.ops.basis import gram, project, restore
 from lightning_optim.ops.eigenbasis import eigenbasis
+from lightning_optim.ops.moments import gram
 from lightning_optim.ops.norms import norm
+from lightning_optim.ops.projection import lift, project
 from lightning_optim.ops.roots import Method, inverse_root
 from lightning_optim.ops.tiles import filled, joined, tiles
 
@@ -163,7 +164,7 @@ class Shampoo(Rule):
         if self.preconditioner == "root":
             return project(x, **roots)
         second = s.exp_avg_sq.unflatten(-2, (-1, x.shape[-2])) / self._correction(t)
-        return restore(project(x, **roots) / second.sqrt_().add_(self.eps), **roots)
+        return lift(project(x, **roots) / second.sqrt_().add_(self.eps), **roots)
 
     def _merged(self, m: int, n: int) -> tuple[int, int]:
         """Rows and columns of what is preconditioned: a small matrix may be one vector."""

@@ -8,23 +8,35 @@ SETTINGS = [
 
 
 def step(p, g, state, t, h):
-    eps1, eps2 = h["eps"]
+    a, d = parts(p, g, state, t, h)
+    return p - h["weight_decay"] * a * p - d
+
+
+def parts(p, g, state, t, h):
+    """The size of a step and the step without decay, of p's gradient or of a projection of it."""
+    u = ratio(g, state, t, h)
+    a = size(p, t, h)
+    d = a * u / max(1.0, rms(u) / h["clip_threshold"])
+    if h["beta1"] is not None:
+        d = state["m"] = h["beta1"] * state.get("m", 0) + (1 - h["beta1"]) * d
+    return a, d
+
+
+def ratio(g, state, t, h):
+    eps1 = h["eps"][0]
     b = 1 - t ** h["decay_rate"]
     square = g**2 + eps1
-    if p.ndim < 2:
+    if g.ndim < 2:
         v = state["v"] = b * state.get("v", 0) + (1 - b) * square
     else:
         row = state["row"] = b * state.get("row", 0) + (1 - b) * square.mean(1)
         column = state["column"] = b * state.get("column", 0) + (1 - b) * square.mean(0)
         v = row[:, None] * column[None, :] / row.mean()
-    u = g / v.sqrt()
-    u = u / max(1.0, rms(u) / h["clip_threshold"])
+    return g / v.sqrt()
+
+
+def size(p, t, h):
     a = h["lr"]
     if h["relative_step"]:
         a = min(a * 1e-4 * t if h["warmup_init"] else a, t**-0.5)
-    if h["scale_parameter"]:
-        a = a * max(eps2, rms(p))
-    d = a * u
-    if h["beta1"] is not None:
-        d = state["m"] = h["beta1"] * state.get("m", 0) + (1 - h["beta1"]) * d
-    return p - h["weight_decay"] * a * p - d
+    return a * max(h["eps"][1], rms(p)) if h["scale_parameter"] else a
