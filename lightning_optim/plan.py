@@ -27,7 +27,9 @@ class Row:
     group: str
     reason: str
     state_bytes: dict[str, int]
-    """By slot; the 4 bytes of the step count apart."""
+    """By slot, scales included; the 4 bytes of the step count apart."""
+    host_bytes: int = 0
+    """How many of them rest in host memory, for a model on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Plan:
     def state_bytes(self) -> int:
         """Bytes of state of all parameters, step counts included."""
         return sum(sum(r.state_bytes.values()) + 4 for r in self.rows)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of state that rest in host memory, for a model on CUDA."""
+        return sum(r.host_bytes for r in self.rows)
 
     @property
     def parameters(self) -> int:
@@ -70,9 +77,9 @@ class Plan:
             text.append(f"| {name}{times} | {size} | {role} | {rule} | {slots} | {reason} |")
         owners = ", ".join(f"{rule} {share:.1%}" for rule, share in self.shares().items())
         text.append(f"\n{self.parameters:,} trainable weights: {owners}")
-        text.append(
-            f"{_bytes(self.state_bytes)} of state, {self.state_bytes / max(1, self.parameters):.2f} B per weight"
-        )
+        away = f", {_bytes(self.host_bytes)} of it in host memory" if self.host_bytes else ""
+        each = self.state_bytes / max(1, self.parameters)
+        text.append(f"{_bytes(self.state_bytes)} of state, {each:.2f} B per weight{away}")
         return "\n".join(text)
 
 
@@ -94,13 +101,15 @@ def plan(model: nn.Module, name: str, *, lr: float = 1e-3, **settings: Any) -> P
         rule = rule_of(group)
         for label, p in zip(group["param_names"], group["params"], strict=True):
             dims, _ = dims_of(rule, group, p.shape)
-            slots = rule.declared(*dims[1:], vector=p.ndim < 2)
-            state = {
-                key: storage.rest_dtype(slot, p.dtype).itemsize * math.prod(storage.rest_shape(slot, p.shape, dims))
-                for key, slot in slots.items()
-            }
+            state, away = {}, 0
+            for key, slot in rule.declared(*dims[1:], vector=p.ndim < 2).items():
+                form = storage.form_of(slot, p.shape, dims, p.dtype, group, sums=rule.reduces)
+                state[key] = form.nbytes
+                away += form.nbytes if form.kind == "host" else 0
+            if storage.compensated(p.dtype, group):
+                state[storage.COMPENSATION] = p.numel() * p.dtype.itemsize
             trait = traits[label]
-            rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state))
+            rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state, away))
     return Plan(rows)
 
 

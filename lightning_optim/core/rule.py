@@ -41,12 +41,16 @@ class Slot:
         fill: start value: a number, or `"eye"` for an identity per matrix.
         dtype: None for float32 (float64 for float64 parameters).
         rank: what `r` stands for; filled in by `Rule.declared`.
+        nonnegative: whether no value is ever below zero (second moments); 8-bit storage has a finer map for those.
+        exact: whether the values must not rest narrower than declared (a basis); square slots never do.
     """
 
     letters: str
     fill: float | Literal["eye"] = 0.0
     dtype: torch.dtype | None = None
     rank: int | None = None
+    nonnegative: bool = False
+    exact: bool = False
 
     def shape(self, m: int, n: int) -> tuple[int, int]:
         """The shape of this slot for one `m x n` matrix.
@@ -64,13 +68,13 @@ class Slot:
         return rows, columns
 
 
-def zeros(letters: str, dtype: torch.dtype | None = None) -> Slot:
+def zeros(letters: str, dtype: torch.dtype | None = None, *, nonnegative: bool = False, exact: bool = False) -> Slot:
     """Declare a slot that starts at zero.
 
     Returns:
         The declaration.
     """
-    return Slot(letters, 0.0, dtype)
+    return Slot(letters, 0.0, dtype, nonnegative=nonnegative, exact=exact)
 
 
 def eye(letters: str, dtype: torch.dtype | None = None) -> Slot:

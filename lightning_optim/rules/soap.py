@@ -55,7 +55,7 @@ class SOAP(Rule):
             raise ValueError(f"soap: precondition_frequency must be at least 1, got {self.precondition_frequency}")
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
-        out = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn")}
+        out = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
         if m <= self.max_precond_dim and not vector:
             out |= {"factor_left": zeros("mm"), "basis_left": eye("mm")}
         if n <= self.max_precond_dim and (self.precondition_1d or not vector):
