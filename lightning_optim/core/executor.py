@@ -51,8 +51,9 @@ class Executor(torch.optim.Optimizer):
     * `param_rounding`: how bfloat16 weights are rounded: `"stochastic"`, `"nearest"`, or `"kahan"`, to nearest with
       what was lost kept in one more narrow tensor (float16 weights: to nearest unless `"kahan"`).
     * `state_storage`: how state rests between steps; arithmetic is float32 always. `"fp32"`; `"bf16"`, rounded
-      stochastically; `"int8"`, codes of the dynamic map with one scale per `storage_block` (256) elements; `"fp8"`,
-      e4m3 with such scales; `"host"`, pinned memory of the host for parameters on CUDA. Tensors with fewer than
+      stochastically; `"int8"`, codes of the dynamic map with one scale per `storage_block` (256) elements;
+      `"int8_grid"`, the same codes, rounded faster and coarser, as bitsandbytes does on a CPU; `"fp8"`, e4m3 with
+      such scales; `"host"`, pinned memory of the host for parameters on CUDA. Tensors with fewer than
       `storage_min` (4096) elements, square factors, bases and row or column statistics stay float32 (all but the
       small ones go to the host). Settings come back with a checkpoint; another storage, set later, converts.
     * `transposed`: matrices are stored inputs x outputs (Transformers' Conv1D); rules see outputs as rows.

@@ -20,11 +20,11 @@ from lightning_optim.core.rule import Slot
 from lightning_optim.ops import quantize
 from lightning_optim.ops.rounding import stochastic_round
 
-Storage = Literal["fp32", "bf16", "int8", "fp8", "host"]
+Storage = Literal["fp32", "bf16", "int8", "int8_grid", "fp8", "host"]
 
 COMPENSATION = "compensation"
 """The state entry that holds what rounding left of a narrow weight, under `param_rounding="kahan"`."""
-CODES = {"int8": torch.uint8, "fp8": torch.int8}
+CODES = {"int8": torch.uint8, "int8_grid": torch.uint8, "fp8": torch.int8}
 """Dtype of the codes at rest; e4m3 as its bit patterns, which every collective can move."""
 
 
