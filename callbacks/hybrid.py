@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import lookup
 from lightning_optim.lightning import configure_optimizers
+from lightning_optim.plan import describe
 
 
 class HybridOptimizer(Callback):
@@ -19,6 +23,10 @@ class HybridOptimizer(Callback):
     `configure_optimizers` is not called, and need not exist. Everything else stays Lightning's: clipping,
     accumulation, checkpoints. To resume, give the callback again; it keeps nothing in the checkpoint. A module of
     manual optimization gets one optimizer from `self.optimizers()`, whatever number it expects.
+
+    It also says what every parameter is, which rule has it and how much state: the table is the text `roles` in
+    TensorBoard and `roles.md` in the trainer's `log_dir`, beside the checkpoints, and is written anew as soon as
+    parameters are frozen, unfrozen or added. A trainer without logger and checkpoints gets no file.
 
     Args:
         name: of the main rule, `python -m lightning_optim list` prints them.
@@ -38,6 +46,8 @@ class HybridOptimizer(Callback):
         self._settings: dict[str, Any] = dict(lr=lr, schedule=schedule, warmup_steps=warmup_steps, **settings)
         self._replaced: tuple[LightningModule, Any] | None = None
         self._log: Callable[..., None] | None = None
+        self._folder: Path | None = None
+        self._written: Any = None
 
     @property
     def log(self) -> Callable[..., None] | None:
@@ -67,6 +77,40 @@ class HybridOptimizer(Callback):
         """
         if stage == "fit":
             self._replace(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out where the table is to be written, on all ranks.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+        """
+        folder = trainer.log_dir if trainer.loggers or trainer.checkpoint_callbacks else None
+        self._folder, self._written = Path(folder) if folder else None, None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Write the table if it is no longer true.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+            batch: not looked at.
+            batch_idx: not looked at.
+        """
+        if self._folder is None or not trainer.is_global_zero:
+            return
+        optimizer = cast("Executor", trainer.optimizers[0])
+        owned = [(group["name"], *map(id, group["params"])) for group in optimizer.param_groups]
+        now = [(id(p), p.requires_grad) for p in pl_module.parameters()], owned
+        if now == self._written:
+            return
+        self._written = now
+        text = f"{type(pl_module).__name__} at step {trainer.global_step}\n\n{describe(pl_module, optimizer)}\n"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "roles.md").write_text(text, encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("roles", text, trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its own method back.

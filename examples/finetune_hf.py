@@ -1,27 +1,34 @@
-"""Fine-tune a causal language model on text files with Transformers' own `Trainer` and any optimizer.
+"""Fine-tune a causal language model with Transformers' own `Trainer` and any optimizer.
 
     python examples/pretrain_lightning.py
     python examples/finetune_hf.py --optim muon
-    python examples/finetune_hf.py --model DIR --data FILE [FILE ...] --optim muon --learning_rate 2e-5
+    python examples/finetune_hf.py --model DIR --data chats.jsonl --lora --packing --optim muon --learning_rate 2e-5
 
 Without `--model` it continues from the tiny model that the first command makes, without `--data` on files of Python's
-standard library that the pretraining has not seen. Every tenth row of tokens is held out and evaluated before and
-after. Every flag of `transformers.TrainingArguments` works. A run that was killed continues, bit for bit, with
-`--resume_from_checkpoint true` added to its command.
+standard library that the pretraining has not seen. `--data` takes text files, jsonl with `text`, `prompt` and
+`completion`, or `messages`, and directories that `datasets` saved with the same columns; only completions and what the
+assistant says are learned. Every tenth row, or `--eval_data`, is held out and evaluated before and after.
+
+Every flag of `transformers.TrainingArguments` works: `--bf16`, `--gradient_checkpointing`, `--report_to`, ... A run
+that was killed continues, bit for bit, with `--resume_from_checkpoint true` added to its command; so does a run of
+Transformers' AdamW with `--optim muon`, its schedule and AdamW's moments kept.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from text import blocks, read, standard_library
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from records import Row, collate, pack, read_records, samples, stream
+from text import standard_library
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -31,10 +38,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    default_data_collator,
+    set_seed,
 )
 
-from hf_integration import TrainingArguments, last_checkpoint
+from hf_integration import KeepSchedule, TrainingArguments, last_checkpoint
 
 PRETRAINED = "runs/pretrain/model"
 MAX_BLOCK = 1024
@@ -60,28 +67,30 @@ class Arguments:
     """What is fine-tuned, and on what."""
 
     model: str = field(default=PRETRAINED, metadata={"help": "Directory or hub id of a causal language model."})
-    data: list[str] = field(default_factory=list, metadata={"help": "UTF-8 text files; default: Python sources."})
+    dtype: str = field(default="auto", metadata={"help": "Of the weights: bfloat16, ...; default: as they were saved."})
+    data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Text files, .jsonl, or directories of `datasets`; default: Python sources."},
+    )
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "The same; default: every tenth row of data."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja file, for `messages` and a tokenizer that has no chat template."}
+    )
     block_size: int | None = field(
         default=None, metadata={"help": f"Tokens per row; default: the model's context, at most {MAX_BLOCK}."}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Several records per row, or all as one stream, as text files always are."}
+    )
+    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters; the model itself stays as it is."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their factor, times the rank."})
+    lora_target: list[str] = field(
+        default_factory=list, metadata={"help": "Names of the layers that get one; default: all linear ones."}
     )
     threads: int | None = field(
         default=None, metadata={"help": "Of the CPU; default: 1 for the tiny default model, else PyTorch's choice."}
     )
-
-
-class Rows(Dataset[dict[str, Tensor]]):
-    """Rows of tokens as a causal language model takes them: it shifts the labels itself."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One row, input and label at once."""
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
 class PrintGroups(TrainerCallback):
@@ -89,6 +98,8 @@ class PrintGroups(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Print one line per param group."""
+        if not state.is_world_process_zero:
+            return
         for i, group in enumerate(kwargs["optimizer"].param_groups):
             count = sum(p.numel() for p in group["params"])
             lr, decay = group.get("initial_lr", group["lr"]), group.get("weight_decay", 0.0)
@@ -149,44 +160,61 @@ def checkpoint(args: TrainingArguments) -> str | None:
     return last_checkpoint(folder, before=args.max_steps if args.max_steps > 0 else None)
 
 
-def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(ours: Arguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
     Args:
-        name: directory or hub id.
+        ours: names them.
 
     Returns:
         Model and tokenizer.
 
     Raises:
-        SystemExit: the pretrained model was not made yet.
+        SystemExit: the pretrained model was not made yet, or cannot take packed rows.
     """
-    if name == PRETRAINED and not Path(name, "config.json").is_file():
-        raise SystemExit(f"{name} is missing; `python examples/pretrain_lightning.py` makes it, or give --model")
-    return AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    if ours.model == PRETRAINED and not Path(ours.model, "config.json").is_file():
+        raise SystemExit(f"{ours.model} is missing; `python examples/pretrain_lightning.py` makes it, or give --model")
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(ours.model, dtype=ours.dtype)
+    if ours.packing and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise SystemExit(f"--packing: {type(model).__name__} takes no position_ids, which keep packed records apart")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(ours.model)
+    if ours.chat_template:
+        tokenizer.chat_template = Path(ours.chat_template).read_text(encoding="utf-8")
+    return model, tokenizer
 
 
-def split(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """Tokenize texts into one stream and cut it into rows.
+def rows(ours: Arguments, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[list[Row], list[Row]]:
+    """Read, tokenize and cut the data.
 
     Args:
-        tokenizer: the model's; its end token, if it has one, follows every text.
-        texts: the contents of the files.
+        ours: names it.
+        tokenizer: the model's.
         length: tokens per row.
 
     Returns:
-        Rows to train on, and every tenth row, held out.
+        Rows to train on and rows held out.
 
     Raises:
-        SystemExit: there is too little text.
+        SystemExit: there is too little data, or a record that cannot be read.
     """
-    end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
-    ids = cast("list[list[int]]", tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"])
-    rows = blocks([token for text in ids for token in text + end], length)
-    if len(rows) < 2:
-        raise SystemExit(f"{len(rows)} rows of {length} tokens are too few; give more text or a smaller --block_size")
-    held_out = torch.arange(len(rows)) % 10 == 1
-    return rows[~held_out], rows[held_out]
+    paths = [Path(p) for p in ours.data] or standard_library("finetune")
+    files = all(path.is_file() and path.suffix != ".jsonl" for path in paths)
+    try:
+        data, held_out = read_records(paths), read_records([Path(p) for p in ours.eval_data])
+        plain = all("text" in r and not {"messages", "prompt"} & r.keys() for r in [*data, *held_out])
+        if plain and (files or ours.packing):
+            train, evaluation = (stream(tokenizer, [r["text"] for r in part], length) for part in (data, held_out))
+        else:
+            train, evaluation = (samples(tokenizer, part, length) for part in (data, held_out))
+    except ValueError as e:
+        raise SystemExit(str(e)) from e
+    if not held_out:
+        train, evaluation = [row for i, row in enumerate(train) if i % 10 != 1], train[1::10]
+    if not train or not evaluation:
+        raise SystemExit(f"too little data for rows of {length} tokens; give more, or a smaller --block_size")
+    if ours.packing and not plain:
+        train, evaluation = (list(pack(part, length)) for part in (train, evaluation))
+    return train, evaluation
 
 
 def main() -> None:
@@ -195,18 +223,25 @@ def main() -> None:
     torch.set_num_threads(ours.threads or (1 if ours.model == PRETRAINED else torch.get_num_threads()))
     resume = checkpoint(args)
     logs = os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir or ".") / "tensorboard"))
-    model, tokenizer = load(ours.model)
+    set_seed(args.seed)
+    model, tokenizer = load(ours)
     context = getattr(model.config.get_text_config(), "max_position_embeddings", MAX_BLOCK)
-    texts = read([Path(p) for p in ours.data] or standard_library("finetune"))
-    train, evaluation = split(tokenizer, texts, ours.block_size or min(context, MAX_BLOCK))
+    train, evaluation = rows(ours, tokenizer, ours.block_size or min(context, MAX_BLOCK))
+    adapters = LoraConfig(
+        r=ours.lora_rank,
+        lora_alpha=ours.lora_alpha,
+        target_modules=ours.lora_target or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     trainer = Trainer(
-        model,
+        get_peft_model(model, adapters) if ours.lora else model,
         args,
-        data_collator=default_data_collator,
-        train_dataset=Rows(train),
-        eval_dataset=Rows(evaluation),
+        data_collator=partial(collate, pad=pad),
+        train_dataset=cast("Dataset[Row]", train),
+        eval_dataset=cast("Dataset[Row]", evaluation),
         processing_class=tokenizer,
-        callbacks=[PrintGroups()],
+        callbacks=[PrintGroups(), KeepSchedule()],
         optimizer_cls_and_kwargs=args.optimizer_cls_and_kwargs(),
     )
     before = trainer.evaluate()["eval_loss"]
@@ -214,11 +249,12 @@ def main() -> None:
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     trainer.save_state()
-    print(f"evaluation before: loss {before:.4f}, perplexity {math.exp(before):.2f}")
-    print(f"evaluation after:  loss {after:.4f}, perplexity {math.exp(after):.2f}")
-    print(f"model and tokenizer: {args.output_dir}")
-    if "tensorboard" in (args.report_to or []):
-        print(f"TensorBoard: tensorboard --logdir {logs}")
+    if trainer.is_world_process_zero():
+        print(f"evaluation before: loss {before:.4f}, perplexity {math.exp(before):.2f}")
+        print(f"evaluation after:  loss {after:.4f}, perplexity {math.exp(after):.2f}")
+        print(f"model and tokenizer: {args.output_dir}")
+        if "tensorboard" in (args.report_to or []):
+            print(f"TensorBoard: tensorboard --logdir {logs}")
 
 
 if __name__ == "__main__":

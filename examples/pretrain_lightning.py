@@ -15,6 +15,7 @@ import argparse
 import time
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,32 @@ from lightning_optim import configure_optimizers
 from lightning_optim.lightning import SCHEDULES
 from lightning_optim.optimizers import CLASSES
 
+
+@dataclass(frozen=True)
+class Preset:
+    """The shape of a model."""
+
+    vocabulary: int
+    context: int
+    width: int
+    inner: int
+    """Width of the MLP."""
+    layers: int
+    heads: int
+    tied: bool = False
+    """Whether the output layer is the embedding."""
+
+
 PRESETS = {
-    "tiny": {"vocabulary": 1024, "context": 64, "width": 128, "layers": 2, "heads": 4},
-    "small": {"vocabulary": 4096, "context": 256, "width": 384, "layers": 6, "heads": 6},
+    "tiny": Preset(1024, 64, 128, 352, 2, 4, tied=True),
+    "small": Preset(4096, 256, 384, 1056, 6, 6, tied=True),
+    # The shapes of Zhao et al. 2024, arXiv:2403.03507 (GaLore). From 60m on they are Table 10 of Gong et al. 2025,
+    # arXiv:2502.07752 (RACS, Alice), whose last row is wrong: the memory it reports is that of this 1b.
+    "9m": Preset(32_000, 256, 128, 352, 4, 4),
+    "60m": Preset(32_000, 256, 512, 1376, 8, 8),
+    "130m": Preset(32_000, 256, 768, 2048, 12, 12),
+    "350m": Preset(32_000, 256, 1024, 2736, 24, 16),
+    "1b": Preset(32_000, 256, 2048, 5461, 24, 32),
 }
 VALIDATION_TOKENS = 2**15
 
@@ -46,16 +70,16 @@ def texts(files: Sequence[str]) -> tuple[list[str], list[str]]:
     return [t[: len(t) * 19 // 20] for t in found], [t[len(t) * 19 // 20 :] for t in found]
 
 
-def build_model(vocabulary: int, preset: dict[str, int]) -> LlamaForCausalLM:
-    """A new model with tied embeddings."""
+def build_model(vocabulary: int, preset: Preset) -> LlamaForCausalLM:
+    """A new model of this shape."""
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=preset["width"],
-        intermediate_size=preset["width"] * 11 // 4,
-        num_hidden_layers=preset["layers"],
-        num_attention_heads=preset["heads"],
-        max_position_embeddings=preset["context"],
-        tie_word_embeddings=True,
+        hidden_size=preset.width,
+        intermediate_size=preset.inner,
+        num_hidden_layers=preset.layers,
+        num_attention_heads=preset.heads,
+        max_position_embeddings=preset.context,
+        tie_word_embeddings=preset.tied,
         use_cache=False,
         bos_token_id=None,
         eos_token_id=EOS,
@@ -87,6 +111,7 @@ class Pretraining(L.LightningModule):
             weight_decay=s.weight_decay,
             schedule=s.schedule,
             warmup_steps=s.warmup_steps,
+            momentum_warmup_steps=s.momentum_warmup_steps,
             total_steps=s.max_steps,
         )
 
@@ -164,13 +189,14 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="tiny", help="size of the model")
+    add("--preset", choices=PRESETS, default="tiny", help="size of the model, the tokenizer included")
     add("--data", nargs="+", default=[], metavar="FILE", help="text files; default: the standard library's sources")
     add("--optim", choices=CLASSES, default="adamw", metavar="NAME", help="python -m lightning_optim list")
     add("--learning_rate", type=float, default=3e-3, help="AdamW's, whatever the optimizer (default %(default)s)")
     add("--weight_decay", type=float, default=0.1, help="default %(default)s")
     add("--schedule", choices=SCHEDULES, default="cosine", help="after the warm-up")
     add("--warmup_steps", type=int, default=60, help="default %(default)s")
+    add("--momentum_warmup_steps", type=int, default=0, help="from 0.85 to the optimizer's own (default %(default)s)")
     add("--max_steps", type=int, default=600, help="optimizer steps (default %(default)s)")
     add("--batch_size", type=int, default=16, help="rows per batch (default %(default)s)")
     add("--accumulate", type=int, default=1, help="batches per optimizer step")
@@ -199,9 +225,9 @@ def main() -> None:
     if last:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "model")
     else:
-        tokenizer = train_tokenizer(corpus, preset["vocabulary"])
+        tokenizer = train_tokenizer(corpus, preset.vocabulary)
         tokenizer.save_pretrained(output / "model")
-    rows, val_rows = (encode(tokenizer, part, preset["context"]) for part in (corpus, held_out))
+    rows, val_rows = (encode(tokenizer, part, preset.context) for part in (corpus, held_out))
     val_rows = val_rows[:: max(1, val_rows.numel() // VALIDATION_TOKENS)]
     order = shuffled(len(rows), args.max_steps * args.accumulate * args.batch_size, args.seed)
     train = Batches(rows, order, args.batch_size)
@@ -233,6 +259,7 @@ def main() -> None:
     loss = trainer.validate(module, validation, verbose=False)[0]["val_loss"]
     module.model.save_pretrained(output / "model")
 
+    size = sum(p.numel() for p in module.parameters())
     entropy = unigram_entropy(val_rows, len(tokenizer))
     print(f"unigram entropy of the validation text: {entropy:.4f} nat")
     print(f"validation loss: {loss:.4f} nat, {entropy - loss:.4f} below")
@@ -240,7 +267,7 @@ def main() -> None:
         print(f"tokens per second: {progress.tokens / progress.seconds:.0f}")
     print(f"processor time: {time.process_time():.1f} s")
     print(f"TensorBoard: tensorboard --logdir {output}")
-    print(f"model and tokenizer: {output / 'model'}")
+    print(f"model and tokenizer, {size:,} weights: {output / 'model'}")
 
 
 if __name__ == "__main__":

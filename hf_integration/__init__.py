@@ -2,8 +2,16 @@
 
 from hf_integration.arguments import TrainingArguments
 from hf_integration.attach import attach
-from hf_integration.checkpoint import last_checkpoint
+from hf_integration.checkpoint import KeepSchedule, last_checkpoint
 from hf_integration.factory import OptimizerFactory, create_optimizer
 from hf_integration.register import register
 
-__all__ = ["OptimizerFactory", "TrainingArguments", "attach", "create_optimizer", "last_checkpoint", "register"]
+__all__ = [
+    "KeepSchedule",
+    "OptimizerFactory",
+    "TrainingArguments",
+    "attach",
+    "create_optimizer",
+    "last_checkpoint",
+    "register",
+]

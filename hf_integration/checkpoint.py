@@ -1,10 +1,26 @@
-"""Which of a Trainer's checkpoints a run can continue from."""
+"""Which of a Trainer's checkpoints a run can continue from, those of Transformers' own AdamW among them."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback
+
+from hf_integration.settings import ADAM
+from lightning_optim import Executor, lookup
+
+_log = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""Slots of `torch.optim.AdamW`, the last with `amsgrad` only."""
 
 
 def last_checkpoint(folder: str | Path, *, before: int | None = None) -> str | None:
@@ -31,3 +47,83 @@ def _complete(checkpoint: Path) -> bool:
         return bool(json.loads((checkpoint / "trainer_state.json").read_bytes()))
     except (OSError, ValueError):
         return False
+
+
+class KeepSchedule(TrainerCallback):
+    """Fits the schedule of a checkpoint of Transformers' AdamW, which has two groups, to the groups of our optimizer.
+
+    Trainer(..., optimizer_cls_and_kwargs=(OptimizerFactory, ...), callbacks=[KeepSchedule()]).train(checkpoint)
+
+    The optimizers of this package take AdamW's `optimizer.pt` by themselves; this is for `scheduler.pt`. `attach` and
+    `register` add it. Without such a checkpoint it changes nothing.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give every group its own learning rate at the schedule's present place."""
+        scheduler, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
+        if isinstance(scheduler, LambdaLR) and all("rule" in group for group in groups):
+            scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def accept_adamw(optimizer: Executor, model: nn.Module) -> None:
+    """Let `optimizer.load_state_dict` take what `torch.optim.AdamW` saved.
+
+    AdamW's groups may be the Trainer's (decayed and not decayed), or one of all trainable parameters in the model's
+    order, or have names. Parameters that AdamW or Adam owns here, too, go on with its moments; every other rule begins
+    afresh. Settings stay those of `optimizer`; learning rates are where the checkpoint's schedule was.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        model: it was built for.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    decayed = set(Trainer.get_decay_parameter_names(cast("Trainer", None), model))
+    split = [[n for n in names if n in decayed], [n for n in names if n not in decayed]]
+
+    def translated(optimizer: Any, saved: dict[str, Any]) -> dict[str, Any] | None:
+        groups = saved["param_groups"]
+        if not groups or any("rule" in group or "betas" not in group for group in groups):
+            return None
+        return _translated(optimizer, saved, _named(groups, [names] if len(groups) == 1 else split))
+
+    optimizer.register_load_state_dict_pre_hook(translated)
+
+
+def _named(groups: Sequence[Mapping[str, Any]], expected: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Parameter names and the numbers they were saved under."""
+    layout = [group.get("param_names", names) for group, names in zip(groups, expected, strict=False)]
+    saved, here = [len(group["params"]) for group in groups], [len(names) for names in layout]
+    if saved != here:
+        raise ValueError(
+            f"the checkpoint's AdamW has groups of {saved} parameters, for this model they would be {here}; "
+            "is it another model's, or were others of its parameters trained?"
+        )
+    return dict(zip(chain(*layout), chain(*(group["params"] for group in groups)), strict=True))
+
+
+def _translated(optimizer: Executor, saved: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict as `optimizer` would have saved it."""
+    for group in saved["param_groups"]:
+        lookup("adamw").translate(dict(group))  # refuses what would change the run
+    unknown = {key for slots in saved["state"].values() for key in slots} - {"step", *MOMENTS}
+    if unknown:
+        raise ValueError(f"the checkpoint's optimizer is not torch's AdamW: it has {', '.join(sorted(unknown))}")
+    first = saved["param_groups"][0]
+    factor = first["lr"] / first["initial_lr"] if first.get("initial_lr") else 1.0
+    groups: list[dict[str, Any]] = []
+    state: dict[int, Any] = {}
+    for group in optimizer.param_groups:
+        start = sum(len(g["params"]) for g in groups)
+        own = {k: v for k, v in group.items() if k != "params"}
+        own |= {"lr": own["initial_lr"] * factor} if "initial_lr" in own else {}
+        groups.append({**own, "params": list(range(start, start + len(group["params"])))})
+        if group["rule"] in ADAM:
+            kept = ("step", *MOMENTS[: 3 if group["amsgrad"] else 2])
+            for i, name in zip(groups[-1]["params"], group["param_names"], strict=True):
+                slots = saved["state"].get(numbers.get(name), {})
+                state |= {i: {k: v for k, v in slots.items() if k in kept}} if slots else {}
+    afresh = sorted({group["rule"] for group in groups} - set(ADAM))
+    fresh = f"; {', '.join(afresh)} begins afresh" if afresh else ""
+    _log.warning("went on from AdamW's checkpoint: moments of %s of %s parameters%s", len(state), len(numbers), fresh)
+    return {**saved, "state": state, "param_groups": groups}

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_integration.checkpoint import accept_adamw
 from lightning_optim import Executor, build_optimizer
 
 
@@ -30,7 +31,7 @@ class OptimizerFactory:
         Returns:
             One optimizer for the whole model.
         """
-        return build_optimizer(model, name, lr=lr, **settings)
+        return create_optimizer(model, name, lr=lr, **settings)
 
 
 def create_optimizer(model: nn.Module, name: str, *, lr: float, **settings: Any) -> Executor:
@@ -41,6 +42,9 @@ def create_optimizer(model: nn.Module, name: str, *, lr: float, **settings: Any)
     The model must be placed already, and the Trainer takes no finished optimizer under FSDP or with `model_init`:
     `OptimizerFactory` and `attach` work there, too. The Trainer's `--learning_rate` and `--weight_decay` are not used.
 
+    Unlike `build_optimizer`'s, its `load_state_dict` also takes an `optimizer.pt` of the Trainer's or torch's AdamW:
+    AdamW's moments go on where AdamW still owns the parameter.
+
     Args:
         model: any module, adapters included; its trainable parameters are taken.
         name: of the main rule.
@@ -50,4 +54,6 @@ def create_optimizer(model: nn.Module, name: str, *, lr: float, **settings: Any)
     Returns:
         One optimizer for the whole model.
     """
-    return build_optimizer(model, name, lr=lr, **settings)
+    optimizer = build_optimizer(model, name, lr=lr, **settings)
+    accept_adamw(optimizer, model)
+    return optimizer

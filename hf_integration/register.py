@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+from transformers import trainer as of_transformers
 from transformers.training_args import OptimizerNames
 
 from hf_integration.arguments import TrainingArguments
+from hf_integration.checkpoint import KeepSchedule
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import check_settings, with_flags
 from lightning_optim.core.rule import REGISTRY
@@ -27,11 +29,12 @@ def register() -> list[str]:
     `build_optimizer`. Transformers splits it at commas, so a pair is written with a colon: `betas=0.9:0.95`. It is read
     when the optimizer is built, in `train()`. The learning rate, weight decay and Adam's betas and eps are the flags'.
 
-    Names that Transformers has (`sgd`, `adafactor`) stay its own; `OptimizerFactory` and `attach` give ours. A saved
-    `training_args.bin` holds the name as a plain string and loads without this package; to train from it, call
-    `register()` again, or the Trainer refuses the name.
+    Names that Transformers has (`sgd`, `adagrad`, `rmsprop`, `adafactor`) stay its own; `OptimizerFactory` and `attach`
+    give ours. A saved `training_args.bin` holds the name as a plain string and loads without this package; to train
+    from it, call `register()` again, or the Trainer refuses the name.
 
-    Extends two tables of Transformers that are not public. Calling it again adds only rules defined since.
+    Extends two tables of Transformers that are not public, and its list of default callbacks by `KeepSchedule`. Calling
+    it again adds only rules defined since.
 
     Returns:
         The names that were added.
@@ -40,6 +43,9 @@ def register() -> list[str]:
         RuntimeError: this release of Transformers has no such tables; nothing was changed.
     """
     handlers = _handlers()
+    callbacks = getattr(of_transformers, "DEFAULT_CALLBACKS", None)
+    if isinstance(callbacks, list) and KeepSchedule not in callbacks:
+        callbacks.append(KeepSchedule)
     added = [name for name in sorted(REGISTRY) if name not in OptimizerNames._value2member_map_]
     for name in added:
         handlers[_add_member(name)] = _settings

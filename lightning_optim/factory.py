@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import OPTIONS, rule_of, settings_of
+from lightning_optim.core.groups import OPTIONS, rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, lookup, nearest
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.partition import Override, assign
@@ -86,7 +86,52 @@ def build_optimizer(
     optimizer = CLASSES[rule.name](ordered)
     optimizer.defaults.update(settings | {"lr": lr, "weight_decay": weight_decay, "lr_convention": lr_convention})
     _say_native(optimizer, lr_convention)
+
+    def divide(group: dict[str, Any]) -> list[dict[str, Any]]:
+        again = build_optimizer(
+            model,
+            name,
+            lr=lr,
+            weight_decay=weight_decay,
+            rest=rest,
+            rest_lr=rest_lr,
+            rest_settings=rest_settings,
+            lr_convention=lr_convention,
+            overrides=overrides,
+            last_layer=last_layer,
+            **settings,
+        )
+        return _divided(group, again, {g["name"] for g in optimizer.param_groups})
+
+    optimizer.divide = divide
     return optimizer
+
+
+def _divided(group: Mapping[str, Any], like: Executor, taken: Collection[str]) -> list[dict[str, Any]]:
+    """A group that joins, as groups like those of an optimizer that has its parameters from the start.
+
+    Args:
+        group: names no rule.
+        like: the optimizer built anew, with the parameters that are trained now.
+        taken: names of groups that are there.
+
+    Returns:
+        One group per rule and role; what `like` does not have comes last, under the main rule.
+    """
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    left = {id(p[1] if isinstance(p, tuple) else p): p for p in params}
+    given = {k: v for k, v in group.items() if k not in ("params", "name", "lr")}
+    share = group["lr"] / like.defaults["lr"] if "lr" in group and like.defaults["lr"] else 1.0
+    out: list[dict[str, Any]] = []
+    for g in like.param_groups:
+        mine = [(n, p) for n, p in zip(g["param_names"], g["params"], strict=True) if left.pop(id(p), None) is not None]
+        if mine:
+            label = f"{group['name']}/{g['name']}" if "name" in group else g["name"]
+            of_role = {k: v for k, v in given.items() if k != "weight_decay" or g["role"] != "vector"}
+            out.append({**g, **of_role, "name": unused(label, taken), "lr": g["lr"] * share, "params": mine})
+    if left:
+        out.append({**group, "rule": like.defaults["rule"], "params": list(left.values())})
+    return out
 
 
 def _check_names(rule: type[Rule], settings: Mapping[str, Any]) -> None:

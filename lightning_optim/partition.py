@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from lightning_optim.core.chunks import Blocks
 from lightning_optim.core.rule import lookup, nearest
 
 Role = Literal[
@@ -46,8 +47,10 @@ class Trait:
     reason: str
     transposed: bool = False
     """Stored as inputs x outputs."""
-    blocks: int | None = None
-    """Equal blocks of outputs that are matrices of their own."""
+    blocks: Blocks = None
+    """How the outputs are cut into matrices of their own, as the option `blocks` of the executor."""
+    heads: int | None = None
+    """Equal blocks of outputs that are attention heads."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ def roles(model: nn.Module) -> dict[str, Trait]:
     * `embedding`: of an `nn.Embedding`, a tied head included;
     * `head`: of the output layer: what `get_output_embeddings()` returns (Transformers), the last linear layer outside
       the base model (classifiers), or the last one with as many outputs as the largest embedding has rows;
-    * `qkv`: the larger of the two linear layers of an attention module, query, key and value in one;
+    * `qkv`: the larger of the two linear layers of an attention module, query, key and value in one; cut into them
+      where the order of the rows is known (`APART`, `GROUPED`);
     * `gate_up`: the larger of the two linear layers of a module, twice as wide as the other's input;
     * `experts`: three-dimensional, of a module that says its number of experts; `router`: one row per expert beside it;
     * `lora_a`, `lora_b`, `lora_embedding`: of a PEFT layer;
@@ -89,7 +93,7 @@ def roles(model: nn.Module) -> dict[str, Trait]:
         Parameter name, as in `named_parameters`, to its trait.
     """
     known: dict[int, Trait] = {}
-    for find in (_linear_layers, _fused_layers, _experts, _lora, _heads, _embeddings):
+    for find in (_linear_layers, _attention_layers, _fused_layers, _experts, _lora, _heads, _embeddings):
         known.update({id(p): trait for p, trait in find(model) if isinstance(p, Tensor)})
     out: dict[str, Trait] = {}
     for name, p in model.named_parameters():
@@ -125,31 +129,85 @@ def _linear_layers(model: nn.Module) -> Found:
     for module in model.modules():
         kind = type(module).__name__
         if isinstance(module, nn.MultiheadAttention):
-            yield module.in_proj_weight, Trait("qkv", f"input projection of {kind}", blocks=3)
+            heads = module.num_heads
+            yield module.in_proj_weight, Trait("qkv", f"input projection of {kind}", blocks=3, heads=3 * heads)
             for p in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
-                yield p, Trait("hidden", f"input projection of {kind}")
+                yield p, Trait("hidden", f"input projection of {kind}", heads=heads)
         elif isinstance(module, nn.modules.conv._ConvNd):
             yield module.weight, Trait("conv", f"weight of {kind}")
         elif _is_linear(module) and getattr(module.weight, "ndim", 0) == 2:
             yield module.weight, Trait("hidden", f"weight of {kind}", transposed=_is_conv1d(module))
 
 
+APART = {"GPT2Attention", "ModernBertAttention", "MptAttention", "Phi3Attention", "Phi4MultimodalAttention"}
+"""Transformers' attention modules whose fused layer has all rows of queries, then of keys, then of values."""
+GROUPED = {
+    "BloomAttention",
+    "FalconAttention",
+    "GPTBigCodeAttention",
+    "GPTNeoXAttention",
+    "GPTNeoXJapaneseAttention",
+    "PersimmonAttention",
+}
+"""Those whose fused layer has, for each key head, its queries, the key and the value."""
+
+
+def _head_size(module: nn.Module, outputs: int) -> int | None:
+    """Rows of one head of an attention module, None of other modules."""
+    for key in ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim"):
+        if isinstance(getattr(module, key, None), int):
+            return getattr(module, key)
+    for key in ("num_heads", "num_attention_heads", "n_heads"):
+        if isinstance(count := getattr(module, key, None), int) and count and outputs % count == 0:
+            return outputs // count
+    return None
+
+
+def _children(parent: nn.Module) -> list[nn.Module]:
+    return [m for m in parent.children() if _is_linear(m) and getattr(m.weight, "ndim", 0) == 2]
+
+
+def _attention_layers(model: nn.Module) -> Found:
+    """Query, key and value are the first three linear layers of an attention module, with one input."""
+    for parent in model.modules():
+        linear = _children(parent)
+        found = linear[:3]
+        if len(found) < 3 or len({_sides(m)[1] for m in found}) > 1:
+            continue
+        outputs, size = [_sides(m)[0] for m in found], _head_size(parent, _sides(found[0])[0])
+        if not size or (len(linear) == 3 and len(set(outputs)) > 1):  # the third may be the output projection
+            continue
+        for m, count in zip(found, outputs, strict=True):
+            if count % size == 0:
+                turned = _is_conv1d(m)
+                yield m.weight, Trait("hidden", f"projection of {type(parent).__name__}", turned, heads=count // size)
+
+
 def _fused_layers(model: nn.Module) -> Found:
     for parent in model.modules():
-        linear = [m for m in parent.children() if _is_linear(m) and getattr(m.weight, "ndim", 0) == 2]
+        linear = _children(parent)
         if len(linear) != 2:
             continue
         wide, back = sorted(linear, key=lambda m: -_sides(m)[0])
         (outputs, inputs), (width, inner) = _sides(wide), _sides(back)
-        kind, turned = type(parent).__name__, _is_conv1d(wide)
-        heads = any(isinstance(getattr(parent, k, None), int) for k in ("head_dim", "head_size", "num_heads"))
+        kind, turned, size = type(parent).__name__, _is_conv1d(wide), _head_size(parent, inner)
         if inputs != width or outputs <= inner:
             continue
-        if heads:
-            # only GPT-2's layer is known to keep query, key and value apart; others interleave heads
-            yield wide.weight, Trait("qkv", f"query, key, value of {kind}", turned, 3 if turned else None)
-        elif outputs == 2 * inner:
-            yield wide.weight, Trait("gate_up", f"gate and up of {kind}", turned, 2)
+        if size is None:
+            if outputs == 2 * inner:
+                yield wide.weight, Trait("gate_up", f"gate and up of {kind}", turned, 2)
+            continue
+        keys = (outputs - inner) // 2
+        whole = inner % size == keys % size == 0 and outputs == inner + 2 * keys
+        if not whole or inner % keys or any(isinstance(m, nn.modules.conv._ConvNd) for m in parent.children()):
+            continue  # a state-space layer
+        blocks: Blocks = None
+        if kind in APART:
+            blocks = 3 if keys == inner else (inner, keys, keys)
+        elif kind in GROUPED:
+            blocks = (inner // keys * size, size, size)
+        reason = f"query, key, value of {kind}" + (", in an order that is not known" if blocks is None else "")
+        yield wide.weight, Trait("qkv", reason, turned, blocks, outputs // size)
 
 
 def _experts(model: nn.Module) -> Found:
@@ -162,9 +220,11 @@ def _experts(model: nn.Module) -> Found:
             turned, kind = bool(getattr(module, "is_transposed", False)), type(module).__name__
             inner = min(p.numel() for p in own if p.ndim == 3)
             for p in own:
-                fused = p.numel() == 2 * inner and getattr(module, "is_concatenated", False)
+                fused: Blocks = None
+                if p.numel() == 2 * inner and hasattr(module, "is_concatenated"):
+                    fused = 2 if module.is_concatenated else (1, 1)
                 if p.ndim == 3:
-                    yield p, Trait("experts", f"matrices of {kind}", turned, 2 if fused else None)
+                    yield p, Trait("experts", f"matrices of {kind}", turned, fused)
                 else:
                     yield p, Trait("vector", f"biases of {kind}")
             for sibling in (m for m in parent.children() if m is not module):

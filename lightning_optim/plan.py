@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lightning_optim.core import storage
-from lightning_optim.core.groups import dims_of, rule_of
+from lightning_optim.core.executor import Executor
+from lightning_optim.core.groups import parts_of, rule_of
+from lightning_optim.core.work import forms_for
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import roles
 
@@ -34,9 +36,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One row per trainable parameter, in the order of the groups."""
+    """One row per trainable parameter that the optimizer has, in the order of the groups; and the others' names."""
 
     rows: Sequence[Row]
+    frozen: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of parameters that are not trained."""
+    unowned: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of parameters that get gradients, but that no group has: they never move."""
 
     @property
     def state_bytes(self) -> int:
@@ -80,6 +86,11 @@ class Plan:
         away = f", {_bytes(self.host_bytes)} of it in host memory" if self.host_bytes else ""
         each = self.state_bytes / max(1, self.parameters)
         text.append(f"{_bytes(self.state_bytes)} of state, {each:.2f} B per weight{away}")
+        for said, found in (("frozen", self.frozen), ("trainable, but in no group", self.unowned)):
+            if found:
+                size, names = sum(math.prod(shape) for shape in found.values()), Counter(map(_layerless, found))
+                listed = ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in names.items())
+                text.append(f"\n{size:,} weights {said}: {listed}")
         return "\n".join(text)
 
 
@@ -95,22 +106,38 @@ def plan(model: nn.Module, name: str, *, lr: float = 1e-3, **settings: Any) -> P
     Returns:
         The plan.
     """
-    optimizer = build_optimizer(model, name, lr=lr, **settings)
-    traits, rows = roles(model), []
+    return describe(model, build_optimizer(model, name, lr=lr, **settings))
+
+
+def describe(model: nn.Module, optimizer: Executor) -> Plan:
+    """Say what an optimizer does with a model now, whatever was frozen, unfrozen or added since it was built.
+
+    Args:
+        model: any module.
+        optimizer: of this model.
+
+    Returns:
+        The plan; printed, it is a Markdown table.
+    """
+    traits, rows, names = roles(model), [], {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         rule = rule_of(group)
-        for label, p in zip(group["param_names"], group["params"], strict=True):
-            dims, _ = dims_of(rule, group, p.shape)
-            state, away = {}, 0
-            for key, slot in rule.declared(*dims[1:], vector=p.ndim < 2).items():
-                form = storage.form_of(slot, p.shape, dims, p.dtype, group, sums=rule.reduces)
-                state[key] = form.nbytes
-                away += form.nbytes if form.kind == "host" else 0
+        for p in group["params"]:
+            label = names.get(id(p), "")
+            if label not in traits:
+                continue
+            parts, _ = parts_of(rule, group, p.shape)
+            forms = forms_for(rule, group, p, parts)
+            state = {key: form.nbytes for key, form in forms.items()}
+            away = sum(form.nbytes for form in forms.values() if form.kind == "host")
             if storage.compensated(p.dtype, group):
                 state[storage.COMPENSATION] = p.numel() * p.dtype.itemsize
             trait = traits[label]
             rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state, away))
-    return Plan(rows)
+    owned = {row.name for row in rows}
+    others = {name: p for name, p in model.named_parameters() if name not in owned}
+    frozen = {name: tuple(p.shape) for name, p in others.items() if name not in traits}
+    return Plan(rows, frozen, {name: tuple(p.shape) for name, p in others.items() if name in traits})
 
 
 def _size(row: Row) -> int:

@@ -79,6 +79,7 @@ def give(ps: dict[str, Parameter], t: int, *, without: str = "") -> None:
 
 def make(name: str, ps: Any, **settings: Any) -> Executor:
     """A rule's own optimizer class."""
+    settings = refreshing(name) | settings
     return optimizers.CLASSES[name](ps.values() if isinstance(ps, dict) else ps, **settings)  # pyright: ignore
 
 
@@ -93,7 +94,12 @@ def run(name: str, ps: dict[str, Parameter], steps: range, optimizer: Executor |
 
 def settings_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """All hyperparameters, defaults included."""
-    return {**hyperparameters(REGISTRY[name]), **given}
+    return {**hyperparameters(REGISTRY[name]), **refreshing(name), **given}
+
+
+def refreshing(name: str) -> dict[str, Any]:
+    """A policy that does not ask which other parameters there are, and is due in any run of three steps."""
+    return {"refresh": "fixed:2"} if REGISTRY[name].costly else {}
 
 
 def tensors(optimizer: Executor) -> list[Tensor]:

@@ -13,10 +13,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_optim.core import work
 from lightning_optim.core.groups import rule_of
-from lightning_optim.core.rule import ADAMW_RMS, REGISTRY
+from lightning_optim.core.rule import ADAMW_RMS, REGISTRY, Slot
 from lightning_optim.core.storage import rest_shape, work_dtype
 from lightning_optim.docs import state_bytes
+from tests.references import noise
 from tests.rules import (
     NAMES,
     assert_equal,
@@ -36,6 +38,19 @@ from tests.rules import (
 )
 
 every_rule = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random numbers of a matrix come from its index among all; here from its shape, so that it may be alone."""
+
+    def drawn(job: Any, chunk: Any, frame: Any, letters: str, stream: int) -> torch.Tensor:
+        b, m, n = chunk[0].dims
+        rank = min(getattr(job.rule, "rank", 1), m, n)
+        one = noise(Slot(letters, rank=rank).shape(m, n), chunk[0].t, stream)
+        return one.to(work_dtype(chunk[0].param.dtype)).expand(b * len(chunk), *one.shape)
+
+    monkeypatch.setattr(work, "_noise", drawn)
 
 
 @pytest.mark.parametrize(("name", "given"), cases())

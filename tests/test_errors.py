@@ -12,7 +12,20 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import Parameter
 
-from lightning_optim import SGD, Adafactor, Adam, AdamW, Executor, Lion, Muon, build_optimizer
+from lightning_optim import (
+    SGD,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    AMSGrad,
+    Executor,
+    Lion,
+    Muon,
+    RMSprop,
+    Signum,
+    build_optimizer,
+)
 from tests.rules import gradient
 
 
@@ -73,6 +86,11 @@ def model() -> nn.Module:
         (lambda: Muon([{"params": [matrix()], "momentun": 0.5}]), "no setting 'momentun'; did you mean 'momentum'"),
         (lambda: build_optimizer(model(), "muon", lr=1.0, overrides=[("hidden", None, {"momentun": 0.5})]), "momentun"),
         (lambda: SGD([matrix()], nesterov=True), "nesterov needs momentum"),
+        (lambda: RMSprop([matrix()], alpha=1.0), "needs alpha < 1 and momentum < 1, got 1.0, 0.0"),
+        (lambda: RMSprop([matrix()], momentum=1.5), "needs alpha < 1 and momentum < 1, got 0.99, 1.5"),
+        (lambda: Adagrad([matrix()], initial_accumulator_value=-1.0), "initial_accumulator_value must be a finite num"),
+        (lambda: AMSGrad([matrix()], amsgrad=False), "amsgrad=False is adam"),
+        (lambda: Signum([matrix()], momentum=1.0), "signum: momentum must be below 1"),
         (lambda: Lion([matrix()], on_nonfinite="rise"), "on_nonfinite: unknown value 'rise'.*'raise'"),  # pyright: ignore
         (lambda: Lion([matrix()], param_rounding="up"), "param_rounding: unknown value 'up'"),  # pyright: ignore
         (lambda: AdamW([Parameter(torch.randn(3, dtype=torch.complex64))]), "complex parameters are not supported"),
@@ -172,6 +190,9 @@ def test_loading_another_optimizers_checkpoint_is_refused() -> None:
         (torch.optim.AdamW, AdamW, {"lr": 0.01, "betas": (0.8, 0.9), "fused": True}),
         (torch.optim.Adam, Adam, {"lr": 0.01, "weight_decay": 0.1, "fused": True}),
         (torch.optim.SGD, SGD, {"lr": 0.01, "momentum": 0.9, "fused": True}),
+        (torch.optim.Adam, AMSGrad, {"lr": 0.01, "amsgrad": True, "fused": True}),
+        (torch.optim.Adagrad, Adagrad, {"lr": 0.01, "lr_decay": 0.1, "initial_accumulator_value": 0.2, "fused": True}),
+        (torch.optim.RMSprop, RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True, "weight_decay": 0.1}),
         (torch.optim.Muon, Muon, {"lr": 0.01, "weight_decay": 0.1}),
     ],
 )
@@ -191,7 +212,7 @@ def test_checkpoints_of_torch_load(old_class: Any, new_class: Any, settings: dic
         for p, optimizer in ((ours, new), (theirs, old)):
             p.grad = gradient(p, "p", t)
             optimizer.step()
-    if new_class is Muon:  # torch multiplies its shape scale into lr, we into the direction
+    if new_class in (Muon, RMSprop):  # torch multiplies Muon's shape scale into lr, and divides by RMSprop's root last
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
     else:
         assert torch.equal(ours, theirs)
@@ -220,6 +241,7 @@ def test_settings_of_torch_are_translated() -> None:
     [
         (AdamW, torch.optim.AdamW, {"maximize": True}, "maximize=True, which adamw does not do"),
         (AdamW, torch.optim.Adam, {"weight_decay": 0.1}, "has the L2 form, which is adam's, not adamw's"),
+        (AMSGrad, torch.optim.Adam, {}, "amsgrad=False is adam"),
         (Adam, torch.optim.AdamW, {"weight_decay": 0.1}, "has the decoupled form, which is adamw's, not adam's"),
         (AdamW, torch.optim.RMSprop, {}, "the checkpoint has no 'exp_avg'"),
         (Lion, torch.optim.SGD, {"momentum": 0.9}, "the checkpoint has no 'exp_avg'"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_optim import assign, build_optimizer, roles
+from lightning_optim import Executor, assign, build_optimizer, roles
+from lightning_optim.partition import Override
+from lightning_optim.plan import describe
 from tests.rules import gradient
 
 
@@ -146,6 +149,74 @@ def test_rules_without_scale_say_so(caplog: pytest.LogCaptureFixture) -> None:
         build_optimizer(Block(), name, lr=0.1)
     build_optimizer(Block(), "sgd", lr=0.1, lr_convention="native")
     assert not caplog.records
+
+
+OVERRIDES: list[Override] = [("out.*", None, {"weight_decay": 0.3})]
+
+
+def late(lr: float | None = 0.01, **settings: Any) -> tuple[Block, Executor]:
+    """A model whose attention, convolution and embedding joined its optimizer later, with a tenth of the lr."""
+    torch.manual_seed(0)
+    model = Block()
+    joins = [model.attention, model.convolution, model.lm_head_norm]
+    for module in joins:
+        module.requires_grad_(False)
+    optimizer = build_optimizer(model, "muon", lr=0.1, rest_lr=0.02, weight_decay=0.1, overrides=OVERRIDES)
+    for module in joins:
+        module.requires_grad_(True)
+    given = {} if lr is None else {"lr": lr}
+    optimizer.add_param_group({"params": (p for m in joins for p in m.parameters()), **given, **settings})
+    return model, optimizer
+
+
+def test_group_without_a_rule_is_divided_as_from_the_start() -> None:
+    (model, optimizer), whole = late(), Block()
+    whole.load_state_dict(model.state_dict())
+    expected = build_optimizer(whole, "muon", lr=0.1, rest_lr=0.02, weight_decay=0.1, overrides=OVERRIDES)
+    joined = ("attention", "convolution", "lm_head_norm")
+
+    def settings(of: Executor) -> dict[str, dict[str, Any]]:
+        skip = ("params", "param_names", "name", "lr")
+        return {n: {k: v for k, v in g.items() if k not in skip} for g in of.param_groups for n in g["param_names"]}
+
+    assert settings(optimizer) == settings(expected)
+    lrs = [{n: g["lr"] for g in o.param_groups for n in g["param_names"]} for o in (optimizer, expected)]
+    assert lrs[0] == pytest.approx({n: lr / 10 if n.startswith(joined) else lr for n, lr in lrs[1].items()})
+    names = [g["name"] for g in optimizer.param_groups]
+    assert len(set(names)) == len(names) and names[-1] == "adamw/conv"
+
+
+def test_divided_group_keeps_what_it_gives() -> None:
+    groups = {g["name"]: g for g in late(None, name="thawed", weight_decay=0.5)[1].param_groups}
+    assert {k: (g["lr"], g["weight_decay"]) for k, g in groups.items() if k.startswith("thawed")} == {
+        "thawed/muon/hidden": (0.1, 0.5),
+        "thawed/muon/qkv/3 blocks": (0.1, 0.5),
+        "thawed/adamw/embedding": (0.02, 0.5),
+        "thawed/adamw/vector": (0.02, 0.0),
+        "thawed/adamw/conv": (0.02, 0.5),
+    }
+
+
+def test_group_of_another_model_gets_the_main_rule_or_an_error() -> None:
+    _, optimizer = late()
+    count = len(optimizer.param_groups)
+    with pytest.raises(ValueError, match="muon needs a matrix, got shape"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == count
+    optimizer.add_param_group({"params": nn.Parameter(torch.zeros(3, 2)), "lr": 0.5})
+    assert (optimizer.param_groups[-1]["rule"], optimizer.param_groups[-1]["lr"]) == ("muon", 0.5)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "rule": "lion"})
+    assert optimizer.param_groups[-1]["rule"] == "lion"
+
+
+def test_plan_of_an_optimizer_follows_what_is_frozen() -> None:
+    model, optimizer = late()
+    model.out.requires_grad_(False)
+    model.extra = nn.Linear(2, 2, bias=False)
+    found = describe(model, optimizer)
+    assert len(found.rows) == len(list(model.parameters())) - 2
+    assert found.frozen == {"out.weight": (20, 8)} and found.unowned == {"extra.weight": (2, 2)}
+    assert "\n160 weights frozen: out.weight\n\n4 weights trainable, but in no group: extra.weight" in str(found)
 
 
 def test_a_model_trains() -> None:

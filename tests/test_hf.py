@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_integration import TrainingArguments, last_checkpoint
+from hf_integration import KeepSchedule, TrainingArguments, create_optimizer, last_checkpoint
 from lightning_optim import Executor
 
 ROOT = Path(__file__).parents[1]
@@ -266,14 +267,37 @@ class Watch(TrainerCallback):
         self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
 
 
-def test_the_schedule_multiplies_every_group_and_group_0_is_logged(tmp_path: Path):
-    watch = Watch()
-    args = arguments(tmp_path, max_steps=6, warmup_steps=2, lr_scheduler_type="linear", rest_learning_rate=1e-3)
+WARMUP, STEPS = 2, 8
+
+SCHEDULES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
+    "linear": ({}, lambda t: (STEPS - t) / (STEPS - WARMUP)),
+    "cosine": ({}, lambda t: (1 + math.cos(math.pi * (t - WARMUP) / (STEPS - WARMUP))) / 2),
+    "constant_with_warmup": ({}, lambda t: 1.0),
+    "inverse_sqrt": ({}, lambda t: math.sqrt(WARMUP / t)),
+    "warmup_stable_decay": (
+        {"num_decay_steps": 4, "decay_type": "linear"},
+        lambda t: min(1.0, (STEPS - t) / 4),
+    ),
+}
+"""Settings, and the factor after the warmup."""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_reaches_every_group(tmp_path: Path, schedule: str):
+    watch, (settings, factor) = Watch(), SCHEDULES[schedule]
+    args = arguments(
+        tmp_path,
+        max_steps=STEPS,
+        warmup_steps=WARMUP,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=settings,
+        rest_learning_rate=1e-3,
+    )
     trainer = trainer_of(llama(), args, watch)
     trainer.train()
-    factors = [0, 1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]
+    factors = [t / WARMUP if t < WARMUP else factor(t) for t in range(STEPS)]
     base = {"muon/hidden": 1e-2, "adamw/embedding": 1e-3, "adamw/vector": 1e-3}
-    assert watch.rates == [pytest.approx({k: lr * factor for k, lr in base.items()}) for factor in factors]
+    assert watch.rates == [pytest.approx({k: lr * f for k, lr in base.items()}) for f in factors]
     assert logged(trainer, "learning_rate") == [rates["muon/hidden"] for rates in watch.rates]
 
 
@@ -340,6 +364,230 @@ def test_resuming_inside_an_epoch_is_exact(tmp_path: Path, optim: str, dtype: to
     for state in [*saved["state"].values(), *cast("Executor", resumed.optimizer).state.values()]:
         assert {value.dtype for value in state.values()} == {torch.float32}
     assert {p.dtype for p in model_of(resumed).parameters()} == {dtype}
+
+
+class Scale(TrainerCallback):
+    """Notes the loss scale, the learning rate and the weights after every step, taken or skipped."""
+
+    def __init__(self) -> None:
+        self.scales: list[float] = []
+        self.rates: list[float] = []
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.scales.append(kwargs["optimizer"].scaler.get_scale())
+        self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+        self.weights.append(weights(kwargs["model"]))
+
+
+def test_the_scaler_of_fp16_skips_steps(tmp_path: Path):
+    """Accelerate makes no scaler on a CPU (`--fp16` is float32 there), so the Trainer is given torch's."""
+    seen = Scale()
+    args = arguments(tmp_path, fp16=True, max_steps=16, lr_scheduler_type="linear", warmup_steps=0)
+    trainer = trainer_of(llama(), args, seen)
+    assert trainer.accelerator.scaler is None
+    trainer.accelerator.native_amp = True
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=100)  # pyright: ignore[reportPrivateImportUsage]
+    trainer.accelerator.scaler = scaler
+    seen.weights.append(weights(model_of(trainer)))
+    trainer.train()
+    skipped = [now < before for before, now in zip([2.0**24, *seen.scales], seen.scales, strict=False)]
+    assert 3 <= sum(skipped) <= 12
+    taken = 0
+    for t, skip in enumerate(skipped):
+        assert seen.rates[t] == pytest.approx(1e-2 * (1 - taken / 16))  # the schedule waits
+        for name, p in seen.weights[t + 1].items():
+            assert torch.equal(p, seen.weights[t][name]) == skip, f"step {t}: {name}"
+        taken += not skip
+    assert {float(state["step"]) for state in cast("Executor", trainer.optimizer).state.values()} == {taken}
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path: Path):
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for group in kwargs["optimizer"].param_groups:
+                group["lr"] = 1e-3 if state.global_step < 4 else 5.0
+
+    args = arguments(
+        tmp_path,
+        max_steps=8,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=2,
+        eval_steps=2,
+        load_best_model_at_end=True,
+        per_device_train_batch_size=8,
+    )
+    trainer = Trainer(
+        llama(),
+        args,
+        train_dataset=Tokens(),
+        eval_dataset=Tokens(),
+        callbacks=[Spoil()],
+        optimizer_cls_and_kwargs=args.optimizer_cls_and_kwargs(),
+    )
+    trainer.train()
+    losses = dict(zip(range(2, 9, 2), logged(trainer, "eval_loss"), strict=True))
+    assert min(losses, key=lambda step: losses[step]) == 4 and losses[8] > losses[4] + 0.1
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert_same({k: v for k, v in weights(model_of(trainer)).items() if k in saved}, saved)
+
+
+DISTRIBUTED = """
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast
+
+from tests.test_hf import arguments, llama, model_of, trainer_of, weights
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+
+def train(folder, resume=None, **settings):
+    flags = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim_args": "ns_dtype=float32"}
+    args = arguments(Path(folder), ddp_backend="gloo", **flags)
+    trainer = trainer_of(llama(), args)
+    trainer.train(resume)
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel" and args.world_size == 2
+    return weights(model_of(trainer)), trainer.optimizer.optimizer
+
+
+whole, optimizer = train("whole")
+first = {name: broadcast(p.clone(), 0) for name, p in whole.items()}
+assert all(first[name].equal(p) for name, p in whole.items()), "the ranks have different weights"
+resumed, again = train("resumed", "whole/checkpoint-3")
+assert all(resumed[name].equal(p) for name, p in whole.items()), "resuming is not exact"
+for mine, other in zip(optimizer.state.values(), again.state.values(), strict=True):
+    assert mine.keys() == other.keys() and all(mine[k].equal(other[k]) for k in mine)
+if len(sys.argv) > 1 and torch.distributed.get_rank() == 0:
+    torch.save(whole, sys.argv[1])
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.dist
+def test_two_processes_train_as_one_and_resume_exactly(tmp_path: Path):
+    (tmp_path / "script.py").write_text(DISTRIBUTED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, "script.py", "weights.pt"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    distributed, start = torch.load(tmp_path / "weights.pt", weights_only=True), weights(llama())
+    model = llama()
+    args = arguments(tmp_path, max_steps=6, per_device_train_batch_size=4, optim_args="ns_dtype=float32")
+    trainer_of(model, args).train()
+    for name, p in weights(model).items():
+        moved, apart = float((p - start[name]).norm()), float((p - distributed[name]).norm())
+        assert apart < 1e-3 * moved, f"{name}: moved {moved}, apart {apart}"
+
+
+# -- a checkpoint of AdamW --------------------------------------------------------------------------------------------
+
+
+def stopped_adamw(folder: Path, model: PreTrainedModel, **settings: Any) -> Trainer:
+    """Transformers' own AdamW, with a checkpoint in the middle of its run."""
+    flags: dict[str, Any] = {"optim": "adamw_torch_fused", "weight_decay": 0.1, "max_steps": 8, "warmup_steps": 2}
+    flags |= {"save_strategy": "steps", "save_steps": 4}
+    trainer = trainer_of(model, arguments(folder, **(flags | settings)))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(("optim", "make"), [("adamw_torch_fused", llama), ("adamw_torch", lambda: llama(tied=False))])
+def test_adamw_goes_on_from_adamw(tmp_path: Path, make: Callable[[], PreTrainedModel], optim: str):
+    """In the same `output_dir`; bit for bit where the kernel is the same."""
+    theirs = stopped_adamw(tmp_path, make(), optim=optim)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    args = arguments(tmp_path, optim="adamw", weight_decay=0.1, max_steps=8, warmup_steps=2)
+    ours = trainer_of(make(), args, KeepSchedule())
+    ours.train(last_checkpoint(tmp_path))
+    assert logged(ours, "learning_rate") == logged(theirs, "learning_rate")
+    if optim == "adamw_torch_fused":
+        assert_same(weights(model_of(ours)), weights(model_of(theirs)))
+        assert logged(ours, "loss") == logged(theirs, "loss")
+    else:
+        assert logged(ours, "loss") == pytest.approx(logged(theirs, "loss"), rel=1e-4)
+
+
+def test_muon_goes_on_from_adamw(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """What AdamW still owns keeps its moments, the matrices begin afresh, and the schedule goes on."""
+    stopped_adamw(tmp_path, llama())
+    checkpoint = tmp_path / "checkpoint-4"
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            optimizer = kwargs["optimizer"].optimizer
+            self.groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+            names = {id(p): name for name, p in kwargs["model"].named_parameters()}
+            self.state = {names[id(p)]: {k: v.clone() for k, v in s.items()} for p, s in optimizer.state.items()}
+
+    look = Look()
+    flags: dict[str, Any] = {"max_steps": 8, "warmup_steps": 2, "rest_learning_rate": 1e-3, "adam_beta2": 0.95}
+    trainer = trainer_of(llama(), arguments(tmp_path, **flags), KeepSchedule(), look)
+    trainer.train(str(checkpoint))
+    assert set(look.state) == {n for n, _ in model_of(trainer).named_parameters() if "proj" not in n}
+    # the Trainer's order: what decays (tied embedding, then the projections of two layers), then the norms
+    embedding, norm = look.state["model.embed_tokens.weight"], look.state["model.norm.weight"]
+    for mine, theirs in ((embedding, saved["state"][0]), (norm, saved["state"][len(saved["state"]) - 1])):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert [(g["initial_lr"], g["lr"]) for g in look.groups] == [
+        pytest.approx((lr, lr * 4 / 6)) for lr in (1e-2, 1e-3, 1e-3)
+    ]
+    assert look.groups[1]["betas"] == (0.9, 0.95)  # settings are this run's
+    assert logged(trainer, "learning_rate")[4:] == pytest.approx([1e-2 * (8 - t) / 6 for t in range(4, 8)])
+    assert "moments of 6 of 20 parameters; muon begins afresh" in caplog.text
+    state = cast("Executor", trainer.optimizer).state
+    for name, group in groups_of(trainer).items():
+        assert {float(state[p]["step"]) for p in group["params"]} == {4.0 if name == "muon/hidden" else 8.0}
+
+
+def test_a_state_dict_of_torchs_adamw_loads(tmp_path: Path):
+    """One group of all parameters, in the model's order; here with GPT-2's transposed layers."""
+    model = gpt2()
+    theirs = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    cast("nn.Module", model)(**{k: v[None] for k, v in Tokens()[0].items()}).loss.backward()
+    theirs.step()
+    ours = create_optimizer(model, "soap", lr=1e-2)
+    ours.load_state_dict(theirs.state_dict())
+    kept = {p for g in ours.param_groups for p in g["params"] if g["rule"] == "adamw"}
+    assert set(ours.state) == kept and {g["lr"] for g in ours.param_groups} == {1e-2}
+    for p in kept:
+        assert all(torch.equal(ours.state[p][k], theirs.state[p][k]) for k in ("step", "exp_avg", "exp_avg_sq"))
+    ours.step()
+    assert {float(s["step"]) for s in ours.state.values()} == {1.0, 2.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"params": [0]}, r"groups of \[1\] parameters, for this model they would be \[\d+\]"),
+        ({"maximize": True}, "maximize=True"),
+        ({"decoupled_weight_decay": False}, "has the L2 form"),
+        ({"state1": True}, "not torch's AdamW: it has state1"),
+    ],
+)
+def test_what_cannot_go_on_is_refused(change: dict[str, Any], message: str):
+    model = llama()
+    saved = torch.optim.AdamW(model.parameters(), weight_decay=0.1).state_dict()
+    if "state1" in change:
+        saved["state"] = {0: {"state1": torch.zeros(1)}}
+    else:
+        saved["param_groups"][0].update(change)
+    optimizer = create_optimizer(model, "muon", lr=1e-2)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path):

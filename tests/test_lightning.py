@@ -12,7 +12,6 @@ import sysconfig
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,7 @@ class Net(L.LightningModule):
         self.name, self.lr, self.settings = name, lr, settings
         self.seen: list[Tensor] = []
         self.lrs: list[list[float]] = []
+        self.momenta: list[list[Any]] = []
 
     def loss(self, batch: Tensor) -> Tensor:
         x = self.embedding(batch)
@@ -96,6 +96,7 @@ class Net(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.lrs.append([group["lr"] for group in optimizer.param_groups])
+        self.momenta.append([group.get("momentum", group.get("betas")) for group in optimizer.param_groups])
 
     def configure_optimizers(self) -> Any:
         return configure_optimizers(self, self.name, lr=self.lr, **self.settings)
@@ -103,7 +104,15 @@ class Net(L.LightningModule):
 
 def trainer(path: Path, **settings: Any) -> L.Trainer:
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return L.Trainer(accelerator="cpu", devices=1, **{"logger": False, "default_root_dir": path, **quiet, **settings})
+    where = {"accelerator": "cpu", "devices": 1, "logger": False, "default_root_dir": path}
+    return L.Trainer(**{**where, **quiet, **settings})
+
+
+def of_precision(precision: Any) -> dict[str, Any]:
+    """The trainer's argument; by name, Lightning takes bf16 on a CPU for 16-mixed."""
+    if precision != "16-mixed":
+        return {"precision": precision}
+    return {"plugins": [MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu"))]}
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
@@ -122,7 +131,7 @@ def cosine(step: int, warmup: int, total: int, least: float = 0.0) -> float:
     return least + (1 - least) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize(("clip", "accumulate"), [(None, 1), (0.05, 1), (0.05, 2)])
 @pytest.mark.parametrize("name", ["muon", "sgd"])
 def test_automatic_optimization_equals_a_plain_loop(
@@ -130,21 +139,25 @@ def test_automatic_optimization_equals_a_plain_loop(
 ) -> None:
     net, plain = Net(name, schedule="cosine", warmup_steps=2), Net(name)
     fit = trainer(
-        tmp_path, max_steps=4, gradient_clip_val=clip, accumulate_grad_batches=accumulate, precision=precision
+        tmp_path, max_steps=4, gradient_clip_val=clip, accumulate_grad_batches=accumulate, **of_precision(precision)
     )
     fit.fit(net, Rows(4 * accumulate))
 
     optimizer = build_optimizer(plain, name, lr=1e-2)
     schedule = LambdaLR(optimizer, lambda step: cosine(step, 2, 4))
     rows = list(Rows(4 * accumulate))
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "16-mixed")
+    dtype = torch.float16 if precision == "16-mixed" else torch.bfloat16
     for k, row in enumerate(rows):
-        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext():
+        with torch.autocast("cpu", dtype, enabled=precision != "32-true"):
             loss = plain.loss(row)
-        (loss / accumulate).backward()
+        scaler.scale(loss / accumulate).backward()
         if (k + 1) % accumulate == 0:
+            scaler.unscale_(optimizer)
             if clip is not None:
                 assert nn.utils.clip_grad_norm_(plain.parameters(), clip) > clip
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             schedule.step()
 
@@ -183,6 +196,43 @@ def test_schedule_of_a_run_of_unknown_length_raises(tmp_path: Path, run: dict[st
         trainer(tmp_path, **run).fit(Net("adamw", schedule="cosine"), loader)
 
 
+WARM = [0.85 + 0.1 * k / 4 for k in range(4)] + [0.95] * 4
+
+
+def test_momentum_warm_up_is_linear_and_of_the_main_rule(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    settings = {"logger": logger, "callbacks": [LearningRateMonitor(log_momentum=True)], "log_every_n_steps": 1}
+    muon = Net("muon", momentum_warmup_steps=4, overrides=[("out.*", "muon", {"momentum": 0.9})])
+    trainer(tmp_path, max_steps=STEPS, **settings).fit(muon, Rows(STEPS))
+    ours, other, *rest = zip(*muon.momenta, strict=True)
+    assert ours == pytest.approx(WARM, rel=1e-14)
+    assert other == pytest.approx([0.85 + 0.05 * min(1, k / 4) for k in range(STEPS)], rel=1e-14)
+    assert {betas for group in rest for betas in group} == {(0.9, 0.999)}
+    found = scalars(tmp_path)
+    logged = [found["lr-Muon/muon/hidden-momentum", step][0] for step in range(STEPS)]
+    assert logged == pytest.approx(WARM, rel=1e-6)
+
+    adamw = Net("adamw", momentum_warmup_steps=2, momentum_start=0.5, betas=(0.9, 0.95))
+    trainer(tmp_path, max_steps=4).fit(adamw, Rows(4))
+    for betas in zip(*adamw.momenta, strict=True):
+        assert betas == ((0.5, 0.95), (0.7, 0.95), (0.9, 0.95), (0.9, 0.95))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("adafactor", {}, "adafactor has no momentum"),
+        ("sgd", {}, r"below the momentum of group 'sgd/\w+', 0.0; got 0.85"),
+        ("muon", {"momentum": 0.8}, "0.8; got 0.85"),
+        ("muon", {"momentum_start": -0.1}, "0.95; got -0.1"),
+        ("muon", {"momentum_warmup_steps": -1}, "must be >= 0, got -1"),
+    ],
+)
+def test_momentum_warm_up_that_cannot_be_raises(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure_optimizers(Net(name), name, lr=1e-3, **{"momentum_warmup_steps": 4, **settings})
+
+
 def test_unknown_schedule_raises() -> None:
     with pytest.raises(ValueError, match="unknown schedule 'cosin'.*cosine"):
         configure_optimizers(Net("adamw"), "adamw", lr=1e-3, schedule="cosin")
@@ -201,9 +251,12 @@ def test_learning_rate_monitor_names_every_group(tmp_path: Path) -> None:
             assert found[tag, step] == [pytest.approx(lr, rel=1e-6)], (tag, step)  # TensorBoard keeps float32
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])  # an elementwise, a reducing and a whole-matrix rule
 @pytest.mark.parametrize("run", [{"max_steps": STEPS}, {"max_epochs": 1}])
-def test_resume_is_bitwise(tmp_path: Path, name: str, run: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "momentum_warmup_steps"),
+    [("adamw", 0), ("adamw", 5), ("adafactor", 0), ("muon", 0), ("muon", 5)],  # elements, sums, matrices
+)
+def test_resume_is_bitwise(tmp_path: Path, name: str, momentum_warmup_steps: int, run: dict[str, int]) -> None:
     class Save(L.Callback):
         def on_train_batch_end(
             self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -212,7 +265,8 @@ def test_resume_is_bitwise(tmp_path: Path, name: str, run: dict[str, int]) -> No
                 trainer.save_checkpoint(tmp_path / "last.ckpt")
 
     def net() -> Net:
-        return Net(name, weight_decay=0.1, schedule="cosine", warmup_steps=2)
+        settings = {"momentum_warmup_steps": momentum_warmup_steps, "momentum_start": 0.5}
+        return Net(name, weight_decay=0.1, schedule="cosine", warmup_steps=2, **settings)
 
     whole, resumed = net(), net()
     first, second = trainer(tmp_path, callbacks=[Save()], **run), trainer(tmp_path, **run)
@@ -221,6 +275,7 @@ def test_resume_is_bitwise(tmp_path: Path, name: str, run: dict[str, int]) -> No
     second.fit(resumed, Rows(STEPS), ckpt_path=tmp_path / "last.ckpt")
 
     assert whole.lrs[3:] == resumed.lrs
+    assert whole.momenta[3:] == resumed.momenta
     assert len(resumed.seen) == STEPS - 3
     assert all(torch.equal(a, b) for a, b in zip(whole.seen[3:], resumed.seen, strict=True))
     assert_same(weights(whole), weights(resumed))
@@ -242,16 +297,38 @@ def test_step_that_the_scaler_skips_changes_nothing(tmp_path: Path) -> None:
             return loss * 1e30 if batch_idx == 0 else loss
 
     net = Overflowing("muon")
-    scaler = torch.amp.GradScaler("cpu")
-    plugin = MixedPrecision("16-mixed", "cpu", scaler)  # by name, Lightning takes bf16 on a CPU
-    fit = trainer(tmp_path, max_steps=3, plugins=[plugin], gradient_clip_val=1.0)
+    fit = trainer(tmp_path, max_steps=3, gradient_clip_val=1.0, **of_precision("16-mixed"))
     fit.fit(net, Rows(3))
     (initial, none), (skipped, still_none), (stepped, some) = net.before
     assert none == still_none == 0
     assert some == len(initial)
     assert_same(initial, skipped)
     assert not any(torch.equal(skipped[name], stepped[name]) for name in skipped)
-    assert scaler.get_scale() == 2.0**15
+    assert fit.precision_plugin.state_dict()["scale"] == 2.0**15
+
+
+def test_presets_have_the_published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import pretrain_lightning as example
+
+    found = {}
+    for name, preset in example.PRESETS.items():
+        with torch.device("meta"):
+            model = example.build_model(preset.vocabulary, preset)
+        found[name] = sum(p.numel() for p in model.parameters())
+    assert found == {
+        "tiny": 533_120,
+        "small": 12_415_872,
+        "9m": 8_995_968,
+        "60m": 58_073_600,
+        "130m": 134_105_856,
+        "350m": 367_969_280,
+        "1b": 1_339_082_752,
+    }
+    # Table 3 of arXiv:2502.07752: GiB of bfloat16 weights and both moments of Adam
+    published = {"60m": 0.32, "130m": 0.75, "350m": 2.05, "1b": 7.48}
+    for name, size in published.items():
+        assert found[name] * 3 * 2 / 2**30 == pytest.approx(size, abs=0.01), name
 
 
 def scalars(directory: Path) -> dict[tuple[str, int], list[float]]:
@@ -269,7 +346,7 @@ def start(output: Path, *flags: str) -> subprocess.Popen[str]:
     """The example, in its own process, on three files of the standard library."""
     library = Path(sysconfig.get_path("stdlib"))
     data = [str(library / name) for name in ("argparse.py", "ast.py", "typing.py")]
-    settings = {"optim": "muon", "max_steps": 40, "warmup_steps": 4, "batch_size": 8}
+    settings = {"optim": "muon", "max_steps": 40, "warmup_steps": 4, "momentum_warmup_steps": 15, "batch_size": 8}
     settings |= {"val_every": 10, "checkpoint_every": 10, "log_every": 1, "output_dir": output}
     command = [sys.executable, str(ROOT / "examples" / "pretrain_lightning.py"), "--data", *data, *flags]
     for key, value in settings.items():

@@ -15,14 +15,17 @@ from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, LearningRateMonitor, WeightAveraging
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
 import lightning_optim
-from lightning_optim import Executor, assign, build_optimizer
+from lightning_optim import Executor, build_optimizer
 from lightning_optim.callbacks import HybridOptimizer
 from lightning_optim.lightning import OptimizerConfig
-from tests.test_lightning import Net, Rows, assert_same, scalars, trainer, weights
+from tests.lightning_jobs import SETTINGS, Save
+from tests.pool import Pool
+from tests.test_lightning import Net, Rows, assert_same, of_precision, scalars, trainer, weights
 from tests.test_lightning import pytestmark as lightning_warnings
 
 pytestmark = [
@@ -62,19 +65,6 @@ def hybrid(**settings: Any) -> HybridOptimizer:
 
 def same_as_hybrid() -> Net:
     return Net("muon", **SCHEDULE, weight_decay=0.1, momentum=0.9)
-
-
-class Save(L.Callback):
-    """A checkpoint in the middle of an epoch."""
-
-    def __init__(self, path: Path, step: int = 3):
-        self.path, self.step = path, step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 class Record(L.Callback):
@@ -124,16 +114,19 @@ def test_callback_equals_configure_optimizers(tmp_path: Path, kind: type[Net]) -
     assert "configure_optimizers" not in vars(net)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-mixed"])
 def test_callback_resumes_bitwise(tmp_path: Path, precision: Any) -> None:
-    settings = {"max_steps": 6, "precision": precision, "gradient_clip_val": 0.5}
-    first = trainer(tmp_path, callbacks=[hybrid(), Save(tmp_path / "last.ckpt")], **settings)
+    def start(*callbacks: L.Callback) -> L.Trainer:
+        settings = {"max_steps": 6, "gradient_clip_val": 0.5, **of_precision(precision)}
+        return trainer(tmp_path, callbacks=list(callbacks), **settings)
+
+    first = start(hybrid(), Save(tmp_path / "last.ckpt"))
     first.fit(Without(""), Rows(6))
-    second = trainer(tmp_path, callbacks=[hybrid()], **settings)
+    second = start(hybrid())
     second.fit(Without(""), Rows(6), ckpt_path=tmp_path / "last.ckpt")
     assert len(second.lightning_module.seen) == 3  # pyright: ignore
     assert_same_run(first, second)
-    configured = trainer(tmp_path, **settings)  # the checkpoint is that of a module with our optimizer
+    configured = start()  # the checkpoint is that of a module with our optimizer
     configured.fit(same_as_hybrid(), Rows(6), ckpt_path=tmp_path / "last.ckpt")
     assert_same_run(first, configured)
 
@@ -168,6 +161,51 @@ def test_callback_gives_the_module_back_after_an_exception(tmp_path: Path) -> No
     with pytest.raises(KeyError, match="lost"):
         trainer(tmp_path, max_steps=1, callbacks=[hybrid()]).fit(net, Rows(1))
     assert net.configure_optimizers is own
+
+
+class Table(L.Callback):
+    """The file as it was after every step."""
+
+    def __init__(self, path: Path):
+        self.path, self.seen = path, []
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen.append(self.path.read_text())
+
+
+def test_callback_writes_who_owns_what_and_keeps_it_true(tmp_path: Path) -> None:
+    class Freeze(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                pl_module.get_submodule("out").requires_grad_(False)
+                pl_module.register_parameter("late", nn.Parameter(torch.zeros(3)))
+
+    table, logger = Table(tmp_path / "roles.md"), TensorBoardLogger(tmp_path, name="", version="")
+    callbacks = [Unfreeze("hidden"), hybrid(), Freeze(), table]
+    trainer(tmp_path, max_epochs=3, logger=logger, log_every_n_steps=1, callbacks=callbacks).fit(Without(""), Rows(2))
+    rows = [{line.split(" | ")[0]: line for line in text.splitlines() if " | " in line} for text in table.seen]
+    initial, thawed, frozen = table.seen[::2]
+    assert table.seen[1::2] == [initial, thawed, frozen]  # written only when it changed
+    assert "| hidden.weight" not in rows[0] and "108 weights frozen: hidden.weight, hidden.bias" in initial
+    assert "| 12 x 8 | hidden | muon | momentum_buffer 384 B |" in rows[2]["| hidden.weight"]
+    assert "| 12 | vector | adamw | exp_avg 48 B, exp_avg_sq 48 B |" in rows[2]["| hidden.bias"]
+    assert "| 8 x 12 | hidden | muon |" in rows[2]["| out.weight"]
+    assert "weights frozen" not in thawed and "460 trainable weights" in thawed
+    assert "| out.weight" not in rows[4] and "96 weights frozen: out.weight" in frozen
+    assert "3 weights trainable, but in no group: late" in frozen
+
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    pages = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors("roles/text_summary")}
+    assert pages == {0: initial, 2: thawed, 4: frozen}
+
+
+def test_callback_writes_no_file_where_the_trainer_writes_none(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=1, callbacks=[hybrid()]).fit(Without(""), Rows(1))
+    assert not list(tmp_path.iterdir())
+    trainer(tmp_path, max_steps=1, callbacks=[hybrid()], enable_checkpointing=True).fit(Without(""), Rows(1))
+    assert (tmp_path / "roles.md").exists()  # the checkpoint is in tmp_path/checkpoints
 
 
 def test_two_callbacks_raise(tmp_path: Path) -> None:
@@ -388,6 +426,35 @@ def test_fabric_trains_clips_and_resumes_bitwise(tmp_path: Path, precision: Any)
     assert_same(weights(model.module), weights(plain))
 
 
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_callback_on_two_processes_equals_one(tmp_path: Path, pool: Pool, strategy: str, clip: float | None) -> None:
+    """Two micro-batches are averaged as those of two ranks are, so the weights are the same to the bit under DDP."""
+    job = {"folder": str(tmp_path), "strategy": strategy, "gradient_clip_val": clip}
+    first = pool.run("tests.lightning_jobs:fit", 2, **job)
+    table = (tmp_path / "roles.md").read_text()
+    assert "| 12 x 8 | hidden | muon | momentum_buffer 384 B |" in table
+    assert (tmp_path / "last.ckpt").is_dir() == (strategy == "fsdp2")
+
+    net, own = Without(""), HybridOptimizer("muon", **SETTINGS)
+    one = trainer(tmp_path, max_steps=6, accumulate_grad_batches=2, gradient_clip_val=clip, callbacks=[own])
+    one.fit(net, Rows(12))
+    for found, seen, lrs in first:
+        assert (seen, lrs) == (6, net.lrs)
+        assert_same(found, first[0][0])
+        for key, value in weights(net).items():
+            near = 0.0 if strategy == "ddp" else 1e-6  # FSDP2 sums the norm, and a bias's gradient, in another order
+            torch.testing.assert_close(found[key], value, rtol=near, atol=near)
+
+    for found, seen, lrs in pool.run("tests.lightning_jobs:fit", 2, **job, resume=str(tmp_path / "last.ckpt")):
+        assert (seen, lrs) == (3, net.lrs[3:])
+        assert_same(found, first[0][0])
+
+
 # -- what Lightning does to modules -----------------------------------------------------------------------------------
 
 
@@ -484,43 +551,43 @@ class Unfreeze(BaseFinetuning):
                 p.requires_grad_(True)
 
 
-class UnfreezeByRole(Unfreeze):
-    """The same for a layer with parameters of several roles."""
+@pytest.mark.parametrize("layer", ["hidden", "out"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("door", ["module", "callback"])
+def test_unfreezing(tmp_path: Path, door: str, name: str, layer: str) -> None:
+    settings: dict[str, Any] = {"schedule": "linear", "weight_decay": 0.1, "rest_lr": LR / 4}
 
-    def finetune_function(self, pl_module: L.LightningModule, epoch: int, optimizer: Any) -> None:
-        if epoch == 1:
-            self.make_trainable(pl_module.get_submodule(self.layer))
-            for a in assign(pl_module, "muon", "adamw"):
-                if a.name.startswith(f"{self.layer}."):
-                    group = {"params": [(a.name, a.param)], "rule": a.rule, "name": f"unfrozen {a.name}", "lr": LR}
-                    optimizer.add_param_group({**group, "lr_convention": "adamw"})
+    def start(*callbacks: L.Callback, **run: Any) -> tuple[Net, L.Trainer]:
+        own = [HybridOptimizer(name, lr=LR, **settings)] if door == "callback" else []
+        net = Without("") if own else Net(name, **settings)
+        return net, trainer(tmp_path, max_epochs=3, callbacks=[Unfreeze(layer), *own, *callbacks], **run)
 
-
-@pytest.mark.parametrize(
-    ("name", "layer", "callback"),
-    [("adamw", "hidden", Unfreeze), ("muon", "out", Unfreeze), ("muon", "hidden", UnfreezeByRole)],
-)
-def test_unfreezing(tmp_path: Path, name: str, layer: str, callback: type[Unfreeze]) -> None:
     record = Record()
-    settings: dict[str, Any] = {"max_epochs": 3}
-    first = trainer(tmp_path, callbacks=[record, callback(layer), Save(tmp_path / "last.ckpt", 5)], **settings)
-    first.fit(Net(name), Rows(2))
-    start, (_, frozen, thawed, *_) = weights(Net(name)), record.seen
-    for key in start:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    watch = {"logger": logger, "log_every_n_steps": 1}
+    net, first = start(record, LearningRateMonitor(), Save(tmp_path / "last.ckpt", 5), **watch)
+    before = weights(net)
+    first.fit(net, Rows(2))
+    _, frozen, thawed, *_ = record.seen
+    for key in before:
         inside = key.startswith(f"{layer}.")
-        assert torch.equal(start[key], frozen[key]) == inside, key
+        assert torch.equal(before[key], frozen[key]) == inside, key
         assert not torch.equal(frozen[key], thawed[key]), key
-    names = [g["name"] for g in first.optimizers[0].param_groups]
-    assert len(set(names)) == len(names)
 
-    second = trainer(tmp_path, callbacks=[callback(layer)], **settings)
-    second.fit(Net(name), Rows(2), ckpt_path=tmp_path / "last.ckpt")
+    groups = {g["name"]: g for g in first.optimizers[0].param_groups}
+    joined = list(groups)[len(net.lrs[0]) :]
+    assert joined == [f"{name}/hidden_1", "adamw/vector"][: 2 if layer == "hidden" else 1]
+    share = {f"{name}/hidden_1": 0.1, "adamw/vector": 0.1 / (4 if name == "muon" else 1)}  # of the main group's lr
+    decay = {f"{name}/hidden_1": 0.1, "adamw/vector": 0.0}
+    found = scalars(tmp_path)
+    for k, label in enumerate(joined, start=len(net.lrs[0])):
+        assert groups[label]["weight_decay"] == decay[label]
+        assert [lrs[k] for lrs in net.lrs[2:]] == pytest.approx([share[label] * lrs[0] for lrs in net.lrs[2:]])
+        assert found[f"lr-{type(first.optimizers[0]).__name__}/{label}", 5] == [pytest.approx(net.lrs[5][k])]
+
+    resumed, second = start()
+    second.fit(resumed, Rows(2), ckpt_path=tmp_path / "last.ckpt")
     assert_same_run(first, second)
-
-
-def test_unfreezing_a_vector_with_muon_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="muon needs a matrix.*adamw"):
-        trainer(tmp_path, max_epochs=2, callbacks=[Unfreeze("hidden")]).fit(Net("muon"), Rows(2))
 
 
 def test_unfrozen_group_follows_the_schedule(tmp_path: Path) -> None:

@@ -42,8 +42,10 @@ def imported(path: Path) -> set[str]:
 
 ALLOWED = {
     "ops": {"ops"},
+    "refresh": {"ops"},
     "rules": {"core.rule", "ops", "rules"},
     "core": {"core", "ops", "refresh"},
+    "diagnostics": {"core", "diagnostics", "ops"},
     "partition": {"core", "partition"},
     "factory": {"core", "optimizers", "partition", "factory"},
     "optimizers": {"core", "rules", "optimizers"},

@@ -229,7 +229,7 @@ def test_storage_of_fused_and_transposed_layers() -> None:
     experts = "model.layers.0.mlp.experts."
     assert (mixtral[experts + "gate_up_proj"].transposed, mixtral[experts + "gate_up_proj"].blocks) == (False, 2)
     assert mixtral[experts + "down_proj"].blocks is None
-    assert oss[experts + "gate_up_proj"].transposed and oss[experts + "gate_up_proj"].blocks is None  # interleaved
+    assert oss[experts + "gate_up_proj"].transposed and oss[experts + "gate_up_proj"].blocks == (1, 1)  # interleaved
     assert phi["model.layers.0.mlp.gate_up_proj.weight"].blocks == 2
 
 

@@ -124,7 +124,7 @@ def test_slots_say_which_of_their_values_are_never_negative(name: str) -> None:
 def test_what_stays_wide() -> None:
     """Small tensors, factors and bases, and row or column statistics, under the default settings."""
     ps = [Parameter(torch.randn(s)) for s in ((64, 64), (63, 65), (63, 64), (4096,), (4095,))]
-    optimizer = make("soap", ps, state_storage="int8", precondition_frequency=1)
+    optimizer = make("soap", ps, state_storage="int8", refresh="fixed:1")
     for t in range(1, 4):
         for i, p in enumerate(ps):
             p.grad = gradient(p, str(i), t)
@@ -260,7 +260,7 @@ def resume(name: str, storage: str, dtype: torch.dtype, rounding: str) -> None:
     """Save, load and go on are the same bits; some rules refresh in the resumed part."""
     settings: dict[str, Any] = {"state_storage": storage, "param_rounding": rounding, **NARROW}
     fields = hyperparameters(REGISTRY[name])
-    often: dict[str, Any] = {"refresh": "fixed:3", "precondition_frequency": 3}
+    often: dict[str, Any] = {"refresh": "fixed:3"}
     settings |= {k: v for k, v in often.items() if k in fields}
     whole, first = params(name, dtype), params(name, dtype)
     run(name, whole, range(1, 9), **settings)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from itertools import groupby
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Dims = tuple[int, int, int]
+Blocks = int | tuple[int, ...] | None
 T = TypeVar("T")
 
 STACK_LIMIT = 2**18
@@ -53,6 +55,69 @@ def matrix_dims(
             raise ValueError(f"{m} rows do not divide into {blocks} blocks")
         b, m = b * blocks, m // blocks
     return b, m, n
+
+
+class Part(NamedTuple):
+    """Equal matrices of a parameter: all of it, or some of its rows."""
+
+    dims: Dims
+    rows: tuple[int, int, int] | None = None
+    """(rows of a period, first row taken in each, rows of one matrix in each); None for all rows as they lie."""
+
+    def of(self, t: Tensor, transposed: bool) -> Tensor:
+        """The part of a parameter-shaped tensor.
+
+        Args:
+            t: the tensor.
+            transposed: whether its matrices are stored columns x rows.
+
+        Returns:
+            A view that reshapes to `dims`.
+        """
+        t = turned(t, transposed)
+        if self.rows is None:
+            return t
+        period, first, size = self.rows
+        count = self.dims[0] // math.prod(t.shape[:-2])
+        taken = t.unflatten(-2, (-1, period)).narrow(-2, first, count * size)
+        return taken.unflatten(-2, (count, size)).transpose(-4, -3)
+
+
+def parts(
+    shape: Sequence[int], blocks: Blocks = None, *, conv: bool = True, transposed: bool = False
+) -> tuple[Part, ...]:
+    """How a parameter reads as matrices of one or more sizes.
+
+    Args:
+        shape: of the parameter.
+        blocks: a number of equal blocks of rows, or the rows of one block after the other, repeated until the rows are
+            used up: (q, k, v) for a fused layer with fewer keys than queries, (d, d, d) for one that keeps query, key
+            and value of a head together, (1, 1) for alternate rows. A block repeated is one matrix.
+        conv: see `matrix_dims`.
+        transposed: see `matrix_dims`.
+
+    Returns:
+        One part per run of equally large blocks.
+
+    Raises:
+        ValueError: the rows do not divide so.
+    """
+    if not isinstance(blocks, tuple) or len(shape) < 2:
+        whole = None if isinstance(blocks, tuple) else blocks
+        return (Part(matrix_dims(shape, whole, conv=conv, transposed=transposed)),)
+    b, m, n = matrix_dims(shape, conv=conv, transposed=transposed)
+    period = sum(blocks)
+    if m % period or len(shape) > 3:
+        raise ValueError(f"{m} rows of shape {tuple(shape)} do not divide into blocks of {blocks} rows")
+    if m == period and len(set(blocks)) == 1:
+        return (Part((b * len(blocks), blocks[0], n)),)
+    out: list[Part] = []
+    first = 0
+    for size, same in groupby(blocks):
+        count = len(list(same))
+        out.append(Part((b * count, m // period * size, n), (period, first, size)))
+        first += count * size
+    return tuple(out)
 
 
 def bucket(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:

@@ -7,6 +7,7 @@ only store of state, `param_groups` the only store of settings; nothing about pa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,21 +20,26 @@ from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.core import checkpoint, chunks, layout, storage
-from lightning_optim.core.groups import check_loaded, check_param, completed, dims_of, rule_of
+from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
 from lightning_optim.core.rule import Rule, lookup
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
 from lightning_optim.core.work import (
     Job,
+    Refresh,
     Work,
     alike,
     apply,
     first_index,
     forms_of,
     needs_param,
+    portions,
+    refresh_cost,
+    staleness,
     takes_kernel,
     update_elementwise,
     update_stack,
 )
+from lightning_optim.refresh import RECORD, Clock, View, parse, phases
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -58,8 +64,16 @@ class Executor(torch.optim.Optimizer):
       small ones go to the host). Settings come back with a checkpoint; another storage, set later, converts.
     * `transposed`: matrices are stored inputs x outputs (Transformers' Conv1D); rules see outputs as rows.
     * `cautious_decay`: decay only weights that the step moves towards zero, or not at all.
-    * `blocks`: number of row blocks every matrix of the group is cut into (heads, a fused QKV).
-    * `seed`: of the stochastic rounding of weights and state.
+    * `blocks`: how the rows of every matrix are cut into matrices: a number of equal blocks (heads, a fused QKV), or
+      the rows of one block after the other, repeated until the rows are used up: `(8, 4, 4)` for 8 rows of queries, 4
+      of keys and 4 of values, `(1, 1)` for alternate rows.
+    * `clip_norm`: scale the gradients of the group by `clip_norm / norm` if their common norm, over the whole mesh, is
+      larger. Unlike a trainer's clipping it does not let one group's norm shrink another's, and leaves `p.grad` alone.
+    * `seed`: of the stochastic rounding of weights and state and of random projections.
+
+    Where a rule has costly state, its setting `refresh` says when that is computed anew (`lightning_optim.refresh`);
+    `on_refresh`, if set, is called with a `Refresh` for each. `process_group`, if set, is that of replicas that must
+    agree on measured times.
 
     Args:
         params: parameters, named parameters or groups.
@@ -79,11 +93,18 @@ class Executor(torch.optim.Optimizer):
         for key in ("lr", "weight_decay"):
             self.defaults.setdefault(key, self.param_groups[0][key])
 
+    divide: Callable[[dict[str, Any]], Sequence[dict[str, Any]]] | None
+    """Gives a group that is added without a rule as groups with rules; set by `build_optimizer`."""
+
     def _start(self, max_temp_bytes: int = 2**25) -> None:
         self.max_temp_bytes = max_temp_bytes
+        self.divide = None  # not on the class, where Lightning's wrapper of an optimizer would find it
         self._owners = WeakTensorKeyDictionary()
         self._loads: dict[Any, list[float]] = {}
         self._meeting = layout.Meeting()
+        self._clock = Clock()
+        self.on_refresh: Callable[[Refresh], None] | None = None
+        self.process_group: Any = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer."""
@@ -100,12 +121,23 @@ class Executor(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, completed by its rule's defaults and checked.
 
+        If `build_optimizer` made this optimizer, a group that names no rule is divided: every parameter gets the rule
+        and settings it would have had from the start. What the group gives goes before; its lr is that of the main
+        rule, and those of the others keep their ratio to it.
+
         Args:
             param_group: see the class.
 
         Raises:
             ValueError: see the class; no group is added then.
         """
+        if self.divide is not None and "rule" not in param_group:
+            parts = self.divide(param_group)
+            for part in parts:
+                completed(part, self.defaults, self.param_groups)
+            for part in parts:
+                self.add_param_group(part)
+            return
         group = completed(param_group, self.defaults, self.param_groups)
         foreign = self.defaults.keys() - group.keys()
         super().add_param_group(group)
@@ -133,9 +165,11 @@ class Executor(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         jobs = list(self._jobs())
+        self._spread_refreshes(jobs)
         if not self.state and self._only_materialises(jobs):
             self._materialise(jobs)
         elif self._gradients_usable(jobs):
+            self._clip(jobs)
             self._materialise(jobs)
             for job in jobs:
                 for w in job.works:
@@ -153,8 +187,8 @@ class Executor(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
-                    dims, turned = dims_of(rule, group, p.shape)
-                    works.append(Work(p, name, index, dims, self.state[p] if p in self.state else {}, turned))
+                    parts, turned = parts_of(rule, group, p.shape)
+                    works.append(Work(p, name, index, parts, self.state[p] if p in self.state else {}, turned))
                 index += 1
             yield Job(rule, group, works)
 
@@ -167,7 +201,9 @@ class Executor(torch.optim.Optimizer):
             self._reduces(job, present)
         else:
             cuts = {id(w): layout.cut_of(w.param, w.name) for w in job.works}
-            self._whole(job, [w for w in present if cuts[id(w)] is None])
+            here = [w for w in present if cuts[id(w)] is None]
+            self._decide_refreshes(job, here, lambda w: w.gradient())
+            self._whole(job, here)
             travelling = [w for w in job.works if cuts[id(w)] is not None]
             for run in chunks.bucket(travelling, lambda w: (cuts[id(w)], w.param.dtype)):
                 self._travel(job, run, cast("layout.Cut", cuts[id(run[0])]))
@@ -176,7 +212,8 @@ class Executor(torch.optim.Optimizer):
         """Step what a torch kernel of the rule can take; return the rest."""
         slots = list(job.rule.declared(1, 1))
         rest: list[Work] = []
-        for run in chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device)):
+        runs = chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device))
+        for run in (portion for same in runs for portion in portions(same, self.max_temp_bytes)):
             ready: list[Work] = []
             columns: list[list[Tensor]] = [[] for _ in range(2 + len(slots))]
             for w in run:
@@ -197,13 +234,13 @@ class Executor(torch.optim.Optimizer):
         frames = {id(w): layout.StackLayout(w.param, w.dims, w.name, w.transposed) for w in works}
         for run in chunks.bucket(works, lambda w: (alike(w), frames[id(w)].cut)):
             frame = frames[id(run[0])]
-            elements = math.prod(frame.local_dims) if frame.stackable else chunks.STACK_LIMIT + 1
+            elements = layout.local(run[0].param).numel() if frame.stackable else chunks.STACK_LIMIT + 1
             for chunk in chunks.stacks(run, elements, self.max_temp_bytes):
                 update_stack(job, chunk, [layout.local(w.param) for w in chunk], [w.gradient() for w in chunk], frame)
 
     def _whole(self, job: Job, works: list[Work]) -> None:
         for run in chunks.bucket(works, alike):
-            for chunk in chunks.stacks(run, math.prod(run[0].dims), self.max_temp_bytes):
+            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
                 update_stack(job, chunk, [w.param for w in chunk], [w.gradient() for w in chunk])
 
     def _travel(self, job: Job, works: list[Work], cut: layout.Cut) -> None:
@@ -220,14 +257,81 @@ class Executor(torch.optim.Optimizer):
         def keep(w: Work, d: Tensor) -> None:
             directions[at[id(w)]] = d
 
-        for run in chunks.bucket((works[i] for i in exchange.mine if works[i].has_gradient), alike):
-            for chunk in chunks.stacks(run, math.prod(run[0].dims), self.max_temp_bytes):
+        mine = [works[i] for i in exchange.mine if works[i].has_gradient]
+        self._decide_refreshes(job, mine, lambda w: gradients[at[id(w)]])
+        for run in chunks.bucket(mine, alike):
+            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
                 here = [at[id(w)] for w in chunk]
                 update_stack(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
         like = layout.local(works[0].param).new_empty((), dtype=storage.work_dtype(works[0].param.dtype))
         for w, d in zip(works, exchange.from_owners(directions, like), strict=True):
             if w.has_gradient and not job.rule.rests(w.t):
                 apply(job, w, d)
+
+    # -- refreshes ------------------------------------------------------------------------------------------------
+
+    def _spread_refreshes(self, jobs: Sequence[Job]) -> None:
+        """Rank the parameters with costly state among those of the same policy, and agree on the time."""
+        pools: defaultdict[str, list[float]] = defaultdict(list)
+        for rule, group, works in ((j.rule, j.group, j.works) for j in jobs if j.rule.costly):
+            costs: dict[tuple[Any, ...], float] = {}
+            pool = pools[group["refresh"]]
+            for w in works:
+                kind = w.parts, w.param.ndim < 2
+                if kind not in costs:
+                    costs[kind] = refresh_cost(rule, w.parts, vector=kind[1])
+                w.cost, w.rank = costs[kind], len(pool)
+                pool.append(w.cost)
+        self._pools = {text: tuple(costs) for text, costs in pools.items()}
+        self._clock.tick()
+        timed = [text for text in pools if parse(text).timed]
+        if timed:
+            params = [w.param for j in jobs if j.rule.costly for w in j.works]
+            agreed = layout.agree_times([self._clock.elapsed, self._clock.rate], params, self.process_group)
+            self._clock.elapsed, self._clock.rate = agreed
+
+    def _decide_refreshes(self, job: Job, works: Sequence[Work], gradient: Callable[[Work], Tensor]) -> None:
+        """Ask the policy which of the works, whole on this rank, are due."""
+        if not job.rule.costly:
+            return
+        policy, pool = parse(job.group["refresh"]), self._pools[job.group["refresh"]]
+        asked = [w for w in works if w.cost]
+        later = [w for w in asked if w.t > 1]
+        for w in asked:
+            w.due = "first"
+            w.note = self._refreshed if self.on_refresh is not None or policy.timed else None
+        if not later:
+            return
+        records = (
+            torch.stack([torch.cat(w.records).amin(0) for w in later]).tolist() if policy.reads else [[]] * len(later)
+        )
+        views = {
+            id(w): View(w.t, w.cost, functools.partial(_phase, pool, w.rank), dict(zip(RECORD, r, strict=False)))
+            for w, r in zip(later, records, strict=True)
+        }
+        home = {id(v): w for w, v in zip(later, views.values(), strict=True)}
+        known: dict[int, float] = {}
+
+        def measure(some: Sequence[View]) -> list[float]:
+            new = [home[id(v)] for v in some if id(v) not in known]
+            if new:
+                found = torch.stack([staleness(job, w, gradient(w)) for w in new]).tolist()
+                for w, x in zip(new, found, strict=True):
+                    w.stale = known[id(views[id(w)])] = x
+            return [known[id(v)] for v in some]
+
+        for w, reason in zip(later, policy.decide(list(views.values()), measure, self._clock), strict=True):
+            w.due = reason
+            if policy.reads:
+                kept = [views[id(w)].record[k] for k in RECORD[2:]]
+                for record in w.records:
+                    record[:, 2:] = torch.tensor(kept, dtype=record.dtype, device=record.device)
+
+    def _refreshed(self, w: Work, event: Refresh) -> None:
+        """Take note of a refresh."""
+        self._clock.spent(w.cost, event.seconds)
+        if self.on_refresh is not None:
+            self.on_refresh(event)
 
     # -- what precedes the first write ----------------------------------------------------------------------------
 
@@ -268,6 +372,15 @@ class Executor(torch.optim.Optimizer):
             )
         return not skip
 
+    def _clip(self, jobs: Sequence[Job]) -> None:
+        """Find the factor of every group that clips, by torch's formula; one synchronisation if any does."""
+        asked = [job for job in jobs if job.group["clip_norm"] is not None]
+        sets = [[(w.param, w.gradient() if w.has_gradient else None) for w in job.works] for job in asked]
+        for job, norm in zip(asked, layout.total_norms(sets), strict=True):
+            scale = job.group["clip_norm"] / (norm + 1e-6)
+            for w in job.works:
+                w.scale = 1.0 if scale >= 1 else scale
+
     # -- state ----------------------------------------------------------------------------------------------------
 
     def _materialise(self, jobs: Sequence[Job]) -> None:
@@ -280,7 +393,7 @@ class Executor(torch.optim.Optimizer):
         for rule, group, works in jobs:
             known: dict[tuple[Any, ...], dict[str, Form]] = {}
             for w in works:
-                kind = w.param.shape, w.param.dtype
+                kind = w.parts, w.param.shape, w.param.dtype
                 if kind not in known:
                     known[kind] = forms_of(Job(rule, group, []), w)
                 w.forms = known[kind]
@@ -341,7 +454,7 @@ class Executor(torch.optim.Optimizer):
         for run in chunks.bucket(fresh, lambda x: x[1].group):
             cut = run[0][1]
             loads = self._loads.setdefault(cut.group, [0.0] * cut.size)
-            costs = [float(b * m * n * min(m, n)) for b, m, n in (w.dims for w, _ in run)]
+            costs = [sum(float(b * m * n * min(m, n)) for b, m, n in (x.dims for x in w.parts)) for w, _ in run]
             for (w, _), owner in zip(run, layout.assign_owners(costs, loads), strict=True):
                 self._owners[w.param] = owner
 
@@ -469,7 +582,7 @@ class Executor(torch.optim.Optimizer):
         for (_, _, works), group in zip(self._jobs(frozen=True), groups, strict=True):
             rule = rule_of(group)
             for w in works:
-                w.dims, w.transposed = dims_of(rule, group, w.param.shape)
+                w.parts, w.transposed = parts_of(rule, group, w.param.shape)
                 found = where[id(w.param)]
                 for key, shape in _expected(forms_of(Job(rule, group, []), w), found) if found else ():
                     value = found.get(key)
@@ -546,6 +659,10 @@ def _expected(forms: Mapping[str, Form], found: Mapping[str, Any]) -> Iterator[t
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _phase(costs: tuple[float, ...], rank: int, interval: int) -> int:
+    return phases(costs, interval)[rank]
 
 
 def _is_trained(p: Tensor) -> bool:

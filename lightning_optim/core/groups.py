@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import numbers
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.core import chunks
+from lightning_optim.core import chunks, layout
 from lightning_optim.core.rule import Rule, check_value, hyperparameters, lookup
 from lightning_optim.core.storage import Storage
 from lightning_optim.ops.quantize import PIECE
@@ -29,9 +29,10 @@ class Options:
     state_storage: Storage = "fp32"
     storage_block: int = 256
     storage_min: int = 4096
-    blocks: int | None = None
+    blocks: int | tuple[int, ...] | None = None
     transposed: bool = False
     cautious_decay: bool = False
+    clip_norm: float | None = None
     seed: int = 0
 
 
@@ -73,8 +74,8 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
     return rule(**{k: float(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
-def dims_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tuple[chunks.Dims, bool]:
-    """How a parameter of a group reads as a stack of matrices; elementwise rules do not ask how it is stored.
+def parts_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tuple[tuple[chunks.Part, ...], bool]:
+    """How a parameter of a group reads as matrices; elementwise rules do not ask how it is stored.
 
     Args:
         rule: of the group.
@@ -82,13 +83,13 @@ def dims_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tuple
         shape: of the parameter.
 
     Returns:
-        (dims, whether rows and columns are exchanged).
+        (parts, whether rows and columns are exchanged).
 
     Raises:
         ValueError: the rows do not divide into the group's blocks.
     """
     blocks, transposed = (None, False) if rule.elementwise else (group["blocks"], group["transposed"])
-    return chunks.matrix_dims(shape, blocks, conv=not rule.reduces, transposed=transposed), transposed
+    return chunks.parts(shape, blocks, conv=not rule.reduces, transposed=transposed), transposed
 
 
 def completed(
@@ -126,8 +127,10 @@ def completed(
     for key, value in out.items():
         if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
             out[key] = float(value)  # numpy's scalars do not load with weights_only
+    if isinstance(out["blocks"], list):
+        out["blocks"] = tuple(out["blocks"])
     taken = {g["name"] for g in groups}
-    if out.setdefault("name", _unused(rule.name, taken)) in taken:
+    if out.setdefault("name", unused(rule.name, taken)) in taken:
         raise ValueError(f"two param groups are named {out['name']!r}; names must be unique")
     _check_settings(out)
     if out["on_nonfinite"] is None:
@@ -159,11 +162,14 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     values = {k: float(v) if isinstance(v := group[k], Tensor) else v for k in hyperparameters(rule)}
     rule(**values).validate()
     _check_options(group)
-    if group["blocks"] is not None and group["blocks"] < 1:
-        raise ValueError(f"{group['name']}: blocks must be a positive integer, got {group['blocks']!r}")
     block = group["storage_block"]
     if not 16 <= block <= PIECE or PIECE % block:
         raise ValueError(f"{group['name']}: storage_block must be a power of two from 16 to {PIECE}, got {block!r}")
+    if group["clip_norm"] == 0:
+        raise ValueError(f"{group['name']}: clip_norm must be positive, or None for no clipping, got 0")
+    blocks = group["blocks"]
+    if blocks is not None and min(blocks if isinstance(blocks, tuple) else (blocks,), default=0) < 1:
+        raise ValueError(f"{group['name']}: blocks must be a positive integer or several, got {blocks!r}")
 
 
 def _check_options(group: Mapping[str, Any]) -> None:
@@ -178,7 +184,12 @@ def _refuse_misspelled(key: str, rule: type[Rule]) -> None:
         raise ValueError(f"{rule.name} has no setting {key!r}; did you mean {right!r}?")
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def unused(name: str, taken: Collection[str]) -> str:
+    """The name itself, or the first of `name_1`, `name_2`, ... that is free.
+
+    Returns:
+        A name that is not taken.
+    """
     return next(x for x in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if x not in taken)
 
 
@@ -240,7 +251,11 @@ def check_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> N
             "(build_optimizer does)"
         )
     try:
-        dims_of(rule, group, shape)
+        parts, _ = parts_of(rule, group, shape)
+        if rule.reduces and any(part.rows for part in parts) and layout.cut_of(p) is not None:
+            raise ValueError(
+                f"{rule.name} cannot cut row shards into blocks of {group['blocks']} rows; blocks=None can"
+            )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -254,6 +255,20 @@ class StackLayout:
         wrapped = _wrap(self.cut.mesh, self._placements(self.cut, letters), shape, part)
         return wrapped.full_tensor() if whole == 1 else wrapped  # one element broadcasts, which no shard may in place
 
+    def part(self, whole: Tensor, letters: str) -> Tensor:
+        """This rank's part of a stack that every rank has whole.
+
+        Returns:
+            A plain tensor.
+        """
+        if self.cut is None or (self.axis != "b" and self.axis not in letters):
+            return whole
+        first, end = self.cut.rows(self.param.shape[0], self.cut.rank)
+        if self.axis != "b":
+            return whole.narrow(letters.index(self.axis) + 1, first, end - first)
+        start = first * math.prod(self.param.shape[1:]) // (self.dims[1] * self.dims[2])
+        return whole.narrow(0, start, self.local_dims[0])  # parameters cut between matrices share no stack
+
     def unwrap(self, value: Tensor, letters: str = "mn") -> Tensor:
         """The local part of what a rule returned.
 
@@ -427,6 +442,63 @@ def agree_max(values: Sequence[float], params: Iterable[Tensor]) -> list[float]:
             dist.all_reduce(moved, dist.ReduceOp.MAX, group=mesh.get_group(d))
         out = moved.cpu()
     return out.tolist()
+
+
+def total_norms(sets: Sequence[Sequence[tuple[Tensor, Tensor | None]]]) -> list[float]:
+    """The norm of each of several sets of gradients, over the whole mesh; one synchronisation per device.
+
+    Args:
+        sets: pairs of a parameter and its gradient on this rank, None where there is none.
+
+    Returns:
+        One norm per set, equal on every rank; replicas count once.
+    """
+    squares: dict[tuple[torch.device, DeviceMesh | None, tuple[int, ...]], Tensor] = {}
+    for i, pairs in enumerate(sets):
+        for p, g in pairs:
+            mesh = p.device_mesh if isinstance(p, DTensor) else None
+            cut = tuple(d for d, x in enumerate(p.placements) if not x.is_replicate()) if isinstance(p, DTensor) else ()
+            where = local(p).device, mesh, cut
+            if where not in squares:
+                squares[where] = torch.zeros(len(sets), dtype=torch.float64, device=where[0])
+            if g is not None:
+                exact = torch.promote_types(g.dtype, torch.float32)
+                squares[where][i] += torch.linalg.vector_norm(g, dtype=exact).double().square()
+    by_device: dict[torch.device, Tensor] = {}
+    for (device, mesh, cut), sums in squares.items():
+        for d in cut:
+            dist.all_reduce(sums, group=cast("DeviceMesh", mesh).get_group(d))
+        by_device[device] = by_device.get(device, 0) + sums
+    totals = [found.tolist() for found in by_device.values()]
+    return [math.sqrt(sum(x)) for x in zip(*totals, strict=True)] if totals else [0.0] * len(sets)
+
+
+def agree_times(seconds: Sequence[float], params: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[float]:
+    """Measured times that all ranks doing the same work share: the largest.
+
+    Args:
+        seconds: measured on this rank.
+        params: the parameters concerned.
+        group: of replicas, for parameters that are whole on every rank.
+
+    Returns:
+        The times, equal on every rank.
+
+    Raises:
+        RuntimeError: replicas that may drift apart, because nothing says which ranks they are.
+    """
+    out = agree_max(seconds, params)
+    if group is not None:
+        moved = torch.tensor(out, dtype=torch.float64, device=local(params[0]).device)
+        dist.all_reduce(moved, dist.ReduceOp.MAX, group=group)
+        return moved.tolist()
+    whole = any(not isinstance(p, DTensor) for p in params)
+    if whole and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            "refresh='time_budget' measures time, which differs between replicas; set optimizer.process_group to "
+            "the group of the replicas, or choose another policy"
+        )
+    return out
 
 
 class Meeting:

@@ -25,6 +25,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_optim.refresh import RECORD, parse
+
 ADAMW_RMS = 0.2
 """RMS of AdamW's direction per unit learning rate in language-model training (Liu et al. 2025, arXiv:2502.16982)."""
 
@@ -37,12 +39,14 @@ class Slot:
     """One state tensor of a rule, declared by letters of its shape.
 
     Args:
-        letters: two letters out of `m` (rows), `n` (columns), `r` (the rule's rank) and `1`.
+        letters: two out of `m` (rows), `n` (columns), `r` (the rule's rank) and digits.
         fill: start value: a number, or `"eye"` for an identity per matrix.
         dtype: None for float32 (float64 for float64 parameters).
         rank: what `r` stands for; filled in by `Rule.declared`.
         nonnegative: whether no value is ever below zero (second moments); 8-bit storage has a finer map for those.
         exact: whether the values must not rest narrower than declared (a basis); square slots never do.
+        dims: (matrices, rows, columns) it is for, where a parameter is cut into matrices of several sizes; filled in by
+            the executor.
     """
 
     letters: str
@@ -51,6 +55,7 @@ class Slot:
     rank: int | None = None
     nonnegative: bool = False
     exact: bool = False
+    dims: tuple[int, int, int] | None = None
 
     def shape(self, m: int, n: int) -> tuple[int, int]:
         """The shape of this slot for one `m x n` matrix.
@@ -61,8 +66,8 @@ class Slot:
         Raises:
             ValueError: the shape has an `r` that nobody has filled in.
         """
-        size = {"m": m, "n": n, "r": self.rank, "1": 1}
-        rows, columns = size[self.letters[0]], size[self.letters[1]]
+        size = {"m": m, "n": n, "r": self.rank}
+        rows, columns = (size[x] if x in size else int(x) for x in self.letters)
         if rows is None or columns is None:
             raise ValueError(f"the rank of slot {self.letters!r} is not known yet; ask Rule.declared")
         return rows, columns
@@ -112,6 +117,9 @@ class Rule:
     """Takes parameters with fewer than two dimensions."""
     reads_param: ClassVar[bool] = False
     """`update` gets the parameter (before decay); None otherwise."""
+    costly: ClassVar[tuple[str, ...]] = ()
+    """Slots that `rebuild` computes anew where `update` says `s.refresh(g)` and the policy in the field `refresh`
+    (`lightning_optim.refresh`) says that this step is due. Only for rules that need whole matrices."""
 
     decay: ClassVar[Literal["before", "after", "coupled"]] = "before"
     """Weight decay multiplies the weight before or after the step, or is added to the gradient (L2)."""
@@ -134,6 +142,8 @@ class Rule:
             raise TypeError(f"two rules are named {name!r}: {REGISTRY[name].__module__} and {cls.__module__}")
         if cls.elementwise and any(slot.letters != "mn" for slot in cls.state.values()):
             raise TypeError(f"{name}: an elementwise rule works on flat blocks; all its state must be 'mn'")
+        if cls.costly and (cls.elementwise or cls.reduces):
+            raise TypeError(f"{name}: a rule with costly state works on whole matrices")
         REGISTRY[name] = cls
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:
@@ -161,7 +171,9 @@ class Rule:
             Slot declarations by name.
         """
         rank = min(getattr(self, "rank", 1), m, n)
-        slots = self.slots(m, n, vector=vector)
+        slots = dict(self.slots(m, n, vector=vector))
+        if any(key in slots for key in self.costly):
+            slots["refreshed"] = zeros(f"1{len(RECORD)}")
         return {k: dataclasses.replace(s, rank=rank) if "r" in s.letters else s for k, s in slots.items()}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:
@@ -169,7 +181,9 @@ class Rule:
 
         Args:
             g: gradients `[b, m, n]` (a flat block for elementwise rules), never written.
-            s: state by slot name; mutate in place or assign.
+            s: state by slot name; mutate in place or assign. For whole matrices also `s.refresh(g)`, which calls
+                `rebuild` if this step is due, and `s.noise("nr", stream=0)`: standard normal numbers `[b, n, r]`
+                that depend on the seed, the step and the matrix only.
             p: parameters like `g`, before decay, if `reads_param`; else None.
             t: number of this step for these parameters, from 1.
 
@@ -177,6 +191,38 @@ class Rule:
             The direction, shaped like `g`, finite for a zero gradient; ignored where the rule `rests`.
         """
         raise NotImplementedError
+
+    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:
+        """Compute the costly state anew.
+
+        Args:
+            g: what `update` gave to `s.refresh`, `[b, m, n]`.
+            s: state by slot name; mutate in place or assign.
+            t: number of this step for these parameters; at 1 there is no earlier state.
+        """
+        raise NotImplementedError
+
+    def staleness(self, g: Tensor, s: SimpleNamespace) -> Tensor:
+        """How far the costly state is from what `rebuild` would give, before `update`.
+
+        Args:
+            g: gradients `[b, m, n]`.
+            s: state by slot name, not written.
+
+        Returns:
+            `[b]`, in [0, 1].
+        """
+        raise NotImplementedError
+
+    def refresh_cost(self, m: int, n: int, *, vector: bool = False) -> float:
+        """Work of one `rebuild` of an `m x n` matrix, in multiply-adds up to a constant.
+
+        Returns:
+            The cost; 0 where there is no costly state.
+        """
+        declared = self.declared(m, n, vector=vector)
+        shapes = [declared[key].shape(m, n) for key in self.costly if key in declared]
+        return float(sum(a * b * max(a, b) for a, b in shapes))
 
     @classmethod
     def translate(cls, group: dict[str, Any]) -> dict[str, Any]:
@@ -234,6 +280,10 @@ class Rule:
         hints = typing.get_type_hints(type(self))
         for key in hyperparameters(type(self)):
             check_value(f"{self.name}: {key}", getattr(self, key), hints[key], signed=key in self.signed)
+        if self.costly:
+            policy = parse(getattr(self, "refresh", "staggered:10"))
+            if policy.measures and type(self).staleness is Rule.staleness:
+                raise ValueError(f"{self.name}: it has no measure of staleness, which refresh={policy} needs")
         betas = getattr(self, "betas", ())
         if any(beta >= 1 for beta in betas):
             raise ValueError(f"{self.name}: betas must lie in [0, 1), got {betas!r}")
@@ -261,6 +311,8 @@ def check_value(what: str, value: Any, hint: Any, *, signed: bool = False) -> No
         if value not in inner:
             raise ValueError(f"{what}: unknown value {value!r}; {nearest(str(value), [str(x) for x in inner])}")
     elif origin is tuple:
+        if inner[1:] == (Ellipsis,) and isinstance(value, (tuple, list)):
+            inner = inner[:1] * len(value)
         if not isinstance(value, (tuple, list)) or len(value) != len(inner):
             raise ValueError(f"{what} must be {len(inner)} numbers, got {value!r}")
         for x, part in zip(value, inner, strict=True):

@@ -46,14 +46,14 @@ def rest_shape(slot: Slot, shape: Sequence[int], dims: Dims) -> tuple[int, ...]:
     Args:
         slot: its declaration.
         shape: of the parameter.
-        dims: of the parameter as a stack of matrices.
+        dims: of the parameter as a stack of matrices, unless the slot says which it is for.
 
     Returns:
         The parameter's shape for an `m x n` slot, else ([leading dimensions, blocks,] rows, columns).
     """
     if slot.letters == "mn":
         return tuple(shape)
-    b, m, n = dims
+    b, m, n = slot.dims or dims
     leading = tuple(shape[:-2]) if len(shape) > 2 and b % math.prod(shape[:-2]) == 0 else ()
     blocks = b // math.prod(leading)
     return (*leading, *((blocks,) if blocks > 1 else ()), *slot.shape(m, n))
@@ -137,8 +137,8 @@ def form_of(
     if kind == "host":
         return Form(slot, rest, kind, wide, wide, block)
     letters = slot.letters
-    square = letters[0] == letters[1]
-    if slot.dtype or slot.exact or square or "1" in letters or (sums and letters != "mn"):
+    square, statistic = letters[0] == letters[1], any(x.isdigit() for x in letters)
+    if slot.dtype or slot.exact or square or statistic or (sums and letters != "mn"):
         return plain
     if kind == "bf16":
         return Form(slot, rest, kind, torch.bfloat16, wide, block)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -11,10 +14,13 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core import chunks, layout, storage
-from lightning_optim.core.chunks import Dims
+from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
+from lightning_optim.ops.eigenbasis import overlap
+from lightning_optim.ops.noise import normal
 from lightning_optim.ops.rounding import hash_key, stochastic_round
+from lightning_optim.refresh import parse
 
 
 @dataclass
@@ -24,21 +30,59 @@ class Work:
     param: Tensor
     name: str
     index: int
-    dims: Dims
+    parts: tuple[Part, ...]
     state: dict[str, Tensor]
     transposed: bool = False
     t: int = 0
+    scale: float = 1.0
+    """The gradient is clipped by this factor."""
+    piece: int = 0
+    """Which part of the parameter this is the work of, where it has several and this is one's."""
+    due: str = ""
+    """Why the costly state is refreshed in this step, if it is."""
+    cost: float = 0.0
+    """Of a refresh."""
+    rank: int = 0
+    """Among the parameters whose refreshes are spread over the steps."""
+    stale: float = math.nan
+    """Measured in this step, if it was."""
+    note: Callable[[Work, Refresh], None] | None = None
+    """Is told about a refresh."""
     forms: Mapping[str, Form] = field(default_factory=dict)
     """How its slots rest."""
+
+    @property
+    def dims(self) -> Dims:
+        """The parameter as a stack of matrices; its first part, where they are not all equal."""
+        return self.parts[0].dims
+
+    def pieces(self, rule: Rule) -> list[Work]:
+        """The work of each part; this one, where all matrices are equal."""
+        if len(self.parts) == 1:
+            return [self]
+        out = []
+        for i, part in enumerate(self.parts):
+            slots = rule.declared(*part.dims[1:])
+            state = {k: self.state[_key(k, slot, i)] for k, slot in slots.items()}
+            cost = refresh_cost(rule, (part,), vector=False)
+            due = self.due if cost else ""
+            out.append(replace(self, parts=(part,), state=state, piece=i, cost=cost, due=due))
+        return out
 
     @property
     def has_gradient(self) -> bool:
         """Whether the parameter takes part in this step."""
         return self.param.grad is not None
 
+    @property
+    def records(self) -> list[Tensor]:
+        """What the refresh policy keeps, `[matrices, numbers]`, of each part."""
+        kept = [t for k, t in self.state.items() if k.partition(".")[0] == "refreshed"]
+        return [layout.local(t).flatten(0, -2) for t in kept]
+
     def slots(self, rule: Rule) -> dict[str, Slot]:
         """What the rule keeps for this parameter."""
-        return rule.declared(*self.dims[1:], vector=self.param.ndim < 2)
+        return slots_of(rule, self.parts, self.param.ndim)
 
     def count(self) -> None:
         """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
@@ -47,7 +91,12 @@ class Work:
         self.t = int(self.state["step"].add_(1).item())
 
     def gradient(self) -> Tensor:
-        """The gradient on this rank, zeros where there is none."""
+        """The gradient on this rank, zeros where there is none; a clipped one is a copy."""
+        g = self.unclipped()
+        return g if self.scale == 1 else g * self.scale
+
+    def unclipped(self) -> Tensor:
+        """The gradient on this rank as it came."""
         g = layout.local_gradient(self.param)
         return torch.zeros_like(layout.local(self.param)) if g is None else g
 
@@ -60,11 +109,51 @@ class Job(NamedTuple):
     works: list[Work]
 
 
-def factor_of(job: Job, w: Work) -> float:
+class Refresh(NamedTuple):
+    """One refresh of the costly state of one parameter."""
+
+    name: str
+    t: int
+    reason: str
+    age: int
+    """Steps since the refresh before."""
+    seconds: float
+    """Its share of the time its stack took."""
+    staleness: float
+    """Just before, if the policy measured it; else NaN."""
+    overlap: float
+    """With the state before, 1 for none of a change, 0 for chance; NaN for the first."""
+
+
+def slots_of(rule: Rule, parts: Sequence[Part], ndim: int) -> dict[str, Slot]:
+    """What a rule keeps for a parameter.
+
+    An `m x n` slot has the parameter's shape. Of others, each part but the first has its own: `factor_left.1`.
+
+    Returns:
+        Slots by their key in the parameter's state.
+    """
+    out: dict[str, Slot] = {}
+    for i, part in enumerate(parts):
+        for key, slot in rule.declared(*part.dims[1:], vector=ndim < 2).items():
+            out[_key(key, slot, i)] = slot if len(parts) == 1 else replace(slot, dims=part.dims)
+    return out
+
+
+def _key(key: str, slot: Slot, i: int) -> str:
+    return key if i == 0 or slot.letters == "mn" else f"{key}.{i}"
+
+
+def refresh_cost(rule: Rule, parts: Sequence[Part], *, vector: bool) -> float:
+    """Work of one refresh of all matrices of a parameter."""
+    return sum(b * rule.refresh_cost(m, n, vector=vector) for b, m, n in (part.dims for part in parts))
+
+
+def factor_of(job: Job, dims: Dims) -> float:
     """What the direction is multiplied by: a constant of the matrix's shape."""
     if job.group["lr_convention"] == "native":
         return 1.0
-    rms = job.rule.rms(*w.dims[1:])
+    rms = job.rule.rms(*dims[1:])
     return 1.0 if rms is None else ADAMW_RMS / rms
 
 
@@ -75,17 +164,43 @@ def needs_param(rule: Rule) -> bool:
 
 def alike(w: Work) -> tuple[Any, ...]:
     """Works with equal keys may share a stack."""
-    return w.dims, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t
+    return w.parts, w.transposed, w.param.ndim, w.param.dtype, w.param.device, w.t, bool(w.due)
+
+
+def portions(works: Sequence[Work], max_temp_bytes: int) -> Iterator[Sequence[Work]]:
+    """Runs of works whose clipped gradients, which are copies, take no more than some memory together."""
+    start = size = 0
+    for i, w in enumerate(works):
+        size += 0 if w.scale == 1 else w.param.numel() * w.param.element_size()
+        if size > max_temp_bytes and i > start:
+            yield works[start:i]
+            start, size = i, w.param.numel() * w.param.element_size()
+    yield works[start:]
+
+
+def forms_for(rule: Rule, group: Mapping[str, Any], p: Tensor, parts: Sequence[Part]) -> dict[str, Form]:
+    """How everything a rule keeps for a parameter rests.
+
+    Args:
+        rule: of the group.
+        group: of the parameter.
+        p: the parameter.
+        parts: of the parameter.
+
+    Returns:
+        Forms by their key in the parameter's state.
+    """
+    slots, dims = slots_of(rule, parts, p.ndim), parts[0].dims
+    return {k: storage.form_of(s, p.shape, dims, p.dtype, group, sums=rule.reduces) for k, s in slots.items()}
 
 
 def forms_of(job: Job, w: Work) -> dict[str, Form]:
     """How everything a rule keeps for a parameter rests.
 
     Returns:
-        Forms by slot.
+        Forms by their key in the parameter's state.
     """
-    shape, dtype, group, sums = w.param.shape, w.param.dtype, job.group, job.rule.reduces
-    return {k: storage.form_of(s, shape, w.dims, dtype, group, sums=sums) for k, s in w.slots(job.rule).items()}
+    return forms_for(job.rule, job.group, w.param, w.parts)
 
 
 def first_index(rule: Rule, form: Form, w: Work) -> int:
@@ -97,7 +212,7 @@ def first_index(rule: Rule, form: Form, w: Work) -> int:
 def takes_kernel(job: Job, w: Work) -> bool:
     """Whether a kernel of torch's does what the group asks for, if dtypes and strides agree."""
     wide = w.param.dtype == storage.work_dtype(w.param.dtype)
-    return wide and factor_of(job, w) == 1.0 and not job.group["cautious_decay"]
+    return wide and factor_of(job, w.dims) == 1.0 and not job.group["cautious_decay"]
 
 
 class Elements:
@@ -169,6 +284,17 @@ class _Kept:
             self.close(part, wide, lambda part=part, cut=cut, held=held: where(part, cut, held))
 
 
+def _kept(job: Job, w: Work) -> dict[str, _Kept]:
+    """The slots of a parameter of which a rule sees other values than rest."""
+    device = layout.local(w.param).device
+    return {key: _Kept(job, w, key) for key, form in w.forms.items() if not form.direct(device)}
+
+
+def _opened(w: Work, kept: Mapping[str, _Kept]) -> Work:
+    """The work with the values of its slots in the place of what rests."""
+    return replace(w, state={**w.state, **{k: x.open(x.part) for k, x in kept.items()}}) if kept else w
+
+
 def _no_index() -> Tensor:
     raise AssertionError("only rounding to bfloat16 asks for indices")
 
@@ -177,11 +303,11 @@ def update_elementwise(job: Job, w: Work) -> None:
     """Walk over one parameter in flat blocks."""
     rule, p = job.rule, layout.local(w.param)
     dtype, write = storage.work_dtype(p.dtype), _Write(job, w)
-    kept = {k: _Kept(job, w, k) for k, form in w.forms.items() if not form.direct(p.device)}
+    kept = _kept(job, w)
     rounded = write.stochastic or any(x.form.kind == "bf16" for x in kept.values())
     fused = bool(kept) and takes_kernel(job, w)
     where = Elements(p, w.param) if rounded else None
-    tensors = [p, w.gradient(), *(layout.local(w.state[k]) for k in w.forms), *write.carried]
+    tensors = [p, w.unclipped(), *(layout.local(w.state[k]) for k in w.forms), *write.carried]
     tensors += where.tensors if where else []
     grid = next((x for x in kept.values() if x.form.quantised), None)
     align, start = (grid.form.block, grid.start) if grid else (1, 0)
@@ -191,8 +317,8 @@ def update_elementwise(job: Job, w: Work) -> None:
         at = _offset(pb, cut)
         views = {k: kept[k].open(x, at) if k in kept else x for k, x in resting.items()}
         index = _no_index if where is None else lambda pb=pb, cut=cut, held=held: where(pb, cut, held)
+        gb = gb.to(dtype) if w.scale == 1 else gb.to(dtype) * w.scale
         if not (fused and _kernel(rule, pb, gb, views, w.t)):
-            gb = gb.to(dtype)
             if rule.decay == "coupled" and rule.weight_decay:
                 gb = gb.add(pb, alpha=rule.weight_decay)
             s = SimpleNamespace(**views)
@@ -219,7 +345,7 @@ def update_stack(
     frame: layout.StackLayout | None = None,
     sink: Callable[[Work, Tensor], None] | None = None,
 ) -> None:
-    """Call a rule on one stack, store the state it leaves and hand out the directions.
+    """Call a rule on the matrices of parameters, store the state it leaves and hand out the directions.
 
     Args:
         job: rule and settings.
@@ -229,38 +355,139 @@ def update_stack(
         frame: how a reducing rule's stacks are cut.
         sink: takes each direction, shaped like its gradient; applied if not given.
     """
+    kept = [_kept(job, w) for w in chunk]
+    opened = [_opened(w, slots) for w, slots in zip(chunk, kept, strict=True)]
+    pieces = zip(*(w.pieces(job.rule) for w in opened), strict=True)
+    found = [_directions(job, piece, params, gradients, frame) for piece in pieces]
+    for w, slots in zip(opened, kept, strict=True):
+        for key, x in slots.items():
+            x.close_all(w.state[key])
+    if job.rule.rests(chunk[0].t):
+        return
+    for w, like, *ds in zip(chunk, gradients, *found, strict=True):
+        d = _joined(job, w, ds, like)
+        sink(w, d) if sink else apply(job, w, d)
+
+
+def _joined(job: Job, w: Work, pieces: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The direction of one parameter, shaped like its gradient, out of those of its parts."""
+    if len(pieces) == 1 and w.parts[0].rows is None:
+        return chunks.turned(pieces[0].reshape(chunks.turned(like, w.transposed).shape), w.transposed)
+    out = torch.empty_like(like, dtype=pieces[0].dtype)
+    for part, piece in zip(w.parts, pieces, strict=True):
+        where = part.of(out, w.transposed)
+        ratio = factor_of(job, part.dims) / factor_of(job, w.dims)  # `apply` knows the first one's factor
+        where.copy_((piece if ratio == 1 else piece * ratio).reshape(where.shape))
+    return out
+
+
+def _directions(
+    job: Job,
+    chunk: Sequence[Work],
+    params: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    frame: layout.StackLayout | None,
+) -> Sequence[Tensor]:
+    """Call a rule on one stack and store the state it leaves."""
     rule, first = job.rule, chunk[0]
-    b, m, n = first.dims if frame is None else frame.local_dims
+    dims = b, m, n = first.dims if frame is None or frame.cut is None else frame.local_dims
     dtype = storage.work_dtype(first.param.dtype)
     slots = first.slots(rule)
-    turn = first.transposed
-    kept = {k: [_Kept(job, w, k) for w in chunk] for k, f in first.forms.items() if not f.direct(params[0].device)}
-    opened = {k: [x.open(x.part) for x in some] for k, some in kept.items()}
-    entries = {k: opened[k] if k in opened else [layout.local(w.state[k]) for w in chunk] for k in slots}
-    for k, slot in slots.items():
-        if slot.letters == "mn":
-            entries[k] = [chunks.turned(t, turn) for t in entries[k]]
-    before = {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
-    g, p = chunks.stack([chunks.turned(t, turn) for t in gradients], (b, m, n), dtype), None
+    part, turn = first.parts[0], first.transposed
+    entries, before = stacked_state(chunk, slots, dims)
+    g, p = stacked_gradient(chunk, gradients, dims), None
     if needs_param(rule):
-        p = chunks.stack([chunks.turned(t, turn) for t in params], (b, m, n), dtype)
+        p = chunks.stack([part.of(t, turn) for t in params], (b, m, n), dtype)
         if rule.decay == "coupled" and rule.weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
     wrap, unwrap = (frame.wrap, frame.unwrap) if frame else (_as_is, _as_is)
-    seen = {k: wrap(before[k], slot.letters) for k, slot in slots.items()}
-    s = SimpleNamespace(**seen)
+    s = SimpleNamespace(**{k: wrap(before[k], slot.letters) for k, slot in slots.items()})
+    s.noise = lambda letters, stream=0: wrap(_noise(job, chunk, frame, letters, stream), letters)
+    s.refresh = functools.partial(_refresh, job, chunk, s)
     d = rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t)
+    if "refreshed" in slots:
+        age = s.refreshed[..., 0]
+        age.copy_(torch.ones_like(age) if first.due else age + 1)
     left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
     for k, value in storage.untangled(before, left).items():
         storage.write(entries[k], value)
-    for k, some in kept.items():
-        for x, value in zip(some, opened[k], strict=True):
-            x.close_all(value)
-    if rule.rests(first.t):
+    return unwrap(d).split(b)
+
+
+def stacked_state(
+    chunk: Sequence[Work], slots: Mapping[str, Slot], dims: Dims
+) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+    """State of works that are alike.
+
+    Args:
+        chunk: the works.
+        slots: of each.
+        dims: of each on this rank.
+
+    Returns:
+        (resting tensors by slot, one per work; stacks by slot).
+    """
+    entries = {k: [layout.local(w.state[k]) for w in chunk] for k in slots}
+    for k, slot in slots.items():
+        if slot.letters == "mn":
+            entries[k] = [chunk[0].parts[0].of(t, chunk[0].transposed) for t in entries[k]]
+    b, m, n = dims
+    return entries, {k: storage.read(entries[k], (b, *slot.shape(m, n))) for k, slot in slots.items()}
+
+
+def stacked_gradient(chunk: Sequence[Work], gradients: Sequence[Tensor], dims: Dims) -> Tensor:
+    """Gradients of works that are alike, as one stack in the dtype of the arithmetic.
+
+    Returns:
+        `[len(chunk) * b, m, n]`.
+    """
+    part, dtype = chunk[0].parts[0], storage.work_dtype(chunk[0].param.dtype)
+    return chunks.stack([part.of(t, chunk[0].transposed) for t in gradients], dims, dtype)
+
+
+def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
+    """The largest staleness among the matrices of one parameter that is whole here.
+
+    Returns:
+        A 0-d tensor.
+    """
+    found = []
+    for piece in _opened(w, _kept(job, w)).pieces(job.rule):
+        if piece.cost:
+            _, state = stacked_state([piece], piece.slots(job.rule), piece.dims)
+            g = stacked_gradient([piece], [gradient], piece.dims)
+            found.append(job.rule.staleness(g, SimpleNamespace(**state)).amax())
+    return torch.stack(found).amax()
+
+
+def _refresh(job: Job, chunk: Sequence[Work], s: SimpleNamespace, g: Tensor) -> None:
+    """Rebuild the costly state of a stack if it is due, and tell about it."""
+    first = chunk[0]
+    if not first.due:
         return
-    for w, piece, like in zip(chunk, unwrap(d).split(b), gradients, strict=True):
-        piece = chunks.turned(piece.reshape(chunks.turned(like, turn).shape), turn)
-        sink(w, piece) if sink else apply(job, w, piece)
+    names = [k for k in job.rule.costly if hasattr(s, k)]
+    looked = first.t > 1 and (first.note is not None or parse(job.group["refresh"]).reads)
+    old = {k: getattr(s, k).clone() for k in names if looked}
+    started = time.perf_counter()
+    job.rule.rebuild(g, s, first.t)
+    seconds = (time.perf_counter() - started) / len(chunk)
+    if old:
+        s.refreshed[..., 0, 1] = torch.stack([overlap(old[k], getattr(s, k)) for k in names]).amin(0)
+    if first.note is not None:
+        records = s.refreshed[:, 0].unflatten(0, (len(chunk), -1)).amin(1).tolist()
+        for w, (age, shared, *_) in zip(chunk, records, strict=True):
+            shared = shared if old else math.nan
+            first.note(w, Refresh(w.name, w.t, w.due, int(age), seconds, w.stale, shared))
+
+
+def _noise(job: Job, chunk: Sequence[Work], frame: layout.StackLayout | None, letters: str, stream: int) -> Tensor:
+    """This rank's part of the normal numbers for a stack."""
+    device, dtype = layout.local(chunk[0].param).device, storage.work_dtype(chunk[0].param.dtype)
+    whole = Slot(letters, rank=min(getattr(job.rule, "rank", 1), *chunk[0].dims[1:])).shape(*chunk[0].dims[1:])
+    keys = [hash_key(job.group["seed"], w.t, w.index, stream, *[w.piece] * (w.piece > 0)) for w in chunk]
+    drawn = [normal((w.dims[0], *whole), key, device=device) for w, key in zip(chunk, keys, strict=True)]
+    stack = torch.cat(drawn).to(dtype)
+    return stack if frame is None else frame.part(stack, letters)
 
 
 def _as_is(t: Tensor, letters: str = "mn") -> Tensor:
@@ -286,7 +513,7 @@ class _Write:
 
     def __init__(self, job: Job, w: Work):
         rule = job.rule
-        self.step = rule.lr * factor_of(job, w)
+        self.step = rule.lr * factor_of(job, w.dims)
         self.keep = 1 - rule.lr * rule.weight_decay
         self.decay = rule.decay
         self.cautious = job.group["cautious_decay"] and self.keep != 1

@@ -5,12 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _each(function, x: Tensor) -> Tensor:
-    """LAPACK matrix by matrix on a CPU, where its batched calls depend on a matrix's place in the stack."""
-    if x.device.type != "cpu":
-        return function(x)
-    return torch.stack([function(matrix) for matrix in x.flatten(0, -3)]).view(x.shape)
+from lightning_optim.ops.lapack import eigh, orthonormal
 
 
 def eigenbasis(x: Tensor, shift: float = 1e-30) -> Tensor:
@@ -23,8 +18,60 @@ def eigenbasis(x: Tensor, shift: float = 1e-30) -> Tensor:
     Returns:
         Orthonormal columns, `[..., n, n]`. Signs, and the order within a null space, are LAPACK's.
     """
-    shifted = x + shift * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return _each(lambda a: torch.linalg.eigh(a).eigenvectors, shifted).flip(-1)
+    return eigh(x + shift * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).vectors
+
+
+def overlap(old: Tensor, new: Tensor) -> Tensor:
+    """How much of a basis is left, corrected for chance.
+
+    A square basis is compared column by column: the mean of (q_j . q'_j)^2 of normalised columns. A thin one
+    (`[..., n, r]`, or its transpose) is compared as a subspace: ||Q^T Q'||_F^2 / r. Either is x in
+    (x - c) / (1 - c), with c = 1 / n or r / n what random bases give.
+
+    Args:
+        old: `[..., m, n]`.
+        new: likewise.
+
+    Returns:
+        The smallest over the stack, a 0-d tensor; 1 for equal bases, about 0 for unrelated ones.
+    """
+    if old.shape[-2] < old.shape[-1]:
+        old, new = old.mT, new.mT
+    old, new = (torch.nn.functional.normalize(x, dim=-2) for x in (old, new))
+    n, r = old.shape[-2:]
+    if n == r:
+        found, chance = (old * new).sum(-2).square().mean(-1), 1 / n
+    else:
+        found, chance = (old.mT @ new).square().sum((-2, -1)) / r, r / n
+    return ((found - chance) / (1 - chance) if n > 1 else found).amin()
+
+
+def off_diagonal(x: Tensor, q: Tensor, t: int = 0, top: int = 32, others: int = 32) -> Tensor:
+    """Share of a matrix that a basis leaves off the diagonal: rho = ||B - diag B||_F / ||B||_F, B = Q^T X Q.
+
+    The first `top` columns of B are taken exactly and stand for themselves, `others` of the rest, evenly spaced and
+    shifted by `t`, for all of the rest. Column j contributes ||X q_j||^2 - (q_j^T X q_j)^2.
+
+    Args:
+        x: `[b, n, n]`, symmetric.
+        q: orthonormal columns, by falling eigenvalue, `[b, n, n]`.
+        t: shifts which columns are looked at.
+        top: number of leading columns.
+        others: number of columns out of the rest.
+
+    Returns:
+        `[b]`, in [0, 1].
+    """
+    n = x.shape[-1]
+    top = min(top, n)
+    count = min(others, n - top)
+    step = (n - top) / max(count, 1)
+    rest = [top + int(i * step + t) % (n - top) for i in range(count)]
+    columns = q[..., [*range(top), *rest]]
+    power = x @ columns
+    off = power.square().sum(-2) - (columns * power).sum(-2).square()
+    total = off[..., :top].sum(-1) + off[..., top:].sum(-1) * step
+    return (total.clamp_min(0) / x.square().sum((-2, -1)).clamp_min(1e-30)).sqrt().clamp_max(1)
 
 
 def follow_eigenbasis(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,4 +89,4 @@ def follow_eigenbasis(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     power = x @ q
     order = (q * power).sum(-2).argsort(dim=-1, descending=True)
     sorted_power = power.gather(-1, order.unsqueeze(-2).expand_as(power))
-    return _each(lambda a: torch.linalg.qr(a).Q, sorted_power), order
+    return orthonormal(sorted_power), order

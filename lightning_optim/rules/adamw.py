@@ -6,6 +6,7 @@ d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,8 +25,8 @@ class AdamW(Rule):
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     `amsgrad` divides by the running maximum of v instead. `eps_mode="uncorrected"` adds eps to sqrt(v) before the
-    bias correction, as Transformers' former AdamW, GaLore and Moonlight do. Runs torch's fused kernel where dtypes
-    and strides allow.
+    bias correction, as Transformers' former AdamW, GaLore and Moonlight do. `correct_bias=False` takes m and v as they
+    are. Runs torch's fused kernel where dtypes and strides allow.
     """
 
     lr: float = 1e-3
@@ -34,6 +35,7 @@ class AdamW(Rule):
     weight_decay: float = 1e-2
     amsgrad: bool = False
     eps_mode: Literal["corrected", "uncorrected"] = "corrected"
+    correct_bias: bool = True
 
     name: ClassVar = "adamw"
     source: ClassVar = "Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2"
@@ -72,15 +74,16 @@ class AdamW(Rule):
         v = s.exp_avg_sq
         if self.amsgrad:
             v = torch.maximum(s.max_exp_avg_sq, v, out=s.max_exp_avg_sq)
-        root = (1 - b2**t) ** 0.5
+        mean, root = (1 - b1**t, (1 - b2**t) ** 0.5) if self.correct_bias else (1.0, 1.0)
         eps = self.eps if self.eps_mode == "corrected" else self.eps / root
-        return (s.exp_avg / (1 - b1**t)).div_((v.sqrt() / root).add_(eps))
+        return (s.exp_avg / mean).div_((v.sqrt() / root).add_(eps))
 
     def kernel(  # noqa: D102
         self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int
     ) -> Literal[True] | None:
         if self.eps_mode != "corrected":
             return None
+        step = float(t) if self.correct_bias else math.inf  # where both corrections are one
         fused = torch.ops.aten._fused_adamw_ if self.decay == "before" else torch.ops.aten._fused_adam_
         fused(
             p,
@@ -88,7 +91,7 @@ class AdamW(Rule):
             s["exp_avg"],
             s["exp_avg_sq"],
             s.get("max_exp_avg_sq", []),
-            [torch.tensor(float(t), dtype=torch.float32, device=p[0].device)] * len(p),
+            [torch.tensor(step, dtype=torch.float32, device=p[0].device)] * len(p),
             lr=self.lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
@@ -109,3 +112,26 @@ class Adam(AdamW):
     name: ClassVar = "adam"
     source: ClassVar = "Kingma & Ba 2015, arXiv:1412.6980, Alg. 1"
     decay: ClassVar = "coupled"
+
+
+@dataclass(frozen=True)
+class AMSGrad(Adam):
+    """AMSGrad: Adam that divides by the largest v so far, so that no step size grows again.
+
+    As `torch.optim.Adam` with `amsgrad=True`, whose checkpoints load; the maximum is taken before the bias correction.
+    """
+
+    amsgrad: bool = True
+
+    name: ClassVar = "amsgrad"
+    source: ClassVar = "Reddi et al. 2018, arXiv:1904.09237, Alg. 2"
+
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: without the maximum, or what `Rule.validate` raises.
+        """
+        super().validate()
+        if not self.amsgrad:
+            raise ValueError("amsgrad: amsgrad=False is adam")

@@ -4,11 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import SGD, SOAP, Adafactor, Adam, AdamW, Executor, Lion, Muon, NorMuon
+from lightning_optim import (
+    RACS,
+    SGD,
+    SOAP,
+    SWAN,
+    Adafactor,
+    Adagrad,
+    Adam,
+    AdamW,
+    AMSGrad,
+    Dion,
+    EigenAdam,
+    Executor,
+    Lion,
+    Muon,
+    NorMuon,
+    RMSprop,
+    SignSGD,
+    Signum,
+)
+from lightning_optim.core import work
 
 Params = dict[str, Parameter]
 Case = dict[str, Any]
@@ -50,6 +72,15 @@ def _adafactor(params: Params, h: dict[str, Any], case: Case) -> Executor:
     if "eps" in h:
         h["eps1"], h["eps2"] = h.pop("eps")
     return Adafactor(params.items(), **h)
+
+
+def _adam_uncorrected(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return Adam(params.items(), **h, correct_bias=False)
+
+
+def _signsgd(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    momentum = h.pop("momentum", 0.9)
+    return Signum(params.items(), momentum=momentum, **h) if momentum else SignSGD(params.items(), **h)
 
 
 def _lion(params: Params, h: dict[str, Any], case: Case) -> Executor:
@@ -142,6 +173,7 @@ def _soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
     h.pop("merge_dims", None)
     h.pop("data_format", None)
     beta = h.pop("shampoo_beta", -1)
+    h["refresh"] = f"fixed:{h.pop('precondition_frequency', 10)}"
     optimizer = SOAP(params.items(), **h, shampoo_beta=None if beta < 0 else beta)
     if case.get("inject"):
         optimizer.register_step_post_hook(lambda opt, *_: _inject_basis(opt, params, case))
@@ -176,19 +208,67 @@ def _adamw8bit_torchao(params: Params, h: dict[str, Any], case: Case) -> Executo
     return AdamW([g for g in groups if g["params"]], **h)
 
 
+def _racs(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return RACS(params.items(), limit=h.pop("gamma", 1.01), iterations=h.pop("iters", 5), **h)
+
+
+def _swan(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return SWAN(params.items(), **h, root="eigh")  # recorded with the exact root
+
+
+def _eigen_adam(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return EigenAdam(params.items(), refresh=_multiples(h.pop("interval", 200)), **h)
+
+
+def _multiples(interval: int) -> str:
+    """The policy that refreshes at step 1 and at the multiples of an interval."""
+    return f"fixed:{interval}:{interval}"
+
+
+def _dion(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    optimizer = Dion(params.items(), momentum=h.pop("mu", 0.95), **h)
+    return _injected(optimizer, params, lambda name, t: case["inject"].get(f"Q_{t - 1}/{name}"))
+
+
+def _injected(optimizer: Executor, params: Params, recorded: Callable[[str, int], Tensor | None]) -> Executor:
+    """Replace the random numbers that rules draw by recorded ones."""
+    names, draw, step = {id(p): name for name, p in params.items()}, work._noise, optimizer.step
+
+    def noise(job: Any, chunk: Any, frame: Any, letters: str, stream: int) -> Tensor:
+        drawn = draw(job, chunk, frame, letters, stream).split(chunk[0].dims[0])
+        found = [recorded(names[id(w.param)], w.t) for w in chunk]
+        return torch.cat([d if f is None else f.to(d).view(d.shape) for d, f in zip(drawn, found, strict=True)])
+
+    def injecting(closure: Callable[[], Any] | None = None) -> Any:
+        with mock.patch.object(work, "_noise", noise):
+            return step(closure)
+
+    optimizer.step = injecting
+    return optimizer
+
+
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+    "AMSGrad": _plain(AMSGrad),
     "Adafactor-torch": _adafactor,
+    "Adagrad": _plain(Adagrad),
     "Adam": _plain(Adam),
     "Adam-mini": _adam_mini,
+    "AdamNoBiasCorrection": _adam_uncorrected,
     "AdamW": _plain(AdamW),
     "AdamW8bit-bitsandbytes": _adamw8bit_bitsandbytes,
     "AdamW8bit-torchao": _adamw8bit_torchao,
+    "Dion": _dion,
+    "EigenAdam": _eigen_adam,
     "Lion": _lion,
     "Muon-KellerJordan": _muon_keller_jordan,
     "Muon-KellerJordan-AuxAdam": _muon_aux_adam,
     "Muon-Moonlight": _muon_moonlight,
     "Muon-torch": _muon_torch,
     "NorMuon": _normuon,
+    "RACS": _racs,
+    "RMSprop": _plain(RMSprop),
     "SGD": _plain(SGD),
     "SOAP": _soap,
+    "SWAN": _swan,
+    "SignSGD": _signsgd,
 }

@@ -2,9 +2,9 @@ import torch
 
 STRICT = {"max_precond_dim": 8}  # a basis of the null space of a rank-deficient factor is arbitrary
 SETTINGS = [
-    {"lr": 0.01, "precondition_frequency": 2, "weight_decay": 0.1},
-    {"lr": 0.01, "precondition_frequency": 1, "normalize_grads": True, "shampoo_beta": 0.9},
-    {"lr": 0.01, "precondition_frequency": 3, "correct_bias": False},
+    {"lr": 0.01, "refresh": "fixed:2", "weight_decay": 0.1},
+    {"lr": 0.01, "refresh": "fixed:1", "normalize_grads": True, "shampoo_beta": 0.9},
+    {"lr": 0.01, "refresh": "fixed:3", "correct_bias": False},
 ]
 
 
@@ -37,7 +37,7 @@ def step(p, g, state, t, h):
         d = d * (1 - b2 ** (t - 1)) ** 0.5 / (1 - b1 ** (t - 1))
     for k, x in outer.items():
         factor = state["factors"][k] = beta * state["factors"][k] + (1 - beta) * x
-        if (t - 1) % h["precondition_frequency"] == 0:
+        if (t - 1) % int(h["refresh"].split(":")[1]) == 0:
             order = torch.diag(bases[k].T @ factor @ bases[k]).argsort(descending=True)
             state["v"] = state["v"][order] if k == 0 else state["v"][:, order]
             bases[k] = torch.linalg.qr(factor @ bases[k][:, order]).Q

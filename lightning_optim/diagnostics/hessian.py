@@ -1,0 +1,466 @@
+"""Products with the Hessian of a loss, and what they tell of its blocks.
+
+The loss is a function of no arguments over parameters that require gradients; it must be the same function at every
+call (one batch, no dropout). Products never touch `.grad`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Loss = Callable[[], Tensor]
+Block = Sequence[int]
+"""Indices of the parameters that form a block."""
+Method = Literal["exact", "difference"]
+
+_active = 0
+
+
+def measuring() -> bool:
+    """Whether a Hessian product is being computed, so that gradient hooks can stay out of it.
+
+    Returns:
+        True inside `frozen`.
+    """
+    return _active > 0
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Make a model's loss a fixed, twice differentiable function, and put everything back.
+
+    No module is in training mode (dropout), random numbers are restored, autocast is off, attention has a second
+    derivative (kernels without one are switched for the duration).
+
+    Args:
+        model: any module.
+
+    Yields:
+        Nothing.
+    """
+    global _active
+    flags = [(m, m.training) for m in model.modules()]
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    fused = [(c, k) for c in configs.values() if (k := getattr(c, "_attn_implementation", None)) not in _TWICE]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    kinds = {p.device.type for p in model.parameters()} | {"cpu"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.enable_grad())
+        for kind in sorted(kinds):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        try:
+            _active += 1
+            for m, _ in flags:
+                m.training = False
+            for c, _ in fused:
+                c._attn_implementation = "eager"
+            yield
+        finally:
+            _active -= 1
+            for m, flag in flags:
+                m.training = flag
+            for c, kind in fused:
+                c._attn_implementation = kind
+
+
+_TWICE = (None, "eager", "sdpa")
+
+
+class Hessian:
+    """Products with the Hessian of a loss.
+
+    `"exact"` differentiates twice; the graph of the gradient is kept and reused for all products. `"difference"` is
+    (g(x + e v) - g(x - e v)) / 2e with e = `step` |x| / |v|: no second derivative is asked of any kernel, no graph is
+    kept; 1e-4 relative error in float32. Parameters come back bitwise.
+
+    Args:
+        loss: computes the loss.
+        params: the parameters, all floating-point.
+        method: how.
+        step: of the difference, relative.
+        reduce: averages gradients and products over data-parallel ranks, in place.
+
+    Raises:
+        RuntimeError: a kernel without a second derivative, or a loss that does not require gradients.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        params: Sequence[Tensor],
+        method: Method = "exact",
+        *,
+        step: float = 1e-3,
+        reduce: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
+        self.loss, self.params, self.method, self.step, self.reduce = loss, list(params), method, step, reduce
+        self.products = 0
+        value = loss()
+        self.value = value.detach()
+        self._graph: list[Tensor] = []
+        if method == "exact":
+            self._graph = self._gradient(value, create_graph=True)
+            self.gradient = [g.detach() for g in self._graph]
+        else:
+            self.gradient = self._gradient(value)
+        if reduce is not None:
+            self.gradient = [g.clone() for g in self.gradient]
+            reduce(self.gradient)
+
+    def _gradient(self, value: Tensor, *, create_graph: bool = False) -> list[Tensor]:
+        found = torch.autograd.grad(value, self.params, create_graph=create_graph, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)]
+
+    def product(self, v: Sequence[Tensor], at: Block, want: Block | None = None) -> list[Tensor]:
+        """H v.
+
+        Args:
+            v: one tensor per index of `at`, shaped like the parameter; the vector is zero elsewhere.
+            at: parameters the vector lives on.
+            want: parameters whose rows of the product are wanted; all if not given.
+
+        Returns:
+            One tensor per index of `want`.
+
+        Raises:
+            RuntimeError: a kernel without a second derivative.
+        """
+        want = range(len(self.params)) if want is None else want
+        self.products += 1
+        out = self._exact(v, at, want) if self.method == "exact" else self._difference(v, at, want)
+        if self.reduce is not None:
+            out = [x.clone() for x in out]
+            self.reduce(out)
+        return out
+
+    def _exact(self, v: Sequence[Tensor], at: Block, want: Block) -> list[Tensor]:
+        pairs = [(self._graph[i], x) for i, x in zip(at, v, strict=True) if self._graph[i].requires_grad]
+        inputs = [self.params[i] for i in want]
+        if not pairs:
+            return [torch.zeros_like(p) for p in inputs]
+        outputs, vectors = zip(*pairs, strict=True)
+        try:
+            found = torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
+        except (RuntimeError, NotImplementedError) as error:
+            if "not implemented" not in str(error) or "backward" not in str(error):
+                raise
+            raise RuntimeError(
+                "a kernel of the model has no second derivative (flash attention, say); compute the loss inside "
+                "diagnostics.hessian.frozen(model), or use method='difference'"
+            ) from error
+        return [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(inputs, found, strict=True)]
+
+    def _difference(self, v: Sequence[Tensor], at: Block, want: Block) -> list[Tensor]:
+        moved = [self.params[i] for i in at]
+        size = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.params))
+        length = math.sqrt(sum(float(x.double().square().sum()) for x in v))
+        if length == 0:
+            return [torch.zeros_like(self.params[i]) for i in want]
+        e = self.step * size / length
+        saved = [p.detach().clone() for p in moved]
+        sides: list[list[Tensor]] = []
+        try:
+            for sign in (1, -1):
+                with torch.no_grad():
+                    for p, x, start in zip(moved, v, saved, strict=True):
+                        p.copy_(start + sign * e * x)
+                g = self._gradient(self.loss())
+                sides.append([g[i] for i in want])
+        finally:
+            with torch.no_grad():
+                for p, start in zip(moved, saved, strict=True):
+                    p.copy_(start)
+        return [(a - b) / (2 * e) for a, b in zip(*sides, strict=True)]
+
+    # -- flat vectors over a block --------------------------------------------------------------------------------
+
+    def flat(self, block: Block) -> Callable[[Tensor], Tensor]:
+        """The diagonal block of H as an operator on flat vectors.
+
+        Returns:
+            A function from `[d]` to `[d]`.
+        """
+        sizes = [self.params[i].numel() for i in block]
+
+        def matvec(v: Tensor) -> Tensor:
+            parts = [x.view_as(self.params[i]) for i, x in zip(block, v.split(sizes), strict=True)]
+            return torch.cat([h.reshape(-1) for h in self.product(parts, block, block)])
+
+        return matvec
+
+    def size(self, block: Block) -> int:
+        """Number of weights of a block.
+
+        Returns:
+            d.
+        """
+        return sum(self.params[i].numel() for i in block)
+
+    def random(self, block: Block, generator: torch.Generator) -> Tensor:
+        """A flat vector of random signs over a block.
+
+        Args:
+            block: the block.
+            generator: on the parameters' device.
+
+        Returns:
+            `[d]`.
+        """
+        return torch.cat([signs(self.params[i], generator).reshape(-1) for i in block])
+
+
+def signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs (Rademacher numbers).
+
+    Args:
+        like: gives shape, dtype and device.
+        generator: on its device.
+
+    Returns:
+        A tensor of +1 and -1.
+    """
+    bits = torch.randint(2, like.shape, generator=generator, device=like.device, dtype=torch.int8)
+    return bits.to(like.dtype).mul_(2).sub_(1)
+
+
+def hutchinson(
+    hessian: Hessian, blocks: Sequence[Block], probes: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Trace of every block, |H|_F^2 and the diagonal, from joint probes: one product per probe serves all blocks.
+
+    For independent signs z, E z_b^T (H z)_b = tr H_bb, E |H z|^2 = |H|_F^2, E z * H z = diag H. The variance of a
+    block's trace is 2 (|H_bb|^2 - sum h_ii^2) + sum_{c != b} |H_bc|^2.
+
+    Args:
+        hessian: over all parameters.
+        blocks: a partition of the parameters, or some of them.
+        probes: sign vectors, one tensor per parameter each.
+
+    Returns:
+        (traces `[probes, blocks]`, |H z|^2 `[probes]`, the mean of z * H z per parameter).
+    """
+    every = range(len(hessian.params))
+    traces, squares = [], []
+    diagonal = [torch.zeros_like(p) for p in hessian.params]
+    for z in probes:
+        hz = hessian.product(z, every)
+        products = [a * b for a, b in zip(z, hz, strict=True)]
+        for d, x in zip(diagonal, products, strict=True):
+            d += x / len(probes)
+        sums = torch.stack([x.sum(dtype=torch.float64) for x in products])
+        traces.append(torch.stack([sums[list(block)].sum() for block in blocks]))
+        squares.append(torch.stack([x.square().sum(dtype=torch.float64) for x in hz]).sum())
+    return torch.stack(traces).cpu(), torch.stack(squares).cpu(), diagonal
+
+
+def hutch_plus_plus(matvec: Callable[[Tensor], Tensor], size: int, products: int, generator: torch.Generator) -> Tensor:
+    """Trace by Hutch++ (Meyer et al. 2021): exact on a sketched range, Hutchinson on the rest.
+
+    Better than `hutchinson` from about 100 products on.
+
+    Args:
+        matvec: the operator on `[n]`.
+        size: n.
+        products: how many, divided into three equal parts.
+        generator: on the CPU.
+
+    Returns:
+        A scalar.
+    """
+    third = max(1, min(products // 3, size))
+    s = (torch.randint(2, (size, third), generator=generator) * 2 - 1).double()
+    g = (torch.randint(2, (size, third), generator=generator) * 2 - 1).double()
+    q = torch.linalg.qr(torch.stack([matvec(x) for x in s.T], 1)).Q
+    inside = sum((torch.dot(x, matvec(x)) for x in q.T), torch.zeros((), dtype=torch.float64))
+    rest = g - q @ (q.T @ g)
+    outside = sum((torch.dot(x, matvec(x)) for x in rest.T), torch.zeros((), dtype=torch.float64))
+    return inside + outside / third
+
+
+def coupling_squares(hessian: Hessian, blocks: Sequence[Block], probes: Sequence[Sequence[Sequence[Tensor]]]) -> Tensor:
+    """|H_ij|_F^2 of every pair of blocks: a probe that lives in block j gives column j of the table.
+
+    Args:
+        hessian: over all parameters.
+        blocks: a partition of the parameters.
+        probes: for every block, sign vectors over its parameters.
+
+    Returns:
+        `[blocks, blocks]`, symmetric, float64.
+    """
+    every = [i for block in blocks for i in block]
+    columns = []
+    for block, vectors in zip(blocks, probes, strict=True):
+        total = torch.zeros(len(blocks), dtype=torch.float64)
+        for z in vectors:
+            hz = iter(hessian.product(z, block, every))
+            rows = [[next(hz).square().sum(dtype=torch.float64) for _ in row] for row in blocks]
+            total += torch.stack([torch.stack(row).sum() for row in rows]).cpu() / len(vectors)
+        columns.append(total)
+    table = torch.stack(columns, 1)
+    return (table + table.T) / 2
+
+
+def coupling(squares: Tensor) -> Tensor:
+    """C_ij = |H_ij|_F / sqrt(|H_ii|_F |H_jj|_F); one on the diagonal, not bounded by one elsewhere.
+
+    Args:
+        squares: |H_ij|_F^2, `[blocks, blocks]`.
+
+    Returns:
+        `[blocks, blocks]`.
+    """
+    own = squares.diagonal().sqrt()
+    return squares.sqrt() / (own[:, None] * own[None, :]).sqrt()
+
+
+def block_diagonal_share(squares: Tensor) -> float:
+    """The share of |H|_F^2 that lies in the diagonal blocks.
+
+    Returns:
+        In [0, 1].
+    """
+    return float(squares.diagonal().sum() / squares.sum())
+
+
+def exact_block(hessian: Hessian, index: int, rows: slice | None = None, *, chunk: int = 32) -> Tensor:
+    """The entries of a diagonal block, by one product per column: of a parameter, or of some of its rows.
+
+    Args:
+        hessian: exact or by differences.
+        index: of the parameter.
+        rows: of the parameter (a head, a neuron, a token); all if not given.
+        chunk: columns per batched product.
+
+    Returns:
+        `[d, d]`, symmetrised.
+    """
+    p = hessian.params[index]
+    ids = torch.arange(p.numel(), device=p.device).view(p.shape)
+    ids = (ids if rows is None else ids[rows]).reshape(-1)
+    columns = []
+    for part in ids.split(chunk):
+        v = torch.zeros(len(part), p.numel(), dtype=p.dtype, device=p.device)
+        v[torch.arange(len(part), device=p.device), part] = 1.0
+        columns.append(_batched(hessian, index, v.view(len(part), *p.shape)).flatten(1)[:, ids])
+    block = torch.cat(columns)
+    return (block + block.T) / 2
+
+
+def _batched(hessian: Hessian, index: int, v: Tensor) -> Tensor:
+    if hessian.method == "difference" or hessian.reduce is not None:
+        return torch.stack([hessian.product([x], [index], [index])[0] for x in v])
+    g, p = hessian._graph[index], hessian.params[index]
+    if not g.requires_grad:
+        return torch.zeros_like(v)
+    found = torch.autograd.grad(g, p, v, retain_graph=True, allow_unused=True, is_grads_batched=True)[0]
+    hessian.products += len(v)
+    return torch.zeros_like(v) if found is None else found
+
+
+def diagonal_dominance(block: Tensor) -> Tensor:
+    """Diagonal dominance tau = sum_i |h_ii| / sum_ij |h_ij| (Zhang et al. 2024, arXiv:2406.16793).
+
+    Args:
+        block: `[..., d, d]`.
+
+    Returns:
+        `[...]`, in [1/d, 1] for positive semi-definite blocks.
+    """
+    return block.diagonal(dim1=-2, dim2=-1).abs().sum(-1) / block.abs().sum((-2, -1))
+
+
+def sampled_dominance(columns: Tensor, ids: Tensor) -> Tensor:
+    """Diagonal dominance from a uniform sample of columns.
+
+    Args:
+        columns: `[c, d]`, rows ids of a symmetric block.
+        ids: which, `[c]`.
+
+    Returns:
+        A scalar.
+    """
+    own = columns[torch.arange(len(ids), device=columns.device), ids]
+    return own.abs().sum() / columns.abs().sum()
+
+
+def condition_number(block: Tensor) -> Tensor:
+    """The ratio max |lambda| / min |lambda| of a symmetric block.
+
+    Returns:
+        `[...]`.
+    """
+    values = torch.linalg.eigvalsh(block).abs()
+    return values.amax(-1) / values.amin(-1)
+
+
+def conditioning_ratio(block: Tensor, second_moment: Tensor) -> Tensor:
+    """What Adam's scaling does to the condition number: r = kappa(D H) / kappa(H) with D = diag(1 / sqrt(v)).
+
+    The eigenvalues of D H are those of D^1/2 H D^1/2 (arXiv:2406.16793, eq. of r).
+
+    Args:
+        block: H, `[d, d]`, symmetric.
+        second_moment: v, `[d]`, positive.
+
+    Returns:
+        A scalar; below one, Adam's scaling helps.
+    """
+    root = second_moment.pow(-0.25)
+    return condition_number(root[:, None] * block * root[None, :]) / condition_number(block)
+
+
+def preconditioned(matvec: Callable[[Tensor], Tensor], root: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """P^-1/2 H P^-1/2 as an operator on flat vectors.
+
+    Args:
+        matvec: H.
+        root: applies P^-1/2, symmetric.
+
+    Returns:
+        The operator.
+    """
+    return lambda v: root(matvec(root(v)))
+
+
+def stability_threshold(lr: float, beta1: float) -> float:
+    """The sharpness at which full-batch preconditioned descent with averaged momentum turns unstable.
+
+    (2 + 2 b1) / ((1 - b1) lr), Cohen et al. 2022, arXiv:2207.14484; 2 / lr without momentum.
+
+    Returns:
+        The largest stable eigenvalue of P^-1 H.
+    """
+    return (2 + 2 * beta1) / ((1 - beta1) * lr)
+
+
+def directional(hessian: Hessian, direction: Sequence[Tensor]) -> tuple[float, float]:
+    """Curvature along a direction, by one product.
+
+    Args:
+        hessian: over all parameters.
+        direction: u, one tensor per parameter.
+
+    Returns:
+        (u^T H u / u^T u, g^T u).
+    """
+    hu: Any = hessian.product(direction, range(len(hessian.params)))
+    inner = [
+        torch.stack([
+            (u * h).sum(dtype=torch.float64),
+            u.square().sum(dtype=torch.float64),
+            (u * g).sum(dtype=torch.float64),
+        ])
+        for u, h, g in zip(direction, hu, hessian.gradient, strict=True)
+    ]
+    curved, square, slope = torch.stack(inner).sum(0).tolist()
+    return curved / square if square else math.nan, slope

@@ -1,0 +1,65 @@
+"""Adagrad: torch's kernels, with float32 state also for bfloat16 weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.adagrad import adagrad
+
+from lightning_optim.core.rule import Rule, Slot
+
+
+@dataclass(frozen=True)
+class Adagrad(Rule):
+    """Adagrad: the gradient over the root of the sum of all squared gradients.
+
+    v <- v + g^2, from `initial_accumulator_value`;  d = g / ((sqrt(v) + eps) (1 + (t - 1) lr_decay))
+
+    Weight decay has the L2 form. The direction shrinks like 1 / sqrt(t), so `lr_convention="adamw"` does not apply:
+    lr is Adagrad's.
+    """
+
+    lr: float = 1e-2
+    lr_decay: float = 0.0
+    weight_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+    eps: float = 1e-10
+
+    name: ClassVar = "adagrad"
+    source: ClassVar = "Duchi et al. 2011, jmlr.org/papers/v12/duchi11a.html, Fig. 1; eps and lr_decay as in torch"
+    elementwise: ClassVar = True
+    decay: ClassVar = "coupled"
+
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+        return {"sum": Slot("mn", self.initial_accumulator_value, nonnegative=True)}
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        s.sum.addcmul_(g, g)
+        d = s.sum.sqrt().add_(self.eps)
+        if self.lr_decay:
+            d.mul_(1 + (t - 1) * self.lr_decay)
+        return torch.div(g, d, out=d)
+
+    def kernel(  # noqa: D102
+        self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int
+    ) -> Literal[True]:
+        on_cpu = p[0].device.type == "cpu"
+        adagrad(
+            p,
+            g,
+            s["sum"],
+            [torch.tensor(t - 1.0) for _ in p],  # counted up inside
+            fused=on_cpu,
+            foreach=not on_cpu,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            lr_decay=self.lr_decay,
+            eps=self.eps,
+            maximize=False,
+        )
+        return True

@@ -1,0 +1,82 @@
+"""RACS: SGD whose rows and columns are divided by the roots of a rank-one second moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.rule import Rule, zeros
+from lightning_optim.ops.moments import rank_one
+from lightning_optim.ops.norms import growth_factor, norm, normalized
+
+
+@dataclass(frozen=True)
+class RACS(Rule):
+    """RACS: SGD whose rows and columns are divided by the roots of a rank-one second moment.
+
+    q_ s_^T = rank-one fit of g^2, by `iterations` steps of a power iteration from q_ = 1
+    s <- beta s + (1 - beta) s_;  q <- beta q + (1 - beta) q_;  u = g / sqrt(q s^T)
+    d = alpha u, where |u| may grow by a factor of `limit` per step at most
+
+    `ema=False` uses s_ and q_ themselves. There is no momentum. Without `bias_correction`, as published, the first
+    steps are 1 / (1 - beta) times too long, so warm the learning rate up. `normalize` divides u by its root mean
+    square instead of limiting its growth; the adamw learning-rate convention sets it, for the RMS of u varies.
+
+    Differs: a row or column without gradient does not move (the publication divides zero by zero).
+    """
+
+    lr: float = 0.02
+    beta: float = 0.9
+    ema: bool = True
+    bias_correction: bool = False
+    alpha: float = 0.05
+    limit: float = 1.01
+    iterations: int = 5
+    normalize: bool = False
+    weight_decay: float = 0.0
+
+    name: ClassVar = "racs"
+    source: ClassVar = "Gong et al. 2025, arXiv:2502.07752, Alg. 1"
+    state: ClassVar = {"row_scale": zeros("m1"), "col_scale": zeros("1n"), "norm": zeros("11")}
+    reduces: ClassVar = True
+    vectors: ClassVar = False
+    adamw_settings: ClassVar = {"normalize": True}
+
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: a beta of 1 or more, no iterations, an alpha of 0, or what `Rule.validate` raises.
+        """
+        super().validate()
+        if self.beta >= 1 or self.iterations < 1 or self.alpha == 0:
+            raise ValueError(
+                f"{self.name}: needs beta < 1, iterations >= 1 and alpha > 0, "
+                f"got {self.beta}, {self.iterations}, {self.alpha}"
+            )
+
+    def rms(self, m: int, n: int) -> float | None:  # noqa: D102
+        return self.alpha if self.normalize else None
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        rows, columns = rank_one(g * g, self.iterations)
+        correction = 1.0
+        if self.ema:
+            s.row_scale.lerp_(rows, 1 - self.beta)
+            s.col_scale.lerp_(columns, 1 - self.beta)
+            rows, columns = s.row_scale, s.col_scale
+            correction = 1 - self.beta**t if self.bias_correction else 1.0
+        else:
+            s.row_scale, s.col_scale = rows, columns
+        tiny = torch.finfo(g.dtype).tiny
+        u = g * rows.clamp(min=tiny).rsqrt() * columns.clamp(min=tiny).rsqrt()
+        if self.normalize:
+            return normalized(u, self.alpha)
+        size = norm(u) * correction
+        factor = growth_factor(size, s.norm, self.limit)
+        s.norm = factor * size
+        return u.mul_(factor * (self.alpha * correction))

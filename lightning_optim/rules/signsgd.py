@@ -1,0 +1,64 @@
+"""SignSGD and Signum: the sign of the gradient, or of its running mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_optim.core.rule import Rule, zeros
+
+
+@dataclass(frozen=True)
+class SignSGD(Rule):
+    """SignSGD: the sign of the gradient; zero stays zero.
+
+    d = sign(g)
+
+    With `lr_convention="native"` use a learning rate like Lion's, 3 to 10 times below AdamW's. Ranks average their
+    gradients first, as for every rule: there is no majority vote of their signs.
+    """
+
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+
+    name: ClassVar = "signsgd"
+    source: ClassVar = "Bernstein et al. 2018, arXiv:1802.04434, Alg. 1"
+    elementwise: ClassVar = True
+
+    def rms(self, m: int, n: int) -> float:  # noqa: D102
+        return 1.0
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        return g.sign()
+
+
+@dataclass(frozen=True)
+class Signum(SignSGD):
+    """Signum: the sign of a running mean of the gradients.
+
+    m <- momentum m + (1 - momentum) g;  d = sign(m)
+
+    Lion with equal betas. Learning rate as for SignSGD.
+    """
+
+    momentum: float = 0.9
+
+    name: ClassVar = "signum"
+    source: ClassVar = "Bernstein et al. 2018, arXiv:1802.04434, Alg. 2"
+    state: ClassVar = {"momentum_buffer": zeros("mn")}
+
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: a momentum of 1 or more, or what `Rule.validate` raises.
+        """
+        super().validate()
+        if self.momentum >= 1:
+            raise ValueError(f"signum: momentum must be below 1, got {self.momentum}")
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        return s.momentum_buffer.lerp_(g, 1 - self.momentum).sign()

@@ -1,0 +1,89 @@
+"""What the processes of the pool do with Lightning: `HybridOptimizer` under DDP and FSDP2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lightning_optim.callbacks import HybridOptimizer
+from tests.test_lightning import Net, Rows, trainer
+
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1}
+
+
+class Pooled(LightningEnvironment):
+    """The pool has started the processes."""
+
+    creates_processes_externally = True  # pyright: ignore
+
+    def local_rank(self) -> int:
+        return dist.get_rank()
+
+
+class Share(Rows):
+    """Every `world`-th row of those that one process would see."""
+
+    def __init__(self, count: int, rank: int, world: int):
+        super().__init__(count)
+        self.rank, self.world = rank, world
+
+    def row(self, k: int) -> Tensor:
+        return super().row(k * self.world + self.rank)
+
+
+class Sharded(Net):
+    """Shards its layers where it is asked to."""
+
+    configure_optimizers = L.LightningModule.configure_optimizers
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        if mesh is not None and not isinstance(self.head.weight, DTensor):
+            for layer in self.children():  # Lightning calls training_step, never the module's own forward
+                fully_shard(layer, mesh=mesh["data_parallel"])
+
+
+class Save(L.Callback):
+    """A checkpoint in the middle of an epoch."""
+
+    def __init__(self, path: Path, step: int = 3):
+        self.path, self.step = path, step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def whole(module: nn.Module) -> dict[str, Tensor]:
+    """Whole weights, on every rank."""
+    full = {k: p.full_tensor() if isinstance(p, DTensor) else p for k, p in module.named_parameters()}
+    return {k: p.detach().clone() for k, p in full.items()}
+
+
+def fit(rank: int, world: int, folder: str, strategy: str, resume: str | None = None, **settings: Any) -> Any:
+    """Six steps with the callback, a checkpoint after three; the weights, batches seen and learning rates."""
+    net = Sharded("")
+    parallel = ModelParallelStrategy(world, 1) if strategy == "fsdp2" else DDPStrategy(process_group_backend="gloo")
+    run = trainer(
+        Path(folder),
+        devices=world,
+        strategy=parallel,
+        plugins=[Pooled()],
+        max_steps=6,
+        logger=TensorBoardLogger(folder, name="", version=""),
+        callbacks=[HybridOptimizer("muon", **SETTINGS), *([] if resume else [Save(Path(folder, "last.ckpt"))])],
+        **settings,
+    )
+    run.fit(net, Share(6, rank, world), ckpt_path=resume)
+    return whole(net), len(net.seen), net.lrs

@@ -1,0 +1,165 @@
+"""Shared parts of the matrix rules against SVD and eigh in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_optim.ops.lapack import LinAlgError, complement, eigh, orthonormal
+from lightning_optim.ops.lowrank import follow_subspace, range_basis, switch
+from lightning_optim.ops.moments import rank_one
+from lightning_optim.ops.norms import growth_factor, normalized, rms
+from lightning_optim.ops.roots import coupled_newton, inverse_power, inverse_root
+
+F64 = torch.float64
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def spectrum(values: Tensor, seed: int = 0) -> Tensor:
+    """A symmetric matrix with these eigenvalues."""
+    q = torch.linalg.qr(draw(len(values), len(values), seed=seed)).Q
+    return (q * values) @ q.T
+
+
+def test_rank_one_finds_the_principal_singular_pair() -> None:
+    a = draw(3, 6, 9).square()
+    q, s = rank_one(a, 100)
+    u, values, vh = torch.linalg.svd(a)
+    best = values[:, :1, None] * u[:, :, :1] @ vh[:, :1]
+    torch.testing.assert_close(q @ s, best, rtol=1e-9, atol=1e-12)
+    assert (rank_one(a, 5)[0] @ rank_one(a, 5)[1] - best).norm() < 0.02 * best.norm()
+
+
+def test_rank_one_printed_example() -> None:
+    """After one iteration of [[1, 2, -1], [0.5, -1, 3]]; by hand."""
+    a = torch.tensor([[[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]]], dtype=F64).square()
+    q, s = rank_one(a, 1)
+    torch.testing.assert_close(s[0, 0], torch.tensor([0.625, 2.5, 5.0], dtype=F64))
+    torch.testing.assert_close(q[0, :, 0], torch.tensor([0.49382716, 1.50617284], dtype=F64))
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_rank_one_of_float32_squares_at_any_scale(scale: float) -> None:
+    g = draw(1, 6, 9, dtype=torch.float32)
+    q, s = rank_one((scale * g).square())
+    expected, columns = rank_one(g.double().square())
+    torch.testing.assert_close(q.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(s.double() / scale**2, columns, rtol=1e-5, atol=0)
+
+
+def test_growth_is_limited_and_a_fall_is_not() -> None:
+    last, out = torch.zeros(1, 1, 1, dtype=F64), []
+    for size in (1.0, 2.0, 1.5, 0.1, 5.0, 0.0, 3.0):
+        x = torch.full((1, 1, 1), size, dtype=F64)
+        last = growth_factor(x, last, 1.01) * x
+        out.append(last.item())
+    assert out == pytest.approx([1, 1.01, 1.0201, 0.1, 0.101, 0, 3])
+
+
+def test_normalized() -> None:
+    x = torch.stack([draw(3, 4), torch.zeros(3, 4, dtype=F64)])
+    torch.testing.assert_close(rms(normalized(x, 0.2)).flatten(), torch.tensor([0.2, 0], dtype=F64))
+
+
+@pytest.mark.parametrize("root", [1, 2, 3, 4])
+def test_inverse_roots_undo_the_matrix(root: int) -> None:
+    x = torch.stack([spectrum(torch.logspace(0, -k, 12, dtype=F64), k) for k in (1, 3)])
+    eye = torch.eye(12, dtype=F64)
+    for found in (inverse_root(x, root), coupled_newton(x, root, 60, 1e-13).root, inverse_power(x, 1 / root)):
+        torch.testing.assert_close(torch.linalg.matrix_power(found, root) @ x, eye.expand(2, 12, 12), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("method", "bound"), [("eigh", 1e-3), ("newton", 2e-4)])
+def test_float32_roots_keep_the_documented_accuracy(method: str, bound: float) -> None:
+    x = spectrum(torch.logspace(0, -12, 64, dtype=F64))[None].float()
+    exact = inverse_power(x.double() + 1e-4 * torch.eye(64, dtype=F64), 1 / 4)
+    found = inverse_root(x, 4, eps=1e-4, method=method)  # pyright: ignore[reportArgumentType]
+    assert (found - exact).norm() < bound * exact.norm()
+    wide = inverse_root(x, 4, eps=1e-4, method=method, dtype=F64)  # pyright: ignore[reportArgumentType]
+    assert wide.dtype == torch.float32
+    assert (wide - exact).norm() < 1e-4 * exact.norm()
+
+
+def test_newton_does_not_depend_on_who_shares_the_stack() -> None:
+    x = torch.stack([spectrum(torch.logspace(0, -k, 12, dtype=F64), k) for k in (1, 6)]).float()
+    together = inverse_root(x, 4, method="newton")
+    assert all(torch.equal(together[i : i + 1], inverse_root(x[i : i + 1], 4, method="newton")) for i in (0, 1))
+
+
+def test_inverse_power_of_a_singular_matrix_is_that_of_its_range() -> None:
+    values = torch.tensor([4.0, 1.0, 0.0, 0.0], dtype=F64)
+    found = inverse_power(spectrum(values), 0.5)
+    torch.testing.assert_close(found, spectrum(torch.tensor([0.5, 1.0, 0.0, 0.0], dtype=F64)))
+    assert not inverse_power(torch.zeros(1, 3, 3), 0.5).any()
+    lifted = inverse_power(spectrum(torch.tensor([1.0, -1e-3], dtype=F64)), 1.0, eps=1e-4)
+    torch.testing.assert_close(eigh(lifted).values[0], torch.tensor(1e4, dtype=F64))
+
+
+def test_a_failed_root_keeps_the_last_good_one() -> None:
+    x = torch.stack([torch.full((3, 3), torch.nan), torch.eye(3)])
+    last = torch.stack([3 * torch.eye(3), 5 * torch.eye(3)])
+    for method in ("eigh", "newton"):
+        with pytest.warns(RuntimeWarning, match="last good one"):
+            found = inverse_root(x, 4, method=method, previous=last)
+        assert torch.equal(found[0], last[0])
+        torch.testing.assert_close(found[1], torch.eye(3))
+        with pytest.raises(LinAlgError, match="inverse root"):
+            inverse_root(x, 4, method=method)
+
+
+def test_float32_overflow_is_retried_in_float64() -> None:
+    """A trace whose square overflows float32: the Newton iteration's norm is infinite there."""
+    x = 1e38 * torch.eye(8)[None]
+    assert not coupled_newton(4 * x, 2, 20).root.isfinite().all() or (coupled_newton(4 * x, 2, 20).error > 0.1).all()
+    torch.testing.assert_close(inverse_root(x, 2, method="newton"), 1e-19 * torch.eye(8)[None])
+
+
+def test_decompositions_of_a_stack_are_those_of_its_matrices() -> None:
+    x = draw(2, 3, 37, 37, dtype=torch.float32)
+    x = x @ x.mT
+    both, alone = eigh(x), eigh(x[1, 2])
+    assert torch.equal(both.vectors[1, 2], alone.vectors) and both.values.shape == (2, 3, 37)
+    assert (both.values.diff(dim=-1) <= 0).all()
+    q = orthonormal(x[..., :5])
+    assert torch.equal(q[1, 2], orthonormal(x[1, 2, :, :5]))
+    whole = torch.cat([q, complement(q)], -1)
+    torch.testing.assert_close(whole.mT @ whole, torch.eye(37).expand(2, 3, 37, 37), atol=2e-6, rtol=0)
+
+
+def test_range_finder_captures_the_leading_energy() -> None:
+    m, n, rank = 40, 60, 5
+    u, _, vh = torch.linalg.svd(draw(m, n), full_matrices=False)
+    values = 1 / torch.arange(1, m + 1, dtype=F64)
+    x = (u * values) @ vh
+    best = values[:rank].square().sum()
+    for power, bound in ((0, 0.9), (1, 0.995), (4, 1 - 1e-6)):
+        q = range_basis(x[None], draw(1, n, rank + 8, seed=1), rank, power)
+        torch.testing.assert_close(q.mT @ q, torch.eye(rank, dtype=F64)[None])
+        assert (q.mT @ x).square().sum() > bound * best
+
+
+def test_subspace_iteration_converges_to_the_leading_eigenvectors() -> None:
+    a = spectrum(torch.tensor([5.0, 4.0, 3.0, 0.5, 0.4, 0.3, 0.2], dtype=F64))
+    u = orthonormal(draw(7, 3))
+    for _ in range(30):
+        u = follow_subspace(lambda x: a @ x, u)
+    torch.testing.assert_close(u.T @ a @ u, torch.diag(torch.tensor([5.0, 4.0, 3.0], dtype=F64)), atol=1e-10, rtol=0)
+
+
+def test_switching_keeps_the_leading_columns_and_draws_from_the_complement() -> None:
+    u = orthonormal(draw(2, 8, 4))
+    new = switch(u, 3, draw(2, 4, seed=1))
+    assert torch.equal(new[..., :3], u[..., :3])
+    torch.testing.assert_close(new.mT @ new, torch.eye(4, dtype=F64).expand(2, 4, 4), atol=1e-12, rtol=0)
+    assert (u.mT @ new[..., 3:]).abs().max() < 1e-12
+    assert torch.equal(switch(u, 4, draw(2, 4)), u)
+    near = orthonormal(draw(1, 5, 4))  # a complement of one column: three of the four leading ones stay
+    kept = switch(near, 1, draw(1, 1))
+    assert torch.equal(kept[..., :3], near[..., :3])
+    assert (kept[..., 3:].mT @ near).abs().max() < 1e-12
+    square = orthonormal(draw(1, 4, 4))
+    assert torch.equal(switch(square, 1, draw(1, 0)), square)
