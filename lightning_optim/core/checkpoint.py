@@ -2,7 +2,10 @@
 
 Whole-matrix rules keep whole matrices on an owner; a checkpoint has row shards. The scales of a quantised slot rest as
 one per block of consecutive elements; a checkpoint has a table with one row per row of the slot, holding the scales of
-the blocks that the row touches. So a cut of the rows cuts the table, whatever the number of ranks.
+the blocks that the row touches. So a cut of the rows cuts the table, whatever the number of ranks: rows of whole blocks
+go on with the same bits on any mesh; a block that a cut divides has a scale on each side, and its codes are made anew
+where the parts meet again. Rows shorter than a block repeat its scale: 4 bytes per row, of a vector per element, in the
+checkpoint only.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
 from lightning_optim.ops.eigenbasis import overlap
 from lightning_optim.ops.noise import normal
-from lightning_optim.ops.rounding import hash_key, stochastic_round
+from lightning_optim.ops.rounding import hash_key, indices, stochastic_round
 from lightning_optim.refresh import parse
 
 
@@ -243,7 +243,7 @@ class Elements:
         if held:
             return held[0]
         start = (self.first or 0) + _offset(block, cut)
-        return torch.arange(start, start + block.numel(), device=block.device).to(torch.int32).view(block.shape)
+        return indices(start, block.numel(), block.device).view(block.shape)
 
 
 def _offset(block: Tensor, cut: slice) -> int:
@@ -281,7 +281,7 @@ class _Kept:
             return
         where = Elements(self.part, self.param)
         for (part, wide, *held), cut in chunks.blocks([self.part, value, *where.tensors]):
-            self.close(part, wide, lambda part=part, cut=cut, held=held: where(part, cut, held))
+            self.close(part, wide, functools.partial(where, part, cut, held))
 
 
 def _kept(job: Job, w: Work) -> dict[str, _Kept]:
@@ -316,7 +316,7 @@ def update_elementwise(job: Job, w: Work) -> None:
         carried, held = rest[: len(write.carried)], rest[len(write.carried) :]
         at = _offset(pb, cut)
         views = {k: kept[k].open(x, at) if k in kept else x for k, x in resting.items()}
-        index = _no_index if where is None else lambda pb=pb, cut=cut, held=held: where(pb, cut, held)
+        index = _no_index if where is None else functools.cache(functools.partial(where, pb, cut, held))
         gb = gb.to(dtype) if w.scale == 1 else gb.to(dtype) * w.scale
         if not (fused and _kernel(rule, pb, gb, views, w.t)):
             if rule.decay == "coupled" and rule.weight_decay:
@@ -504,7 +504,7 @@ def apply(job: Job, w: Work, d: Tensor) -> None:
     where = Elements(p, w.param) if write.stochastic else None
     for (pb, db, *rest), cut in chunks.blocks([p, d, *write.carried, *(where.tensors if where else [])]):
         carried, held = rest[: len(write.carried)], rest[len(write.carried) :]
-        index = _no_index if where is None else lambda pb=pb, cut=cut, held=held: where(pb, cut, held)
+        index = _no_index if where is None else functools.partial(where, pb, cut, held)
         write(pb, db, index, *carried)
 
 
