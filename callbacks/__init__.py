@@ -1,5 +1,7 @@
 """Lightning callbacks, imported as `lightning_optim.callbacks`."""
 
-from .hybrid import HybridOptimizer  # noqa: TID251  (this folder has two names; here it is the package's)
+# This folder has two names; here it is the package's.
+from .hybrid import HybridOptimizer  # noqa: TID251
+from .relora import ReLoRA  # noqa: TID251
 
-__all__ = ["HybridOptimizer"]
+__all__ = ["HybridOptimizer", "ReLoRA"]

@@ -5,10 +5,12 @@ from hf_integration.attach import attach
 from hf_integration.checkpoint import KeepSchedule, last_checkpoint
 from hf_integration.factory import OptimizerFactory, create_optimizer
 from hf_integration.register import register
+from hf_integration.relora import ReLoRACallback
 
 __all__ = [
     "KeepSchedule",
     "OptimizerFactory",
+    "ReLoRACallback",
     "TrainingArguments",
     "attach",
     "create_optimizer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import parts_of, rule_of
 from lightning_optim.core.work import forms_for
 from lightning_optim.factory import build_optimizer
-from lightning_optim.partition import roles
+from lightning_optim.partition import matches, roles
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class Plan:
             lines.setdefault((_layerless(r.name), r.shape, r.role, r.rule, r.reason), []).append(r)
         text = ["| parameter | shape | role | rule | state | reason |", "|---|---|---|---|---|---|"]
         for (name, shape, role, rule, reason), same in lines.items():
-            times = f" ({len(same)} times)" if len(same) > 1 else ""
+            label = f"{name} ({len(same)} times)" if len(same) > 1 else same[0].name
             slots = ", ".join(f"{k} {_bytes(v)}" for k, v in same[0].state_bytes.items()) or "none"
             size = " x ".join(map(str, shape)) or "scalar"
-            text.append(f"| {name}{times} | {size} | {role} | {rule} | {slots} | {reason} |")
+            text.append(f"| {label} | {size} | {role} | {rule} | {slots} | {reason} |")
         owners = ", ".join(f"{rule} {share:.1%}" for rule, share in self.shares().items())
         text.append(f"\n{self.parameters:,} trainable weights: {owners}")
         away = f", {_bytes(self.host_bytes)} of it in host memory" if self.host_bytes else ""
@@ -88,25 +88,35 @@ class Plan:
         text.append(f"{_bytes(self.state_bytes)} of state, {each:.2f} B per weight{away}")
         for said, found in (("frozen", self.frozen), ("trainable, but in no group", self.unowned)):
             if found:
-                size, names = sum(math.prod(shape) for shape in found.values()), Counter(map(_layerless, found))
-                listed = ", ".join(f"{name} ({count} times)" if count > 1 else name for name, count in names.items())
-                text.append(f"\n{size:,} weights {said}: {listed}")
+                alike: dict[str, list[str]] = {}
+                for name in found:
+                    alike.setdefault(_layerless(name), []).append(name)
+                listed = (f"{n} ({len(same)} times)" if len(same) > 1 else same[0] for n, same in alike.items())
+                text.append(f"\n{sum(map(math.prod, found.values())):,} weights {said}: {', '.join(listed)}")
         return "\n".join(text)
 
 
-def plan(model: nn.Module, name: str, *, lr: float = 1e-3, **settings: Any) -> Plan:
+def plan(model: nn.Module, name: str, *, lr: float | None = None, recipe: str | None = None, **settings: Any) -> Plan:
     """Say what `build_optimizer` with the same arguments would do.
 
     Args:
         model: any module; on the meta device nothing is allocated.
         name: of the main rule.
         lr: learning rate; does not matter here.
+        recipe: name of published settings.
         **settings: of `build_optimizer`.
 
     Returns:
         The plan.
     """
-    return describe(model, build_optimizer(model, name, lr=lr, **settings))
+    lr = 1e-3 if lr is None and recipe is None else lr
+    found = describe(model, build_optimizer(model, name, lr=lr, recipe=recipe, **settings))
+    patterns = [pattern for pattern, *_ in settings.get("overrides", ())]
+    rows = []
+    for row in found.rows:
+        match = next((x for x in patterns if matches(x, row.name, row.role)), None)
+        rows.append(row if match is None else replace(row, reason=f"{row.reason}; override {match!r}"))
+    return replace(found, rows=rows)
 
 
 def describe(model: nn.Module, optimizer: Executor) -> Plan:

@@ -35,6 +35,11 @@ def narrow(name: str) -> dict[str, Any]:
     return getattr(module, "NARROW", getattr(module, "STRICT", {}))
 
 
+def without_draws(name: str) -> dict[str, Any]:
+    """Settings under which a rule draws no random numbers, which depend on how matrices are spread over parameters."""
+    return getattr(reference(name), "WITHOUT_DRAWS", {})
+
+
 def strict(name: str) -> dict[str, Any]:
     """Settings under which a rule computes in its parameters' precision."""
     return getattr(reference(name), "STRICT", {})
@@ -71,10 +76,10 @@ def gradient(p: Tensor, key: str, t: int) -> Tensor:
     return torch.randn(p.shape, generator=made, dtype=torch.float64).to(p.dtype)
 
 
-def give(ps: dict[str, Parameter], t: int, *, without: str = "") -> None:
-    """Set every gradient of step t, except one parameter's."""
+def give(ps: dict[str, Parameter], t: int, *, without: str = "", only: str = "") -> None:
+    """Set every gradient of step t, except one parameter's, or one parameter's alone."""
     for key, p in ps.items():
-        p.grad = None if key == without else gradient(p, key, t)
+        p.grad = None if key == without or (only and key != only) else gradient(p, key, t)
 
 
 def make(name: str, ps: Any, **settings: Any) -> Executor:
@@ -83,11 +88,19 @@ def make(name: str, ps: Any, **settings: Any) -> Executor:
     return optimizers.CLASSES[name](ps.values() if isinstance(ps, dict) else ps, **settings)  # pyright: ignore
 
 
-def run(name: str, ps: dict[str, Parameter], steps: range, optimizer: Executor | None = None, **settings: Any):
-    """Take steps; returns the optimizer."""
+def run(
+    name: str,
+    ps: dict[str, Parameter],
+    steps: range,
+    optimizer: Executor | None = None,
+    *,
+    only: str = "",
+    **settings: Any,
+):
+    """Take steps, with a gradient of one parameter only if so asked; returns the optimizer."""
     optimizer = optimizer or make(name, ps, **settings)
     for t in steps:
-        give(ps, t)
+        give(ps, t, only=only)
         optimizer.step()
     return optimizer
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim import AdamW, Executor, Muon, build_optimizer
+from lightning_optim.core.layout import total_norms
 from tests import jobs
 from tests.pool import Pool
 from tests.rules import NAMES, assert_equal, give, gradient, make, params
@@ -18,7 +19,7 @@ from tests.rules import NAMES, assert_equal, give, gradient, make, params
 
 def scaled_by_hand(ps: dict[str, Parameter], limit: float) -> float:
     """Clip as torch's `clip_grad_norm_` does, but into the gradients; returns the norm."""
-    norm = math.sqrt(sum(float(p.grad.norm(dtype=torch.float64)) ** 2 for p in ps.values() if p.grad is not None))
+    norm = total_norms([[(p, p.grad) for p in ps.values()]])[0]  # to the last bit
     for p in ps.values():
         if p.grad is not None:
             p.grad *= min(1.0, limit / (norm + 1e-6))

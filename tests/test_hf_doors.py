@@ -1,11 +1,12 @@
 """The doors of `hf_integration` beside its `TrainingArguments`: the stock Trainer and TRL's on tiny random models."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from tests.test_hf import (
     make_model,
     model_of,
     one_thread,  # noqa: F401
+    stopped_adamw,
     trainer_of,
     weights,
 )
@@ -117,7 +119,6 @@ def test_a_stock_script_takes_our_names(tmp_path: Path):
         added = hf_integration.register()
         assert added == sorted(set(REGISTRY) - set(theirs.values())), added
         assert {"muon", "lion", "adam"} <= set(added)
-        assert {"sgd", "adagrad", "rmsprop", "adafactor"} <= set(theirs.values())
         assert hf_integration.register() == []
         members = OptimizerNames.__members__
         assert {name: members[name].value for name in theirs} == theirs  # LION is lion_32bit, as before
@@ -267,6 +268,17 @@ def test_a_trainer_without_the_argument(tmp_path: Path):
     attach(trainer, "muon").train()
     assert isinstance(trainer, Seq2SeqTrainer) and list(groups_of(trainer))[0] == "muon/hidden"
     assert all(not torch.equal(p, before[name]) for name, p in model_of(trainer).named_parameters())
+
+
+def test_attach_goes_on_from_the_trainers_adamw(tmp_path: Path):
+    stopped_adamw(tmp_path, llama())
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    trainer = attach(plain_trainer(tmp_path, max_steps=8, warmup_steps=2), "muon", rest_lr=1e-3)
+    trainer.train(resume_from_checkpoint=True)
+    assert logged(trainer, "learning_rate")[4:] == pytest.approx([1e-2 * (8 - t) / 6 for t in range(4, 8)])
+    state = cast("Executor", trainer.optimizer).state
+    for name, group in groups_of(trainer).items():
+        assert {float(state[p]["step"]) for p in group["params"]} == {4.0 if name == "muon/hidden" else 8.0}
 
 
 @pytest.mark.parametrize(

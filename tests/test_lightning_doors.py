@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import runpy
+import shlex
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -25,7 +28,7 @@ from lightning_optim.callbacks import HybridOptimizer
 from lightning_optim.lightning import OptimizerConfig
 from tests.lightning_jobs import SETTINGS, Save
 from tests.pool import Pool
-from tests.test_lightning import Net, Rows, assert_same, of_precision, scalars, trainer, weights
+from tests.test_lightning import ROOT, Net, Rows, assert_same, of_precision, scalars, trainer, weights
 from tests.test_lightning import pytestmark as lightning_warnings
 
 pytestmark = [
@@ -424,6 +427,44 @@ def test_fabric_trains_clips_and_resumes_bitwise(tmp_path: Path, precision: Any)
         by_hand.step()
         by_hand.zero_grad()
     assert_same(weights(model.module), weights(plain))
+
+
+# -- the README -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:No seed found", "ignore:The number of training batches"
+)
+def test_the_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("jsonargparse", reason="LightningCLI needs it")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("\n## Lightning\n") : text.index("\n## Plain PyTorch\n")]
+    files = ("train.py", "hybrid.py", "cli.py", "fabric.py")
+    for name, code in zip(files, re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL), strict=True):
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    commands = [shlex.split(line) for line in section.splitlines() if line.startswith("python cli.py")]
+    commands.append(["python", "cli.py", "fit", "--config=given.yaml", "--trainer.max_steps=20"])
+    given, callback = re.findall(r"`(model: .*?|trainer: .*?)`[ ,.]", section)
+    (tmp_path / "given.yaml").write_text(given)
+
+    runs: list[L.Trainer] = []
+    fit = L.Trainer.fit
+    monkeypatch.setattr(L.Trainer, "fit", lambda self, *a, **k: (fit(self, *a, **k), runs.append(self)))
+    for argv in [["python", "train.py"], ["python", "hybrid.py"], *commands]:
+        monkeypatch.setattr(sys, "argv", argv[1:])
+        runpy.run_path(argv[1], run_name="__main__")
+    net = runpy.run_path("fabric.py")["optimizer"]
+    assert [run.global_step for run in runs] == [20] * 4
+    momenta = [run.optimizers[0].param_groups[0]["momentum"] for run in runs]
+    assert momenta == [0.95, 0.95, 0.9, 0.9]
+    assert {float(slots["step"]) for slots in net.optimizer.state.values()} == {20.0}
+    assert (tmp_path / "lightning_logs" / "version_1" / "roles.md").read_text().startswith("Model at step 0")
+    ((entry,),) = (yaml.safe_load(callback)["trainer"]["callbacks"],)
+    assert entry["class_path"] == f"lightning_optim.callbacks.{HybridOptimizer.__name__}"
+    HybridOptimizer(**{**entry["init_args"], "lr": float(entry["init_args"]["lr"])})
+    del sys.modules["train"]
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from lightning_optim.ops.lapack import LinAlgError, complement, eigh, orthonormal
-from lightning_optim.ops.lowrank import follow_subspace, range_basis, switch
+from lightning_optim.ops.lowrank import follow_subspace, leading_basis, range_basis, switch
 from lightning_optim.ops.moments import rank_one
 from lightning_optim.ops.norms import growth_factor, normalized, rms
 from lightning_optim.ops.roots import coupled_newton, inverse_power, inverse_root
+from lightning_optim.ops.spectral import norm_lower_bound
+from lightning_optim.ops.tiles import filled, joined, tiles
 
 F64 = torch.float64
 
@@ -142,6 +144,25 @@ def test_range_finder_captures_the_leading_energy() -> None:
         assert (q.mT @ x).square().sum() > bound * best
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 9), (2, 9, 6), (2, 6, 6)])
+def test_leading_basis_is_that_of_the_svd(shape: tuple[int, ...]) -> None:
+    x = draw(*shape)
+    u = leading_basis(x, 3)
+    exact = torch.linalg.svd(x).U[..., :3]
+    torch.testing.assert_close(u @ u.mT, exact @ exact.mT)
+    torch.testing.assert_close((u * exact).sum(-2).abs(), torch.ones(2, 3, dtype=F64))
+    assert (u.gather(-2, u.abs().argmax(-2, keepdim=True)) > 0).all()
+
+
+def test_a_followed_subspace_keeps_its_signs_and_outlives_a_zero_gradient() -> None:
+    x = draw(1, 6, 9)
+    u = leading_basis(x, 3)
+    for signs in ([1.0, 1.0, 1.0], [1.0, -1.0, -1.0]):
+        old = u * torch.tensor(signs, dtype=F64)
+        torch.testing.assert_close(follow_subspace(lambda y: x @ (x.mT @ y), old), old)
+    assert torch.equal(follow_subspace(torch.zeros_like, u), u)
+
+
 def test_subspace_iteration_converges_to_the_leading_eigenvectors() -> None:
     a = spectrum(torch.tensor([5.0, 4.0, 3.0, 0.5, 0.4, 0.3, 0.2], dtype=F64))
     u = orthonormal(draw(7, 3))
@@ -163,3 +184,24 @@ def test_switching_keeps_the_leading_columns_and_draws_from_the_complement() -> 
     assert (kept[..., 3:].mT @ near).abs().max() < 1e-12
     square = orthonormal(draw(1, 4, 4))
     assert torch.equal(switch(square, 1, draw(1, 0)), square)
+
+
+def test_lower_bound_of_the_spectral_norm() -> None:
+    x = draw(3, 8, 5)
+    found = norm_lower_bound(x @ x.mT).flatten()
+    exact = torch.linalg.matrix_norm(x, 2).square()
+    assert (found <= exact).all() and (found > 0.7 * exact).all()
+    one = x[0, :, :1] @ x[0, :, :1].T
+    torch.testing.assert_close(norm_lower_bound(one)[0, 0], torch.linalg.matrix_norm(one, 2))
+    assert not norm_lower_bound(torch.zeros(1, 4, 4)).any()
+
+
+@pytest.mark.parametrize("size", [(12, 20), (8, 8), (5, 7), (1, 20), (1, 1)])
+def test_tiles_come_back_together(size: tuple[int, int]) -> None:
+    x = draw(2, 12, 20)
+    cut = tiles(x, *size)
+    count = -(-12 // size[0]) * -(-20 // size[1])
+    assert cut.shape == (2, count, *size)
+    assert torch.equal(joined(cut, 12, 20), x)
+    rows, columns = filled(12, 20, *size, x.device)
+    assert torch.equal(tiles(torch.ones(12, 20), *size) == 0, rows[:, :, None] | columns[:, None, :])

@@ -170,7 +170,7 @@ def _axis(p: Tensor, dims: Dims, transposed: bool) -> str:
         return "n"
     if p.ndim == 2 and transposed:
         return "n"
-    return "m" if p.ndim == 2 and dims[0] == 1 else "b"
+    return "m" if dims[0] == 1 and p.ndim != 3 and p.shape[0] == dims[1] else "b"
 
 
 class StackLayout:

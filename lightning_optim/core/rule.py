@@ -45,6 +45,7 @@ class Slot:
         rank: what `r` stands for; filled in by `Rule.declared`.
         nonnegative: whether no value is ever below zero (second moments); 8-bit storage has a finer map for those.
         exact: whether the values must not rest narrower than declared (a basis); square slots never do.
+        size: (rows, columns) where letters do not tell them.
         dims: (matrices, rows, columns) it is for, where a parameter is cut into matrices of several sizes; filled in by
             the executor.
     """
@@ -55,6 +56,7 @@ class Slot:
     rank: int | None = None
     nonnegative: bool = False
     exact: bool = False
+    size: tuple[int, int] | None = None
     dims: tuple[int, int, int] | None = None
 
     def shape(self, m: int, n: int) -> tuple[int, int]:
@@ -66,6 +68,8 @@ class Slot:
         Raises:
             ValueError: the shape has an `r` that nobody has filled in.
         """
+        if self.size is not None:
+            return self.size
         size = {"m": m, "n": n, "r": self.rank}
         rows, columns = (size[x] if x in size else int(x) for x in self.letters)
         if rows is None or columns is None:
@@ -115,14 +119,16 @@ class Rule:
     """Needs only row, column or whole sums: runs on DTensors as they lie."""
     vectors: ClassVar[bool] = True
     """Takes parameters with fewer than two dimensions."""
+    last_two: ClassVar[bool] = False
+    """Four and more dimensions are a stack over the last two, not one matrix (a convolution)."""
     reads_param: ClassVar[bool] = False
     """`update` gets the parameter (before decay); None otherwise."""
     costly: ClassVar[tuple[str, ...]] = ()
     """Slots that `rebuild` computes anew where `update` says `s.refresh(g)` and the policy in the field `refresh`
     (`lightning_optim.refresh`) says that this step is due. Only for rules that need whole matrices."""
 
-    decay: ClassVar[Literal["before", "after", "coupled"]] = "before"
-    """Weight decay multiplies the weight before or after the step, or is added to the gradient (L2)."""
+    decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "before"
+    """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
     adamw_settings: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters that `lr_convention="adamw"` sets so that `rms` is known."""
     signed: ClassVar[frozenset[str]] = frozenset()
@@ -181,7 +187,8 @@ class Rule:
 
         Args:
             g: gradients `[b, m, n]` (a flat block for elementwise rules), never written.
-            s: state by slot name; mutate in place or assign. For whole matrices also `s.refresh(g)`, which calls
+            s: state by slot name; mutate in place or assign. In a stack also `s.vector`, whether these parameters have
+                fewer than two dimensions or the role `vector`. For whole matrices also `s.refresh(g)`, which calls
                 `rebuild` if this step is due, and `s.noise("nr", stream=0)`: standard normal numbers `[b, n, r]`
                 that depend on the seed, the step and the matrix only.
             p: parameters like `g`, before decay, if `reads_param`; else None.
@@ -213,6 +220,14 @@ class Rule:
             `[b]`, in [0, 1].
         """
         raise NotImplementedError
+
+    def goes_stale(self) -> bool:
+        """Whether `staleness` can be asked.
+
+        Returns:
+            False for rules without it, and where costly state does not depend on the gradient.
+        """
+        return type(self).staleness is not Rule.staleness
 
     def refresh_cost(self, m: int, n: int, *, vector: bool = False) -> float:
         """Work of one `rebuild` of an `m x n` matrix, in multiply-adds up to a constant.
@@ -282,7 +297,7 @@ class Rule:
             check_value(f"{self.name}: {key}", getattr(self, key), hints[key], signed=key in self.signed)
         if self.costly:
             policy = parse(getattr(self, "refresh", "staggered:10"))
-            if policy.measures and type(self).staleness is Rule.staleness:
+            if policy.measures and not self.goes_stale():
                 raise ValueError(f"{self.name}: it has no measure of staleness, which refresh={policy} needs")
         betas = getattr(self, "betas", ())
         if any(beta >= 1 for beta in betas):

@@ -52,6 +52,22 @@ def orthonormal(x: Tensor) -> Tensor:
     return _each(lambda a: torch.linalg.qr(a)[0:1], x)[0]
 
 
+def singular_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Left and right singular vectors, by falling singular value.
+
+    Args:
+        x: `[..., m, n]`, float32 or float64.
+
+    Returns:
+        (orthonormal columns `[..., m, k]`, likewise `[..., n, k]`), k = min(m, n). Signs are LAPACK's.
+
+    Raises:
+        LinAlgError: no convergence in float64 either; the matrix is not finite, say.
+    """
+    left, _, right = _with_retry(lambda a: torch.linalg.svd(a, full_matrices=False), x)
+    return left, right.mT
+
+
 def complement(q: Tensor) -> Tensor:
     """An orthonormal basis of what is orthogonal to the columns: the rest of a complete QR decomposition.
 

@@ -6,10 +6,14 @@ and drives the values towards one.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 Coefficients = tuple[float, float, float]
+IterationDtype = Literal["bfloat16", "float32", "float64"]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)
 """Jordan et al. 2024: the steepest slope at zero (3.44 per step) at the price of singular values in [0.68, 1.13]."""

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, nearest, zeros
-from lightning_optim.ops.orthogonal import SCHEDULES, orthogonalize
+from lightning_optim.ops.orthogonal import DTYPES, SCHEDULES, IterationDtype, orthogonalize
 
 SCALES = {
     "original": lambda m, n: max(1.0, m / n) ** 0.5,
@@ -21,7 +20,6 @@ SCALES = {
 """Published shape scales of the direction: Jordan 2024 and torch's default; Liu et al. 2025 (Moonlight); Dion's; 1."""
 
 Scale = Literal["original", "match_rms_adamw", "spectral", "none"]
-IterationDtype = Literal["bfloat16", "float32", "float64"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class Muon(Rule):
         """
         s.momentum_buffer.lerp_(g, 1 - self.momentum)
         x = g.lerp(s.momentum_buffer, self.momentum) if self.nesterov else s.momentum_buffer
-        dtype = getattr(torch, self.ns_dtype)
+        dtype = DTYPES[self.ns_dtype]
         return orthogonalize(x, self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps, dtype=dtype)
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
 
 from lightning_optim import (
-    RACS,
+    CAME,
+    LAMB,
+    LARS,
     SGD,
     SOAP,
-    SWAN,
     Adafactor,
+    AdafactorHF,
     Adagrad,
     Adam,
     AdamW,
     AMSGrad,
-    Dion,
-    EigenAdam,
     Executor,
     Lion,
     Muon,
@@ -30,10 +27,8 @@ from lightning_optim import (
     SignSGD,
     Signum,
 )
-from lightning_optim.core import work
-
-Params = dict[str, Parameter]
-Case = dict[str, Any]
+from tests.golden import matrices, projected
+from tests.golden.common import Case, Params, split
 
 
 def make(params: Params, case: Case) -> torch.optim.Optimizer:
@@ -74,8 +69,21 @@ def _adafactor(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return Adafactor(params.items(), **h)
 
 
+def _adafactor_hf(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return AdafactorHF(params.items(), **{"lr": 1e-2, **{k: v for k, v in h.items() if v is not None}})
+
+
 def _adam_uncorrected(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return Adam(params.items(), **h, correct_bias=False)
+
+
+def _lamb(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return LAMB(params.items(), **h, exclude_vectors=False)
+
+
+def _lars_paper(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    h["trust_coefficient"] = h.pop("trust", 1e-3)
+    return LARS(params.items(), **h, exclude_vectors=False, lr_in_momentum=True, zero_gradient_rate="one")
 
 
 def _signsgd(params: Params, h: dict[str, Any], case: Case) -> Executor:
@@ -99,16 +107,8 @@ def _muon_keller_jordan(params: Params, h: dict[str, Any], case: Case) -> Execut
     return Muon(params.items(), **{"lr": 0.02, **h, **FLOAT32})
 
 
-def _split(params: Params) -> tuple[list[tuple[str, Parameter]], list[tuple[str, Parameter]]]:
-    """Hidden matrices and the rest, as the references' scripts split them: by dimensions, embedding and head apart."""
-    edge = ("embed", "lm_head")
-    hidden = [(n, p) for n, p in params.items() if p.ndim >= 2 and not any(e in n for e in edge)]
-    taken = {n for n, _ in hidden}
-    return hidden, [(n, p) for n, p in params.items() if n not in taken]
-
-
 def _hybrid(params: Params, muon: dict[str, Any], adam: dict[str, Any]) -> Executor:
-    hidden, rest = _split(params)
+    hidden, rest = split(params)
     groups = [{"params": hidden, "rule": "muon", **muon}, {"params": rest, "rule": "adamw", **adam}]
     return Executor([g for g in groups if g["params"]])
 
@@ -208,47 +208,10 @@ def _adamw8bit_torchao(params: Params, h: dict[str, Any], case: Case) -> Executo
     return AdamW([g for g in groups if g["params"]], **h)
 
 
-def _racs(params: Params, h: dict[str, Any], case: Case) -> Executor:
-    return RACS(params.items(), limit=h.pop("gamma", 1.01), iterations=h.pop("iters", 5), **h)
-
-
-def _swan(params: Params, h: dict[str, Any], case: Case) -> Executor:
-    return SWAN(params.items(), **h, root="eigh")  # recorded with the exact root
-
-
-def _eigen_adam(params: Params, h: dict[str, Any], case: Case) -> Executor:
-    return EigenAdam(params.items(), refresh=_multiples(h.pop("interval", 200)), **h)
-
-
-def _multiples(interval: int) -> str:
-    """The policy that refreshes at step 1 and at the multiples of an interval."""
-    return f"fixed:{interval}:{interval}"
-
-
-def _dion(params: Params, h: dict[str, Any], case: Case) -> Executor:
-    optimizer = Dion(params.items(), momentum=h.pop("mu", 0.95), **h)
-    return _injected(optimizer, params, lambda name, t: case["inject"].get(f"Q_{t - 1}/{name}"))
-
-
-def _injected(optimizer: Executor, params: Params, recorded: Callable[[str, int], Tensor | None]) -> Executor:
-    """Replace the random numbers that rules draw by recorded ones."""
-    names, draw, step = {id(p): name for name, p in params.items()}, work._noise, optimizer.step
-
-    def noise(job: Any, chunk: Any, frame: Any, letters: str, stream: int) -> Tensor:
-        drawn = draw(job, chunk, frame, letters, stream).split(chunk[0].dims[0])
-        found = [recorded(names[id(w.param)], w.t) for w in chunk]
-        return torch.cat([d if f is None else f.to(d).view(d.shape) for d, f in zip(drawn, found, strict=True)])
-
-    def injecting(closure: Callable[[], Any] | None = None) -> Any:
-        with mock.patch.object(work, "_noise", noise):
-            return step(closure)
-
-    optimizer.step = injecting
-    return optimizer
-
-
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+    "CAME": _plain(CAME),
     "AMSGrad": _plain(AMSGrad),
+    "Adafactor-HF": _adafactor_hf,
     "Adafactor-torch": _adafactor,
     "Adagrad": _plain(Adagrad),
     "Adam": _plain(Adam),
@@ -257,18 +220,19 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "AdamW": _plain(AdamW),
     "AdamW8bit-bitsandbytes": _adamw8bit_bitsandbytes,
     "AdamW8bit-torchao": _adamw8bit_torchao,
-    "Dion": _dion,
-    "EigenAdam": _eigen_adam,
+    "LAMB-paper": _lamb,
+    "LARS": _plain(LARS),
+    "LARS-paper": _lars_paper,
     "Lion": _lion,
     "Muon-KellerJordan": _muon_keller_jordan,
     "Muon-KellerJordan-AuxAdam": _muon_aux_adam,
     "Muon-Moonlight": _muon_moonlight,
     "Muon-torch": _muon_torch,
     "NorMuon": _normuon,
-    "RACS": _racs,
     "RMSprop": _plain(RMSprop),
     "SGD": _plain(SGD),
     "SOAP": _soap,
-    "SWAN": _swan,
     "SignSGD": _signsgd,
+    **matrices.FAMILIES,
+    **projected.FAMILIES,
 }

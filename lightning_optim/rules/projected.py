@@ -1,0 +1,151 @@
+"""What GaLore, Fira and APOLLO share: Adam's moments of a projected gradient, and a projection that is renewed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.rule import Rule, Slot, zeros
+from lightning_optim.ops.norms import growth_factor, norm
+from lightning_optim.ops.projection import OVERSAMPLING, Method, Side, leading_vectors, left_out, project, sides
+
+
+@dataclass(frozen=True)
+class Projected(Rule):
+    """Base of rules whose state lives in a projection of rank r.
+
+    x = P^T g, or g P where the columns are projected;  m <- b1 m + (1 - b1) x;  v <- b2 v + (1 - b2) x^2
+    u = m / (sqrt(v) + eps), times c = sqrt(1 - b2^t) / (1 - b1^t) with `correct_bias`
+
+    P holds leading singular vectors of the gradient of the step that refreshes it. m and v are not turned into the
+    new basis. Vectors, matrices of one row or column, and all parameters if `rank` is 0, take plain Adam steps u c.
+    """
+
+    lr: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    rank: int = 128
+    refresh: str = "staggered:200"
+    basis: Method = "svd"
+    correct_bias: bool = True
+
+    decay: ClassVar = "after"
+    costly: ClassVar = ("projection_left", "projection_right")
+
+    def projected_sides(self, m: int, n: int, *, vector: bool = False) -> tuple[str, ...]:
+        """Which sides of a parameter are projected.
+
+        Returns:
+            `"left"`, `"right"`, both or none.
+        """
+        side: Side = getattr(self, "side", "std")
+        return () if vector or min(m, n) == 1 or self.rank == 0 else sides(m, n, side)
+
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+        used = self.projected_sides(m, n, vector=vector)
+        letters = ("r" if "left" in used else "m") + ("r" if "right" in used else "n")
+        out = self.moments(letters)
+        if used:
+            out |= {f"projection_{side}": zeros("mr" if side == "left" else "nr", exact=True) for side in used}
+            out |= {"left_out": zeros("11")}
+        return out
+
+    def moments(self, letters: str) -> dict[str, Slot]:
+        """State of the projected gradient, whose shape the letters give.
+
+        Returns:
+            Slot declarations by name.
+        """
+        return {"exp_avg": zeros(letters), "exp_avg_sq": zeros(letters, nonnegative=True)}
+
+    def share(self, m: int, n: int) -> float:
+        """The RMS of a lifted matrix per RMS of its coordinates.
+
+        Returns:
+            sqrt(r / k), with k the side that is projected; 1 without a projection.
+        """
+        lengths = [m if side == "left" else n for side in self.projected_sides(m, n)]
+        return math.prod(min(self.rank, m, n) / k for k in lengths) ** 0.5
+
+    def ratio(self, x: Tensor, s: SimpleNamespace, t: int) -> tuple[Tensor, float]:
+        """Take x into Adam's moments.
+
+        Returns:
+            (u, c) of the formulae above.
+        """
+        b1, b2 = self.betas
+        s.exp_avg.lerp_(x, 1 - b1)
+        s.exp_avg_sq.mul_(b2).addcmul_(x, x, value=1 - b2)
+        correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if self.correct_bias else 1.0
+        return s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), correction
+
+    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+        old = {side: x for side, x in zip(("left", "right"), projection(s), strict=True) if x is not None}
+
+        def sketch(side: str) -> Tensor:
+            length, stream = ("n", 0) if side == "left" else ("m", 2)
+            return torch.cat([s.noise(f"{length}r", stream), s.noise(f"{length}{OVERSAMPLING}", stream + 1)], -1)
+
+        for side, vectors in leading_vectors(g, old, self.basis, sketch, first=t == 1).items():
+            setattr(s, f"projection_{side}", vectors)
+        s.left_out = left_out(g, project(g, *projection(s)))
+
+    def refresh_cost(self, m: int, n: int, *, vector: bool = False) -> float:  # noqa: D102
+        short, rank, count = min(m, n), min(self.rank, m, n), len(self.projected_sides(m, n, vector=vector))
+        sketch = 4 * (rank + OVERSAMPLING) * count
+        passes = {"svd": 10 * short, "randomized_svd": sketch, "subspace_iteration": 4 * rank}
+        return float(m * n * passes[self.basis]) if count else 0.0
+
+    def staleness(self, g: Tensor, s: SimpleNamespace) -> Tensor:
+        """The share of the gradient's energy that the projection loses, beyond what it lost when it was made.
+
+        Returns:
+            `[b]`, in [0, 1].
+        """
+        return (left_out(g, project(g, *projection(s))) - s.left_out).clamp(min=0).flatten()
+
+
+@dataclass(frozen=True)
+class Limited(Projected):
+    """Base of projected rules that limit how much a norm grows per step: eta = min(1, limit phi / |x|); phi <- eta |x|.
+
+    phi is the norm after the step before. With `limiter_restarts`, a norm that grows from zero is not limited; without,
+    it grows from 1e-8, as in the authors' code.
+    """
+
+    limit: float | None = 1.01
+    limiter_restarts: bool = True
+
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+        out = super().slots(m, n, vector=vector)
+        limits = self.limit is not None and self.projected_sides(m, n, vector=vector)
+        return {**out, "norm": zeros("11")} if limits else out
+
+    def limited(self, x: Tensor, s: SimpleNamespace, t: int) -> Tensor:
+        """Limit the growth of a norm.
+
+        Returns:
+            `x`, written.
+        """
+        if self.limit is None:
+            return x
+        size = norm(x)
+        factor = growth_factor(size, s.norm if self.limiter_restarts or t == 1 else s.norm + 1e-8, self.limit)
+        s.norm = factor * size
+        return x.mul_(factor)
+
+
+def projection(s: SimpleNamespace) -> tuple[Tensor | None, Tensor | None]:
+    """The projection in the state, as `ops.projection` takes it.
+
+    Returns:
+        (left, right); None where a side is not projected.
+    """
+    return getattr(s, "projection_left", None), getattr(s, "projection_right", None)

@@ -1,0 +1,38 @@
+import torch
+
+from tests.references import due, noise
+
+SETTINGS = [
+    {"lr": 0.01, "refresh": "fixed:2:2", "start": 2, "weight_decay": 0.1},
+    {"lr": 0.01, "momentum": 0.5, "step_size": 0.3, "max_triangular": 8},
+    {"lr": 0.01, "normalize": True, "max_triangular": 1},
+]
+
+
+def bound(x):
+    j = int(x.square().sum(0).argmax())
+    v = x @ x[:, j]
+    return float((x @ v).norm() / v.norm())
+
+
+def fitted(q, up, down, h):
+    if (q - torch.diag(torch.diag(q))).any() or len(q) <= h["max_triangular"]:
+        return q - h["step_size"] * torch.triu(up - down) @ q / bound(up + down)
+    up, down = torch.diag(up), torch.diag(down)
+    return q - h["step_size"] * torch.diag((up - down) / (up + down).max()) @ q
+
+
+def step(p, g, state, t, h):
+    rows, columns = p.shape
+    left, right = state.get("factors", (torch.eye(rows, dtype=g.dtype), torch.eye(columns, dtype=g.dtype)))
+    state["m"] = h["momentum"] * state.get("m", 0) + (1 - h["momentum"]) * g
+    m = state["m"] / (1 - h["momentum"] ** t)
+    if due(h, t) and t >= h["start"]:
+        a = left @ m @ right.T
+        b = torch.linalg.inv(left).T @ noise(p.shape, t) @ torch.linalg.inv(right)
+        left, right = fitted(left, a @ a.T, b @ b.T, h), fitted(right, a.T @ a, b.T @ b, h)
+    state["factors"] = left, right
+    d = left.T @ left @ m @ right.T @ right
+    size = float(d.square().mean().sqrt())
+    d = d / size if h["normalize"] else d * min(1.0, h["max_rms"] / (size + 1e-6))
+    return (1 - h["lr"] * h["weight_decay"]) * p - h["lr"] * d
