@@ -9,8 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, zeros
-from lightning_optim.ops.basis import adam_moments
-from lightning_optim.ops.moments import adam_ratio, bias_corrections
+from lightning_optim.ops.moments import adam_moments, adam_ratio, bias_corrections
 from lightning_optim.ops.norms import norm, quotient
 
 
@@ -43,7 +42,7 @@ class LAMB(Rule):
 
     name: ClassVar = "lamb"
     source: ClassVar = "You et al. 2020, arXiv:1904.00962, Alg. 2"
-    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn")}
+    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
     reduces: ClassVar = True
     reads_param: ClassVar = True
     decay: ClassVar = "own"
