@@ -32,6 +32,7 @@ def build_optimizer(
     overrides: Sequence[Override] = (),
     last_layer: Literal["rest", "rule"] | None = None,
     blocks: Literal["layers", "heads"] | None = None,
+    fused_backward: bool = False,
     **settings: Any,
 ) -> Executor:
     """Build one optimizer for a whole model.
@@ -57,6 +58,7 @@ def build_optimizer(
         last_layer: whether `"rest"`, if not given, or the main `"rule"` gets an untied output layer.
         blocks: what is a matrix to rules that need whole ones: each of fused `"layers"`, if not given, or also each of
             the `"heads"` of queries, keys and values.
+        fused_backward: step within the backward pass, where gradients are freed (`Executor.fuse_backward`).
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
             `clip_norm`, `seed`).
 
@@ -119,6 +121,8 @@ def build_optimizer(
         return _divided(group, again, {g["name"] for g in optimizer.param_groups})
 
     optimizer.divide = divide
+    if fused_backward:
+        optimizer.fuse_backward()
     return optimizer
 
 

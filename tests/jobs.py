@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -273,3 +273,62 @@ def aligned(rank: int, world: int, storage: str) -> Any:
 
 
 ALIGNED: dict[str, Any] = {"storage_min": 1, "storage_block": 16}
+
+
+class Deep(nn.Module):
+    """Three layers under FSDP2, with the gradients of a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(7, 5), nn.Linear(5, 6), nn.Linear(6, 7)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def _deep(world: int) -> Deep:
+    model, mesh = Deep(), init_device_mesh("cpu", (world,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def fused_backward(rank: int, world: int, name: str) -> list[dict[str, Tensor]]:
+    """Whole weights after steps within the backward pass, and after ordinary ones."""
+    out = []
+    for fused in (True, False):
+        model = _deep(world)
+        optimizer = make(name, list(model.parameters()), clip_norm=0.1)
+        for t in range(4):
+            x = gradient(torch.empty(4, 7), "x", t * world + rank)
+            if fused:
+                with optimizer.fuse_backward().norm_pass():
+                    model(x).square().sum().backward()
+            model(x).square().sum().backward()
+            assert all((p.grad is None) == fused for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+        out.append({k: cast("DTensor", p).full_tensor().detach() for k, p in model.named_parameters()})
+    return out
+
+
+def refused_in_fused_backward(rank: int, world: int) -> list[str]:
+    """What is said to DDP, and to matrices that travel."""
+    said = []
+    model = nn.parallel.DistributedDataParallel(Deep())
+    optimizer = make("lion", list(model.parameters()))
+    optimizer.fuse_backward()
+    try:
+        model(torch.ones(2, 7)).sum().backward()
+    except RuntimeError as error:
+        said.append(str(error))
+    sharded = _deep(world)
+    try:
+        make("muon", [p for p in sharded.parameters() if p.ndim == 2]).fuse_backward()
+    except ValueError as error:
+        said.append(str(error))
+    return said

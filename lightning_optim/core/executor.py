@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_optim.core import checkpoint, chunks, layout, storage
+from lightning_optim.core import checkpoint, chunks, fused, layout, storage
 from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
 from lightning_optim.core.rule import Rule, lookup
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
@@ -96,6 +96,8 @@ class Executor(torch.optim.Optimizer):
     divide: Callable[[dict[str, Any]], Sequence[dict[str, Any]]] | None
     """Gives a group that is added without a rule as groups with rules; set by `build_optimizer`."""
 
+    _step_supports_amp_scaling: bool
+
     def _start(self, max_temp_bytes: int = 2**25) -> None:
         self.max_temp_bytes = max_temp_bytes
         self.divide = None  # not on the class, where Lightning's wrapper of an optimizer would find it
@@ -105,6 +107,7 @@ class Executor(torch.optim.Optimizer):
         self._clock = Clock()
         self.on_refresh: Callable[[Refresh], None] | None = None
         self.process_group: Any = None
+        self.fused: fused.FusedBackward | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer."""
@@ -140,9 +143,13 @@ class Executor(torch.optim.Optimizer):
             return
         group = completed(param_group, self.defaults, self.param_groups)
         foreign = self.defaults.keys() - group.keys()
+        if self.fused is not None:
+            fused.check(rule_of(group), group, ())
         super().add_param_group(group)
         for key in foreign:
             del group[key]
+        if self.fused is not None:
+            self.fused.watch()
 
     # -- step -----------------------------------------------------------------------------------------------------
 
@@ -168,15 +175,34 @@ class Executor(torch.optim.Optimizer):
         self._spread_refreshes(jobs)
         if not self.state and self._only_materialises(jobs):
             self._materialise(jobs)
-        elif self._gradients_usable(jobs):
-            self._clip(jobs)
+        elif self.fused is not None:
+            self.fused.finish(jobs)
+        else:
+            self._take(jobs, self._clip)
+        return loss
+
+    def fuse_backward(self) -> fused.FusedBackward:
+        """From now on, step every parameter within the backward pass and free its gradient at once.
+
+        Returns:
+            What does so, see there; `optimizer.fused`, too.
+
+        Raises:
+            ValueError: a rule or setting for which that cannot be.
+        """
+        self.fused = self.fused or fused.FusedBackward(self)
+        return self.fused
+
+    def _take(self, jobs: Sequence[Job], clip: Callable[[Sequence[Job]], None]) -> None:
+        """Step the parameters that have a gradient."""
+        if self._gradients_usable(jobs):
+            clip(jobs)
             self._materialise(jobs)
             for job in jobs:
                 for w in job.works:
                     if w.has_gradient:
                         w.count()
                 self._run(job)
-        return loss
 
     def _jobs(self, *, frozen: bool = False) -> Iterator[Job]:
         """Rule, settings and trainable (or also frozen) parameters of every group, read afresh."""

@@ -240,7 +240,7 @@ def check_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> N
         raise ValueError(f"{name}: sparse parameters are not supported, got layout {p.layout}")
     if rule.elementwise:
         return
-    if _is_flat(p):
+    if is_flat(p):
         raise ValueError(
             f"{name}: {rule.name} needs whole matrices, which FSDP1 and ZeRO hide in flat parameters; "
             "use FSDP2 (fully_shard, Lightning's ModelParallelStrategy, accelerate fsdp_version 2) or DDP"
@@ -260,6 +260,10 @@ def check_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> N
         raise ValueError(f"{name}: {error}") from None
 
 
-def _is_flat(p: Tensor) -> bool:
-    """Whether FSDP1 (FlatParameter and its views) or DeepSpeed ZeRO has flattened or emptied this parameter."""
+def is_flat(p: Tensor) -> bool:
+    """Whether FSDP1 (FlatParameter and its views) or DeepSpeed ZeRO has flattened or emptied this parameter.
+
+    Returns:
+        True for such a one.
+    """
     return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id"))

@@ -473,6 +473,32 @@ def total_norms(sets: Sequence[Sequence[tuple[Tensor, Tensor | None]]]) -> list[
     return [math.sqrt(sum(x)) for x in zip(*totals, strict=True)] if totals else [0.0] * len(sets)
 
 
+def norm(p: Tensor, g: Tensor) -> Tensor:
+    """The norm of one gradient, over the whole mesh; nothing waits for it.
+
+    Args:
+        p: the parameter.
+        g: its gradient on this rank.
+
+    Returns:
+        A 0-d float64 tensor, equal on every rank.
+    """
+    square = torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).double().square()
+    for d, x in enumerate(p.placements) if isinstance(p, DTensor) else ():
+        if not x.is_replicate():
+            dist.all_reduce(square, group=cast("DTensor", p).device_mesh.get_group(d))
+    return square.sqrt_()
+
+
+def is_replicated(p: Tensor) -> bool:
+    """Whether a tensor is whole on each of several ranks, and some other part is to make its gradients equal.
+
+    Returns:
+        False for DTensors, and in a process that is alone.
+    """
+    return not isinstance(p, DTensor) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def agree_times(seconds: Sequence[float], params: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[float]:
     """Measured times that all ranks doing the same work share: the largest.
 
