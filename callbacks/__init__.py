@@ -1,5 +1,25 @@
 """Lightning callbacks, imported as `lightning_optim.callbacks`."""
 
 from .hybrid import HybridOptimizer  # noqa: TID251  (this folder has two names; here it is the package's)
+from .observe import (  # noqa: TID251
+    GradientNoiseScale,
+    GradientRank,
+    HessianBlocks,
+    MemoryLogger,
+    OptimizerHealth,
+    PreconditionerRefresh,
+    diagnostics,
+)
+from .relora import ReLoRA  # noqa: TID251
 
-__all__ = ["HybridOptimizer"]
+__all__ = [
+    "GradientNoiseScale",
+    "GradientRank",
+    "HessianBlocks",
+    "HybridOptimizer",
+    "MemoryLogger",
+    "OptimizerHealth",
+    "PreconditionerRefresh",
+    "ReLoRA",
+    "diagnostics",
+]

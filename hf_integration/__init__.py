@@ -2,16 +2,34 @@
 
 from hf_integration.arguments import TrainingArguments
 from hf_integration.attach import attach
+from hf_integration.callbacks import (
+    GradientNoiseScale,
+    GradientRank,
+    HessianBlocks,
+    MemoryLogger,
+    OptimizerHealth,
+    PreconditionerRefresh,
+    diagnostics,
+)
 from hf_integration.checkpoint import KeepSchedule, last_checkpoint
 from hf_integration.factory import OptimizerFactory, create_optimizer
 from hf_integration.register import register
+from hf_integration.relora import ReLoRA
 
 __all__ = [
+    "GradientNoiseScale",
+    "GradientRank",
+    "HessianBlocks",
     "KeepSchedule",
+    "MemoryLogger",
     "OptimizerFactory",
+    "OptimizerHealth",
+    "PreconditionerRefresh",
+    "ReLoRA",
     "TrainingArguments",
     "attach",
     "create_optimizer",
+    "diagnostics",
     "last_checkpoint",
     "register",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import parts_of, rule_of
 from lightning_optim.core.work import slots_of
 from lightning_optim.factory import build_optimizer
-from lightning_optim.partition import roles
+from lightning_optim.partition import matches, roles
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,27 @@ class Plan:
         return "\n".join(text)
 
 
-def plan(model: nn.Module, name: str, *, lr: float = 1e-3, **settings: Any) -> Plan:
+def plan(model: nn.Module, name: str, *, lr: float | None = None, recipe: str | None = None, **settings: Any) -> Plan:
     """Say what `build_optimizer` with the same arguments would do.
 
     Args:
         model: any module; on the meta device nothing is allocated.
         name: of the main rule.
         lr: learning rate; does not matter here.
+        recipe: name of published settings.
         **settings: of `build_optimizer`.
 
     Returns:
         The plan.
     """
-    return describe(model, build_optimizer(model, name, lr=lr, **settings))
+    lr = 1e-3 if lr is None and recipe is None else lr
+    found = describe(model, build_optimizer(model, name, lr=lr, recipe=recipe, **settings))
+    patterns = [pattern for pattern, *_ in settings.get("overrides", ())]
+    rows = []
+    for row in found.rows:
+        match = next((x for x in patterns if matches(x, row.name, row.role)), None)
+        rows.append(row if match is None else replace(row, reason=f"{row.reason}; override {match!r}"))
+    return replace(found, rows=rows)
 
 
 def describe(model: nn.Module, optimizer: Executor) -> Plan:

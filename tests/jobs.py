@@ -24,7 +24,8 @@ from lightning_optim import Executor
 from lightning_optim.core.rule import REGISTRY
 from tests.rules import gradient, make
 
-SHAPES = {
+Shapes = dict[str, tuple[int, ...]]
+SHAPES: Shapes = {
     "odd": (7, 5),
     "wide": (5, 12),
     "tall": (13, 4),
@@ -40,10 +41,10 @@ SHAPES = {
 class Model(nn.Module):
     """Parameters without a forward pass; gradients are given."""
 
-    def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32, shapes: Shapes | None = None) -> None:
         super().__init__()
         made = torch.Generator().manual_seed(0)
-        for key, shape in SHAPES.items():
+        for key, shape in (shapes or SHAPES).items():
             value = torch.randn(shape, generator=made).to(dtype)
             if REGISTRY[name].vectors or len(shape) >= 2:
                 self.register_parameter(key, Parameter(value))
@@ -70,9 +71,11 @@ def weights(model: Model) -> dict[str, Tensor]:
     return {k: p.detach().clone() for k, p in full.items()}
 
 
-def sharded(name: str, world: int, dtype: torch.dtype = torch.float32, *, replicas: int = 1) -> Model:
+def sharded(
+    name: str, world: int, dtype: torch.dtype = torch.float32, *, replicas: int = 1, shapes: Shapes | None = None
+) -> Model:
     """A model under FSDP2 over all ranks, or HSDP."""
-    model = Model(name, dtype)
+    model = Model(name, dtype, shapes)
     if replicas > 1:
         mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
     else:
@@ -83,7 +86,7 @@ def sharded(name: str, world: int, dtype: torch.dtype = torch.float32, *, replic
 
 def train(rank: int, world: int, name: str, steps: int, dtype: torch.dtype, replicas: int = 1, **kwargs: Any) -> Any:
     """Train under FSDP2; the whole weights, bytes of local state and whether the sum over ranks is what is declared."""
-    model = sharded(name, world, dtype, replicas=replicas)
+    model = sharded(name, world, dtype, replicas=replicas, shapes=kwargs.get("shapes"))
     optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
     take_steps(model, optimizer, range(1, steps + 1), kwargs.get("missing"))
     held = [t.to_local() if isinstance(t, DTensor) else t for s in optimizer.state.values() for t in s.values()]

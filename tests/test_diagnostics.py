@@ -18,6 +18,7 @@ from lightning_optim import build_optimizer
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.diagnostics import hessian, lanczos, memory, noise, spectrum, subspace
 from lightning_optim.diagnostics.hessian import Hessian, frozen
+from lightning_optim.ops import eigenbasis
 from lightning_optim.ops.orthogonal import QUINTIC
 
 
@@ -135,7 +136,7 @@ def test_off_diagonal_staleness(degrees: float, expected: float) -> None:
     q = torch.tensor([[math.cos(phi), -math.sin(phi)], [math.sin(phi), math.cos(phi)]], dtype=torch.float64)
     matrix = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
     assert subspace.off_diagonal(matrix, q).item() == pytest.approx(expected, abs=1e-7)
-    sampled = subspace.off_diagonal_sampled(matrix, q, random(), top=1, count=1)
+    sampled = eigenbasis.off_diagonal(matrix[None], q[None], top=1, others=1)
     assert sampled.item() == pytest.approx(expected, abs=1e-7)
 
 
@@ -146,9 +147,9 @@ def test_sampled_staleness_is_exact_with_all_columns_and_close_with_some() -> No
     noisy = torch.linalg.qr(q + 0.02 * torch.randn(n, n, generator=random(1), dtype=torch.float64) / 4).Q
     matrix = q * values @ q.T
     exact = subspace.off_diagonal(matrix, noisy)
-    torch.testing.assert_close(subspace.off_diagonal_sampled(matrix, noisy, random(), top=32, count=n), exact)
-    some = [subspace.off_diagonal_sampled(matrix, noisy, random(i)).item() for i in range(10)]
-    assert sum(some) / len(some) == pytest.approx(exact.item(), rel=0.06)
+    whole = eigenbasis.off_diagonal(matrix[None], noisy[None], top=32, others=n)
+    torch.testing.assert_close(whole[0], exact)
+    some = [eigenbasis.off_diagonal(matrix[None], noisy[None], t).item() for t in range(5)]
     assert all(abs(x / exact.item() - 1) < 0.25 for x in some)
 
 

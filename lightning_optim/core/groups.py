@@ -84,7 +84,7 @@ def parts_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tupl
         ValueError: the rows do not divide into the group's blocks.
     """
     blocks, transposed = (None, False) if rule.elementwise else (group["blocks"], group["transposed"])
-    return chunks.parts(shape, blocks, conv=not rule.reduces, transposed=transposed), transposed
+    return chunks.parts(shape, blocks, conv=not rule.last_two, transposed=transposed), transposed
 
 
 def completed(

@@ -163,7 +163,7 @@ def _axis(p: Tensor, dims: Dims, transposed: bool) -> str:
         return "n"
     if p.ndim == 2 and transposed:
         return "n"
-    return "m" if p.ndim == 2 and dims[0] == 1 else "b"
+    return "m" if dims[0] == 1 and p.ndim != 3 and p.shape[0] == dims[1] else "b"
 
 
 class StackLayout:
@@ -483,6 +483,18 @@ def agree_times(seconds: Sequence[float], params: Sequence[Tensor], group: dist.
             "the group of the replicas, or choose another policy"
         )
     return out
+
+
+def average_(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors that are whole on every rank by their mean over all ranks, in place.
+
+    Args:
+        tensors: of the same shapes on every rank.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for t in tensors:
+            dist.all_reduce(t)
+            t /= dist.get_world_size()
 
 
 class Meeting:

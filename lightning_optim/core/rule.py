@@ -115,14 +115,16 @@ class Rule:
     """Needs only row, column or whole sums: runs on DTensors as they lie."""
     vectors: ClassVar[bool] = True
     """Takes parameters with fewer than two dimensions."""
+    last_two: ClassVar[bool] = False
+    """Four and more dimensions are a stack over the last two, not one matrix (a convolution)."""
     reads_param: ClassVar[bool] = False
     """`update` gets the parameter (before decay); None otherwise."""
     costly: ClassVar[tuple[str, ...]] = ()
     """Slots that `rebuild` computes anew where `update` says `s.refresh(g)` and the policy in the field `refresh`
     (`lightning_optim.refresh`) says that this step is due. Only for rules that need whole matrices."""
 
-    decay: ClassVar[Literal["before", "after", "coupled"]] = "before"
-    """Weight decay multiplies the weight before or after the step, or is added to the gradient (L2)."""
+    decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "before"
+    """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
     adamw_settings: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters that `lr_convention="adamw"` sets so that `rms` is known."""
     signed: ClassVar[frozenset[str]] = frozenset()
@@ -181,7 +183,8 @@ class Rule:
 
         Args:
             g: gradients `[b, m, n]` (a flat block for elementwise rules), never written.
-            s: state by slot name; mutate in place or assign. For whole matrices also `s.refresh(g)`, which calls
+            s: state by slot name; mutate in place or assign. In a stack also `s.vector`, whether these parameters have
+                fewer than two dimensions or the role `vector`. For whole matrices also `s.refresh(g)`, which calls
                 `rebuild` if this step is due, and `s.noise("nr", stream=0)`: standard normal numbers `[b, n, r]`
                 that depend on the seed, the step and the matrix only.
             p: parameters like `g`, before decay, if `reads_param`; else None.

@@ -255,6 +255,7 @@ def _directions(
             g = g.add(p, alpha=rule.weight_decay)
     wrap, unwrap = (frame.wrap, frame.unwrap) if frame else (_as_is, _as_is)
     s = SimpleNamespace(**{k: wrap(before[k], slot.letters) for k, slot in slots.items()})
+    s.vector = first.param.ndim < 2 or job.group.get("role") == "vector"
     s.noise = lambda letters, stream=0: wrap(_noise(job, chunk, frame, letters, stream), letters)
     s.refresh = functools.partial(_refresh, job, chunk, s)
     d = rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t)

@@ -1,4 +1,4 @@
-"""First and second moments of gradients, whole and compressed."""
+"""First and second moments of gradients, their ratios, and compressed ones."""
 
 from __future__ import annotations
 
@@ -57,3 +57,31 @@ def rank_one(a: Tensor, iterations: int = 5) -> tuple[Tensor, Tensor]:
         unit = s / top
         q = a @ (unit / (unit * unit).sum(-1, keepdim=True).clamp(min=tiny) / top).mT
     return q, s
+
+
+def bias_corrections(betas: tuple[float, float], t: int) -> tuple[float, float]:
+    """What a mean and a root of running means from zero are divided by after t steps.
+
+    Returns:
+        (1 - b1^t, sqrt(1 - b2^t)).
+    """
+    return 1 - betas[0] ** t, (1 - betas[1] ** t) ** 0.5
+
+
+def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float) -> Tensor:
+    """(m / mean) / (sqrt(v) / root + eps), with one temporary.
+
+    Args:
+        m: first moment.
+        v: second moment, shaped like `m`.
+        mean: correction of m.
+        root: correction of sqrt(v).
+        eps: added to the corrected root.
+
+    Returns:
+        The ratio.
+    """
+    d = v.sqrt().add_(eps * root)
+    if mean != root:
+        d.mul_(mean / root)
+    return torch.div(m, d, out=d)

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 
 from lightning_optim import (
+    CAME,
+    LAMB,
+    LARS,
     SGD,
     SOAP,
     Adafactor,
+    AdafactorHF,
     Adagrad,
     Adam,
     AdamW,
@@ -65,8 +69,21 @@ def _adafactor(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return Adafactor(params.items(), **h)
 
 
+def _adafactor_hf(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return AdafactorHF(params.items(), **{"lr": 1e-2, **{k: v for k, v in h.items() if v is not None}})
+
+
 def _adam_uncorrected(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return Adam(params.items(), **h, correct_bias=False)
+
+
+def _lamb(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return LAMB(params.items(), **h, exclude_vectors=False)
+
+
+def _lars_paper(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    h["trust_coefficient"] = h.pop("trust", 1e-3)
+    return LARS(params.items(), **h, exclude_vectors=False, lr_in_momentum=True, zero_gradient_rate="one")
 
 
 def _signsgd(params: Params, h: dict[str, Any], case: Case) -> Executor:
@@ -175,13 +192,18 @@ def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) 
 
 
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+    "CAME": _plain(CAME),
     "AMSGrad": _plain(AMSGrad),
+    "Adafactor-HF": _adafactor_hf,
     "Adafactor-torch": _adafactor,
     "Adagrad": _plain(Adagrad),
     "Adam": _plain(Adam),
     "Adam-mini": _adam_mini,
     "AdamNoBiasCorrection": _adam_uncorrected,
     "AdamW": _plain(AdamW),
+    "LAMB-paper": _lamb,
+    "LARS": _plain(LARS),
+    "LARS-paper": _lars_paper,
     "Lion": _lion,
     "Muon-KellerJordan": _muon_keller_jordan,
     "Muon-KellerJordan-AuxAdam": _muon_aux_adam,

@@ -1,0 +1,298 @@
+"""See the optimizer work: Lightning's diagnostic callbacks for the Transformers Trainer, with the same tags."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
+from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import TrainingArguments
+
+from lightning_optim.diagnostics.probes import curvature, health, memory, noise, presets, rank, refresh
+from lightning_optim.diagnostics.probes.base import Probe, Run
+from lightning_optim.diagnostics.report import Report
+
+
+class Diagnostic(TrainerCallback, ExportableState):
+    """Base of the callbacks below; `settings` are those of the probe.
+
+    Scalars go to the trainer's loggers (`report_to`), pictures and tables to TensorBoard, arrays into `diagnostics/`
+    beside the log. Given as an instance or, with the defaults, as a class. With
+    `restore_callback_states_from_checkpoint` a resumed run continues the averages.
+    """
+
+    kind: ClassVar[type[Probe]]
+
+    def __init_subclass__(cls) -> None:
+        """Give the class its probe's signature."""
+        super().__init_subclass__()
+        if "kind" in cls.__dict__ and "__init__" not in cls.__dict__:
+            cls.__signature__ = inspect.signature(cls.kind)
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        self.settings = dict(inspect.signature(self.kind).bind(*args, **settings).arguments)
+        self.probe = self.kind(**self.settings)
+        self.saved: dict[str, Any] = {}
+        self._siblings: Sequence[TrainerCallback] = ()
+        self._hooks: list[Any] = []
+
+    def loss(self, model: nn.Module, batch: Any, /) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            model: the model.
+            batch: the keyword arguments of its forward pass.
+
+        Returns:
+            A scalar.
+        """
+        return model(**{k: v for k, v in batch.items() if k != "num_items_in_batch"}).loss
+
+    def state(self) -> dict[str, Any]:
+        """What continues in a resumed run.
+
+        Returns:
+            Plain values, as Transformers keeps them.
+        """
+        return {"args": self.settings, "attributes": {"saved": self.probe.state_dict()}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the probe; the first of these callbacks lays out the dashboard.
+
+        Args:
+            args: of the trainer.
+            state: of the trainer.
+            control: not looked at.
+            **kwargs: model and optimizer.
+        """
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        scaler = getattr(optimizer, "scaler", None)
+        run = Run(
+            model=model,
+            optimizer=_unwrapped(optimizer),
+            loss=lambda batch: self.loss(model, batch),
+            clip=args.max_grad_norm or None,
+            loss_scale=lambda: None if scaler is None else scaler.get_scale(),
+            step=state.global_step,
+            ranks=args.world_size,
+            rank=args.process_index,
+        )
+        run.extra["checkpoint"] = lambda: _checkpoint(args)
+        run.extra["group"] = torch.distributed.group.WORLD if args.world_size > 1 else None
+        self._siblings = _siblings()
+        others = [c for c in self._siblings if isinstance(c, Diagnostic)]
+        if others and others[0] is self:
+            for writer in self._writers(state):
+                writer.add_custom_scalars(presets.layout_of([c.probe for c in others]))
+        if self.saved:
+            self.probe.load_state_dict(self.saved)
+        self.probe.start(run)
+        self._watch(model)
+
+    def _watch(self, model: nn.Module) -> None:
+        """See what goes into the model in training."""
+
+        def see(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if model.training:
+                self.probe.see(kwargs or args)
+
+        def forwarded(_: nn.Module, args: Any, out: Any) -> None:
+            if model.training:
+                self.probe.forwarded()
+
+        self._unwatch()
+        self._hooks = [
+            model.register_forward_pre_hook(see, with_kwargs=True),
+            model.register_forward_hook(forwarded, always_call=True),
+        ]
+
+    def _unwatch(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A step begins.
+
+        Args:
+            args: not looked at, as are the others.
+            state: the same.
+            control: the same.
+            **kwargs: the same.
+        """
+        self.probe.begin()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The backward pass of a micro-batch is over, but for the last.
+
+        Args:
+            args: not looked at, as are the others.
+            state: the same.
+            control: the same.
+            **kwargs: the same.
+        """
+        self.probe.backward()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The optimizer steps next.
+
+        Args:
+            args: not looked at, as are the others.
+            state: the same.
+            control: the same.
+            **kwargs: the same.
+        """
+        self.probe.ready()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log what the probe has found.
+
+        Args:
+            args: of the trainer.
+            state: of the trainer.
+            control: of the trainer.
+            **kwargs: passed on to the trainer's loggers.
+        """
+        report = self.probe.end()
+        if report is not None and state.is_world_process_zero:
+            self._log(args, state, control, report, kwargs)
+
+    def _log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        report: Report,
+        kwargs: dict[str, Any],
+    ) -> None:
+        scalars, step = report.finite(), state.global_step
+        writers = self._writers(state)
+        for writer in writers:
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, step)
+        loggers = tuple(INTEGRATION_TO_CALLBACK.values())
+        for other in self._siblings:
+            if isinstance(other, loggers) and not isinstance(other, TensorBoardCallback):
+                other.on_log(args, state, control, logs=dict(scalars), **kwargs)
+        writer = writers[0] if writers else None
+        folder = Path(writer.log_dir if writer is not None else args.output_dir or ".")
+        presets.write(report, writer, step, folder, self.probe.name)
+
+    def _writers(self, state: TrainerState) -> list[Any]:
+        found = [c.tb_writer for c in self._siblings if isinstance(c, TensorBoardCallback)]
+        return [w for w in found if w is not None] if state.is_world_process_zero else []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the probe.
+
+        Args:
+            args: not looked at, as are the others.
+            state: the same.
+            control: the same.
+            **kwargs: the same.
+        """
+        self.probe.stop()
+        self._unwatch()
+
+
+class OptimizerHealth(Diagnostic):  # noqa: D101
+    kind = health.Health
+    __doc__ = kind.__doc__
+
+
+class GradientRank(Diagnostic):  # noqa: D101
+    kind = rank.GradientRank
+    __doc__ = kind.__doc__
+
+
+class GradientNoiseScale(Diagnostic):  # noqa: D101
+    kind = noise.GradientNoiseScale
+    __doc__ = kind.__doc__
+
+
+class MemoryLogger(Diagnostic):  # noqa: D101
+    kind = memory.Memory
+    __doc__ = kind.__doc__
+
+
+class PreconditionerRefresh(Diagnostic):  # noqa: D101
+    kind = refresh.PreconditionerRefresh
+    __doc__ = kind.__doc__
+
+
+class HessianBlocks(Diagnostic):  # noqa: D101
+    kind = curvature.HessianBlocks
+    __doc__ = f"""{(kind.__doc__ or "").rstrip()}
+        loss: of (model, keyword arguments of its forward pass), where it is not the output's `loss`.
+    """
+
+    def __init__(self, *, loss: Callable[[nn.Module, Any], Tensor] | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        if loss is not None:
+            self.loss = loss
+
+
+CALLBACKS: dict[type[Probe], type[Diagnostic]] = {
+    c.kind: c
+    for c in (OptimizerHealth, GradientRank, HessianBlocks, GradientNoiseScale, MemoryLogger, PreconditionerRefresh)
+}
+
+
+def diagnostics(preset: str, steps: int | None = None) -> list[Diagnostic]:
+    """The callbacks of a preset.
+
+    `Trainer(..., callbacks=diagnostics("cheap"))`: sizes of gradients and updates, memory (at most 1 % of training
+    time). `"matrix"` adds ranks, subspaces and refreshes (3 %), `"curvature"` the Hessian and the noise scale (5 %).
+    A callback that takes longer doubles its interval.
+
+    Args:
+        preset: `"cheap"`, `"matrix"` or `"curvature"`.
+        steps: optimizer steps of the run; in a short one the rare measurements come more often.
+
+    Returns:
+        New callbacks.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    return [CALLBACKS[kind](**settings) for kind, settings in presets.preset(preset, steps)]
+
+
+def _siblings() -> Sequence[TrainerCallback]:
+    """All callbacks of the trainer: Transformers gives a callback no way to the loggers but the caller's frame."""
+    frame = inspect.currentframe()
+    for _ in range(4):
+        frame = frame.f_back if frame is not None else None
+        caller = frame.f_locals.get("self") if frame is not None else None
+        if isinstance(caller, CallbackHandler):
+            return caller.callbacks
+    return ()
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _checkpoint(args: TrainingArguments) -> Path | None:
+    found = get_last_checkpoint(args.output_dir) if args.output_dir and Path(args.output_dir).is_dir() else None
+    return Path(found) if found else None

@@ -1,0 +1,406 @@
+"""The Hessian of the training loss, role by role, on a fixed batch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_optim.core import chunks, layout
+from lightning_optim.diagnostics import figures, hessian, lanczos, view
+from lightning_optim.diagnostics.hessian import Hessian
+from lightning_optim.diagnostics.probes.base import Probe, Run, found_entries
+from lightning_optim.diagnostics.report import Report
+
+EXACT_LIMIT = 512
+"""Most weights of a block whose entries are computed."""
+TOLERANCE = 0.1
+"""Relative difference above which second derivatives are not believed; differences are off by 1e-3."""
+DIFFERENTIATED_TWICE = ("not implemented", "differentiate twice", "double backward", "once_differentiable")
+
+
+class HessianBlocks(Probe):
+    """Curvature by role, by products with the Hessian on the first sequences of the run's first batch.
+
+    The loss is taken without dropout and in full precision, attention by kernels that have a second derivative, for
+    the measurement only. Scalars by role: `hessian/trace` (Hutchinson), `hessian/lambda_max` and `lambda_min`
+    (Lanczos), `hessian/frobenius`. And
+
+    * `hessian/sharpness`: largest eigenvalue of P^-1/2 H P^-1/2 over the parameters whose scaling P is known (Adam
+      family and SOAP), learning rate included; `sharpness_ratio`: over its stability threshold (2 + 2 b1) / (1 - b1),
+      1 is the edge of stability;
+    * `hessian/curvature_along_update`: u^T H u / u^T u; `hessian/model_ratio`: measured change of the loss in this
+      step over the one the quadratic model predicts;
+    * `hessian/js_shape`, `js_scale`: mean Jensen-Shannon distance between the roles' spectra, normalised or not;
+    * `hessian/block_diagonal_share` and the picture `hessian/coupling`: how much of |H|_F^2 lies within roles;
+    * once: the entries of a few neurons (`hessian/entries/<parameter>`), their diagonal dominance `hessian/tau` and
+      Adam's effect on their condition number `hessian/r`.
+
+    Sharded parameters (FSDP2) are not supported: nothing is logged then.
+
+    Args:
+        every: steps between measurements.
+        max_overhead: share of training time above which the interval doubles.
+        sequences: of the batch.
+        probes: random vectors for traces.
+        steps: of Lanczos recursions.
+        starts: random start vectors per role, for spectral densities.
+        coupling_every: measurements between coupling tables, the first of which comes with the first measurement.
+        coupling_probes: random vectors per role for those.
+        exact: patterns of parameters whose first rows' entries are computed, `"auto"` for the first MLP matrix; ().
+        method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
+    """
+
+    name = "hessian"
+    charts: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Hessian trace by role": [r"hessian/trace/.*"],
+        "largest eigenvalue by role": [r"hessian/lambda_max/.*"],
+        "smallest eigenvalue by role": [r"hessian/lambda_min/.*"],
+        "Frobenius norm by role": [r"hessian/frobenius/.*"],
+        "preconditioned sharpness / stability threshold": ["hessian/sharpness_ratio"],
+        "heterogeneity of the roles' spectra": [r"hessian/js_.*"],
+    }
+
+    def __init__(
+        self,
+        every: int = 500,
+        max_overhead: float = 0.02,
+        sequences: int = 2,
+        probes: int = 10,
+        steps: int = 10,
+        starts: int = 1,
+        coupling_every: int = 4,
+        coupling_probes: int = 4,
+        exact: Sequence[str] | Literal["auto"] = "auto",
+        method: Literal["auto", "exact", "difference"] = "auto",
+    ) -> None:
+        super().__init__(every, max_overhead)
+        counts = {"sequences": sequences, "probes": probes, "steps": steps, "starts": starts}
+        for key, value in (counts | {"coupling_every": coupling_every, "coupling_probes": coupling_probes}).items():
+            if value < 1:
+                raise ValueError(f"hessian: {key} must be at least 1, got {value}")
+        self.sequences, self.probes, self.steps, self.starts = sequences, probes, steps, starts
+        self.coupling_every, self.coupling_probes = coupling_every, coupling_probes
+        self.exact, self.method = exact, method
+        self.measured = 0
+        self._batch: Any = None
+        self._start: list[Tensor] = []
+        self._warned = self._difference = False
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return super().state_dict() | {"measured": self.measured}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state)
+        self.measured = state["measured"]
+
+    def clear(self) -> None:  # noqa: D102
+        self._start = []
+
+    def see(self, batch: Any) -> None:  # noqa: D102
+        if self._batch is None:
+            self._batch = first_sequences(batch, self.sequences)
+
+    def before(self, run: Run) -> None:  # noqa: D102
+        self._start = [e.param.detach().clone() for e in found_entries(run)]
+
+    def finish(self, run: Run, report: Report) -> None:  # noqa: D102
+        found, start, self._start = found_entries(run), self._start, []
+        params = [e.param for e in found]
+        unusable = run.loss is None or self._batch is None or any(view.is_cut(p) for p in params)
+        if unusable or len(start) != len(params):
+            if not self._warned:
+                warnings.warn("HessianBlocks: no loss of a batch to differentiate, or sharded weights", stacklevel=2)
+                self._warned = True
+            return
+        loss: Callable[[], Tensor] = lambda: run.loss(self._batch)  # type: ignore[misc]  # noqa: E731
+        with hessian.frozen(run.model):
+            full = self._hessian(loss, params)
+            roles = view.by_role(found)
+            generator = self.generator(params[0].device)
+            self._traces(full, roles, generator, report)
+            self._spectra(full, roles, generator, report)
+            if self.measured % self.coupling_every == 0:
+                self._coupling(full, roles, generator, report)
+            self._sharpness(full, found, run, generator, report)
+            if self.measured == 0:
+                self._entries(full, found, run, report)
+            self._along_update(full, start, report)  # the last one: it moves the weights, which ends the graph
+        self.measured += 1
+        report.scalars["hessian/products"] = float(full.products)
+        report.scalars = report.finite()
+
+    def _hessian(self, loss: Callable[[], Tensor], params: Sequence[Tensor]) -> Hessian:
+        """The exact one unless that fails, or differs from differences of gradients by more than they can be off."""
+        if self._difference or self.method == "difference":
+            return Hessian(loss, params, "difference", reduce=layout.average_)
+        every = range(len(params))
+        z = [hessian.signs(p, self.generator(p.device, 1)) for p in params]
+        check = self.method == "auto" and self.measured == 0 and all(p.dtype.itemsize >= 4 for p in params)
+        near = Hessian(loss, params, "difference", reduce=layout.average_).product(z, every) if check else []
+        try:
+            full = Hessian(loss, params, "exact", reduce=layout.average_)
+            found = full.product(z, every) if self.measured == 0 else []
+        except (RuntimeError, NotImplementedError) as error:
+            text = f"{error} {error.__cause__}"
+            if self.method == "exact" or not any(x in text for x in DIFFERENTIATED_TWICE):
+                raise
+            return self._fall_back(loss, params, str(error))
+        size = sum(float(x.double().square().sum()) for x in near)
+        off = sum(float((a - b).double().square().sum()) for a, b in zip(found, near, strict=True)) if near else 0.0
+        if off > TOLERANCE**2 * size:  # a kernel may leave its second derivative out without a word
+            return self._fall_back(loss, params, "second derivatives differ from them")
+        full.products = 0
+        return full
+
+    def _fall_back(self, loss: Callable[[], Tensor], params: Sequence[Tensor], reason: str) -> Hessian:
+        warnings.warn(f"HessianBlocks takes differences of gradients: {reason}", stacklevel=2)
+        self._difference = True
+        return Hessian(loss, params, "difference", reduce=layout.average_)
+
+    def _traces(self, full: Hessian, roles: dict[str, list[int]], generator: torch.Generator, report: Report) -> None:
+        vectors = [[hessian.signs(p, generator) for p in full.params] for _ in range(self.probes)]
+        traces, squares, diagonal = hessian.hutchinson(full, list(roles.values()), vectors)
+        means = traces.mean(0)
+        errors = traces.std(0) / len(traces) ** 0.5 if len(traces) > 1 else torch.full_like(means, math.nan)
+        report.scalars |= {f"hessian/trace/{r}": float(x) for r, x in zip(roles, means, strict=True)}
+        report.scalars["hessian/frobenius_all"] = float(squares.mean().sqrt())
+        own = sum(float(d.double().square().sum()) for d in diagonal)
+        report.arrays |= {"roles": list(roles), "trace": means, "trace_error": errors, "diagonal_square": own}
+        lines = ["| role | weights | trace | standard error |", "|---|---|---|---|"]
+        for role, mean, error in zip(roles, means.tolist(), errors.tolist(), strict=True):
+            lines.append(f"| {role} | {full.size(roles[role]):,} | {figures.number(mean)} | {figures.number(error)} |")
+        report.texts["hessian/traces"] = "\n".join(lines)
+
+    def _spectra(self, full: Hessian, roles: dict[str, list[int]], generator: torch.Generator, report: Report) -> None:
+        spectra = []
+        for role, block in roles.items():
+            starts = [full.random(block, generator) for _ in range(self.starts)]
+            runs = [lanczos.lanczos(full.flat(block), x, self.steps) for x in starts]
+            spectra.append(runs)
+            report.scalars[f"hessian/lambda_max/{role}"] = max(float(r.values[-1]) for r in runs)
+            report.scalars[f"hessian/lambda_min/{role}"] = min(float(r.values[0]) for r in runs)
+            report.arrays[f"ritz_values/{role}"] = torch.cat([r.values for r in runs])
+            report.arrays[f"ritz_weights/{role}"] = torch.cat([r.weights for r in runs])
+            report.arrays[f"ritz_residuals/{role}"] = torch.cat([r.residuals for r in runs])
+        if len(spectra) < 2:
+            return
+        shape = lanczos.js_matrix(spectra, shape=True)
+        report.scalars["hessian/js_shape"] = lanczos.mean_distance(shape)
+        report.scalars["hessian/js_scale"] = lanczos.mean_distance(lanczos.js_matrix(spectra, shape=False))
+        grid, sigma = lanczos.grid_of(spectra)
+        lines = {role: lanczos.density(runs, grid, sigma).numpy() for role, runs in zip(roles, spectra, strict=True)}
+        report.images["hessian/spectral_density"] = figures.curves(
+            grid.numpy(),
+            lines,
+            f"spectral density of the Hessian's diagonal blocks, step {self.step}",
+            across="eigenvalue",
+            up="density",
+            log=True,
+        )
+        report.images["hessian/js_distance"] = figures.heat_map(
+            shape.numpy(),
+            f"Jensen-Shannon distance of normalised spectra, step {self.step}",
+            rows=list(roles),
+            columns=list(roles),
+            across="role",
+            unit="distance",
+            bounds=(0.0, 1.0),
+        )
+        report.arrays |= {"js_shape": shape}
+
+    def _coupling(self, full: Hessian, roles: dict[str, list[int]], generator: torch.Generator, report: Report) -> None:
+        blocks = list(roles.values())
+        vectors = [
+            [[hessian.signs(full.params[i], generator) for i in block] for _ in range(self.coupling_probes)]
+            for block in blocks
+        ]
+        squares = hessian.coupling_squares(full, blocks, vectors)
+        table = hessian.coupling(squares)
+        report.scalars |= {
+            f"hessian/frobenius/{role}": float(x) for role, x in zip(roles, squares.diagonal().sqrt(), strict=True)
+        }
+        report.scalars["hessian/block_diagonal_share"] = hessian.block_diagonal_share(squares)
+        report.arrays["coupling_squares"] = squares
+        report.images["hessian/coupling"] = figures.heat_map(
+            table.clamp(min=1e-12).log10().numpy(),
+            f"coupling |H_ij| / sqrt(|H_ii| |H_jj|), step {self.step}",
+            rows=list(roles),
+            columns=list(roles),
+            across="role",
+            unit="log10",
+        )
+
+    def _sharpness(
+        self, full: Hessian, found: Sequence[view.Entry], run: Run, generator: torch.Generator, report: Report
+    ) -> None:
+        roots = [scaling_root(e, run.optimizer.state.get(e.param, {})) for e in found]
+        block = [i for i, root in enumerate(roots) if root is not None]
+        if not block:
+            return
+        sizes = [full.params[i].numel() for i in block]
+
+        def root(v: Tensor) -> Tensor:
+            parts = zip(block, v.split(sizes), strict=True)
+            return torch.cat([_apply(roots[i], x.view_as(full.params[i])).reshape(-1) for i, x in parts])
+
+        operator = hessian.preconditioned(full.flat(block), root)
+        found_values = lanczos.lanczos(operator, full.random(block, generator), self.steps)
+        sharpness = float(found_values.values[-1])
+        betas = {momentum_of(found[i]) for i in block}
+        report.scalars["hessian/sharpness"] = sharpness
+        report.scalars["hessian/sharpness_ratio"] = sharpness / hessian.stability_threshold(1.0, max(betas))
+
+    def _along_update(self, full: Hessian, start: Sequence[Tensor], report: Report) -> None:
+        u = [p.detach() - s for p, s in zip(full.params, start, strict=True)]
+        curved, slope = hessian.directional(full, u)
+        square = sum(float(x.double().square().sum()) for x in u)
+        if not square:
+            return
+        kept = [p.detach().clone() for p in full.params]
+        try:
+            with torch.no_grad():
+                for p, s in zip(full.params, start, strict=True):
+                    p.copy_(s)
+                before = [full.loss().double().reshape(1)]
+        finally:
+            with torch.no_grad():
+                for p, k in zip(full.params, kept, strict=True):
+                    p.copy_(k)
+        after = [full.value.double().reshape(1)]
+        layout.average_(before)
+        layout.average_(after)
+        measured, predicted = float(after[0] - before[0]), slope - 0.5 * curved * square
+        report.scalars["hessian/curvature_along_update"] = curved
+        if predicted:
+            report.scalars["hessian/model_ratio"] = measured / predicted
+
+    def _entries(self, full: Hessian, found: Sequence[view.Entry], run: Run, report: Report) -> None:
+        for i in chosen(found, self.exact):
+            e = found[i]
+            width = e.param[0].numel()
+            if e.transposed or width > EXACT_LIMIT:
+                continue
+            rows = min(len(e.param), max(1, EXACT_LIMIT // width), 4)
+            block = hessian.exact_block(full, i, slice(0, rows)).double().cpu()
+            report.scalars[f"hessian/tau/{e.role}"] = float(hessian.diagonal_dominance(block))
+            second = run.optimizer.state.get(e.param, {}).get("exp_avg_sq")
+            if (
+                isinstance(second, Tensor)
+                and second.shape == e.param.shape
+                and not view.bases_of(e, run.optimizer.state[e.param])
+            ):
+                v = second[:rows].reshape(-1).double().cpu().clamp(min=1e-30)
+                report.scalars[f"hessian/r/{e.role}"] = float(hessian.conditioning_ratio(block, v))
+            report.arrays[f"entries/{e.name}"] = block
+            every = max(1, len(block) // 256)
+            size = (block.abs()[::every, ::every] / block.abs().max().clamp(min=1e-300)).clamp(min=1e-6)
+            labels = [str(k) for k in range(0, len(block), every)]
+            report.images[f"hessian/entries/{e.role}"] = figures.heat_map(
+                size.log10().numpy(),
+                f"|h_ij| of {rows} rows of {e.name}, step {self.step}",
+                rows=labels,
+                columns=labels,
+                across=f"weight; lines: rows of {width}",
+                unit="log10, of the largest",
+                lines=[k * width // every for k in range(1, rows)],
+            )
+
+
+def first_sequences(batch: Any, count: int) -> Any:
+    """Copies of the first sequences of a batch.
+
+    Args:
+        batch: tensors in any nesting; those with a first dimension are cut along it.
+        count: how many.
+
+    Returns:
+        The same nesting.
+    """
+
+    def cut(t: Any) -> Any:
+        return t[:count].detach().clone() if isinstance(t, Tensor) and t.ndim > 0 else t
+
+    return tree_map(cut, dict(batch) if isinstance(batch, Mapping) else batch)
+
+
+def chosen(found: Sequence[view.Entry], patterns: Sequence[str] | Literal["auto"]) -> list[int]:
+    """Parameters whose entries are computed.
+
+    Args:
+        found: all parameters.
+        patterns: shell-style globs over names, or "auto": the first hidden matrix with more rows than columns.
+
+    Returns:
+        Indices, the first match of every pattern.
+    """
+    if patterns == "auto":
+        tall = [i for i, e in enumerate(found) if e.is_matrix and e.param.ndim == 2 and e.role not in view.NAMED_ROLES]
+        wide = [i for i in tall if found[i].param.shape[0] > found[i].param.shape[1]]
+        return (wide or tall)[:1]
+    hits = ([i for i, e in enumerate(found) if fnmatchcase(e.name, pattern)][:1] for pattern in patterns)
+    return [i for hit in hits for i in hit]
+
+
+def momentum_of(e: view.Entry) -> float:
+    """The averaging constant b1 of a parameter's rule.
+
+    Returns:
+        0 without momentum.
+    """
+    betas = e.group.get("betas")
+    return float(betas[0]) if betas else float(e.group.get("momentum", 0.0) or 0.0)
+
+
+def scaling_root(e: view.Entry, state: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+    """P^-1/2 of a rule of the Adam family, or of SOAP in its basis, with the learning rate in P.
+
+    P = (1 - b1^t) (sqrt(v / (1 - b2^t)) + eps) / lr (arXiv:2207.14484).
+
+    Args:
+        e: the parameter.
+        state: of the optimizer for it.
+
+    Returns:
+        A symmetric map of tensors of the parameter's shape; None for other rules.
+    """
+    v, betas = state.get("exp_avg_sq"), e.group.get("betas")
+    lr, t = float(e.group.get("lr", 0.0)), state.get("step")
+    if not isinstance(v, Tensor) or not v.numel() or betas is None or not lr or t is None or len(betas) != 2:
+        return None
+    bases = view.bases_of(e, dict(state))
+    t = max(1.0, float(t) - (1.0 if bases else 0.0))
+    corrected = (v / (1 - betas[1] ** t)).sqrt() + float(e.group.get("eps", 0.0) or 0.0)
+    root = ((1 - betas[0] ** t) * corrected / lr).clamp(min=1e-30).rsqrt()
+    if root.shape == e.param.shape and not bases:
+        return lambda x: (x * root).to(x.dtype)
+    if root.shape == e.param.shape:
+        root = e.stacks(root)[0]
+    elif len(e.parts) == 1 and root.ndim > 1 and root.numel() == e.dims[0] * root.shape[-2] * root.shape[-1]:
+        root = root.reshape(e.dims[0], *root.shape[-2:])
+    else:
+        return None
+    turns = dict(bases)
+
+    def apply(x: Tensor) -> Tensor:
+        y = e.stacks(x)[0].to(root.dtype)
+        left, right = turns.get("left"), turns.get("right")
+        y = y if left is None else left.mT @ y
+        y = y if right is None else y @ right
+        y = y * root
+        y = y if left is None else left @ y
+        y = y if right is None else y @ right.mT
+        return chunks.turned(y.reshape(chunks.turned(e.param, e.transposed).shape), e.transposed).to(x.dtype)
+
+    return apply
+
+
+def _apply(root: Callable[[Tensor], Tensor] | None, x: Tensor) -> Tensor:
+    assert root is not None
+    return root(x)

@@ -1,0 +1,146 @@
+"""Is the optimizer moving the weights by a healthy amount?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core import layout
+from lightning_optim.core.rule import ADAMW_RMS
+from lightning_optim.diagnostics import figures, view
+from lightning_optim.diagnostics.probes.base import History, Probe, Run, found_entries
+from lightning_optim.diagnostics.report import Report, over_ranks
+
+SAMPLE = 2**16
+"""Elements per parameter by which the update is measured; all of them in smaller parameters."""
+
+
+class Health(Probe):
+    """Sizes of gradients, updates and weights by role, and steps that went wrong. Cheap.
+
+    * `health/gradient_rms`, `update_rms`, `weight_rms`, `update_to_weight` by role. The update is what the weights
+      moved by, decay and learning rate included; 1e-3 of the weights is usual. Of large parameters 65536 elements
+      are looked at (0.3 % error).
+    * `health/gradient_norm`: of all gradients as the optimizer got them, after clipping.
+    * `health/clip_rate`: share of the measured steps whose norm was at the clipping threshold.
+    * `health/skipped_steps`, `nonfinite_steps`: since the start; steps the optimizer left out are counted in every
+      step, gradients that are not finite in measured steps.
+    * `health/effective_lr`: RMS of the update / 0.2, the learning rate with which AdamW takes steps as large; trust
+      ratios, shape scales and clipping are in it.
+    * `health/loss_scale`, `health/loss_scale_drops`: of float16 training.
+
+    Args:
+        every: steps between measurements.
+        max_overhead: share of training time above which the interval doubles.
+        image_every: measurements between pictures.
+    """
+
+    name = "health"
+    charts: ClassVar[Mapping[str, Sequence[str]]] = {
+        "update / weight": [r"health/update_to_weight/.*"],
+        "gradient RMS": [r"health/gradient_rms/.*"],
+        "update RMS": [r"health/update_rms/.*"],
+        "weight RMS": [r"health/weight_rms/.*"],
+        "gradient norm": ["health/gradient_norm"],
+        "effective learning rate": ["health/effective_lr"],
+    }
+
+    def __init__(self, every: int = 10, max_overhead: float = 0.01, image_every: int = 10) -> None:
+        super().__init__(every, max_overhead)
+        self.image_every = image_every
+        self.skipped = self.nonfinite = self.clipped = self.measured = self.drops = 0
+        self.history = History()
+        self._samples: dict[int, Tensor] = {}
+        self._scale: float | None = None
+
+    def clear(self) -> None:  # noqa: D102
+        self._samples = {}
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        counts = {k: getattr(self, k) for k in ("skipped", "nonfinite", "clipped", "measured", "drops")}
+        return super().state_dict() | counts
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state)
+        for key in ("skipped", "nonfinite", "clipped", "measured", "drops"):
+            setattr(self, key, state[key])
+
+    def before(self, run: Run) -> None:  # noqa: D102
+        self._samples = {id(e.param): _sample(layout.local(e.param)).clone() for e in found_entries(run)}
+
+    def always(self, run: Run, advanced: bool) -> None:  # noqa: D102
+        self.skipped += not advanced
+        scale = run.loss_scale()
+        if scale is not None and self._scale is not None and scale < self._scale:
+            self.drops += 1
+        self._scale = scale
+
+    def after(self, run: Run) -> Report | None:  # noqa: D102
+        found = [e for e in found_entries(run) if id(e.param) in self._samples]
+        if not found:
+            return None
+        counts = [e.param.numel() for e in found]
+
+        def moved(e: view.Entry) -> Tensor:
+            own, start = layout.local(e.param), self._samples[id(e.param)]
+            part = (_sample(own) - start).square().sum(dtype=torch.float64)
+            return part * (own.numel() / max(1, start.numel()))
+
+        weights = view.reduce_local(found, lambda e: _square(layout.local(e.param)), run.ranks)
+        updates = view.reduce_local(found, moved, run.ranks)
+        gradients = view.reduce_local(found, lambda e: _square(layout.local_gradient(e.param)), run.ranks)
+        sums = over_ranks(torch.cat([weights, updates, gradients])).cpu().view(3, -1)
+        self._samples = {}
+        present = [e.param.grad is not None for e in found]
+        report = Report()
+        ratios = (sums[1] / sums[0]).sqrt()
+        for role, members in view.by_role(found).items():
+            size = sum(counts[i] for i in members)
+            weight, update, gradient = (sums[k, members].sum().item() for k in range(3))
+            report.scalars[f"health/weight_rms/{role}"] = math.sqrt(weight / size)
+            report.scalars[f"health/update_rms/{role}"] = math.sqrt(update / size)
+            if weight > 0:
+                report.scalars[f"health/update_to_weight/{role}"] = math.sqrt(update / weight)
+            if any(present[i] for i in members):
+                report.scalars[f"health/gradient_rms/{role}"] = math.sqrt(gradient / size)
+        report.scalars["health/effective_lr"] = math.sqrt(sums[1].sum().item() / sum(counts)) / ADAMW_RMS
+        if any(present):
+            norm = math.sqrt(sums[2].sum().item())
+            self.measured += 1
+            self.nonfinite += not math.isfinite(norm)
+            report.scalars["health/gradient_norm"] = norm
+            if run.clip:
+                self.clipped += norm >= run.clip * (1 - 1e-4)
+                report.scalars["health/clip_rate"] = self.clipped / self.measured
+        report.scalars["health/skipped_steps"] = float(self.skipped)
+        report.scalars["health/nonfinite_steps"] = float(self.nonfinite)
+        if self._scale is not None:
+            report.scalars |= {"health/loss_scale": self._scale, "health/loss_scale_drops": float(self.drops)}
+        self._draw(found, ratios, report)
+        return report
+
+    def _draw(self, found: list[view.Entry], ratios: Tensor, report: Report) -> None:
+        self.history.add(self.step, ratios.clamp(min=1e-12).log10().tolist())
+        if self.measured % self.image_every == 0 and len(self.history.steps) > 1:
+            report.images["health/update_to_weight_by_layer"] = figures.heat_map(
+                self.history.table(),
+                "RMS of update / RMS of weight",
+                rows=[e.name for e in found],
+                columns=[str(s) for s in self.history.steps],
+                across="step",
+                unit="log10",
+            )
+
+
+def _sample(t: Tensor) -> Tensor:
+    """Evenly spaced elements; an odd distance, so that all columns of a matrix take part."""
+    flat = t.detach().reshape(-1)
+    return flat[:: (flat.numel() // SAMPLE) | 1] if flat.numel() > SAMPLE else flat
+
+
+def _square(t: Tensor | None) -> Tensor | None:
+    return None if t is None else torch.linalg.vector_norm(t.detach().float()).double().square()

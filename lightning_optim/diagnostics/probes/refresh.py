@@ -1,0 +1,190 @@
+"""What refreshing costly state costs, and when it happens."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core import layout, work
+from lightning_optim.core.executor import Executor
+from lightning_optim.core.groups import rule_of
+from lightning_optim.core.rule import Rule
+from lightning_optim.diagnostics import figures
+from lightning_optim.diagnostics.probes.base import History, Probe, Run
+from lightning_optim.diagnostics.report import Report, over_ranks
+from lightning_optim.refresh import parse
+
+
+class PreconditionerRefresh(Probe):
+    """Sets when costly state (eigenbases, inverse roots, projections) is computed anew, and logs what that costs.
+
+    Works for every rule of ours with costly state; with any other optimizer it says nothing. Logged are the
+    refreshes since the last measurement: `refresh/count`, `refresh/ms`, `refresh/share_of_step`,
+    `refresh/age_mean`, `age_max` (at present), `refresh/staleness_mean`, `staleness_p95` (of all matrices at
+    present, where the rule defines it), `refresh/drift` (1 - overlap of new and old state) and
+    `refresh/reason/<reason>`. The picture `refresh/raster` has a row per matrix: a refresh is coloured by the age
+    of the state it replaced.
+
+    Args:
+        policy: spelling of a policy (`lightning_optim.refresh`), for all rules with costly state; None leaves each
+            group's own.
+        schedule: step to policy: from that optimizer step on it replaces the one before.
+        every: steps between measurements.
+        max_overhead: share of training time above which the interval doubles.
+    """
+
+    name = "refresh"
+    charts: ClassVar[Mapping[str, Sequence[str]]] = {
+        "share of step time": ["refresh/share_of_step"],
+        "age of costly state (steps)": [r"refresh/age_.*"],
+        "staleness": [r"refresh/staleness_.*"],
+        "reasons": [r"refresh/reason/.*"],
+    }
+
+    def __init__(
+        self,
+        policy: str | None = None,
+        schedule: Mapping[int, str] | None = None,
+        every: int = 25,
+        max_overhead: float = 0.01,
+    ) -> None:
+        super().__init__(every, max_overhead)
+        self.schedule = dict(sorted((int(step), text) for step, text in (schedule or {}).items()))
+        if policy is not None:
+            self.schedule = {0: policy} | self.schedule
+        for text in self.schedule.values():
+            parse(text)
+        self.events: list[work.Refresh] = []
+        self.total = 0
+        self.history = History()
+        self._since = 0.0
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return super().state_dict() | {"total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state)
+        self.total = state["total"]
+
+    def prepare(self, run: Run) -> None:
+        """Listen to the optimizer and set the policy.
+
+        Args:
+            run: what there is to see.
+
+        Raises:
+            ValueError: a policy that measures staleness, for a rule that does not define it.
+        """
+        self.events = []
+        if isinstance(run.optimizer, Executor):
+            run.optimizer.on_refresh = self.events.append
+            if run.optimizer.process_group is None:
+                run.optimizer.process_group = run.extra.get("group")
+            self._set(run, run.step + 1)
+
+    def clear(self) -> None:  # noqa: D102
+        if self.run is not None and isinstance(self.run.optimizer, Executor):
+            self.run.optimizer.on_refresh = None
+
+    def _before(self) -> None:
+        super()._before()
+        if self.run is not None:
+            self._set(self.run, self.step)
+
+    def _set(self, run: Run, step: int) -> None:
+        texts = [text for start, text in self.schedule.items() if start <= step]
+        if not texts or not isinstance(run.optimizer, Executor):
+            return
+        for job in run.optimizer._jobs():
+            if job.rule.costly and job.group["refresh"] != texts[-1]:
+                own = job.group["refresh"]
+                job.group["refresh"] = texts[-1]
+                try:
+                    rule_of(job.group).validate()
+                except ValueError:
+                    job.group["refresh"] = own
+                    raise
+
+    def after(self, run: Run) -> Report | None:  # noqa: D102
+        if not isinstance(run.optimizer, Executor):
+            return None
+        ages: dict[str, float] = {}
+        stale: dict[str, Tensor] = {}
+        names: list[str] = []
+        for job in run.optimizer._jobs():
+            if not job.rule.costly:
+                continue
+            for w in job.works:
+                kept = [t for key, t in w.state.items() if key.partition(".")[0] == "refreshed"]
+                if not kept:
+                    continue
+                names.append(w.name)
+                if all(layout.local(t).numel() for t in kept):  # empty on ranks that do not own the matrix
+                    ages[w.name] = max(float(record[:, 0].amax()) for record in w.records)
+                    whole = layout.cut_of(w.param) is None
+                    if whole and w.has_gradient and type(job.rule).staleness is not Rule.staleness:
+                        w.cost = work.refresh_cost(job.rule, w.parts, vector=w.param.ndim < 2)
+                        stale[w.name] = work.staleness(job, w, w.gradient())
+        if not names:
+            return None
+        events, trained = list(self.events), self.pace.trained - self._since
+        self._since = self.pace.trained
+        self.events.clear()
+        return self._report(run, names, ages, {k: float(v) for k, v in stale.items()}, events, trained)
+
+    def _report(
+        self,
+        run: Run,
+        names: list[str],
+        ages: Mapping[str, float],
+        stale: Mapping[str, float],
+        events: list[work.Refresh],
+        trained: float,
+    ) -> Report:
+        device = layout.local(run.optimizer.param_groups[0]["params"][0]).device
+        drifts = [1 - e.overlap for e in events if not math.isnan(e.overlap)]
+        seconds = sum(e.seconds for e in events)
+        scalars = [len(events), seconds, sum(drifts), len(drifts), trained]
+        last = {e.name: float(e.age) for e in events}
+        columns = [scalars]
+        for table in (ages, stale, last):
+            columns += [[table.get(n, 0.0) for n in names], [float(n in table) for n in names]]
+        flat = torch.tensor([x for column in columns for x in column], dtype=torch.float64, device=device)
+        found = over_ranks(flat).cpu()
+        count, seconds, drift, drifted, trained = found[:5].tolist()
+        rest = found[5:].view(3, 2, len(names))
+        age, staleness, marks = (torch.where(k > 0, v / k, math.nan) for v, k in rest)
+        shared = float(rest[0, 1].max())  # ranks that do the same work
+        count, seconds = count / shared, seconds / shared
+        self.total += round(count)
+        report = Report()
+        s = report.scalars
+        s["refresh/count"] = count
+        s["refresh/ms"] = 1e3 * seconds
+        if trained > 0:
+            s["refresh/share_of_step"] = seconds / (trained / run.ranks) / (run.ranks / shared)
+        s |= {"refresh/age_mean": float(age.nanmean()), "refresh/age_max": float(age.nan_to_num(0.0).max())}
+        known = staleness[~staleness.isnan()]
+        if known.numel():
+            s |= {"refresh/staleness_mean": float(known.mean()), "refresh/staleness_p95": float(known.quantile(0.95))}
+        if drifted:
+            s["refresh/drift"] = drift / drifted
+        s |= {f"refresh/reason/{reason}": float(n) for reason, n in Counter(e.reason for e in events).items()}
+        self.history.add(self.step, marks.tolist())
+        if len(self.history.steps) > 1:
+            report.images["refresh/raster"] = figures.heat_map(
+                self.history.table(),
+                "refreshes: age of the replaced state (grey: none)",
+                rows=names,
+                columns=[str(x) for x in self.history.steps],
+                across="step",
+                unit="steps",
+            )
+        report.arrays = {"names": names, "age": age, "staleness": staleness, "refreshed_at_age": marks}
+        report.scalars = report.finite()
+        return report

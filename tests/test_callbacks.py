@@ -1,0 +1,618 @@
+"""Diagnostic callbacks with the real trainers of Lightning and Transformers: tags read back, training untouched."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+import hf_integration
+from lightning_optim import callbacks, configure_optimizers
+from lightning_optim.callbacks import (
+    GradientNoiseScale,
+    GradientRank,
+    HessianBlocks,
+    MemoryLogger,
+    OptimizerHealth,
+    PreconditionerRefresh,
+    diagnostics,
+)
+from lightning_optim.diagnostics import figures, view
+from lightning_optim.diagnostics.probes import presets
+from lightning_optim.diagnostics.report import Pace
+from tests.test_hf import CONTEXT, VOCABULARY, arguments, llama, one_thread, trainer_of  # noqa: F401
+from tests.test_lightning import pytestmark as lightning_warnings
+from tests.test_lightning import trainer, weights
+
+pytestmark = lightning_warnings
+
+ROLES = ["down_proj", "embedding", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj", "vector"]
+EVERY: dict[str, Any] = {"every": 2, "max_overhead": 1e6}
+CURVATURE: dict[str, Any] = {**EVERY, "probes": 2, "steps": 3, "coupling_probes": 1, "sequences": 1}
+
+
+class Batches:
+    """The same random rows for every trainer, of few tokens, so that their gradients agree."""
+
+    def __init__(self, count: int, rows: int = 4) -> None:
+        self.count, self.rows = count, rows
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        made = torch.Generator().manual_seed(0)
+        for _ in range(self.count):
+            yield torch.randint(8, (self.rows, CONTEXT), generator=made)
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        pass
+
+
+class Module(L.LightningModule):
+    """A tiny LLaMA with dropout, so that a stolen random number shows."""
+
+    def __init__(self, name: str = "soap", dropout: float = 0.0, **settings: Any) -> None:
+        super().__init__()
+        self.model = llama(dropout=dropout)
+        self.name, self.settings = name, settings
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.model(input_ids=batch, labels=batch).loss
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizers(self, self.name, lr=1e-2, **self.settings)
+
+
+def fit(folder: Path, module: Module, *own: L.Callback, steps: int = 4, **settings: Any) -> L.Trainer:
+    settings = {"max_steps": steps, "gradient_clip_val": 0.5, "log_every_n_steps": 1} | settings
+    logger = settings.pop("logger", None) or TensorBoardLogger(folder, name="", version="")
+    torch.manual_seed(1)
+    made = trainer(folder, logger=logger, callbacks=list(own), **settings)
+    rows = steps * settings.get("accumulate_grad_batches", 1)
+    made.fit(module, Batches(rows))
+    return made
+
+
+def events(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    found.Reload()
+    return found
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    found = events(folder)
+    return {tag: [e.value for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def of(tags: Any, prefix: str) -> set[str]:
+    return {tag for tag in tags if tag.startswith(prefix)}
+
+
+def per_role(prefix: str, roles: list[str] = ROLES) -> set[str]:
+    return {f"{prefix}/{role}" for role in roles}
+
+
+# -- Lightning: one callback at a time --------------------------------------------------------------------------------
+
+
+def test_health(tmp_path: Path) -> None:
+    module = Module("adamw", weight_decay=0.1)
+    before = weights(module)
+    health = OptimizerHealth(every=1, max_overhead=1e6, image_every=2)
+    fit(tmp_path, module, health, steps=3, accumulate_grad_batches=2)
+    found, tags = scalars(tmp_path), events(tmp_path).Tags()
+    for kind in ("gradient_rms", "update_rms", "weight_rms", "update_to_weight"):
+        assert of(found, f"health/{kind}/") == per_role(f"health/{kind}")
+    assert len(found["health/gradient_norm"]) == 3 and max(found["health/gradient_norm"]) <= 0.5 * (1 + 1e-4)
+    assert found["health/clip_rate"] == [1, 1, 1] and found["health/skipped_steps"] == [0, 0, 0]
+    after, name = weights(module), "model.model.embed_tokens.weight"
+    assert found["health/weight_rms/embedding"][-1] == pytest.approx(
+        after[name].square().mean().sqrt().item(), rel=1e-5
+    )
+    assert found["health/effective_lr"][0] > 0 and "health/update_to_weight_by_layer" in tags["images"]
+    assert "health/loss_scale" not in found
+    assert not torch.equal(before[name], after[name])
+    assert found["diagnostics/interval/health"] == [1, 1, 1] and len(of(found, "health/")) <= 60
+
+
+def test_updates_are_what_the_weights_moved_by(tmp_path: Path) -> None:
+    module = Module("muon")
+    before = weights(module)
+    fit(tmp_path, module, OptimizerHealth(every=1, max_overhead=1e6), steps=1)
+    moved = {k: v - before[k] for k, v in weights(module).items()}
+    found = scalars(tmp_path)
+    q = torch.stack([v for k, v in moved.items() if "q_proj" in k])
+    start = torch.stack([v for k, v in weights(module).items() if "q_proj" in k])
+    assert found["health/update_rms/q_proj"] == [pytest.approx(q.square().mean().sqrt().item(), rel=1e-5)]
+    expected = (q.norm() / start.norm()).item()
+    assert found["health/update_to_weight/q_proj"] == [pytest.approx(expected, rel=1e-5)]
+
+
+def test_skipped_steps_are_counted(tmp_path: Path) -> None:
+    class Broken(Module):
+        def on_after_backward(self) -> None:
+            if self.trainer.global_step in (1, 2):
+                next(self.parameters()).grad.fill_(math.nan)  # pyright: ignore[reportOptionalMemberAccess]
+
+    module = Broken("adamw", on_nonfinite="skip")
+    fit(tmp_path, module, OptimizerHealth(every=1, max_overhead=1e6), steps=4, gradient_clip_val=None)
+    found = scalars(tmp_path)
+    assert found["health/skipped_steps"] == [0, 1, 2, 2] and found["health/nonfinite_steps"] == [0, 1, 2, 2]
+
+
+def test_ranks(tmp_path: Path) -> None:
+    module = Module("muon")
+    fit(tmp_path, module, GradientRank(**EVERY), steps=4)
+    found, seen = scalars(tmp_path), events(tmp_path)
+    matrices = [r for r in ROLES if r != "vector"]
+    assert of(found, "rank/gradient_rank@90/") == per_role("rank/gradient_rank@90", matrices)
+    assert all(1 <= x <= 32 for x in found["rank/update_stable_rank/q_proj"])
+    assert not of(found, "rank/gradient_captured/")  # muon has no basis: absent
+    # the golden band of Newton-Schulz, wide for tiny gradients; bfloat16 products
+    assert 0.2 < found["rank/orthogonality_error"][0] < 0.8 and found["rank/singular_max"][0] < 1.25
+    assert found["rank/suggested"][0] % 8 == 0
+    assert {"rank/gradient_rank@90_by_layer", "rank/stable_rank_by_layer"} <= set(seen.Tags()["images"])
+    assert "rank/table/text_summary" in seen.Tags()["tensors"] and len(of(found, "rank/")) <= 60
+    with np.load(tmp_path / "diagnostics" / "rank-0000001.npz") as arrays:
+        table, columns, names = arrays["values"], list(arrays["columns"]), list(arrays["names"])
+    e = names.index("model.model.layers.0.self_attn.q_proj.weight")
+    s = torch.linalg.svdvals(dict(module.named_parameters())[names[e]].detach().double())
+    assert table.shape == (len(names), len(columns)) and 1 < table[e, columns.index("weight.stable_rank")] <= 32
+    last = np.load(tmp_path / "diagnostics" / "rank-0000003.npz")["values"]
+    assert last[e, columns.index("weight.stable_rank")] == pytest.approx(
+        (s.square().sum() / s[0] ** 2).item(), rel=1e-5
+    )
+
+
+def test_ranks_know_the_optimizers_basis(tmp_path: Path) -> None:
+    fit(tmp_path, Module("soap", refresh="fixed:2"), GradientRank(**EVERY), steps=6)
+    found = scalars(tmp_path)
+    captured = found["rank/gradient_captured/q_proj"]
+    assert len(captured) == 3 and all(0 < x <= 1 for x in captured)
+    assert all(-0.1 <= x <= 1 + 1e-6 for x in found["rank/overlap"]) and found["rank/residual_gap"][-1] >= -1e-6
+
+
+def test_ranks_refuse_an_unknown_scalar() -> None:
+    with pytest.raises(ValueError, match="no scalar 'gradient.size'"):
+        GradientRank(scalars=["gradient.size"])
+    with pytest.raises(ValueError, match="every >= 1"):
+        OptimizerHealth(every=0)
+
+
+def test_hessian(tmp_path: Path) -> None:
+    fit(tmp_path, Module("soap"), HessianBlocks(**{**CURVATURE, "coupling_every": 1}), steps=4)
+    found, seen = scalars(tmp_path), events(tmp_path)
+    for kind in ("trace", "lambda_max", "lambda_min", "frobenius"):
+        assert of(found, f"hessian/{kind}/") == per_role(f"hessian/{kind}")
+    for tag in ("sharpness_ratio", "curvature_along_update", "model_ratio", "js_shape", "js_scale"):
+        assert len(found[f"hessian/{tag}"]) == 2, tag
+    assert all(found[f"hessian/lambda_min/{r}"] <= found[f"hessian/lambda_max/{r}"] for r in ROLES)
+    assert 0 < found["hessian/block_diagonal_share"][0] <= 1 and found["hessian/sharpness"][0] > 0
+    assert len(found["hessian/tau/gate_proj"]) == 1 and 0 < found["hessian/tau/gate_proj"][0] < 1
+    images = set(seen.Tags()["images"])
+    assert {"hessian/coupling", "hessian/spectral_density", "hessian/js_distance"} <= images
+    assert "hessian/entries/gate_proj" in images and len(of(found, "hessian/")) <= 60
+
+
+def test_the_quadratic_model_predicts_a_small_step(tmp_path: Path) -> None:
+    class Fixed(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch[:1] * 0 + 3, batch_idx)
+
+    settings = CURVATURE | {"every": 1, "exact": ()}
+    fit(tmp_path, Fixed("sgd", lr_convention="native"), HessianBlocks(**settings), steps=2)
+    assert scalars(tmp_path)["hessian/model_ratio"] == pytest.approx([1, 1], rel=0.05)
+
+
+def test_differences_where_a_kernel_has_no_second_derivative(tmp_path: Path) -> None:
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.sin()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return grads[0] * ctx.saved_tensors[0].cos()
+
+    class Kernel(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return Once.apply(200 * super().training_step(batch, batch_idx))  # pyright: ignore[reportReturnType]
+
+    with pytest.warns(UserWarning, match="differences of gradients"):
+        fit(tmp_path, Kernel("adamw"), HessianBlocks(**CURVATURE), steps=2)
+    assert scalars(tmp_path)["hessian/sharpness"][0] > 0
+
+
+def test_memory(tmp_path: Path) -> None:
+    module = Module("soap")
+    fit(tmp_path, module, MemoryLogger(**EVERY), steps=4)
+    found, seen = scalars(tmp_path), events(tmp_path)
+    params = sum(p.nbytes for p in module.parameters()) / 2**20
+    assert found["memory/parameters"][0] == pytest.approx(params) == found["memory/gradients"][0]
+    assert found["memory/state"] == pytest.approx(found["memory/state_predicted"])
+    assert found["memory/activations"][0] > 0 and found["memory/temporary"][0] > 0
+    assert found["memory/resident"][0] > params and "memory/table/text_summary" in seen.Tags()["tensors"]
+    assert "memory/allocated" not in found and "memory/checkpoint" not in found
+
+
+def test_noise_scale_of_accumulated_batches(tmp_path: Path) -> None:
+    """With clipping and a loss that Lightning divides: as computed by hand from whole gradients."""
+    module = Module("adamw")
+    start = copy.deepcopy(module)
+    probe = GradientNoiseScale(every=1, max_overhead=1e6)
+    fit(tmp_path, module, probe, steps=1, accumulate_grad_batches=4, gradient_clip_val=0.01)
+    gradients = []
+    for batch in Batches(4):
+        start.zero_grad()
+        start.model(input_ids=batch, labels=batch).loss.backward()
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in start.parameters() if p.grad is not None]).double())
+    g = torch.stack(gradients)
+    small, big = g.square().sum(1).mean(), g.mean(0).square().sum()
+    square, trace = (16 * big - 4 * small) / 12, (small - big) / (1 / 4 - 1 / 16)
+    found = scalars(tmp_path)
+    assert found["noise/gradient_square"] == [pytest.approx(square.item(), rel=1e-3)]
+    assert found["noise/trace"] == [pytest.approx(trace.item(), rel=1e-3)]
+    assert found["noise/scale_sequences"] == [pytest.approx((trace / square).item(), rel=1e-3)]
+    assert found["noise/scale_tokens"] == [pytest.approx((trace / square).item() * CONTEXT, rel=1e-3)]
+    assert found["noise/batch_sequences"] == [16]
+
+
+def test_noise_scale_of_a_single_batch_is_absent(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="needs gradient accumulation or several ranks"):
+        fit(tmp_path, Module("adamw"), GradientNoiseScale(every=1, max_overhead=1e6), steps=2)
+    assert not of(scalars(tmp_path), "noise/")
+
+
+@pytest.mark.parametrize("policy", ["fixed:2", "staggered:3", "off_diagonal:0.1:2", "lazy:2", "time_budget:0.5"])
+def test_refresh_policies_set_live(tmp_path: Path, policy: str) -> None:
+    module = Module("soap")
+    made = fit(tmp_path, module, PreconditionerRefresh(policy, every=3, max_overhead=1e6), steps=9)
+    found = scalars(tmp_path)
+    assert {g["refresh"] for g in made.optimizers[0].param_groups if "refresh" in g} == {policy}
+    matrices = sum("proj" in name for name, _ in module.named_parameters())
+    assert found["refresh/count"][0] >= matrices and len(found["refresh/count"]) == 3
+    assert found["refresh/reason/first"][0] >= matrices and found["refresh/share_of_step"][0] > 0
+    assert all(x >= 0 for x in found["refresh/staleness_mean"]) and found["refresh/ms"][0] > 0
+    assert found["refresh/age_max"][-1] >= found["refresh/age_mean"][-1] >= 1
+    if policy == "fixed:2":
+        assert found["refresh/age_max"] == [1, 2, 1] and all(0 <= x <= 1 for x in found["refresh/drift"])
+    assert "refresh/raster" in events(tmp_path).Tags()["images"]
+
+
+def test_refresh_schedule_changes_the_policy(tmp_path: Path) -> None:
+    module = Module("soap")
+    callback = PreconditionerRefresh("fixed:1", {5: "fixed:100"}, every=4, max_overhead=1e6)
+    fit(tmp_path, module, callback, steps=8)
+    counts = scalars(tmp_path)["refresh/count"]
+    assert counts[0] == 4 * counts[0] / 4 and counts[0] > 0 and counts[1] == 0
+    with pytest.raises(ValueError, match="no policy 'often'"):
+        PreconditionerRefresh("often")
+
+
+def test_refresh_says_nothing_of_rules_without_costly_state(tmp_path: Path) -> None:
+    fit(tmp_path, Module("adamw"), PreconditionerRefresh("fixed:2", every=1, max_overhead=1e6), steps=2)
+    assert not of(scalars(tmp_path), "refresh/")
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def everything(kinds: Any, every: int = 2) -> list[Any]:
+    often = EVERY | {"every": every}
+    return [
+        kinds.OptimizerHealth(**often, image_every=1),
+        kinds.MemoryLogger(**often),
+        kinds.PreconditionerRefresh(**often),
+        kinds.GradientRank(**often),
+        kinds.GradientNoiseScale(**often),
+        kinds.HessianBlocks(**CURVATURE | often, exact=()),
+    ]
+
+
+@pytest.mark.parametrize("name", ["soap", "muon"])
+def test_training_is_the_same_with_every_callback(tmp_path: Path, name: str) -> None:
+    runs = []
+    for watched in (False, True):
+        module = Module(name, dropout=0.1)
+        made = fit(
+            tmp_path / str(watched),
+            module,
+            *(everything(callbacks, 6) if watched else ()),
+            steps=20,
+            accumulate_grad_batches=2,
+        )
+        state = made.optimizers[0].state_dict()["state"]
+        runs.append((weights(module), state, torch.rand(2), [m.training for m in module.modules()]))
+    (a, state_a, random_a, modes_a), (b, state_b, random_b, modes_b) = runs
+    assert all(torch.equal(a[k], b[k]) for k in a) and torch.equal(random_a, random_b) and modes_a == modes_b
+    for i, slots in state_a.items():
+        assert all(torch.equal(v, state_b[i][k]) for k, v in slots.items() if k != "refreshed")
+    losses = [scalars(tmp_path / str(x))["train_loss"] for x in (False, True)]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+
+
+def test_a_resumed_run_continues_the_averages(tmp_path: Path) -> None:
+    module = Module("adamw")
+    first = GradientNoiseScale(every=1, max_overhead=1e6)
+    made = fit(tmp_path / "a", module, first, steps=2, accumulate_grad_batches=2)
+    made.save_checkpoint(tmp_path / "last.ckpt")
+    second = GradientNoiseScale(every=1, max_overhead=1e6)
+    again = trainer(tmp_path / "b", max_steps=3, accumulate_grad_batches=2, callbacks=[second], logger=False)
+    again.fit(Module("adamw"), Batches(6), ckpt_path=tmp_path / "last.ckpt")
+    assert second.probe.step == 3
+    weight = second.probe._average.weight  # pyright: ignore[reportAttributeAccessIssue]
+    assert weight == pytest.approx(1 - 0.9**3)
+
+
+def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(
+        tmp_path,
+        Module("adamw"),
+        OptimizerHealth(every=1, max_overhead=1e6),
+        MemoryLogger(every=1, max_overhead=1e6),
+        steps=2,
+        logger=logger,
+    )
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"health/gradient_norm", "memory/parameters"} <= set(header)
+
+
+def test_a_failed_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Fails(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if batch_idx == 3:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    module = Fails("soap")
+    own = everything(callbacks)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, *own, steps=6, accumulate_grad_batches=2)
+    assert all(not c.probe._handles for c in own)
+    assert not any(p._backward_hooks for p in module.parameters())
+    assert not _get_current_dispatch_mode_stack()
+
+
+# -- presets and what they may cost -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "limit"), [("cheap", 0.01), ("matrix", 0.03), ("curvature", 0.05)])
+def test_presets(name: str, limit: float) -> None:
+    for made in (diagnostics(name), hf_integration.diagnostics(name)):
+        assert sum(c.probe.pace.limit for c in made) == pytest.approx(limit)
+    short = {c.probe.name: c.probe.pace.every for c in diagnostics(name, 120)}
+    assert short.get("hessian", 10) == 10 and short["health"] == 10
+    with pytest.raises(ValueError, match="did you mean 'cheap'"):
+        diagnostics("cheep")
+
+
+def test_the_cheap_preset_has_few_tags(tmp_path: Path) -> None:
+    fit(tmp_path, Module("soap"), *diagnostics("cheap", 24), steps=24)
+    found = scalars(tmp_path)
+    assert len(of(found, "health/") | of(found, "memory/") | of(found, "diagnostics/")) <= 60
+
+
+def test_a_costly_probe_doubles_its_interval() -> None:
+    pace = Pace(every=10, limit=0.05)
+    pace.note(5.0)  # the first is not judged
+    assert pace.every == 10
+    for _ in range(3):
+        pace.train(10.0)
+        pace.note(0.4)
+    assert pace.every == 10 and pace.recent == pytest.approx(0.04)
+    pace.train(10.0)
+    pace.note(2.0)
+    assert pace.every == 20 and pace.due(40) and not pace.due(30)
+    assert pace.share == pytest.approx(8.2 / 40)
+    again = Pace(every=10, limit=0.05)
+    again.load_state_dict(pace.state_dict())
+    assert again.every == 20 and again.share == pace.share
+
+
+def test_a_dashboard_is_laid_out_once(tmp_path: Path) -> None:
+    fit(
+        tmp_path,
+        Module("adamw"),
+        OptimizerHealth(every=1, max_overhead=1e6),
+        MemoryLogger(every=1, max_overhead=1e6),
+        steps=1,
+    )
+    tensors = events(tmp_path).Tensors("custom_scalars__config__")
+    assert len(tensors) == 1
+    text = tensors[0].tensor_proto.string_val[0]
+    assert b"health/update_to_weight/" in text and b"memory/" in text and b"hessian/" not in text
+
+
+def test_every_chart_names_tags_that_exist(tmp_path: Path) -> None:
+    fit(tmp_path, Module("soap"), *everything(callbacks), steps=4, accumulate_grad_batches=2)
+    found = scalars(tmp_path)
+    for callback in everything(callbacks):
+        for title, patterns in callback.probe.charts.items():
+            assert any(re.fullmatch(p, tag) for p in patterns for tag in found), title
+
+
+# -- Transformers -----------------------------------------------------------------------------------------------------
+
+
+def hf_run(folder: Path, model: PreTrainedModel, *own: TrainerCallback, **settings: Any) -> Any:
+    settings = {"report_to": ["tensorboard"], "max_steps": 4, "gradient_accumulation_steps": 2} | settings
+    made = trainer_of(model, arguments(folder, **settings), *own)
+    made.train()
+    return made
+
+
+def hf_folder(folder: Path) -> Path:
+    return next(p.parent for p in folder.rglob("events.out.tfevents*"))
+
+
+def test_the_same_tags_in_transformers(tmp_path: Path) -> None:
+    fit(tmp_path / "lightning", Module("soap"), *everything(callbacks), steps=4, accumulate_grad_batches=2)
+    hf_run(tmp_path / "hf", llama(), *everything(hf_integration), optim="soap")
+    ours, theirs = events(tmp_path / "lightning"), events(hf_folder(tmp_path / "hf"))
+    for kind in ("scalars", "images"):
+        mine, others = (
+            {t for p in presets.MEMBERS["curvature"] for t in of(x.Tags()[kind], f"{p.name}/")} for x in (ours, theirs)
+        )
+        mine, others = ({t for t in x if "noise/scale" not in t} for x in (mine, others))  # NaN by chance
+        assert mine == others and mine
+    assert any((hf_folder(tmp_path / "hf") / "diagnostics").glob("hessian-*.npz"))
+    assert "custom_scalars__config__" in theirs.Tags()["tensors"]
+
+
+@pytest.mark.parametrize("name", ["soap"])
+def test_transformers_trains_the_same_with_every_callback(tmp_path: Path, name: str) -> None:
+    models = [llama(dropout=0.1) for _ in range(2)]
+    settings: dict[str, Any] = {"optim": name, "max_steps": 20, "max_grad_norm": 0.5}
+    hf_run(tmp_path / "plain", models[0], **settings)
+    hf_run(tmp_path / "watched", models[1], *everything(hf_integration, 6), **settings)
+    a, b = (weights(m) for m in models)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    found = scalars(hf_folder(tmp_path / "watched"))
+    assert found["health/clip_rate"][-1] > 0 and found["noise/batch_sequences"][-1] == 4
+
+
+def test_noise_scale_in_both_frameworks_is_the_same(tmp_path: Path) -> None:
+    model = llama()
+    start = copy.deepcopy(model)
+    own = hf_integration.GradientNoiseScale(every=1, max_overhead=1e6)
+    made = hf_run(tmp_path, model, own, max_steps=1, gradient_accumulation_steps=4, max_grad_norm=0.01)
+    gradients = []
+    for batch in _batches_of(made, 4):
+        start.zero_grad()
+        start(input_ids=batch, labels=batch).loss.backward()
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in start.parameters() if p.grad is not None]).double())
+    g = torch.stack(gradients)
+    small, big = g.square().sum(1).mean(), g.mean(0).square().sum()
+    square, trace = (8 * big - 2 * small) / 6, (small - big) / (1 / 2 - 1 / 8)
+    found = scalars(hf_folder(tmp_path))
+    assert found["noise/gradient_square"] == [pytest.approx(square.item(), rel=1e-3)]
+    assert found["noise/trace"] == [pytest.approx(trace.item(), rel=1e-3)]
+
+
+def _batches_of(made: Any, count: int) -> list[Tensor]:
+    """The first batches of a run, which the seed decides."""
+    set_seed(made.args.seed)
+    return [b["input_ids"] for _, b in zip(range(count), made.get_train_dataloader(), strict=False)]
+
+
+def test_transformers_callbacks_keep_their_state(tmp_path: Path) -> None:
+    own = hf_integration.GradientNoiseScale(every=1, max_overhead=1e6)
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "optim": "adamw"}
+    hf_run(tmp_path, llama(), own, **settings)
+    again = hf_integration.GradientNoiseScale(every=1, max_overhead=1e6)
+    args = arguments(
+        tmp_path,
+        **settings
+        | {
+            "max_steps": 3,
+            "restore_callback_states_from_checkpoint": True,
+            "report_to": [],
+            "gradient_accumulation_steps": 2,
+        },
+    )
+    made = trainer_of(llama(), args, again)
+    made.train(str(tmp_path / "checkpoint-2"))
+    restored = next(c for c in made.callback_handler.callbacks if isinstance(c, hf_integration.GradientNoiseScale))
+    assert restored.probe._average.weight == pytest.approx(1 - 0.9**3)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# -- what the probes see ----------------------------------------------------------------------------------------------
+
+
+def test_labels_of_roles() -> None:
+    names = [
+        ("h.0.attn.c_attn.weight", "qkv"),
+        ("h.0.attn.c_proj.weight", "hidden"),
+        ("h.1.attn.c_proj.weight", "hidden"),
+        ("h.0.mlp.c_proj.weight", "hidden"),
+        ("wte.weight", "embedding"),
+        ("ln.weight", "vector"),
+    ]
+    labels = view.role_labels(names, [1] * 6)
+    assert labels == ["c_attn", "attn.c_proj", "attn.c_proj", "mlp.c_proj", "embedding", "vector"]
+    many = [(f"m{chr(97 + i)}.weight", "") for i in range(20)]
+    labels = view.role_labels(many, list(range(20, 0, -1)), limit=5)
+    assert labels[:4] == ["ma", "mb", "mc", "md"] and set(labels[4:]) == {"other"}
+
+
+def test_pictures_have_titles_scales_and_no_holes() -> None:
+    picture = figures.heat_map(
+        [[1.0, math.nan], [3.0, 4.0]], "title", rows=["a", "b"], columns=["x", "y"], across="step", unit="rank"
+    )
+    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+    empty = figures.heat_map([[math.nan]], "nothing", rows=["a"], columns=["x"], across="", unit="")
+    assert empty.shape[0] > 50
+    lines = figures.curves(np.arange(5), {"a": np.arange(5), "b": np.ones(5)}, "t", across="x", up="y")
+    assert (lines == np.array(figures.LINES[0], dtype=np.uint8)).all(-1).any()
+    assert (lines == np.array(figures.LINES[1], dtype=np.uint8)).all(-1).any()
+    table = figures.colours()
+    assert table.shape == (256, 3) and (np.diff(table.sum(1).astype(int)) >= -2).all()
+
+
+def test_any_torch_optimizer_can_be_watched(tmp_path: Path) -> None:
+    class Plain(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    own = [OptimizerHealth(**EVERY), MemoryLogger(**EVERY), GradientRank(**EVERY), HessianBlocks(**CURVATURE)]
+    fit(tmp_path, Plain(), *own, PreconditionerRefresh(**EVERY), steps=2)
+    found = scalars(tmp_path)
+    assert found["hessian/sharpness_ratio"][0] > 0 and "memory/state_predicted" not in found
+    assert of(found, "health/update_rms/") == per_role("health/update_rms")
+
+
+def test_fused_backward_has_no_gradients_and_no_zeros(tmp_path: Path) -> None:
+    class Fused(Module):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            for p in self.parameters():
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            return super().configure_optimizers()
+
+    own = [OptimizerHealth(**EVERY), GradientRank(**EVERY), MemoryLogger(**EVERY)]
+    fit(tmp_path, Fused("adamw"), *own, steps=2, gradient_clip_val=None)
+    found = scalars(tmp_path)
+    assert not of(found, "health/gradient") and not of(found, "rank/gradient") and "health/clip_rate" not in found
+    assert of(found, "health/weight_rms/") == per_role("health/weight_rms")
+
+
+def test_bfloat16_weights_and_transposed_layers(tmp_path: Path) -> None:
+    class Narrow(Module):
+        def __init__(self) -> None:
+            super().__init__("soap")
+            self.to(torch.bfloat16)
+
+    fit(tmp_path, Narrow(), *everything(callbacks)[:4], steps=4)
+    assert of(scalars(tmp_path), "rank/gradient_rank@90/")
+
+
+def test_modules_that_log_are_left_alone(tmp_path: Path) -> None:
+    module = Module("adamw")
+    fit(tmp_path, module, HessianBlocks(**CURVATURE), steps=2)
+    assert "log" not in vars(module) and len(scalars(tmp_path)["train_loss"]) == 2
+    assert isinstance(module.model, nn.Module) and module.training
