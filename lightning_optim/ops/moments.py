@@ -1,4 +1,4 @@
-"""First and second moments of gradients, whole and compressed."""
+"""First and second moments of gradients, their ratios, and compressed ones."""
 
 from __future__ import annotations
 
