@@ -14,6 +14,11 @@ from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import with_flags
 from lightning_optim.core.rule import REGISTRY, lookup, nearest
 
+PREFIX = "lightning_optim."
+THEIRS = ("lomo", "adalomo")
+"""Names under which the Trainer calls another backward pass, of the package lomo-optim. `args.optim` then has the
+prefix; it may be given with any of our names."""
+
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
@@ -42,6 +47,7 @@ class TrainingArguments(transformers.TrainingArguments):
         """
         theirs = [name.value for name in OptimizerNames]
         name = self.optim.value if isinstance(self.optim, OptimizerNames) else self.optim
+        name = name.removeprefix(PREFIX)
         if name not in REGISTRY and name not in theirs:
             raise ValueError(f"unknown optimizer {name!r}; {nearest(name, [*REGISTRY, *theirs])}")
         lookup(self.rest_optim)
@@ -50,7 +56,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.optim = OptimizerNames.ADAMW_TORCH  # the parent takes its own names only
         super().__post_init__()
         if name in REGISTRY:
-            self.optim = name
+            self.optim = PREFIX + name if name in THEIRS else name
 
     def optimizer_cls_and_kwargs(self) -> tuple[type, dict[str, Any]] | None:
         """The Trainer's argument of the same name.
@@ -58,7 +64,8 @@ class TrainingArguments(transformers.TrainingArguments):
         Returns:
             The factory and its arguments, or None for an optimizer of Transformers' own.
         """
-        if self.optim not in REGISTRY:
+        name = self.optim.removeprefix(PREFIX)
+        if name not in REGISTRY:
             return None
         settings = {
             "rest": self.rest_optim,
@@ -68,7 +75,7 @@ class TrainingArguments(transformers.TrainingArguments):
         literals = _literals(self.optim_args)
         if literals.get("recipe") is not None:  # what is not set by a flag is the recipe's
             settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}
-        return OptimizerFactory, with_flags(self, self.optim, settings | literals)
+        return OptimizerFactory, with_flags(self, name, settings | literals)
 
 
 def _literals(text: str | None) -> dict[str, Any]:

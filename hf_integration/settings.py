@@ -28,7 +28,12 @@ def with_flags(args: transformers.TrainingArguments, name: str, settings: Mappin
 
     Returns:
         Keyword arguments of `OptimizerFactory`. With a `recipe`, flags at their default do not count.
+
+    Raises:
+        ValueError: `fused_backward` beside a flag that needs whole sets of gradients.
     """
+    if settings.get("fused_backward"):
+        _refuse_what_needs_gradients(args)
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     flags = {"name": name, "lr": args.learning_rate, "weight_decay": args.weight_decay}
     if settings.get("recipe") is not None:
@@ -61,3 +66,16 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
         if key not in ("overrides", "rest_settings"):  # build_optimizer checks what is inside
             check_value(f"{name}: {key}", value, hints[key], signed=key in rule.signed or key == "seed")
     lookup(settings.get("rest", "adamw"))
+
+
+def _refuse_what_needs_gradients(args: transformers.TrainingArguments) -> None:
+    wrong = {
+        "--gradient_accumulation_steps > 1 (its gradients are used at once: raise the batch size instead)": (
+            args.gradient_accumulation_steps > 1
+        ),
+        "--max_grad_norm > 0 (give 0, and clip_norm in optim_args)": args.max_grad_norm > 0,
+        "--fp16 (its gradients are scaled: use --bf16)": args.fp16,
+    }
+    for what, there in wrong.items():
+        if there:
+            raise ValueError(f"fused_backward does not work with {what}")

@@ -148,9 +148,12 @@ def configure_optimizers(
         `{"optimizer": ..., "lr_scheduler": {...}}`, one optimizer with a schedule stepped every optimizer step.
 
     Raises:
-        ValueError: an unknown schedule, a run of unknown length, or what `Schedule` and `build_optimizer` raise.
+        ValueError: an unknown schedule, a run of unknown length, `fused_backward` in a trainer that accumulates, clips
+            or scales gradients, or what `Schedule` and `build_optimizer` raise.
     """
     _check_schedule(schedule)
+    if settings.get("fused_backward"):
+        _refuse_what_needs_gradients(module)
     optimizer = build_optimizer(
         module,
         name,
@@ -263,6 +266,25 @@ def _full_momentum(group: Mapping[str, Any]) -> float:
 def _check_schedule(schedule: str) -> None:
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown schedule {schedule!r}; {nearest(schedule, list(SCHEDULES))}")
+
+
+def _refuse_what_needs_gradients(module: LightningModule) -> None:
+    """A fused backward pass leaves no gradients to accumulate, clip or unscale."""
+    trainer = getattr(module, "_trainer", None)
+    if trainer is None:
+        return
+    wrong = {
+        "accumulate_grad_batches > 1 (gradients are used at once: raise the batch size)": (
+            trainer.accumulate_grad_batches > 1
+        ),
+        "gradient_clip_val (give clip_norm to configure_optimizers)": bool(trainer.gradient_clip_val),
+        "precision 16-mixed (its gradients are scaled: use bf16-mixed)": (
+            getattr(trainer.precision_plugin, "scaler", None) is not None
+        ),
+    }
+    for what, there in wrong.items():
+        if there:
+            raise ValueError(f"fused_backward does not work with {what}")
 
 
 def _total_steps(module: LightningModule) -> int:

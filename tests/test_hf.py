@@ -206,6 +206,40 @@ def test_an_unknown_setting_names_the_nearest(tmp_path: Path):
         trainer.train()
 
 
+@pytest.mark.parametrize("optim", ["lomo", "muon"])
+def test_fused_backward_trains_as_ordinary_steps_do(tmp_path: Path, optim: str):
+    models = {}
+    for fused in (False, True):
+        text = f"fused_backward={fused}, clip_norm=None"
+        trainer = trainer_of(llama(), arguments(tmp_path, optim=optim, optim_args=text, max_grad_norm=0.0))
+        trainer.train()
+        assert (cast("Executor", trainer.optimizer).optimizer.fused is not None) == fused  # pyright: ignore
+        models[fused] = weights(model_of(trainer))
+    assert_same(models[True], models[False])
+    start = weights(llama())
+    assert not any(torch.equal(start[name], p) for name, p in models[True].items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"gradient_accumulation_steps": 2}, "raise the batch size"), ({}, "clip_norm in optim_args")],
+)
+def test_fused_backward_is_refused_where_gradients_are_needed(tmp_path: Path, flags: dict[str, Any], message: str):
+    args = arguments(tmp_path, optim="lomo", optim_args="fused_backward=True", **flags)
+    with pytest.raises(ValueError, match=message):
+        args.optimizer_cls_and_kwargs()
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo"])
+def test_names_for_which_the_trainer_has_another_backward_pass(tmp_path: Path, optim: str):
+    args = arguments(tmp_path, optim=optim, max_steps=1)
+    again = TrainingArguments(output_dir=str(tmp_path), optim=args.to_dict()["optim"])
+    assert args.optim == again.optim == f"lightning_optim.{optim}"
+    trainer = trainer_of(llama(), args)
+    trainer.train()
+    assert {group["rule"] for group in groups_of(trainer).values()} == {optim}
+
+
 def test_a_name_of_transformers_passes_through(tmp_path: Path):
     args = parse("--output_dir", str(tmp_path), "--optim", "adamw_torch", "--max_steps", "1", "--use_cpu")
     assert args.optimizer_cls_and_kwargs() is None

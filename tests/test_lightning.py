@@ -409,3 +409,26 @@ def test_example_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None
     assert tokenizer.decode(ids[0]) == text
     assert ids.numel() < len(text)
     assert a(input_ids=ids, labels=ids).loss < math.log(len(tokenizer))
+
+
+def test_fused_backward_trains_as_ordinary_steps_do(tmp_path: Path) -> None:
+    nets = [Net("muon", fused_backward=fused, schedule="cosine", warmup_steps=2) for fused in (False, True)]
+    for net in nets:
+        trainer(tmp_path, max_steps=4).fit(net, Rows(4))
+    assert_same(weights(nets[0]), weights(nets[1]))
+    assert nets[0].lrs == nets[1].lrs and nets[1].hidden.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accumulate_grad_batches": 2}, "raise the batch size"),
+        ({"gradient_clip_val": 1.0}, "give clip_norm"),
+        (of_precision("16-mixed"), "use bf16-mixed"),
+    ],
+)
+def test_fused_backward_is_refused_where_gradients_are_needed(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, max_steps=1, **settings).fit(Net("lomo", fused_backward=True), Rows(1))
