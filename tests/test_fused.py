@@ -145,6 +145,25 @@ def test_one_pass_clips_by_the_norm_before_or_the_own() -> None:
     assert restored.param_groups[0]["previous_norm"] == pytest.approx(math.hypot(30, 0.5))
 
 
+def test_gradients_that_share_memory_are_clipped_once() -> None:
+    a, b = Parameter(torch.zeros(2, 2)), Parameter(torch.zeros(4))
+    optimizer = LOMO([a, b], lr=1.0, clip_norm=1.0)
+    with optimizer.fuse_backward().norm_pass():
+        (a.view(-1) + b.view(-1)).backward(torch.full((4,), 2.0))
+    (a.view(-1) + b.view(-1)).backward(torch.full((4,), 2.0))
+    torch.testing.assert_close(a.view(-1), torch.full((4,), -(0.125**0.5)))
+    assert torch.equal(a.view(-1), b)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+def test_state_may_rest_in_any_form(storage: Any) -> None:
+    nets = Net(), Net()
+    for net, fused in zip(nets, (False, True), strict=True):
+        settings: dict[str, Any] = {"state_storage": storage, "storage_min": 0}
+        train(net, build_optimizer(net, "adamw", lr=1e-2, fused_backward=fused, **settings))
+    assert same(*nets)
+
+
 def test_a_norm_pass_tells_the_norms_and_steps_nothing() -> None:
     net = Net()
     optimizer = build_optimizer(net, "muon", lr=1e-2, fused_backward=True)
@@ -165,7 +184,7 @@ def test_accumulation_is_refused() -> None:
     net.loss(1).backward()
     with pytest.raises(RuntimeError, match="gradient_accumulation_steps=1"):
         net.loss(2).backward()
-    net.zero_grad()
+    optimizer.zero_grad()
     optimizer.step()
     net.loss(2).backward()
 

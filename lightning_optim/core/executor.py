@@ -97,6 +97,7 @@ class Executor(torch.optim.Optimizer):
     """Gives a group that is added without a rule as groups with rules; set by `build_optimizer`."""
 
     _step_supports_amp_scaling: bool
+    """Of GradScaler; set while the backward pass is fused."""
 
     def _start(self, max_temp_bytes: int = 2**25) -> None:
         self.max_temp_bytes = max_temp_bytes

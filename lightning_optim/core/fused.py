@@ -9,7 +9,7 @@ import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class FusedBackward:
         optimizer.step()
 
     `on_nonfinite="raise"` looks at each gradient before its parameter is written; parameters that came before it in the
-    pass have moved. After a norm pass nothing has.
+    pass have moved. After a norm pass nothing has. To go on after an error call `zero_grad()` and `step()`.
 
     Refused: rules with costly state, which is refreshed in turns over all parameters; rules for whole matrices whose
     parameters are sharded, for they travel together; `on_nonfinite="skip"`; parameters that are whole on several ranks
@@ -224,14 +224,14 @@ class FusedBackward:
         return norm
 
     def _clip(self, jobs: Sequence[Job]) -> None:
-        """Clip the gradient itself, which nobody sees again: the factor stays on the device."""
+        """Clip `p.grad`, which nobody sees again; the factor stays on the device."""
         for _, group, works in jobs:
             if group["clip_norm"] is not None:
                 own = self._measure(works[0], group)
                 known = self._norms.get(group["name"])
                 norm = own.clamp(min=group.get(PREVIOUS, 0.0)) if known is None else torch.full_like(own, known)
                 scale = (group["clip_norm"] / (norm + 1e-6)).clamp(max=1.0)
-                layout.local(cast("Tensor", works[0].param.grad)).mul_(scale)
+                layout.scale_gradient(works[0].param, scale)
 
 
 def _hooked(p: Tensor, fused: weakref.ref[FusedBackward]) -> RemovableHandle:

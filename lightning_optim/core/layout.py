@@ -490,6 +490,19 @@ def norm(p: Tensor, g: Tensor) -> Tensor:
     return square.sqrt_()
 
 
+def scale_gradient(p: Tensor, factor: Tensor) -> None:
+    """Multiply `p.grad`; a copy where it may share memory with another gradient, as views of one sum do.
+
+    Args:
+        p: the parameter.
+        factor: a 0-d tensor, equal on every rank.
+    """
+    if isinstance(p.grad, DTensor):
+        p.grad.to_local().mul_(factor)
+    elif p.grad is not None:
+        p.grad = p.grad * factor
+
+
 def is_replicated(p: Tensor) -> bool:
     """Whether a tensor is whole on each of several ranks, and some other part is to make its gradients equal.
 
