@@ -10,6 +10,7 @@ from .observe import (  # noqa: TID251
     PreconditionerRefresh,
     diagnostics,
 )
+from .relora import ReLoRA  # noqa: TID251
 
 __all__ = [
     "GradientNoiseScale",
@@ -19,5 +20,6 @@ __all__ = [
     "MemoryLogger",
     "OptimizerHealth",
     "PreconditionerRefresh",
+    "ReLoRA",
     "diagnostics",
 ]

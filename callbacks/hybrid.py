@@ -30,7 +30,7 @@ class HybridOptimizer(Callback):
 
     Args:
         name: of the main rule, `python -m lightning_optim list` prints them.
-        lr: peak learning rate; with the default convention, AdamW's.
+        lr: peak learning rate; with the default convention, AdamW's. Needed unless a `recipe` is given.
         schedule: `"constant"`, `"linear"` or `"cosine"` decay after the warm-up.
         warmup_steps: optimizer steps of linear warm-up.
         **settings: the other arguments of `lightning_optim.configure_optimizers`.
@@ -40,7 +40,7 @@ class HybridOptimizer(Callback):
     """
 
     def __init__(
-        self, name: str, *, lr: float, schedule: str = "constant", warmup_steps: int = 0, **settings: Any
+        self, name: str, *, lr: float | None = None, schedule: str = "constant", warmup_steps: int = 0, **settings: Any
     ) -> None:
         self._name = lookup(name).name
         self._settings: dict[str, Any] = dict(lr=lr, schedule=schedule, warmup_steps=warmup_steps, **settings)

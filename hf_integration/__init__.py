@@ -14,6 +14,7 @@ from hf_integration.callbacks import (
 from hf_integration.checkpoint import KeepSchedule, last_checkpoint
 from hf_integration.factory import OptimizerFactory, create_optimizer
 from hf_integration.register import register
+from hf_integration.relora import ReLoRA
 
 __all__ = [
     "GradientNoiseScale",
@@ -24,6 +25,7 @@ __all__ = [
     "OptimizerFactory",
     "OptimizerHealth",
     "PreconditionerRefresh",
+    "ReLoRA",
     "TrainingArguments",
     "attach",
     "create_optimizer",

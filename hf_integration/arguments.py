@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -64,13 +65,17 @@ class TrainingArguments(transformers.TrainingArguments):
             "rest_lr": self.rest_learning_rate,
             "lr_convention": self.lr_convention,
         }
-        return OptimizerFactory, with_flags(self, self.optim, settings | _literals(self.optim_args))
+        literals = _literals(self.optim_args)
+        if literals.get("recipe") is not None:  # what is not set by a flag is the recipe's
+            settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}
+        return OptimizerFactory, with_flags(self, self.optim, settings | literals)
 
 
 def _literals(text: str | None) -> dict[str, Any]:
-    """Read `momentum=0.9, betas=(0.9, 0.95), schedule=polar`; a bare word is a string."""
+    """Read `momentum=0.9, betas=(0.9, 0.95), recipe=alice-130m, refresh=fixed:10`; a bare word is a string."""
     try:
-        call = ast.parse(f"dict({text or ''})", mode="eval").body
+        quoted = re.sub(r"=\s*([A-Za-z]\w*(?:[-:][\w.]+)+)", r"='\1'", text or "")
+        call = ast.parse(f"dict({quoted})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             raise ValueError("not name=value")
         values = {str(k.arg): k.value for k in call.keywords}

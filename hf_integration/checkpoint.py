@@ -92,7 +92,8 @@ def accept_adamw(optimizer: Executor, model: nn.Module) -> None:
 
 def _named(groups: Sequence[Mapping[str, Any]], expected: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Parameter names and the numbers they were saved under."""
-    layout = [group.get("param_names", names) for group, names in zip(groups, expected, strict=False)]
+    named = all("param_names" in group for group in groups)
+    layout = [group["param_names"] for group in groups] if named else expected
     saved, here = [len(group["params"]) for group in groups], [len(names) for names in layout]
     if saved != here:
         raise ValueError(

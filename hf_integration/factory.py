@@ -19,13 +19,13 @@ class OptimizerFactory:
     groups are not used, so the keyword arguments are those of `build_optimizer`.
     """
 
-    def __call__(self, model: nn.Module, *, name: str, lr: float, **settings: Any) -> Executor:
+    def __call__(self, model: nn.Module, *, name: str, lr: float | None = None, **settings: Any) -> Executor:
         """Build the optimizer.
 
         Args:
             model: the Trainer's model.
             name: of the main rule.
-            lr: learning rate; with the default convention, AdamW's.
+            lr: learning rate; with the default convention, AdamW's. Needed unless a `recipe` is given.
             **settings: of `build_optimizer`.
 
         Returns:
@@ -34,7 +34,7 @@ class OptimizerFactory:
         return create_optimizer(model, name, lr=lr, **settings)
 
 
-def create_optimizer(model: nn.Module, name: str, *, lr: float, **settings: Any) -> Executor:
+def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **settings: Any) -> Executor:
     """`build_optimizer` under the name PEFT users look for.
 
     Trainer(model, args, optimizers=(create_optimizer(model, "muon", lr=2e-5), None), ...)
@@ -48,7 +48,7 @@ def create_optimizer(model: nn.Module, name: str, *, lr: float, **settings: Any)
     Args:
         model: any module, adapters included; its trainable parameters are taken.
         name: of the main rule.
-        lr: learning rate; with the default convention, AdamW's.
+        lr: learning rate; with the default convention, AdamW's. Needed unless a `recipe` is given.
         **settings: of `build_optimizer`.
 
     Returns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import transformers
@@ -26,10 +27,15 @@ def with_flags(args: transformers.TrainingArguments, name: str, settings: Mappin
         settings: of `build_optimizer`; they win over the flags.
 
     Returns:
-        Keyword arguments of `OptimizerFactory`.
+        Keyword arguments of `OptimizerFactory`. With a `recipe`, flags at their default do not count.
     """
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     flags = {"name": name, "lr": args.learning_rate, "weight_decay": args.weight_decay}
+    if settings.get("recipe") is not None:
+        default = {f.name: f.default for f in fields(transformers.TrainingArguments)}
+        changed = {k for k in ("learning_rate", "weight_decay") if getattr(args, k) != default[k]}
+        flags = {k: v for k, v in flags.items() if {"lr": "learning_rate"}.get(k, k) in {"name", *changed}}
+        return flags | dict(settings)
     flags |= adam if name in ADAM else {}
     of_rest = adam if settings.get("rest", "adamw") in ADAM else {}
     return flags | dict(settings) | {"rest_settings": of_rest | dict(settings.get("rest_settings") or {})}
@@ -47,7 +53,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     """
     rule = lookup(name)
     of_builder = set(inspect.signature(build_optimizer).parameters) - {"model", "name", "settings"}
-    hints = typing.get_type_hints(build_optimizer) | typing.get_type_hints(rule) | OPTION_TYPES
+    hints = OPTION_TYPES | typing.get_type_hints(rule) | typing.get_type_hints(build_optimizer)
     known = [*settings_of(rule), *sorted(of_builder)]
     for key, value in settings.items():
         if key not in known:

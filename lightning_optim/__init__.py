@@ -14,7 +14,7 @@ from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import Rule, Slot, eye, lookup, zeros
 from lightning_optim.factory import build_optimizer
 from lightning_optim.optimizers import *  # noqa: F403
-from lightning_optim.partition import assign, roles
+from lightning_optim.partition import assign, layerwise_decay, lora_plus, roles
 from lightning_optim.plan import plan
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ __all__ = [
     "build_optimizer",
     "configure_optimizers",
     "eye",
+    "layerwise_decay",
     "lookup",
+    "lora_plus",
     "plan",
     "roles",
     "zeros",

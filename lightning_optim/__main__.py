@@ -1,11 +1,15 @@
-"""Command line: `python -m lightning_optim list | plan`."""
+"""Command line: `python -m lightning_optim list | recipes | plan`."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+from collections.abc import Sequence
+from typing import Any
 
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.docs import kind, state_bytes, summary
+from lightning_optim.recipes import RECIPES, find
 
 
 def main() -> None:
@@ -14,14 +18,41 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="print the optimizers, what they work on and their state")
     listing.set_defaults(run=list_optimizers)
-    planning = commands.add_parser("plan", help="print which rule every parameter of a model gets, why, and its state")
+    listing = commands.add_parser("recipes", help="print the named recipes, their settings and where they are from")
+    listing.set_defaults(run=list_recipes)
+    planning = commands.add_parser(
+        "plan",
+        help="print which rule every parameter of a model gets, why, and its state",
+        epilog="Any other --SETTING VALUE is a hyperparameter of the optimizer or an argument of build_optimizer.",
+    )
     planning.add_argument("--model", required=True, help="directory or hub id of a Transformers model; only its config")
-    planning.add_argument("--optim", required=True, metavar="NAME")
-    planning.add_argument("--rest", default="adamw", metavar="NAME", help="rule of what the main one does not take")
-    planning.add_argument("--last_layer", default="rest", choices=("rest", "rule"))
+    planning.add_argument("--optim", metavar="NAME", help="default: the recipe's")
+    planning.add_argument("--recipe", metavar="NAME", help="published settings; `recipes` prints them")
+    planning.add_argument("--rest", metavar="NAME", help="rule of what the main one does not take")
+    planning.add_argument("--last_layer", choices=("rest", "rule"))
     planning.set_defaults(run=print_plan)
-    args = parser.parse_args()
-    args.run(args)
+    args, others = parser.parse_known_args()
+    args.settings = {}
+    if others and args.run is not print_plan:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    try:
+        args.settings = _settings(others)
+        args.run(args)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _settings(words: Sequence[str]) -> dict[str, Any]:
+    """Read `--rank 128 --refresh fixed:200`; what is no plain value is a string."""
+    out: dict[str, Any] = {}
+    for key, value in zip(words[::2], words[1::2], strict=False):
+        try:
+            out[key] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            out[key] = value
+    if len(words) % 2 or not all(key.startswith("--") for key in out):
+        raise ValueError(f"expected --SETTING VALUE, got {' '.join(words)}")
+    return {key.removeprefix("--"): value for key, value in out.items()}
 
 
 def list_optimizers(args: argparse.Namespace) -> None:
@@ -31,16 +62,35 @@ def list_optimizers(args: argparse.Namespace) -> None:
         print(f"{name:12} {kind(rule):9} {state_bytes(rule):5.2f} B/weight  {summary(rule)}")
 
 
+def list_recipes(args: argparse.Namespace) -> None:
+    """Print one line per recipe."""
+    del args
+    for name, recipe in sorted(RECIPES.items()):
+        settings = ", ".join(f"{k}={v!r}" for k, v in recipe.settings.items())
+        print(f"{name:16} {recipe.rule}: {settings}\n{'':16} {recipe.source}")
+
+
 def print_plan(args: argparse.Namespace) -> None:
-    """Print the plan of a model that is never allocated."""
+    """Print the plan of a model that is never allocated.
+
+    Raises:
+        ValueError: neither an optimizer nor a recipe is given, or one is unknown.
+    """
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lightning_optim.plan import plan
 
+    if args.optim is None and args.recipe is None:
+        raise ValueError("plan: give --optim or --recipe")
+    name = args.optim or find(args.recipe).rule
+    config = AutoConfig.from_pretrained(args.model)
+    known = [getattr(transformers, x, None) for x in getattr(config, "architectures", None) or ()]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
-    print(plan(model, args.optim, rest=args.rest, last_layer=args.last_layer))
+        model = known[0](config) if known and known[0] else AutoModelForCausalLM.from_config(config)
+    given = {"rest": args.rest, "last_layer": args.last_layer, **args.settings}
+    print(plan(model, name, recipe=args.recipe, **given))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 import types
 import typing
@@ -34,9 +35,11 @@ def state_formula(rule: type[Rule]) -> str:
     Returns:
         A sum such as `2mn` or `m + n`; `0` without state.
     """
-    letters = ["".join(sorted(slot.letters.replace("1", ""))) or "1" for slot in rule().declared(1024, 1024).values()]
-    terms = [f"{count if count > 1 else ''}{x}" for x in dict.fromkeys(letters) if (count := letters.count(x))]
-    return " + ".join(terms) or "0"
+    slots = rule().declared(1024, 1024).values()
+    letters = ["".join(sorted(slot.letters.replace("1", ""))) for slot in slots]
+    constant = sum(math.prod(map(int, slot.letters)) for slot in slots if slot.letters.isdigit())
+    terms = [x if letters.count(x) == 1 else f"{letters.count(x)}{x}" for x in dict.fromkeys(letters) if x.isalpha()]
+    return " + ".join([*terms, *([str(constant)] if constant else [])]) or "0"
 
 
 def state_bytes(rule: type[Rule], m: int = 1024, n: int = 1024) -> float:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import OPTIONS, rule_of, settings_of, unused
-from lightning_optim.core.rule import Rule, lookup, nearest
+from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.partition import Override, assign
+from lightning_optim.recipes import chosen as completed
 
 _log = logging.getLogger(__name__)
 
@@ -21,14 +22,16 @@ def build_optimizer(
     model: nn.Module,
     name: str,
     *,
-    lr: float,
-    weight_decay: float = 0.0,
-    rest: str = "adamw",
+    lr: float | None = None,
+    recipe: str | None = None,
+    weight_decay: float | None = None,
+    rest: str | None = None,
     rest_lr: float | None = None,
     rest_settings: Mapping[str, Any] | None = None,
-    lr_convention: str = "adamw",
+    lr_convention: str | None = None,
     overrides: Sequence[Override] = (),
-    last_layer: Literal["rest", "rule"] = "rest",
+    last_layer: Literal["rest", "rule"] | None = None,
+    blocks: Literal["layers", "heads"] | None = None,
     **settings: Any,
 ) -> Executor:
     """Build one optimizer for a whole model.
@@ -41,15 +44,21 @@ def build_optimizer(
         model: any module; its trainable parameters are taken.
         name: of the main rule, `python -m lightning_optim list` prints them.
         lr: learning rate; with the default convention, AdamW's.
-        weight_decay: of everything but vectors.
-        rest: rule of what the main rule does not take.
+        recipe: name of published settings (`lightning_optim.recipes`) for what is not given here.
+        weight_decay: of everything but vectors; 0 if not given.
+        rest: rule of what the main rule does not take; adamw if not given.
         rest_lr: its learning rate, `lr` if not given.
         rest_settings: its hyperparameters.
-        lr_convention: `"adamw"` scales every direction to AdamW's RMS; `"native"` takes `lr` as published.
-        overrides: ordered (pattern or role, rule or None, settings); the first match wins.
-        last_layer: whether `rest` or the main rule gets an untied output layer.
+        lr_convention: `"adamw"`, if not given, scales every direction to AdamW's RMS; `"native"` takes `lr` as
+            published.
+        overrides: ordered (pattern or role, rule or None, settings); the first match wins. Settings are hyperparameters
+            and options of the executor, `lr_factor`, which multiplies the learning rate and survives schedulers, as
+            they multiply every group's first one, and `blocks`, which may be `"heads"`, too.
+        last_layer: whether `"rest"`, if not given, or the main `"rule"` gets an untied output layer.
+        blocks: what is a matrix to rules that need whole ones: each of fused `"layers"`, if not given, or also each of
+            the `"heads"` of queries, keys and values.
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
-            `seed`).
+            `clip_norm`, `seed`).
 
     Returns:
         An instance of the main rule's class with one group per rule and role.
@@ -57,50 +66,56 @@ def build_optimizer(
     Raises:
         ValueError: an unknown name, setting or pattern, or a parameter its rule cannot take.
     """
-    rule = lookup(name)
-    _check_names(rule, settings)
-    _check_names(lookup(rest), rest_settings or {})
-    shared = {key: value for key, value in settings.items() if key in OPTIONS and key != "blocks"}
-    of_rule = {lookup(rest).name: shared | dict(rest_settings or {}), rule.name: settings}
+    given: dict[str, Any] = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "rest": rest,
+        "rest_lr": rest_lr,
+        "rest_settings": rest_settings,
+        "lr_convention": lr_convention,
+        "last_layer": last_layer,
+        "blocks": blocks,
+    }
+    chosen = completed(name, recipe, given | settings)
+    rule, other = lookup(name), lookup(chosen["rest"])
+    own = {k: v for k, v in chosen.items() if k not in given}
+    _check_names(rule, own)
+    _check_names(other, chosen["rest_settings"])
+    shared = {key: value for key, value in own.items() if key in OPTIONS}
+    of_rule = {other.name: shared | chosen["rest_settings"], rule.name: own}
     groups: dict[str, dict[str, Any]] = {}
-    for a in assign(model, name, rest, overrides, last_layer=last_layer):
+    for a in assign(model, name, other.name, overrides, last_layer=chosen["last_layer"], blocks=chosen["blocks"]):
         if a.group not in groups:
             owner = lookup(a.rule)
-            _check_names(owner, a.settings)
-            whole = not owner.elementwise and not owner.reduces
-            groups[a.group] = {
+            extra = dict(a.settings)
+            factor = extra.pop("lr_factor", 1.0)
+            _check_names(owner, extra)
+            own_lr = a.rule == rule.name or chosen["rest_lr"] is None
+            group = {
                 "name": a.group,
                 "rule": a.rule,
                 "role": a.role,
-                "lr": lr if a.rule == rule.name or rest_lr is None else rest_lr,
-                "weight_decay": 0.0 if a.role == "vector" else weight_decay,
-                "lr_convention": lr_convention,
+                "lr": chosen["lr"] if own_lr else chosen["rest_lr"],
+                "weight_decay": 0.0 if a.role == "vector" else chosen["weight_decay"],
+                "lr_convention": chosen["lr_convention"],
                 "transposed": a.trait.transposed and not owner.elementwise,
-                "blocks": a.trait.blocks if whole else None,
+                "blocks": a.blocks,
                 **of_rule.get(a.rule, shared),
-                **a.settings,
+                **extra,
                 "params": [],
             }
+            check_value(f"{a.group}: lr_factor", factor, float)
+            if factor != 1:
+                group["lr"] = group["lr"] * factor
+            groups[a.group] = group
         groups[a.group]["params"].append((a.name, a.param))
     ordered = sorted(groups.values(), key=lambda g: (g["rule"] != rule.name, g["role"] != "hidden"))
     optimizer = CLASSES[rule.name](ordered)
-    optimizer.defaults.update(settings | {"lr": lr, "weight_decay": weight_decay, "lr_convention": lr_convention})
-    _say_native(optimizer, lr_convention)
+    optimizer.defaults.update(own | {k: chosen[k] for k in ("lr", "weight_decay", "lr_convention")})
+    _say_native(optimizer, chosen["lr_convention"])
 
     def divide(group: dict[str, Any]) -> list[dict[str, Any]]:
-        again = build_optimizer(
-            model,
-            name,
-            lr=lr,
-            weight_decay=weight_decay,
-            rest=rest,
-            rest_lr=rest_lr,
-            rest_settings=rest_settings,
-            lr_convention=lr_convention,
-            overrides=overrides,
-            last_layer=last_layer,
-            **settings,
-        )
+        again = build_optimizer(model, name, recipe=recipe, overrides=overrides, **given, **settings)
         return _divided(group, again, {g["name"] for g in optimizer.param_groups})
 
     optimizer.divide = divide

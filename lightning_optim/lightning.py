@@ -15,6 +15,7 @@ from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import lookup, nearest
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import Override
+from lightning_optim.recipes import find
 
 SCHEDULES = {
     "constant": lambda x: 1.0,
@@ -103,18 +104,19 @@ def configure_optimizers(
     module: LightningModule,
     name: str,
     *,
-    lr: float,
+    lr: float | None = None,
+    recipe: str | None = None,
     schedule: str = "constant",
     warmup_steps: int = 0,
     total_steps: int | None = None,
     min_lr_ratio: float = 0.0,
     momentum_warmup_steps: int = 0,
     momentum_start: float = 0.85,
-    weight_decay: float = 0.0,
-    rest: str = "adamw",
+    weight_decay: float | None = None,
+    rest: str | None = None,
     rest_lr: float | None = None,
     rest_settings: Mapping[str, Any] | None = None,
-    lr_convention: str = "adamw",
+    lr_convention: str | None = None,
     overrides: Sequence[Override] = (),
     **settings: Any,
 ) -> dict[str, Any]:
@@ -126,6 +128,7 @@ def configure_optimizers(
         module: the module; all its trainable parameters are taken.
         name: of the main rule.
         lr: peak learning rate; with the default convention, AdamW's.
+        recipe: name of published settings, the learning rate among them, but not the schedule.
         schedule: `"constant"`, `"linear"` or `"cosine"` decay after the warm-up.
         warmup_steps: optimizer steps of linear warm-up from `lr / warmup_steps`.
         total_steps: optimizer steps of the run; asked of the trainer if not given.
@@ -152,6 +155,7 @@ def configure_optimizers(
         module,
         name,
         lr=lr,
+        recipe=recipe,
         weight_decay=weight_decay,
         rest=rest,
         rest_lr=rest_lr,
@@ -194,6 +198,7 @@ class OptimizerConfig:
     Args:
         name: see `configure_optimizers`, as are all the following but the last.
         lr: see there.
+        recipe: see there.
         schedule: see there.
         warmup_steps: see there.
         total_steps: see there.
@@ -209,29 +214,31 @@ class OptimizerConfig:
         settings: hyperparameters of the main rule, and options of all groups.
 
     Raises:
-        ValueError: an unknown name or schedule.
+        ValueError: an unknown name, recipe or schedule.
     """
 
     name: str
-    lr: float
+    lr: float | None = None
+    recipe: str | None = None
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     total_steps: int | None = None
     min_lr_ratio: float = 0.0
     momentum_warmup_steps: int = 0
     momentum_start: float = 0.85
-    weight_decay: float = 0.0
-    rest: str = "adamw"
+    weight_decay: float | None = None
+    rest: str | None = None
     rest_lr: float | None = None
     rest_settings: dict[str, Any] = field(default_factory=dict)
-    lr_convention: Literal["adamw", "native"] = "adamw"
+    lr_convention: Literal["adamw", "native"] | None = None
     overrides: list[Override] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the names before a model is built."""
         lookup(self.name)
-        lookup(self.rest)
+        lookup(self.rest or self.name)
+        find(self.recipe or self.name)
         _check_schedule(self.schedule)
 
     def __call__(self, module: LightningModule) -> dict[str, Any]:

@@ -7,14 +7,14 @@ because an `nn.Embedding` holds it, a fused query-key-value projection because i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from lightning_optim.core.chunks import Blocks
-from lightning_optim.core.rule import lookup, nearest
+from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 
 Role = Literal[
     "hidden",
@@ -63,6 +63,8 @@ class Assignment:
     rule: str
     group: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    blocks: Blocks = None
+    """How the rule gets it cut into matrices."""
 
     @property
     def role(self) -> Role:
@@ -221,8 +223,8 @@ def _experts(model: nn.Module) -> Found:
             inner = min(p.numel() for p in own if p.ndim == 3)
             for p in own:
                 fused: Blocks = None
-                if p.numel() == 2 * inner and hasattr(module, "is_concatenated"):
-                    fused = 2 if module.is_concatenated else (1, 1)
+                if p.numel() == 2 * inner and (halves := _gate_and_up_are_halves(module)) is not None:
+                    fused = 2 if halves else (1, 1)
                 if p.ndim == 3:
                     yield p, Trait("experts", f"matrices of {kind}", turned, fused)
                 else:
@@ -231,6 +233,12 @@ def _experts(model: nn.Module) -> Found:
                 for p in sibling.parameters(recurse=False):
                     if p.ndim == 2 and p.shape[0] == count:
                         yield p, Trait("router", f"one row per expert of {kind}")
+
+
+def _gate_and_up_are_halves(experts: nn.Module) -> bool | None:
+    """Whether they are, rather than take turns; None for a module that says nothing."""
+    gate = getattr(type(experts), "_apply_gate", None)  # all that Transformers 5.2 has: its own, or GPT-OSS's
+    return getattr(experts, "is_concatenated", None if gate is None else gate.__name__ == "_default_apply_gate")
 
 
 def _lora(model: nn.Module) -> Found:
@@ -286,6 +294,7 @@ def assign(
     overrides: Sequence[Override] = (),
     *,
     last_layer: Literal["rest", "rule"] = "rest",
+    blocks: Literal["layers", "heads"] = "layers",
 ) -> list[Assignment]:
     """Give every trainable parameter exactly one owner.
 
@@ -297,8 +306,11 @@ def assign(
         model: any module.
         rule: name of the main rule.
         rest: name of the rule for what the main rule does not take.
-        overrides: (pattern or role, rule or None, settings). A pattern is a shell-style glob over parameter names.
-        last_layer: who owns an untied output layer when the main rule needs whole matrices.
+        overrides: (pattern or role, rule or None, settings). A pattern is a shell-style glob over parameter names, with
+            or without what DDP, `torch.compile` and PEFT put before them.
+        last_layer: who owns an untied output layer when the main rule does not take everything.
+        blocks: what is a matrix to a rule that needs whole ones: `"layers"` or attention `"heads"`. Also a setting of
+            an override, where rules that only reduce follow it, too.
 
     Returns:
         One assignment per trainable parameter, in the order of `named_parameters`.
@@ -309,6 +321,7 @@ def assign(
     main, other = lookup(rule), lookup(rest)
     if last_layer not in ("rest", "rule"):
         raise ValueError(f"last_layer must be 'rest' or 'rule', got {last_layer!r}")
+    check_value("blocks", blocks, Literal["layers", "heads"])
     takes_all = (main.elementwise or main.reduces) and main.vectors
     taken = MATRIX_ROLES | ({"head"} if last_layer == "rule" else set())
     checked = [_override(o) for o in overrides]
@@ -322,19 +335,107 @@ def assign(
         settings: Mapping[str, Any] = {}
         label = trait.role
         for i, (pattern, named, extra) in enumerate(checked):
-            if trait.role == pattern or fnmatchcase(name, pattern):
+            if matches(pattern, name, trait.role):
                 used.add(i)
                 owner, settings = named or owner, extra
                 label = pattern if trait.role == pattern else f"{pattern}/{trait.role}"
-                trait = replace(trait, reason=f"{trait.reason}; override {pattern!r}")
                 break
-        label += "/transposed" * trait.transposed + (f"/{trait.blocks} blocks" if trait.blocks else "")
-        out.append(Assignment(name, params[name], trait, owner, f"{owner}/{label}", settings))
+        cut = _blocks(lookup(owner), trait, settings.get("blocks"), blocks)
+        label += "/transposed" * (trait.transposed and not lookup(owner).elementwise)
+        if cut:
+            label += f"/{cut} blocks" if isinstance(cut, int) else f"/{'-'.join(map(str, cut))} rows"
+        settings = {k: v for k, v in settings.items() if k != "blocks"}
+        out.append(Assignment(name, params[name], trait, owner, f"{owner}/{label}", settings, cut))
     for i, (pattern, _, _) in enumerate(checked):
         if i not in used:
             hint = nearest(pattern, [*get_args(Role), *found]) if len(found) < 200 else ""
             raise ValueError(f"override {pattern!r} matches no parameter that an earlier one left; {hint}")
     return out
+
+
+def matches(pattern: str, name: str, role: str) -> bool:
+    """Whether an override's pattern is a parameter's role or matches its name, with or without wrappers' prefixes.
+
+    Returns:
+        True if so.
+    """
+    return role == pattern or fnmatchcase(name, pattern) or fnmatchcase(_bare(name), pattern)
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without the prefixes of wrappers."""
+    parts = [x for x in name.split(".") if x != "_orig_mod"]
+    while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:
+        parts = parts[1:] if parts[0] == "module" else parts[2:]
+    return ".".join(parts)
+
+
+def _blocks(rule: type[Rule], trait: Trait, asked: Any, common: str) -> Blocks:
+    """How a rule gets a parameter cut, given an override's setting and the common one."""
+    if rule.elementwise:
+        return None
+    if asked is not None and not isinstance(asked, str):
+        return tuple(asked) if isinstance(asked, list) else asked
+    if asked is not None:
+        check_value("blocks", asked, Literal["layers", "heads"])
+    elif rule.reduces:
+        return None
+    return trait.heads or trait.blocks if (asked or common) == "heads" else trait.blocks
+
+
+def layerwise_decay(model: nn.Module, factor: float) -> list[Override]:
+    """Overrides for learning rates that fall from layer to layer towards the input.
+
+    With L layers, layer i from 0 gets `factor^(L - i)`, what comes before the layers `factor^(L + 1)`, and what comes
+    after them 1 (Clark et al. 2020, arXiv:2003.10555). Layers are the members of a `ModuleList` that lies in no other;
+    of encoder and decoder each counts for itself.
+
+    Args:
+        model: the model that `build_optimizer` will get; wrappers do not matter.
+        factor: below 1 to decay.
+
+    Returns:
+        Overrides.
+
+    Raises:
+        ValueError: the model has no such list, or the factor is negative or no number.
+    """
+    check_value("factor", factor, float)
+    place: dict[int, tuple[str, float]] = {}
+    depth, inside = 0, set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and id(module) not in inside:
+            inside.update(id(m) for m in module.modules())
+            depth = max(depth, len(module))
+            for i, layer in enumerate(module):
+                found = f"{_literal(prefix)}.{i}.*" if prefix else f"{i}.*", factor ** (len(module) - i)
+                place.update({id(p): found for p in layer.parameters() if id(p) not in place})
+    if not place:
+        raise ValueError(f"{type(model).__name__} has no ModuleList of layers; write the overrides yourself")
+    out: dict[str, float] = {}
+    before = True
+    for name, p in model.named_parameters():
+        before = before and id(p) not in place
+        if p.requires_grad and (before or id(p) in place):
+            pattern, share = place.get(id(p), (_literal(name), factor ** (depth + 1)))
+            out[pattern] = share
+    return [(pattern, None, {"lr_factor": share}) for pattern, share in out.items()]
+
+
+def _literal(name: str) -> str:
+    """A pattern for one name."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def lora_plus(ratio: float = 16.0) -> list[Override]:
+    """Overrides for LoRA+: the second factors of adapters learn `ratio` times as fast as the first.
+
+    Source: Hayou et al. 2024, arXiv:2402.12354, where 16 is advised.
+
+    Returns:
+        Overrides.
+    """
+    return [("lora_b", None, {"lr_factor": ratio})]
 
 
 def _override(override: Override) -> tuple[str, str | None, Mapping[str, Any]]:

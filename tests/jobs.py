@@ -24,7 +24,8 @@ from lightning_optim import Executor
 from lightning_optim.core.rule import REGISTRY
 from tests.rules import gradient, make
 
-SHAPES = {
+Shapes = dict[str, tuple[int, ...]]
+SHAPES: Shapes = {
     "odd": (7, 5),
     "wide": (5, 12),
     "tall": (13, 4),
@@ -40,10 +41,10 @@ SHAPES = {
 class Model(nn.Module):
     """Parameters without a forward pass; gradients are given."""
 
-    def __init__(self, name: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, name: str, dtype: torch.dtype = torch.float32, shapes: Shapes | None = None) -> None:
         super().__init__()
         made = torch.Generator().manual_seed(0)
-        for key, shape in SHAPES.items():
+        for key, shape in (shapes or SHAPES).items():
             value = torch.randn(shape, generator=made).to(dtype)
             if REGISTRY[name].vectors or len(shape) >= 2:
                 self.register_parameter(key, Parameter(value))
@@ -70,9 +71,11 @@ def weights(model: Model) -> dict[str, Tensor]:
     return {k: p.detach().clone() for k, p in full.items()}
 
 
-def sharded(name: str, world: int, dtype: torch.dtype = torch.float32, *, replicas: int = 1) -> Model:
+def sharded(
+    name: str, world: int, dtype: torch.dtype = torch.float32, *, replicas: int = 1, shapes: Shapes | None = None
+) -> Model:
     """A model under FSDP2 over all ranks, or HSDP."""
-    model = Model(name, dtype)
+    model = Model(name, dtype, shapes)
     if replicas > 1:
         mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
     else:
@@ -83,17 +86,17 @@ def sharded(name: str, world: int, dtype: torch.dtype = torch.float32, *, replic
 
 def train(rank: int, world: int, name: str, steps: int, dtype: torch.dtype, replicas: int = 1, **kwargs: Any) -> Any:
     """Train under FSDP2; the whole weights, bytes of local state and whether the sum over ranks is what is declared."""
-    model = sharded(name, world, dtype, replicas=replicas)
+    model = sharded(name, world, dtype, replicas=replicas, shapes=kwargs.get("shapes"))
     optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
     take_steps(model, optimizer, range(1, steps + 1), kwargs.get("missing"))
     held = [t.to_local() if isinstance(t, DTensor) else t for s in optimizer.state.values() for t in s.values()]
     return weights(model), sum(t.nbytes for t in held)
 
 
-def save(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype) -> Any:
+def save(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype, **kwargs: Any) -> Any:
     """Train, save through DCP, go on."""
     model = sharded(name, world, dtype)
-    optimizer = make(name, model.parameters())
+    optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
     get_optimizer_state_dict(model, optimizer)  # a fresh save must not count as a step
     take_steps(model, optimizer, range(1, steps + 1))
     state_dict_saver.save(
@@ -111,10 +114,10 @@ def load_into(model: Model, optimizer: Executor, folder: str) -> None:
     set_optimizer_state_dict(model, optimizer, state["optim"])
 
 
-def load(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype) -> Any:
+def load(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype, **kwargs: Any) -> Any:
     """Load what `save` saved, go on."""
     model = sharded(name, world, dtype)
-    optimizer = make(name, model.parameters(), lr=77.0)
+    optimizer = make(name, model.parameters(), lr=77.0, **kwargs.get("settings", {}))
     load_into(model, optimizer, folder)
     take_steps(model, optimizer, range(steps + 1, steps + 4))
     return weights(model)
@@ -250,3 +253,23 @@ def frozen(rank: int, world: int, name: str) -> Any:
     model.get_parameter("odd").requires_grad_(True)
     take_steps(model, fresh, range(4, 6))
     return weights(model)
+
+
+def aligned(rank: int, world: int, storage: str) -> Any:
+    """Quantised state of an elementwise rule whose rows are whole blocks; with one process, without a mesh."""
+    model = nn.Module()
+    for key, shape in {"even": (6, 32), "odd": (7, 16), "wide": (3, 64)}.items():
+        value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        model.register_parameter(key, Parameter(value))
+    if world > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = Executor(model.parameters(), {"rule": "lion", "state_storage": storage, **ALIGNED})
+    for t in range(1, 6):
+        for key, p in model.named_parameters():
+            p.grad = placed(gradient(torch.empty(p.shape), key, t), p)
+        optimizer.step()
+    full = {k: p.full_tensor() if isinstance(p, DTensor) else p for k, p in model.named_parameters()}
+    return {k: p.detach().clone() for k, p in full.items()}
+
+
+ALIGNED: dict[str, Any] = {"storage_min": 1, "storage_block": 16}

@@ -62,6 +62,7 @@ def test_a_fused_parameter_moves_as_its_matrices(name: str, layout: str, shape: 
     p, transposed = fused(layout, shape)
     alone = [Parameter(x) for x in split(p.detach(), layout, transposed)]
     common: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "lr_convention": "adamw"}
+    common |= {"refresh": "fixed:2"} if name == "soap" else {}  # the default refreshes each parameter in another step
     one = make(name, [p], blocks=LAYOUTS[layout][0], transposed=transposed, **common)
     many = make(name, alone, **common)
     for t in range(1, 6):
@@ -100,6 +101,20 @@ def test_rows_that_do_not_divide_and_meshes_that_cannot() -> None:
     with pytest.raises(ValueError, match="blocks must be a positive integer or several"):
         make("muon", [Parameter(torch.randn(12, 5))], blocks=(12, 0))
     assert make("muon", [Parameter(torch.randn(12, 5))], blocks=[8, 2, 2]).param_groups[0]["blocks"] == (8, 2, 2)
+
+
+@pytest.mark.parametrize("policy", ["staggered:3", "off_diagonal:0.1", "warmup_dense"])
+def test_one_decision_refreshes_all_matrices_of_a_parameter(policy: str) -> None:
+    p, _ = fused("unequal", "matrix")
+    optimizer = make("soap", [p], blocks=(8, 4, 4), refresh=policy)
+    events: list[tuple[int, int]] = []
+    optimizer.on_refresh = lambda event: events.append((event.t, event.age))
+    for t in range(1, 13):
+        p.grad = gradient(p, "fused", t)
+        optimizer.step()
+    by_step = {t: [age for at, age in events if at == t] for t, _ in events}
+    assert len(by_step) > 2 and all(len(ages) == 2 and len(set(ages)) == 1 for ages in by_step.values())
+    assert {"refreshed", "refreshed.1"} <= set(optimizer.state[p])
 
 
 class Fused(nn.Module):

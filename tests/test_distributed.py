@@ -69,6 +69,18 @@ def test_transposed_matrices(pool: Pool, name: str) -> None:
         compare(name, found, straight(name, 4, **settings))
 
 
+@pytest.mark.parametrize("name", ["adafactor", "lamb"])
+def test_convolutions(pool: Pool, name: str) -> None:
+    """A stack over the last two dimensions, or one matrix cut by rows; fewer rows than ranks in both."""
+    shapes = {"kernel": (7, 2, 3, 3), "line": (5, 3, 4), "single": (1, 2, 3, 3)}
+    model = jobs.Model(name, shapes=shapes)
+    start = {k: p.detach().clone() for k, p in model.named_parameters()}
+    jobs.take_steps(model, make(name, model.parameters()), range(1, 5))
+    for found, _ in pool.run("tests.jobs:train", 2, name=name, steps=4, dtype=torch.float32, shapes=shapes):
+        for key, p in model.named_parameters():
+            assert (found[key] - p).norm() <= 1e-6 * (p - start[key]).norm() + 2e-7 * p.norm(), key
+
+
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
 def test_bfloat16_rounding_draws_the_same_bits_on_any_mesh(pool: Pool, name: str) -> None:
     for found, _ in pool.run("tests.jobs:train", 2, name=name, steps=4, dtype=torch.bfloat16):

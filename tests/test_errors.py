@@ -13,11 +13,17 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import Parameter
 
 from lightning_optim import (
+    CAME,
+    LAMB,
+    LARS,
     SGD,
     Adafactor,
+    AdafactorHF,
     Adagrad,
     Adam,
+    AdamMini,
     AdamW,
+    Adapprox,
     AMSGrad,
     Executor,
     Lion,
@@ -91,6 +97,16 @@ def model() -> nn.Module:
         (lambda: Adagrad([matrix()], initial_accumulator_value=-1.0), "initial_accumulator_value must be a finite num"),
         (lambda: AMSGrad([matrix()], amsgrad=False), "amsgrad=False is adam"),
         (lambda: Signum([matrix()], momentum=1.0), "signum: momentum must be below 1"),
+        (lambda: LARS([matrix()], momentum=0.0, nesterov=True), "above 0 with nesterov, got 0.0"),
+        (lambda: LARS([matrix()], momentum=1.0), "lars: momentum must be below 1"),
+        (lambda: LARS([matrix()], zero_gradient_rate="zero"), "zero_gradient_rate: unknown value 'zero'"),  # pyright: ignore
+        (lambda: LAMB([matrix()], norm_bounds=(2.0, 1.0)), r"norm_bounds must be \(lower, upper\)"),
+        (lambda: LAMB([matrix()], norm_bounds=1.0), "norm_bounds must be 2 numbers"),  # pyright: ignore
+        (lambda: CAME([matrix()], betas=(0.9, 0.999, 1.0)), r"came: betas must lie in \[0, 1\)"),
+        (lambda: Adapprox([matrix()], rank=0), "needs rank >= 1 and iterations >= 1, got 0, 5"),
+        (lambda: AdamMini([matrix()], statistic="median"), "statistic: unknown value 'median'"),  # pyright: ignore
+        (lambda: AdafactorHF([matrix()], beta1=1.0), "beta1 must be below 1"),
+        (lambda: AdafactorHF([matrix()], relative_step=False, warmup_init=True), "needs relative_step=True"),
         (lambda: Lion([matrix()], on_nonfinite="rise"), "on_nonfinite: unknown value 'rise'.*'raise'"),  # pyright: ignore
         (lambda: Lion([matrix()], param_rounding="up"), "param_rounding: unknown value 'up'"),  # pyright: ignore
         (lambda: AdamW([Parameter(torch.randn(3, dtype=torch.complex64))]), "complex parameters are not supported"),

@@ -207,6 +207,7 @@ def test_muon_is_equivariant_under_rotations() -> None:
     torch.testing.assert_close(rotated.detach(), a @ plain.detach() @ b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.11, of every profile
 def test_adamw_is_one_fused_kernel_and_nothing_else_of_parameter_size() -> None:
     p = Parameter(torch.randn(2000, 300))
     q = Parameter(torch.randn(50))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import get_scheduler
 
-from lightning_optim import Executor, assign, build_optimizer, roles
+from lightning_optim import Executor, assign, build_optimizer, layerwise_decay, lora_plus, roles
 from lightning_optim.partition import Override
 from lightning_optim.plan import describe
 from tests.rules import gradient
@@ -234,3 +236,84 @@ def test_a_model_trains() -> None:
             loss.backward()
             optimizer.step()
         assert loss.item() < 1.0, name  # from log(13) = 2.6
+
+
+class Layered(nn.Module):
+    """Embedding, layers in a list, output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.stack = nn.ModuleList([nn.ModuleDict({"a[0]": nn.Linear(8, 8)}) for _ in range(3)])
+        self.out = nn.Linear(8, 20, bias=False)
+
+
+def rates(optimizer: Executor) -> dict[str, float]:
+    """Learning rate by parameter name."""
+    return {n: g["lr"] for g in optimizer.param_groups for n in g["param_names"]}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch.compile's own imports
+@pytest.mark.parametrize("wrapper", ["none", "compile", "data parallel"])
+def test_learning_rates_fall_towards_the_input(wrapper: str) -> None:
+    """Layers are found by structure; a wrapper put on later does not matter."""
+    model = Layered()
+    overrides = layerwise_decay(model, 0.5)
+    wrap = {"none": lambda m: m, "compile": torch.compile, "data parallel": nn.DataParallel}[wrapper]
+    found = rates(build_optimizer(wrap(model), "adamw", lr=1.0, overrides=overrides))
+    assert [lr for n, lr in found.items() if n.endswith("embed.weight")] == [0.5**4]
+    assert [lr for n, lr in found.items() if n.endswith("out.weight")] == [1.0]
+    for i in range(3):
+        assert {lr for n, lr in found.items() if f"stack.{i}." in n} == {0.5 ** (3 - i)}
+    model.stack[1].requires_grad_(False)
+    build_optimizer(model, "adamw", lr=1.0, overrides=layerwise_decay(model, 0.5))
+    with pytest.raises(ValueError, match="Linear has no ModuleList"):
+        layerwise_decay(nn.Linear(3, 3), 0.5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "warmup_stable_decay", "inverse_sqrt", "plateau"])
+def test_a_learning_rate_factor_survives_schedulers(schedule: str) -> None:
+    overrides: Any = [("out.weight", None, {"lr_factor": 0.1}), ("embedding", "lion", {"lr": 3.0, "lr_factor": 2.0})]
+    optimizer = build_optimizer(Layered(), "adamw", lr=1.0, rest_lr=7.0, overrides=overrides)
+    found = rates(optimizer)
+    assert (found["out.weight"], found["embed.weight"]) == (0.1, 6.0)
+    scheduler: Any = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+    if schedule != "plateau":
+        extra: Any = {"num_decay_steps": 3} if schedule == "warmup_stable_decay" else None
+        scheduler = get_scheduler(schedule, optimizer, 2, 8, scheduler_specific_kwargs=extra)
+    seen = set()
+    for _ in range(7):
+        optimizer.step()
+        scheduler.step(*[1.0] * (schedule == "plateau"))
+        now = rates(optimizer)
+        seen.add(now["out.weight"])
+        for n, start in found.items():
+            assert now[n] == pytest.approx(start * now["stack.0.a[0].weight"])
+    assert len(seen) > 2
+
+
+def test_a_factor_keeps_a_tensor_learning_rate_one_tensor() -> None:
+    lr: Any = torch.tensor(0.5)
+    optimizer = build_optimizer(Layered(), "adamw", lr=lr, overrides=[("head", None, {"lr_factor": 0.5})])
+    assert {float(x) for x in rates(optimizer).values()} == {0.5, 0.25}
+    with pytest.raises(ValueError, match="lr_factor must be a finite number >= 0, got -1"):
+        build_optimizer(Layered(), "adamw", lr=1.0, overrides=[("head", None, {"lr_factor": -1.0})])
+
+
+def test_lora_plus() -> None:
+    base = nn.Sequential(nn.Linear(8, 8))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))  # pyright: ignore[reportArgumentType]
+    found = rates(build_optimizer(model, "muon", lr=1e-3, overrides=lora_plus(16)))
+    assert {n.split(".")[-3]: lr for n, lr in found.items()} == {"lora_A": 1e-3, "lora_B": pytest.approx(16e-3)}
+    with pytest.raises(ValueError, match="'lora_b' matches no"):
+        build_optimizer(nn.Linear(8, 8), "muon", lr=1e-3, overrides=lora_plus(16))
+
+
+def test_every_parameter_has_one_owner() -> None:
+    overrides: Any = [("stack.0.*", "lion"), ("*", None, {"lr": 2.0}), ("head", "sgd")]
+    with pytest.raises(ValueError, match="override 'head' matches no parameter that an earlier one left"):
+        build_optimizer(Layered(), "muon", lr=1.0, overrides=overrides)
+    model = Layered()
+    optimizer = build_optimizer(model, "muon", lr=1.0, overrides=overrides[:2])
+    owned = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters())

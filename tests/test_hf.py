@@ -552,10 +552,12 @@ def test_muon_goes_on_from_adamw(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         assert {float(state[p]["step"]) for p in group["params"]} == {4.0 if name == "muon/hidden" else 8.0}
 
 
-def test_a_state_dict_of_torchs_adamw_loads(tmp_path: Path):
-    """One group of all parameters, in the model's order; here with GPT-2's transposed layers."""
+@pytest.mark.parametrize("groups", ["all", "named"])
+def test_a_state_dict_of_torchs_adamw_loads(groups: str):
+    """One group of all parameters, in the model's order, or any with names; here with GPT-2's transposed layers."""
     model = gpt2()
-    theirs = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    named = [{"params": [pair]} for pair in reversed(list(model.named_parameters()))]
+    theirs = torch.optim.AdamW(cast("Any", model.parameters() if groups == "all" else named), lr=1e-3)
     cast("nn.Module", model)(**{k: v[None] for k, v in Tokens()[0].items()}).loss.backward()
     theirs.step()
     ours = create_optimizer(model, "soap", lr=1e-2)

@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_optim.ops import orthogonal as orthogonal_ops
 from lightning_optim.ops.lapack import LinAlgError, complement, eigh, orthonormal
 from lightning_optim.ops.lowrank import follow_subspace, leading_basis, range_basis, switch
 from lightning_optim.ops.moments import rank_one
 from lightning_optim.ops.norms import growth_factor, normalized, rms
+from lightning_optim.ops.orthogonal import GRAM_ASPECT, GRAM_ROWS, orthogonalize
 from lightning_optim.ops.roots import coupled_newton, inverse_power, inverse_root
 from lightning_optim.ops.spectral import norm_lower_bound
+from lightning_optim.ops.tiles import filled, joined, tiles
 
 F64 = torch.float64
 
@@ -193,3 +196,35 @@ def test_lower_bound_of_the_spectral_norm() -> None:
     one = x[0, :, :1] @ x[0, :, :1].T
     torch.testing.assert_close(norm_lower_bound(one)[0, 0], torch.linalg.matrix_norm(one, 2))
     assert not norm_lower_bound(torch.zeros(1, 4, 4)).any()
+
+
+@pytest.mark.parametrize("size", [(12, 20), (8, 8), (5, 7), (1, 20), (1, 1)])
+def test_tiles_come_back_together(size: tuple[int, int]) -> None:
+    x = draw(2, 12, 20)
+    cut = tiles(x, *size)
+    count = -(-12 // size[0]) * -(-20 // size[1])
+    assert cut.shape == (2, count, *size)
+    assert torch.equal(joined(cut, 12, 20), x)
+    rows, columns = filled(12, 20, *size, x.device)
+    assert torch.equal(tiles(torch.ones(12, 20), *size) == 0, rows[:, :, None] | columns[:, None, :])
+
+
+@pytest.mark.parametrize("tall", [False, True])
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+def test_gram_form_of_wide_matrices_is_as_accurate_as_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, coefficients: str, tall: bool
+) -> None:
+    rows, columns = GRAM_ROWS, GRAM_ASPECT * GRAM_ROWS
+    x = draw(1, rows, 8) @ draw(1, 8, columns, seed=1) + draw(1, rows, columns, seed=2)
+    x = x.mT if tall else x
+    exact = orthogonalize(x, coefficients=coefficients, dtype=F64)
+    found = orthogonalize(x, coefficients=coefficients)
+    monkeypatch.setattr(orthogonal_ops, "GRAM_ROWS", 10**6)
+    plain = orthogonalize(x, coefficients=coefficients)
+    assert not torch.equal(found, plain)
+    assert (found - exact).norm() < min(0.04 * exact.norm(), 2.5 * (plain - exact).norm())
+    assert torch.linalg.matrix_norm(found, 2).max() < 1.25
+
+
+def test_orthogonalizing_zero_gives_zero_in_the_gram_form() -> None:
+    assert not orthogonalize(torch.zeros(1, GRAM_ROWS, GRAM_ASPECT * GRAM_ROWS)).any()

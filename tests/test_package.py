@@ -43,16 +43,18 @@ def imported(path: Path) -> set[str]:
 ALLOWED = {
     "ops": {"ops"},
     "refresh": {"ops"},
+    "relora": {"core", "ops"},
     "rules": {"core.rule", "ops", "rules"},
     "core": {"core", "ops", "refresh"},
     "diagnostics": {"core", "diagnostics", "ops", "refresh"},
     "partition": {"core", "partition"},
-    "factory": {"core", "optimizers", "partition", "factory"},
+    "recipes": {"core"},
+    "factory": {"core", "optimizers", "partition", "recipes", "factory"},
     "optimizers": {"core", "rules", "optimizers"},
     "docs": {"core", "optimizers"},
-    "lightning": {"core", "factory", "partition"},
+    "lightning": {"core", "factory", "partition", "recipes"},
     "plan": {"core", "factory", "partition"},
-    "__main__": {"core", "docs", "factory", "partition", "plan"},
+    "__main__": {"core", "docs", "factory", "partition", "plan", "recipes"},
 }
 
 

@@ -113,7 +113,7 @@ def test_combinators() -> None:
         ("stagered:10", "no policy 'stagered:10'; known: fixed"),
         ("fixed:0", "'0' in 'fixed:0' must be positive"),
         ("fixed:2.5", "is not an integer"),
-        ("fixed:1:2", "at most interval"),
+        ("fixed:1:2:3", "at most interval:offset"),
         ("clamp(fixed:2)", "clamp\\(a, min, max\\)"),
     ],
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import torch
 import transformers as hf
 from torch import nn
 
-from lightning_optim import Muon, build_optimizer, plan, roles
+from lightning_optim import Muon, build_optimizer, lora_plus, plan, roles
+from lightning_optim.core import chunks
 from lightning_optim.core.rule import REGISTRY
+from lightning_optim.optimizers import CLASSES
 from tests.rules import gradient
 
 LLAMA: dict[str, Any] = {
@@ -89,6 +93,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
             "dense_h_to_4h": "hidden",
             "dense_4h_to_h": "hidden",
             "lm_head": "head",
+            "embed_out": "head",  # its name in Transformers 5.2
         },
     ),
     "mamba": (
@@ -147,6 +152,8 @@ MODELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
             "attention.o_proj": "hidden",
             "mlp.fc1": "hidden",
             "mlp.fc2": "hidden",
+            **dict.fromkeys(("attention.query", "attention.key", "attention.value"), "hidden"),  # in Transformers 5.2
+            **dict.fromkeys(("output.dense", "intermediate.dense"), "hidden"),
             "classifier": "head",
         },
     ),
@@ -195,7 +202,7 @@ def test_role_table_with_adapters(name: str, dora: bool) -> None:
         r=2,
         target_modules=targets.get(name, ["q_proj", "v_proj"]),
         use_dora=dora,
-        modules_to_save=None if tied else ["lm_head"],
+        modules_to_save=None if tied else ["lm_head", "embed_out"],
         fan_in_fan_out=name == "gpt2",
     )
     model = peft.get_peft_model(cls(config), settings)
@@ -253,22 +260,142 @@ def test_a_transposed_matrix_moves_as_the_other_does(name: str) -> None:
     torch.testing.assert_close(conv.weight.mT, linear.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_gpt2_attention_is_three_matrices() -> None:
-    """Muon on the fused layer moves query, key and value as three layers of their own would."""
-    cls, config, _ = MODELS["gpt2"]
+TINY: dict[str, Any] = {k: v for k, v in LLAMA.items() if k not in ("num_hidden_layers", "num_key_value_heads")}
+FALCON = {k: v for k, v in TINY.items() if k not in ("intermediate_size", "max_position_embeddings")}
+GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 4, "vocab_size": 50, "n_positions": 32}
+FUSED: dict[str, tuple[Any, Any, Any]] = {
+    "gpt2": (hf.GPT2Model, hf.GPT2Config(**GPT2), 3),
+    "phi3": (hf.Phi3Model, hf.Phi3Config(**TINY, num_hidden_layers=1, num_key_value_heads=2), (16, 8, 8)),
+    "mpt": (hf.MptModel, hf.MptConfig(d_model=16, n_layers=1, n_heads=4, vocab_size=50, max_seq_len=32), 3),
+    "modernbert": (hf.ModernBertModel, hf.ModernBertConfig(**TINY, num_hidden_layers=1), 3),
+    "gpt_neox": (hf.GPTNeoXModel, hf.GPTNeoXConfig(**TINY, num_hidden_layers=1), (4, 4, 4)),
+    "bloom": (hf.BloomModel, hf.BloomConfig(hidden_size=16, n_layer=1, n_head=4, vocab_size=50), (4, 4, 4)),
+    "persimmon": (hf.PersimmonModel, hf.PersimmonConfig(**TINY, num_hidden_layers=1), (4, 4, 4)),
+    "falcon": (hf.FalconModel, hf.FalconConfig(**FALCON, num_hidden_layers=1, multi_query=True), (16, 4, 4)),
+    "falcon_180b": (
+        hf.FalconModel,
+        hf.FalconConfig(**FALCON, num_hidden_layers=1, new_decoder_architecture=True, num_kv_heads=2),
+        (8, 4, 4),
+    ),
+    "bigcode": (hf.GPTBigCodeModel, hf.GPTBigCodeConfig(**GPT2, multi_query=True), (16, 4, 4)),
+    "bigcode_mha": (hf.GPTBigCodeModel, hf.GPTBigCodeConfig(**GPT2, multi_query=False), (4, 4, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the models themselves
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_layers_are_cut_into_query_key_and_value(name: str) -> None:
+    """Told by what they do: without values nothing reaches the output layer; without queries or keys, the mean does."""
+    cls, config, blocks = FUSED[name]
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    (label, trait), *others = [(n, t) for n, t in roles(model).items() if t.role == "qkv"]
+    assert not others and trait.blocks == blocks
+    p, parent = model.get_parameter(label), model.get_submodule(label.rsplit(".", 2)[0])
+    heads = max(p.shape) if p.shape[0] == p.shape[1] else p.shape[1] if trait.transposed else p.shape[0]
+    assert trait.heads == heads // 4
+    out = next(m for m in parent.children() if getattr(m, "weight", p).shape != p.shape and m.weight.ndim == 2)
+    seen: list[torch.Tensor] = []
+    out.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    with torch.no_grad():
+        for n, x in model.named_parameters():
+            x.normal_() if n == label else x.zero_() if n.endswith("bias") else None
+        kept, parts = p.clone(), chunks.parts(p.shape, trait.blocks, transposed=trait.transposed)
+        for without in (None, 0, 1, 2):
+            p.copy_(kept)
+            matrices = [m for part in parts for m in _matrices(part, p.detach(), trait.transposed)]
+            assert len(matrices) == 3
+            if without is not None:
+                matrices[without].zero_()
+            model(torch.arange(3, 9)[None])
+    whole, queries, keys, values = seen
+    assert not values.any()
+    assert queries.any() and not torch.allclose(whole, queries)
+    torch.testing.assert_close(queries, keys)
+
+
+def _matrices(part: chunks.Part, t: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
+    """Views of the matrices of a part."""
+    view = part.of(t, transposed)
+    return list(view.unflatten(-2, part.dims[:2]) if part.rows is None else view)
+
+
+@pytest.mark.parametrize("optim", ["muon", "soap"])
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "falcon_180b"])
+def test_fused_attention_moves_as_three_layers(name: str, optim: str) -> None:
+    cls, config, _ = FUSED[name]
     torch.manual_seed(0)
     model = cls(config)
-    p = model.transformer.h[0].attn.c_attn.weight
-    parts = [nn.Parameter(x.detach().mT.clone()) for x in p.split(16, dim=1)]
-    fused = build_optimizer(model, "muon", lr=0.01)
-    alone = Muon(parts, lr=0.01, lr_convention="adamw")
+    (label, trait), *_ = [(n, t) for n, t in roles(model).items() if t.role == "qkv"]
+    p = model.get_parameter(label)
+    parts = chunks.parts(p.shape, trait.blocks, transposed=trait.transposed)
+
+    def split(t: torch.Tensor) -> list[torch.Tensor]:
+        found = [m for part in parts for m in _matrices(part, t, trait.transposed)]
+        return [m.reshape(-1, p.shape[0] if trait.transposed else p.shape[1]).clone() for m in found]
+
+    alone = [nn.Parameter(x) for x in split(p.detach())]
+    common: dict[str, Any] = {"lr": 0.01, "lr_convention": "adamw", "weight_decay": 0.0}
+    common |= {"refresh": "fixed:2"} if optim == "soap" else {}  # the default refreshes each parameter in another step
+    fused, separate = build_optimizer(model, optim, **common), CLASSES[optim](alone, **common)
     for t in range(1, 4):
         p.grad = gradient(p, "qkv", t)
-        for x, g in zip(parts, p.grad.split(16, dim=1), strict=True):
-            x.grad = g.mT.contiguous()
+        for x, g in zip(alone, split(p.grad), strict=True):
+            x.grad = g
         fused.step()
-        alone.step()
-    torch.testing.assert_close(p.detach(), torch.cat([x.detach().mT for x in parts], dim=1), rtol=1e-5, atol=1e-6)
+        separate.step()
+    for x, found in zip(alone, split(p.detach()), strict=True):
+        torch.testing.assert_close(found, x.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_space_layer_is_no_attention() -> None:
+    with torch.device("meta"):
+        config = hf.Mamba2Config(hidden_size=16, head_dim=4, num_heads=8, n_groups=1, state_size=4, num_hidden_layers=1)
+        model = hf.Mamba2ForCausalLM(config)
+    assert {t.role for n, t in roles(model).items() if "_proj" in n and t.role != "vector"} == {"hidden"}
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("llama", {"q_proj": 4, "k_proj": 2, "v_proj": 2, "o_proj": None, "up_proj": None}),
+        ("bert", {"query": 4, "key": 4, "value": 4, "output.dense": None}),
+        ("t5", {"Attention.q": 4, "Attention.v": 4, "Attention.o": None}),
+        ("vit", {"q_proj": 4, "k_proj": 4, "o_proj": None, "fc1": None}),
+        ("gpt2", {"c_attn": 12, "c_fc": None}),
+        ("phi3", {"qkv_proj": 8, "gate_up_proj": None}),
+    ],
+)
+def test_attention_heads(name: str, heads: dict[str, int | None]) -> None:
+    found = roles(built(name))
+    for end, count in heads.items():
+        assert {t.heads for n, t in found.items() if n.removesuffix(".weight").endswith(end)} == {count}, end
+
+
+def test_heads_are_matrices_if_asked() -> None:
+    cls, config, _ = MODELS["llama"]
+    torch.manual_seed(0)
+    model = cls(config)
+    p = model.get_parameter("model.layers.0.self_attn.q_proj.weight")
+    alone = [nn.Parameter(x.detach().clone()) for x in p.split(4)]
+    by_head, separate = build_optimizer(model, "muon", lr=0.01, blocks="heads"), Muon(alone, lr_convention="adamw")
+    for t in range(1, 4):
+        p.grad = gradient(p, "q", t)
+        for x, g in zip(alone, p.grad.split(4), strict=True):
+            x.grad = g
+        for group in separate.param_groups:
+            group["lr"] = 0.01
+        by_head.step()
+        separate.step()
+    torch.testing.assert_close(p.detach(), torch.cat([x.detach() for x in alone]), rtol=1e-5, atol=1e-6)
+    groups = {g["name"]: g["blocks"] for g in by_head.param_groups if g["rule"] == "muon"}
+    assert groups == {"muon/hidden": None, "muon/hidden/4 blocks": 4, "muon/hidden/2 blocks": 2}
+    overrides: Any = [("*.[qk]_proj.weight", None, {"block": "matrix", "blocks": "heads"})]
+    mini = build_optimizer(model, "adam_mini", lr=0.01, overrides=overrides)
+    assert {g["blocks"] for g in mini.param_groups if g["block"] == "matrix"} == {2, 4}
+    with pytest.raises(ValueError, match="blocks: unknown value 'head'.*'heads'"):
+        build_optimizer(model, "muon", lr=0.01, blocks="head")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("optim", sorted(REGISTRY))
@@ -288,10 +415,11 @@ def test_predicted_bytes_are_measured_bytes(name: str, optim: str) -> None:
     assert sum(predicted.shares().values()) == pytest.approx(1)
 
 
-def test_plan_of_a_large_model_takes_no_memory_and_little_time() -> None:
+def test_plan_of_large_models_takes_no_memory_and_little_time() -> None:
     start = time.perf_counter()
     with torch.device("meta"):
-        model = hf.MixtralForCausalLM(hf.MixtralConfig())
+        small, model = hf.GPT2LMHeadModel(hf.GPT2Config()), hf.MixtralForCausalLM(hf.MixtralConfig())
+    assert "124,439,808 trainable weights: muon 68.3%" in str(plan(small, "muon"))
     text = str(plan(model, "muon"))
     assert time.perf_counter() - start < 10
     assert "(32 times) | 8 x 28672 x 4096 | experts | muon |" in text
@@ -304,9 +432,74 @@ def test_last_layer() -> None:
     assert {r.role: r.rule for r in plan(built("llama"), "muon").rows}["head"] == "adamw"
 
 
+def test_plan_names_overrides() -> None:
+    rows = plan(built("llama"), "muon", overrides=[("*.q_proj.*", "adamw", {"lr_factor": 0.5})]).rows
+    reasons = {r.name: r.reason for r in rows if r.rule == "adamw" and r.role == "hidden"}
+    assert set(reasons) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+    assert set(reasons.values()) == {"projection of LlamaAttention; override '*.q_proj.*'"}
+
+
+def run_plan(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "lightning_optim", "plan", *words)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
 def test_plan_command(tmp_path: Path) -> None:
     MODELS["llama"][1].save_pretrained(tmp_path)
-    command = (sys.executable, "-m", "lightning_optim", "plan", "--model", str(tmp_path), "--optim", "soap")
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    out = run_plan("--model", str(tmp_path), "--recipe", "soap-speedrun", "--max_precond_dim", "16").stdout
     assert "| model.layers.*.mlp.down_proj.weight (2 times) | 16 x 24 | hidden | soap | exp_avg 1.5 KiB" in out
+    assert (
+        "factor_left 1 KiB, basis_left 1 KiB" in out and "factor_right" not in out.split("down_proj")[1].split("|")[4]
+    )
     assert "B per weight" in out
+    wrong = run_plan("--model", str(tmp_path), "--optim", "soap", "--max_precond", "16")
+    assert wrong.returncode == 2 and "soap has no setting 'max_precond'; did you mean 'max_precond_dim'" in wrong.stderr
+
+
+def test_plan_command_takes_hub_ids(tmp_path: Path) -> None:
+    """From the hub's cache, so that no network is needed; an architecture that is no causal language model."""
+    commit = "0" * 40
+    folder = tmp_path / "models--someone--tiny-vit"
+    config = MODELS["vit"][1]
+    config.architectures = ["ViTForImageClassification"]
+    config.save_pretrained(folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    run = run_plan("--model", "someone/tiny-vit", "--optim", "muon", HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert "| classifier.weight | 2 x 16 | head | adamw |" in run.stdout, run.stderr
+
+
+@pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes, which quantises on a CPU, is not installed"
+)
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes, and of peft about transformers
+@pytest.mark.parametrize(("bits", "dora"), [(4, False), (4, True), (8, False)])  # DoRA over 8 bits fails on a CPU
+def test_adapters_over_a_quantised_base(bits: int, dora: bool, tmp_path: Path) -> None:
+    """QLoRA: nothing but the adapters is owned and moves."""
+    cls, config, _ = MODELS["llama"]
+    cls(config).save_pretrained(tmp_path)
+    how = hf.BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    base = cls.from_pretrained(tmp_path, quantization_config=how, device_map="cpu", dtype=torch.float32)
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", use_dora=dora, modules_to_save=["lm_head"])
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(base), settings)
+    kinds = {type(m).__name__ for m in model.modules()}
+    assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    found = roles(model)
+    assert set(found) == trained
+    for parameter, trait in found.items():
+        role = "lora_a" if "lora_A" in parameter else "lora_b" if "lora_B" in parameter else "head"
+        assert trait.role == ("vector" if "magnitude" in parameter else role), parameter
+    optimizer = build_optimizer(model, "muon", lr=1e-2, overrides=lora_plus(4))
+    kept = {n: p.detach().clone() for n, p in model.named_parameters()}
+    tokens = torch.arange(3, 19)[None]
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, kept[n])} == trained
+    assert len(optimizer.state) == len(trained)

@@ -43,6 +43,9 @@ class Slot:
         fill: start value: a number, or `"eye"` for an identity per matrix.
         dtype: None for float32 (float64 for float64 parameters).
         rank: what `r` stands for; filled in by `Rule.declared`.
+        nonnegative: whether no value is ever below zero (second moments); 8-bit storage has a finer map for those.
+        exact: whether the values must not rest narrower than declared (a basis); square slots never do.
+        size: (rows, columns) where letters do not tell them.
         dims: (matrices, rows, columns) it is for, where a parameter is cut into matrices of several sizes; filled in by
             the executor.
     """
@@ -51,6 +54,9 @@ class Slot:
     fill: float | Literal["eye"] = 0.0
     dtype: torch.dtype | None = None
     rank: int | None = None
+    nonnegative: bool = False
+    exact: bool = False
+    size: tuple[int, int] | None = None
     dims: tuple[int, int, int] | None = None
 
     def shape(self, m: int, n: int) -> tuple[int, int]:
@@ -62,6 +68,8 @@ class Slot:
         Raises:
             ValueError: the shape has an `r` that nobody has filled in.
         """
+        if self.size is not None:
+            return self.size
         size = {"m": m, "n": n, "r": self.rank}
         rows, columns = (size[x] if x in size else int(x) for x in self.letters)
         if rows is None or columns is None:
@@ -69,13 +77,13 @@ class Slot:
         return rows, columns
 
 
-def zeros(letters: str, dtype: torch.dtype | None = None) -> Slot:
+def zeros(letters: str, dtype: torch.dtype | None = None, *, nonnegative: bool = False, exact: bool = False) -> Slot:
     """Declare a slot that starts at zero.
 
     Returns:
         The declaration.
     """
-    return Slot(letters, 0.0, dtype)
+    return Slot(letters, 0.0, dtype, nonnegative=nonnegative, exact=exact)
 
 
 def eye(letters: str, dtype: torch.dtype | None = None) -> Slot:
@@ -111,14 +119,16 @@ class Rule:
     """Needs only row, column or whole sums: runs on DTensors as they lie."""
     vectors: ClassVar[bool] = True
     """Takes parameters with fewer than two dimensions."""
+    last_two: ClassVar[bool] = False
+    """Four and more dimensions are a stack over the last two, not one matrix (a convolution)."""
     reads_param: ClassVar[bool] = False
     """`update` gets the parameter (before decay); None otherwise."""
     costly: ClassVar[tuple[str, ...]] = ()
     """Slots that `rebuild` computes anew where `update` says `s.refresh(g)` and the policy in the field `refresh`
     (`lightning_optim.refresh`) says that this step is due. Only for rules that need whole matrices."""
 
-    decay: ClassVar[Literal["before", "after", "coupled"]] = "before"
-    """Weight decay multiplies the weight before or after the step, or is added to the gradient (L2)."""
+    decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "before"
+    """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
     adamw_settings: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters that `lr_convention="adamw"` sets so that `rms` is known."""
     signed: ClassVar[frozenset[str]] = frozenset()
@@ -177,7 +187,8 @@ class Rule:
 
         Args:
             g: gradients `[b, m, n]` (a flat block for elementwise rules), never written.
-            s: state by slot name; mutate in place or assign. For whole matrices also `s.refresh(g)`, which calls
+            s: state by slot name; mutate in place or assign. In a stack also `s.vector`, whether these parameters have
+                fewer than two dimensions or the role `vector`. For whole matrices also `s.refresh(g)`, which calls
                 `rebuild` if this step is due, and `s.noise("nr", stream=0)`: standard normal numbers `[b, n, r]`
                 that depend on the seed, the step and the matrix only.
             p: parameters like `g`, before decay, if `reads_param`; else None.

@@ -10,6 +10,21 @@ from torch import Tensor
 from lightning_optim.ops.lapack import complement, eigh, orthonormal
 
 
+def aligned(new: Tensor, old: Tensor) -> Tensor:
+    """Vectors with the senses of those before, or, without any, with their largest entries positive.
+
+    Args:
+        new: columns, `[..., m, r]`.
+        old: likewise, or zeros.
+
+    Returns:
+        `new`, some columns negated.
+    """
+    sense = (new * old).sum(-2, keepdim=True)
+    largest = new.gather(-2, new.abs().argmax(-2, keepdim=True))
+    return torch.where(torch.where(sense == 0, largest, sense) < 0, -new, new)
+
+
 def leading_basis(x: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors, through the eigenvectors of the smaller Gram matrix.
 
@@ -27,12 +42,7 @@ def leading_basis(x: Tensor, rank: int) -> Tensor:
         u = eigh(x @ x.mT).vectors[..., :rank]
     else:
         u = orthonormal(x @ eigh(x.mT @ x).vectors[..., :rank])
-    return u * _sign(u.gather(-2, u.abs().argmax(-2, keepdim=True)))
-
-
-def _sign(x: Tensor) -> Tensor:
-    """1 or -1, also for zero."""
-    return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
+    return aligned(u, torch.zeros_like(u))
 
 
 def range_basis(x: Tensor, sketch: Tensor, rank: int, power: int = 1) -> Tensor:
@@ -75,8 +85,7 @@ def follow_subspace(multiply: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     power = multiply(u)
     h = orthonormal(power)
     new = h @ eigh(h.mT @ multiply(h)).vectors
-    new = new * _sign((new * u).sum(-2, keepdim=True))
-    return torch.where(power.any(-1, keepdim=True).any(-2, keepdim=True), new, u)
+    return torch.where(power.any(-1, keepdim=True).any(-2, keepdim=True), aligned(new, u), u)
 
 
 def switch(u: Tensor, leading: int, draw: Tensor) -> Tensor:

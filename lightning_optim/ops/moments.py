@@ -1,9 +1,36 @@
-"""Compressed second moments."""
+"""First and second moments of gradients, their ratios, and compressed ones."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def gram(x: Tensor, *, left: bool) -> Tensor:
+    """X x^T or x^T x.
+
+    Args:
+        x: `[..., m, n]`.
+        left: whether of the rows.
+
+    Returns:
+        `[..., m, m]` or `[..., n, n]`.
+    """
+    return x @ x.mT if left else x.mT @ x
+
+
+def adam_moments(m: Tensor, v: Tensor, first: Tensor, second: Tensor, betas: tuple[float, float]) -> None:
+    """Adam's averages, in place: m <- b1 m + (1 - b1) first;  v <- b2 v + (1 - b2) second^2.
+
+    Args:
+        m: first moment, written.
+        v: second moment, written.
+        first: gradient in the basis of m.
+        second: gradient in the basis of v; the same one, where m and v share a basis.
+        betas: (b1, b2).
+    """
+    m.lerp_(first, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(second, second, value=1 - betas[1])
 
 
 def rank_one(a: Tensor, iterations: int = 5) -> tuple[Tensor, Tensor]:
@@ -30,3 +57,31 @@ def rank_one(a: Tensor, iterations: int = 5) -> tuple[Tensor, Tensor]:
         unit = s / top
         q = a @ (unit / (unit * unit).sum(-1, keepdim=True).clamp(min=tiny) / top).mT
     return q, s
+
+
+def bias_corrections(betas: tuple[float, float], t: int) -> tuple[float, float]:
+    """What a mean and a root of running means from zero are divided by after t steps.
+
+    Returns:
+        (1 - b1^t, sqrt(1 - b2^t)).
+    """
+    return 1 - betas[0] ** t, (1 - betas[1] ** t) ** 0.5
+
+
+def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float) -> Tensor:
+    """(m / mean) / (sqrt(v) / root + eps), with one temporary.
+
+    Args:
+        m: first moment.
+        v: second moment, shaped like `m`.
+        mean: correction of m.
+        root: correction of sqrt(v).
+        eps: added to the corrected root.
+
+    Returns:
+        The ratio.
+    """
+    d = v.sqrt().add_(eps * root)
+    if mean != root:
+        d.mul_(mean / root)
+    return torch.div(m, d, out=d)

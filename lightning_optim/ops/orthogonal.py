@@ -44,6 +44,14 @@ SAFETY = {"polar_express": 1.02}
 """Factor of the norm that is divided by, where it is not one."""
 
 
+GRAM_ASPECT, GRAM_ROWS, GRAM_RESTART = 2, 256, 3
+"""Wide matrices, from this aspect and number of rows on, are iterated on through their Gram matrix in bfloat16, which
+is formed anew after so many iterations. Measured on one CPU thread: 1.5 x as fast as the plain iteration at aspect 4,
+1.35 x at 3, 1.24 x at 2.7, 1.1 x at 2. It is as accurate on low-rank signal plus noise (0.022 to 0.027 off float64) and
+off by 0.02 instead of 0.01 on white noise. Formed anew after two iterations instead of three, it is off by 0.1 and
+leaves singular values of 1.5."""
+
+
 def orthogonalize(
     x: Tensor,
     steps: int = 5,
@@ -78,7 +86,9 @@ def orthogonalize(
     # bfloat16 on a CPU: a matrix alone and in a batch can round differently; alone, it does not matter who shares
     # its stack
     parts = flat.split(1) if dtype == torch.bfloat16 and x.device.type == "cpu" else (flat,)
-    done = [_iterate(part, steps, schedule) for part in parts]
+    rows, columns = y.shape[-2:]
+    wide = dtype == torch.bfloat16 and rows >= GRAM_ROWS and columns >= GRAM_ASPECT * rows
+    done = [(_iterate_gram if wide else _iterate)(part, steps, schedule) for part in parts]
     y = (done[0] if len(done) == 1 else torch.cat(done)).reshape(y.shape)
     return (y.mT if tall else y).to(x.dtype)
 
@@ -90,3 +100,20 @@ def _iterate(y: Tensor, steps: int, schedule: tuple[Coefficients, ...]) -> Tenso
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         y = torch.baddbmm(y, poly, y, beta=a)
     return y
+
+
+def _iterate_gram(y: Tensor, steps: int, schedule: tuple[Coefficients, ...]) -> Tensor:
+    """The same on R = y y^T: y <- q y, where q collects the polynomials and R <- p R p follows."""
+    eye = torch.eye(y.shape[-2], dtype=y.dtype, device=y.device)
+    gram = q = poly = eye
+    for i in range(steps):
+        a, b, c = schedule[min(i, len(schedule) - 1)]
+        fresh = i % GRAM_RESTART == 0
+        if fresh:
+            y = torch.bmm(q, y) if i else y
+            gram = torch.bmm(y, y.mT)
+        else:
+            gram = torch.bmm(poly, torch.bmm(gram, poly))
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * eye
+        q = poly if fresh else torch.bmm(poly, q)
+    return torch.bmm(q, y)

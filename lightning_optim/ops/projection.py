@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.ops.lapack import singular_vectors
-from lightning_optim.ops.lowrank import follow_subspace, range_basis
+from lightning_optim.ops.lowrank import aligned, follow_subspace, range_basis
 from lightning_optim.ops.norms import norm
 
 Side = Literal["std", "reverse_std", "left", "right", "full"]
@@ -40,7 +40,7 @@ def sides(m: int, n: int, side: Side = "std") -> tuple[Literal["left", "right"],
     return (side,)
 
 
-def project(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def project(x: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
     """The coordinates of a matrix in a projection: left^T x right.
 
     Args:
@@ -55,7 +55,7 @@ def project(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     return x if right is None else x @ right
 
 
-def lift(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def lift(x: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
     """The matrix with given coordinates in a projection: left x right^T.
 
     Args:
@@ -104,21 +104,6 @@ def leading_vectors(
             new = range_basis(y, sketch(side)[..., : min(x.shape[-2:])], rank)
         out[side] = aligned(new, basis) if first else torch.where(norm(x) > 0, aligned(new, basis), basis)
     return out
-
-
-def aligned(new: Tensor, old: Tensor) -> Tensor:
-    """Vectors with the senses of those before, or, without any, with their largest entries positive.
-
-    Args:
-        new: columns, `[..., m, r]`.
-        old: likewise, or zeros.
-
-    Returns:
-        `new`, some columns negated.
-    """
-    sense = (new * old).sum(-2, keepdim=True)
-    largest = new.gather(-2, new.abs().argmax(-2, keepdim=True))
-    return torch.where(torch.where(sense == 0, largest, sense) < 0, -new, new)
 
 
 def left_out(x: Tensor, projected: Tensor) -> Tensor:

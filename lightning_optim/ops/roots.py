@@ -95,7 +95,6 @@ def inverse_root(
     method: Method = "eigh",
     previous: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    tolerance: float = 1e-6,
 ) -> Tensor:
     """(x + eps I)^(-1/root), again in float64 where that fails, and the last good root where that fails too.
 
@@ -107,10 +106,10 @@ def inverse_root(
         x: `[..., n, n]`, symmetric, positive semi-definite, float32 or float64.
         root: any positive number by `eigh`, an integer by `newton`.
         eps: added to the diagonal.
-        method: `eigh`, or `newton` for the coupled Newton iteration.
+        method: `eigh`, or `newton` for the coupled Newton iteration, to |M - I| of 1e-6 (1e-12 in float64); a matrix
+            that is not below 0.1 after 100 steps has failed.
         previous: per matrix, kept (with a warning) where no finite root was found.
         dtype: of the arithmetic; None for that of `x`.
-        tolerance: of the Newton iteration; a matrix above 1e-1 after 100 iterations has failed.
 
     Returns:
         `[..., n, n]`, in the dtype of `x`.
@@ -123,7 +122,7 @@ def inverse_root(
     found = torch.full_like(x, torch.nan)
     for precision in dict.fromkeys((dtype or x.dtype, torch.float64)):
         try:
-            tried = _root(clean.to(precision), root, eps, method, tolerance).to(x.dtype)
+            tried = _root(clean.to(precision), root, eps, method).to(x.dtype)
         except LinAlgError:
             continue
         found = torch.where(finite & ~found.isfinite(), tried, found)
@@ -135,9 +134,9 @@ def inverse_root(
     return torch.where(found.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), found, previous)
 
 
-def _root(x: Tensor, root: float, eps: float, method: Method, tolerance: float) -> Tensor:
+def _root(x: Tensor, root: float, eps: float, method: Method) -> Tensor:
     if method == "eigh":
         return inverse_power(x, 1 / root, eps)
     shifted = x + eps * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    result, error = coupled_newton(shifted, int(root), tolerance=tolerance)
+    result, error = coupled_newton(shifted, int(root), tolerance=1e-12 if x.dtype == torch.float64 else 1e-6)
     return torch.where(error < 0.1, result, torch.nan)

@@ -1,20 +1,18 @@
-"""Adafactor in torch's form: row and column means instead of a second moment."""
+"""Adafactor: row and column means instead of a second moment, in torch's and in Transformers' form."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
-from lightning_optim.core.rule import Rule, zeros
-
-
-def _rms(x: Tensor) -> Tensor:
-    return vector_norm(x, dim=(-2, -1), keepdim=True) / (x.shape[-2] * x.shape[-1]) ** 0.5
+from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
+from lightning_optim.ops.factored import over_root, update_means_
+from lightning_optim.ops.norms import clip_rms_, rms
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,9 @@ class Adafactor(Rule):
     name: ClassVar = "adafactor"
     source: ClassVar = "Shazeer & Stern 2018, arXiv:1804.04235, Alg. 4, 5"
     state: ClassVar = {"row_var": zeros("m1"), "col_var": zeros("1n")}
-    vector_state: ClassVar = {"variance": zeros("mn")}
+    vector_state: ClassVar = {"variance": zeros("mn", nonnegative=True)}
     reduces: ClassVar = True
+    last_two: ClassVar = True
     reads_param: ClassVar = True
     adamw_settings: ClassVar = {"scale_parameter": False}
     signed: ClassVar = frozenset({"beta2_decay"})
@@ -65,17 +64,125 @@ class Adafactor(Rule):
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         eps1 = torch.finfo(g.dtype).eps if self.eps1 is None else self.eps1
         weight = t**self.beta2_decay
+        u = g * g
         if hasattr(s, "variance"):
-            s.variance.lerp_(g * g, weight)
-            u = s.variance.clamp(min=eps1 * eps1)
+            s.variance.lerp_(u, weight)
+            u.copy_(s.variance)
         else:
-            s.row_var.lerp_(vector_norm(g, dim=-1, keepdim=True).square() / g.shape[-1], weight)
-            s.col_var.lerp_(vector_norm(g, dim=-2, keepdim=True).square() / g.shape[-2], weight)
-            row = s.row_var / s.row_var.mean(dim=-2, keepdim=True).clamp(min=eps1)
-            u = (row * s.col_var).clamp_(min=eps1 * eps1)
-        u.rsqrt_().mul_(g)
-        scale = min(1.0, t**-0.5 / self.lr) if self.lr else 1.0
-        factor = scale / (_rms(u) / self.d).clamp(min=1.0)
+            update_means_(s.row_var, s.col_var, u, weight)
+            torch.mul(s.row_var / s.row_var.mean(dim=-2, keepdim=True).clamp(min=eps1), s.col_var, out=u)
+        u.clamp_(min=eps1 * eps1).rsqrt_().mul_(g)
+        factor = _relative(self.lr, t) / (rms(u) / self.d).clamp(min=1.0)
         if self.scale_parameter and p is not None:
-            factor = factor * _rms(p).clamp(min=self.eps2)
+            factor = factor * rms(p).clamp(min=self.eps2)
         return u.mul_(factor)
+
+
+@dataclass(frozen=True)
+class AdafactorHF(Rule):
+    """Adafactor in the form of `transformers.Adafactor`: eps inside the means, decay scaled like the step, momentum.
+
+    b = t^decay_rate;  r <- (1 - b) r + b mean_cols(g^2 + eps1);  c <- (1 - b) c + b mean_rows(g^2 + eps1)
+    u = g / sqrt(r c / mean(r));  u <- u / max(1, RMS(u) / clip_threshold)
+    step = a u, or m <- beta1 m + (1 - beta1) a u (beta1);  p <- p - weight_decay a p - step
+    a = lr max(eps2, RMS(p)) (scale_parameter), where min(lr, 1 / sqrt(t)) takes the place of lr (relative_step)
+
+    Vectors keep a full second moment. T5 was pretrained with the defaults' scale and relative step; fine-tuning uses
+    lr 1e-3 without both. The adamw learning-rate convention switches both off.
+
+    Differs: Transformers' lr of None, with relative_step, is the default lr of 0.01, and its warm-up of 1e-6 t is
+    1e-4 lr t. m holds steps with their learning rate, as there, but a step with lr 0 moves nothing. RMS is taken per
+    matrix of the last two dimensions.
+    """
+
+    lr: float = 1e-2
+    eps: tuple[float, float] = (1e-30, 1e-3)
+    clip_threshold: float = 1.0
+    decay_rate: float = -0.8
+    beta1: float | None = None
+    weight_decay: float = 0.0
+    scale_parameter: bool = True
+    relative_step: bool = True
+    warmup_init: bool = False
+
+    name: ClassVar = "adafactor_hf"
+    source: ClassVar = "Shazeer & Stern 2018, arXiv:1804.04235, Alg. 4, 5; as transformers.Adafactor"
+    state: ClassVar = Adafactor.state
+    vector_state: ClassVar = Adafactor.vector_state
+    reduces: ClassVar = True
+    last_two: ClassVar = True
+    reads_param: ClassVar = True
+    decay: ClassVar = "own"
+    adamw_settings: ClassVar = {"scale_parameter": False, "relative_step": False}
+    signed: ClassVar = frozenset({"decay_rate"})
+
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: a beta1 of 1 or more, a warm-up without relative steps, or what `Rule.validate` raises.
+        """
+        super().validate()
+        if self.beta1 is not None and self.beta1 >= 1:
+            raise ValueError(f"adafactor_hf: beta1 must be below 1, got {self.beta1}")
+        if self.warmup_init and not self.relative_step:
+            raise ValueError("adafactor_hf: warmup_init needs relative_step=True")
+
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+        second = super().slots(m, n, vector=vector)
+        return {**second, "exp_avg": zeros("mn")} if self.beta1 is not None else second
+
+    def rms(self, m: int, n: int) -> float | None:  # noqa: D102
+        return None if self.scale_parameter else self.clip_threshold if self.beta1 is None else ADAMW_RMS
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        assert p is not None
+        a = self.size(p, t)
+        return self.decayed(self.stepped(self.ratio(g, s, t), a, s), p, a)
+
+    def ratio(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
+        """Take g into the second moment.
+
+        Returns:
+            u before it is clipped, a new tensor.
+        """
+        weight, u = t**self.decay_rate, g * g
+        if hasattr(s, "variance"):
+            s.variance.lerp_(u.add_(self.eps[0]), weight)
+            return torch.mul(g, s.variance.rsqrt(), out=u)
+        update_means_(s.row_var, s.col_var, u, weight, self.eps[0])
+        return over_root(g, s.row_var, s.col_var, out=u)
+
+    def size(self, p: Tensor, t: int) -> Tensor:
+        """The size of a step per unit lr.
+
+        Returns:
+            a / lr, `[b, 1, 1]`.
+        """
+        scale = _relative(self.lr, t, 1e-4 * t if self.warmup_init else 1.0) if self.relative_step else 1.0
+        return scale * (rms(p).clamp(min=self.eps[1]) if self.scale_parameter else p.new_ones(1, 1, 1))
+
+    def stepped(self, u: Tensor, a: Tensor, s: SimpleNamespace) -> Tensor:
+        """Clip u, scale it by a, and take it into the momentum if there is one.
+
+        Returns:
+            The direction without decay; `u` is written.
+        """
+        clip_rms_(u, self.clip_threshold).mul_(a)
+        if self.beta1 is not None:
+            s.exp_avg.mul_(self.beta1).add_(u, alpha=(1 - self.beta1) * self.lr)
+            u = s.exp_avg / self.lr if self.lr else torch.zeros_like(u)
+        return u
+
+    def decayed(self, u: Tensor, p: Tensor, a: Tensor) -> Tensor:
+        """Add the decay, which is scaled like the step.
+
+        Returns:
+            The direction.
+        """
+        return u.addcmul_(p, a, value=self.weight_decay) if self.weight_decay else u
+
+
+def _relative(lr: float, t: int, most: float = 1.0) -> float:
+    """What makes lr min(most lr, 1 / sqrt(t))."""
+    return min(most, t**-0.5 / lr) if lr else most

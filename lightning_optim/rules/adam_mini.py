@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,6 +20,9 @@ class AdamMini(Rule):
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) mean_block(g^2);  d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
+    `statistic` takes the place of the mean: `"max"`, `"min"` or `"l1"`, the sum, as in the ablation of Fig. 15, where
+    the mean was best and another diverged. Only the mean has AdamW's scale.
+
     `block="row"` is one v per output row (embeddings, heads, values, MLP), `block="matrix"` one per matrix the group's
     `blocks` cut a parameter into: per attention head for queries and keys, per tensor without them (the authors' choice
     for norms). Vectors keep one v per element under `"row"` (the authors' choice for biases).
@@ -32,24 +36,32 @@ class AdamMini(Rule):
     eps: float = 1e-8
     weight_decay: float = 0.0
     block: Literal["row", "matrix"] = "row"
+    statistic: Literal["mean", "max", "min", "l1"] = "mean"
 
     name: ClassVar = "adam_mini"
     source: ClassVar = "Zhang et al. 2024, arXiv:2406.16793, Alg. 1"
-    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("m1")}
+    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("m1", nonnegative=True)}
     reduces: ClassVar = True
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         letters = "11" if self.block == "matrix" else "mn" if vector else "m1"
-        return {"exp_avg": zeros("mn"), "exp_avg_sq": zeros(letters)}
+        return {"exp_avg": zeros("mn"), "exp_avg_sq": zeros(letters, nonnegative=True)}
 
-    def rms(self, m: int, n: int) -> float:  # noqa: D102
-        return ADAMW_RMS
+    def rms(self, m: int, n: int) -> float | None:  # noqa: D102
+        return ADAMW_RMS if self.statistic == "mean" else None
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         b1, b2 = self.betas
         v = s.exp_avg_sq
         dims = [d for d in (-2, -1) if v.shape[d] != g.shape[d]]
-        size = g.shape[-1] if len(dims) == 1 else g.shape[-2] * g.shape[-1]
-        v.lerp_(vector_norm(g, dim=dims, keepdim=True).square() / size if dims else g * g, 1 - b2)
+        v.lerp_(self._of_block(g, dims) if dims else g * g, 1 - b2)
         s.exp_avg.lerp_(g, 1 - b1)
         return s.exp_avg / ((v / (1 - b2**t)).sqrt_().add_(self.eps).mul_(1 - b1**t))
+
+    def _of_block(self, g: Tensor, dims: list[int]) -> Tensor:
+        """The statistic of g^2 over blocks, without squares."""
+        if self.statistic in ("max", "min"):
+            order = math.inf if self.statistic == "max" else -math.inf
+            return vector_norm(g, order, dim=dims, keepdim=True).square()
+        size = math.prod(g.shape[d] for d in dims) if self.statistic == "mean" else 1
+        return vector_norm(g, dim=dims, keepdim=True).square() / size

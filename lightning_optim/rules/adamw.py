@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
+from lightning_optim.ops.moments import adam_moments, adam_ratio, bias_corrections
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class AdamW(Rule):
 
     name: ClassVar = "adamw"
     source: ClassVar = "Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2"
-    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn")}
+    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
     elementwise: ClassVar = True
 
     @classmethod
@@ -62,21 +63,19 @@ class AdamW(Rule):
         return super().translate(group)
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
-        return {**self.state, "max_exp_avg_sq": zeros("mn")} if self.amsgrad else self.state
+        return {**self.state, "max_exp_avg_sq": zeros("mn", nonnegative=True)} if self.amsgrad else self.state
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return ADAMW_RMS
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        b1, b2 = self.betas
-        s.exp_avg.lerp_(g, 1 - b1)
-        s.exp_avg_sq.mul_(b2).addcmul_(g, g, value=1 - b2)
+        adam_moments(s.exp_avg, s.exp_avg_sq, g, g, self.betas)
         v = s.exp_avg_sq
         if self.amsgrad:
             v = torch.maximum(s.max_exp_avg_sq, v, out=s.max_exp_avg_sq)
-        mean, root = (1 - b1**t, (1 - b2**t) ** 0.5) if self.correct_bias else (1.0, 1.0)
+        mean, root = bias_corrections(self.betas, t) if self.correct_bias else (1.0, 1.0)
         eps = self.eps if self.eps_mode == "corrected" else self.eps / root
-        return (s.exp_avg / mean).div_((v.sqrt() / root).add_(eps))
+        return adam_ratio(s.exp_avg, v, mean, root, eps)
 
     def kernel(  # noqa: D102
         self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import Rule, Slot, zeros
-from lightning_optim.ops.basis import adam_moments, gram, project, restore
 from lightning_optim.ops.lowrank import follow_subspace, leading_basis, switch
+from lightning_optim.ops.moments import adam_moments, gram
 from lightning_optim.ops.norms import growth_factor, norm, normalized
+from lightning_optim.ops.projection import lift, project
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,11 @@ class Alice(Rule):
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         short, long = "mn" if m <= n else "nm"
-        out = {"exp_avg": zeros(f"r{long}"), "exp_avg_sq": zeros(f"r{long}"), "basis": zeros(f"{short}r")}
+        out = {
+            "exp_avg": zeros(f"r{long}"),
+            "exp_avg_sq": zeros(f"r{long}", nonnegative=True),
+            "basis": zeros(f"{short}r", exact=True),
+        }
         if self.betas[2]:
             out["factor"] = zeros("rr")
         if self.compensation == "optimal":
@@ -94,7 +99,7 @@ class Alice(Rule):
             s.factor.lerp_(gram(inner, left=True), 1 - b3)
         adam_moments(s.exp_avg, s.exp_avg_sq, inner, inner, (b1, b2))
         w = s.exp_avg / (s.exp_avg_sq.sqrt().add_(self.eps))
-        d = restore(w, s.basis)
+        d = lift(w, s.basis)
         if self.compensation != "none" and s.basis.shape[-1] < x.shape[-2]:
             rest = self._compensation(x, inner, w, s)
             if self.compensation == "fira_plus":
@@ -111,7 +116,7 @@ class Alice(Rule):
             scale = torch.where(s.residual > 0, (x.shape[-2] - inner.shape[-2]) ** 0.5 * s.residual.rsqrt(), 0.0)
         else:
             scale = vector_norm(w, dim=-2, keepdim=True) / (vector_norm(inner, dim=-2, keepdim=True) + 1e-8)
-        rest = (x - restore(inner, s.basis)).mul_(scale)
+        rest = (x - lift(inner, s.basis)).mul_(scale)
         size = norm(rest)
         factor = growth_factor(size, s.norm, self.limit)
         s.norm = factor * size
@@ -129,7 +134,7 @@ class Alice(Rule):
 
     def _tracked(self, y: Tensor, u: Tensor, s: SimpleNamespace) -> Tensor:
         """b3 U Q U^T times y."""
-        return self.betas[2] * restore(s.factor @ project(y, u), u) if self.betas[2] else torch.zeros_like(y)
+        return self.betas[2] * lift(s.factor @ project(y, u), u) if self.betas[2] else torch.zeros_like(y)
 
 
 def _wide(g: Tensor) -> Tensor:

@@ -58,15 +58,7 @@ class APOLLO(Limited):
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         if self.projection == "svd":
             return super().rebuild(g, s, t)
-        left, right = projection(s)
-        if left is not None:
-            s.projection_left = s.noise("mr") / left.shape[-1] ** 0.5
-        if right is not None:
-            s.projection_right = s.noise("nr") / right.shape[-1] ** 0.5
-
-    def refresh_cost(self, m: int, n: int, *, vector: bool = False) -> float:  # noqa: D102
-        cost = super().refresh_cost(m, n, vector=vector)
-        return float(m * n) if cost and self.projection == "random" else cost
+        self.draw(s)
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         s.refresh(g)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, zeros
-from lightning_optim.ops.basis import gram, project, restore
 from lightning_optim.ops.lapack import orthonormal
 from lightning_optim.ops.lowrank import leading_basis
+from lightning_optim.ops.moments import gram
 from lightning_optim.ops.norms import norm, normalized
 from lightning_optim.ops.orthogonal import DTYPES, IterationDtype, orthogonalize
+from lightning_optim.ops.projection import lift, project
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class COSMOS(Rule):
     source: ClassVar = "Liu et al. 2025, arXiv:2502.17410, Alg. 1; learning rates as in the authors' code"
     state: ClassVar = {
         "exp_avg": zeros("mn"),
-        "exp_avg_sq": zeros("mr"),
-        "basis": zeros("nr"),
+        "exp_avg_sq": zeros("mr", nonnegative=True),
+        "basis": zeros("nr", exact=True),
         "factor": zeros("rr"),
     }
     vectors: ClassVar = False
@@ -83,11 +84,11 @@ class COSMOS(Rule):
         s.exp_avg_sq.mul_(b2).addcmul_(inner, inner, value=1 - b2)
         n = self._filtered(g, s.exp_avg, t)
         inner = project(n, right=s.basis)
-        rest = n - restore(inner, right=s.basis)
+        rest = n - lift(inner, right=s.basis)
         rest = rest * (norm(rest) > 100 * torch.finfo(n.dtype).eps * norm(n))
         rest = orthogonalize(rest, self.ns_steps, dtype=DTYPES[self.ns_dtype])
         adam = inner / (s.exp_avg_sq.sqrt() / (1 - b2**t) ** 0.5 + self.eps)
-        return normalized(restore(adam, right=s.basis).add_(normalized(rest, self.gamma)), self.lr_ratio)
+        return normalized(lift(adam, right=s.basis).add_(normalized(rest, self.gamma)), self.lr_ratio)
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         if t == 1:

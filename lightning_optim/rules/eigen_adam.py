@@ -10,8 +10,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, eye, zeros
-from lightning_optim.ops.basis import adam_moments, gram, project, restore
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal
+from lightning_optim.ops.moments import adam_moments, gram
+from lightning_optim.ops.projection import lift, project
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ class EigenAdam(Rule):
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         side = "mm" if m <= n else "nn"
-        return {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn"), "factor": zeros(side), "basis": eye(side)}
+        return {
+            "exp_avg": zeros("mn"),
+            "exp_avg_sq": zeros("mn", nonnegative=True),
+            "factor": zeros(side),
+            "basis": eye(side),
+        }
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return ADAMW_RMS
@@ -54,7 +60,7 @@ class EigenAdam(Rule):
         s.refresh(g)
         sides = (s.basis, None) if left else (None, s.basis)
         adam_moments(s.exp_avg, s.exp_avg_sq, g, project(g, *sides), (b1, b2))
-        d = restore(project(s.exp_avg, *sides).div_(s.exp_avg_sq.sqrt().add_(self.eps)), *sides)
+        d = lift(project(s.exp_avg, *sides).div_(s.exp_avg_sq.sqrt().add_(self.eps)), *sides)
         return d.mul_((1 - b2**t) ** 0.5 / (1 - b1**t)) if self.bias_correction else d
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102

@@ -1,4 +1,4 @@
-"""GaLore: Adam on the gradient's coordinates in its leading singular vectors."""
+"""GaLore: Adam, or Adafactor, on the gradient's coordinates in its leading singular vectors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS
 from lightning_optim.ops.projection import Side, lift, project
-from lightning_optim.rules.projected import Projected, projection
+from lightning_optim.rules.adafactor import AdafactorHF
+from lightning_optim.rules.projected import FactoredSubspace, Projected, projection
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,32 @@ class GaLore(Projected):
         u, correction = self.ratio(project(g, *basis), s, t)
         scale = 1.0 if basis == (None, None) else self.scale
         return lift(u.mul_(scale * correction), *basis)
+
+
+@dataclass(frozen=True)
+class GaLoreAdafactor(FactoredSubspace):
+    """GaLore with Adafactor: `adafactor_hf` on the gradient's coordinates in its leading singular vectors.
+
+    x = P^T g;  step = a scale P u(x), with u, a, momentum and decay as in `adafactor_hf`
+
+    P, `side`, `basis` and `refresh` as in `galore`, RMS(p) of the whole matrix. Without `beta1` nothing depends on the
+    signs of P. The defaults are those of Transformers' `galore_adafactor`.
+    """
+
+    scale: float = 0.25
+    side: Side = "std"
+
+    name: ClassVar = "galore_adafactor"
+    source: ClassVar = "Zhao et al. 2024, arXiv:2403.03507, Sec. 3; order of operations of the authors' code"
+
+    def rms(self, m: int, n: int) -> float | None:  # noqa: D102
+        whole = AdafactorHF.rms(self, m, n)
+        return whole and whole * (self.scale * self.share(m, n) if self.projected_sides(m, n) else 1.0)
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        assert p is not None
+        s.refresh(g)
+        basis, a = projection(s), self.size(p, t)
+        u = self.stepped(self.ratio(project(g, *basis), s, t), a, s)
+        d = u if basis == (None, None) else lift(u, *basis).mul_(self.scale)
+        return self.decayed(d, p, a)

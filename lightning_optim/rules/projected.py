@@ -1,4 +1,4 @@
-"""What GaLore, Fira and APOLLO share: Adam's moments of a projected gradient, and a projection that is renewed."""
+"""What GaLore, Fira, APOLLO and Flora share: a projection that is renewed, and moments of what it projects."""
 
 from __future__ import annotations
 
@@ -12,31 +12,26 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, Slot, zeros
+from lightning_optim.ops.moments import adam_moments
 from lightning_optim.ops.norms import growth_factor, norm
 from lightning_optim.ops.projection import OVERSAMPLING, Method, Side, leading_vectors, left_out, project, sides
+from lightning_optim.rules.adafactor import AdafactorHF
 
 
 @dataclass(frozen=True)
-class Projected(Rule):
-    """Base of rules whose state lives in a projection of rank r.
+class Subspace(Rule):
+    """Base of rules with state in a projection of rank r, `projection_left` [m, r], `projection_right` [n, r] or both.
 
-    x = P^T g, or g P where the columns are projected;  m <- b1 m + (1 - b1) x;  v <- b2 v + (1 - b2) x^2
-    u = m / (sqrt(v) + eps), times c = sqrt(1 - b2^t) / (1 - b1^t) with `correct_bias`
-
-    P holds leading singular vectors of the gradient of the step that refreshes it. m and v are not turned into the
-    new basis. Vectors, matrices of one row or column, and all parameters if `rank` is 0, take plain Adam steps u c.
+    The projection holds leading singular vectors of the gradient of the step that refreshes it. Vectors, matrices of
+    one row or column, and all parameters if `rank` is 0, are not projected.
     """
 
     lr: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-6
     weight_decay: float = 0.0
     rank: int = 128
     refresh: str = "staggered:200"
     basis: Method = "svd"
-    correct_bias: bool = True
 
-    decay: ClassVar = "after"
     costly: ClassVar = ("projection_left", "projection_right")
 
     def projected_sides(self, m: int, n: int, *, vector: bool = False) -> tuple[str, ...]:
@@ -51,19 +46,21 @@ class Projected(Rule):
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         used = self.projected_sides(m, n, vector=vector)
         letters = ("r" if "left" in used else "m") + ("r" if "right" in used else "n")
-        out = self.moments(letters)
-        if used:
-            out |= {f"projection_{side}": zeros("mr" if side == "left" else "nr") for side in used}
-            out |= {"left_out": zeros("11")}
-        return out
+        out = self.moments(letters, vector=vector)
+        out |= {f"projection_{side}": zeros("mr" if side == "left" else "nr", exact=True) for side in used}
+        return {**out, "left_out": zeros("11")} if used and self.goes_stale() else out
 
-    def moments(self, letters: str) -> dict[str, Slot]:
-        """State of the projected gradient, whose shape the letters give.
+    def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:
+        """State beside the projection.
+
+        Args:
+            letters: shape of the projected gradient.
+            vector: whether the parameter has fewer than two dimensions.
 
         Returns:
             Slot declarations by name.
         """
-        return {"exp_avg": zeros(letters), "exp_avg_sq": zeros(letters)}
+        raise NotImplementedError
 
     def share(self, m: int, n: int) -> float:
         """The RMS of a lifted matrix per RMS of its coordinates.
@@ -73,18 +70,6 @@ class Projected(Rule):
         """
         lengths = [m if side == "left" else n for side in self.projected_sides(m, n)]
         return math.prod(min(self.rank, m, n) / k for k in lengths) ** 0.5
-
-    def ratio(self, x: Tensor, s: SimpleNamespace, t: int) -> tuple[Tensor, float]:
-        """Take x into Adam's moments.
-
-        Returns:
-            (u, c) of the formulae above.
-        """
-        b1, b2 = self.betas
-        s.exp_avg.lerp_(x, 1 - b1)
-        s.exp_avg_sq.mul_(b2).addcmul_(x, x, value=1 - b2)
-        correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if self.correct_bias else 1.0
-        return s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), correction
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         old = {side: x for side, x in zip(("left", "right"), projection(s), strict=True) if x is not None}
@@ -97,11 +82,18 @@ class Projected(Rule):
             setattr(s, f"projection_{side}", vectors)
         s.left_out = left_out(g, project(g, *projection(s)))
 
+    def draw(self, s: SimpleNamespace) -> None:
+        """Draw the projection at random, with entries from N(0, 1 / r)."""
+        for side, length in (("left", "m"), ("right", "n")):
+            if hasattr(s, f"projection_{side}"):
+                drawn = s.noise(f"{length}r")
+                setattr(s, f"projection_{side}", drawn / drawn.shape[-1] ** 0.5)
+
     def refresh_cost(self, m: int, n: int, *, vector: bool = False) -> float:  # noqa: D102
         short, rank, count = min(m, n), min(self.rank, m, n), len(self.projected_sides(m, n, vector=vector))
         sketch = 4 * (rank + OVERSAMPLING) * count
         passes = {"svd": 10 * short, "randomized_svd": sketch, "subspace_iteration": 4 * rank}
-        return float(m * n * passes[self.basis]) if count else 0.0
+        return float(m * n * (passes[self.basis] if self.goes_stale() else 1)) if count else 0.0
 
     def staleness(self, g: Tensor, s: SimpleNamespace) -> Tensor:
         """The share of the gradient's energy that the projection loses, beyond what it lost when it was made.
@@ -110,6 +102,56 @@ class Projected(Rule):
             `[b]`, in [0, 1].
         """
         return (left_out(g, project(g, *projection(s))) - s.left_out).clamp(min=0).flatten()
+
+
+@dataclass(frozen=True)
+class Projected(Subspace):
+    """Base of rules that take a projected gradient into Adam's moments.
+
+    x = P^T g, or g P where the columns are projected;  m <- b1 m + (1 - b1) x;  v <- b2 v + (1 - b2) x^2
+    u = m / (sqrt(v) + eps), times c = sqrt(1 - b2^t) / (1 - b1^t) with `correct_bias`
+
+    m and v are not turned into a new basis. What is not projected takes plain Adam steps u c.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    correct_bias: bool = True
+
+    decay: ClassVar = "after"
+
+    def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:  # noqa: D102
+        return {"exp_avg": zeros(letters), "exp_avg_sq": zeros(letters, nonnegative=True)}
+
+    def ratio(self, x: Tensor, s: SimpleNamespace, t: int) -> tuple[Tensor, float]:
+        """Take x into Adam's moments.
+
+        Returns:
+            (u, c) of the formulae above.
+        """
+        b1, b2 = self.betas
+        adam_moments(s.exp_avg, s.exp_avg_sq, x, x, self.betas)
+        correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if self.correct_bias else 1.0
+        return s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), correction
+
+
+@dataclass(frozen=True)
+class FactoredSubspace(Subspace, AdafactorHF):
+    """Base of rules that take a projected gradient, or its momentum only, through Adafactor.
+
+    What is not projected is `adafactor_hf`'s.
+    """
+
+    scale_parameter: bool = False
+    relative_step: bool = False
+
+    reduces: ClassVar = False
+    last_two: ClassVar = False
+
+    def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:  # noqa: D102
+        second = {"row_var": zeros(f"{letters[0]}1"), "col_var": zeros(f"1{letters[1]}")}
+        first = {"exp_avg": zeros(letters)} if self.beta1 is not None else {}
+        return {**({"variance": zeros("mn", nonnegative=True)} if vector else second), **first}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, Slot, zeros
-from lightning_optim.ops.basis import gram
+from lightning_optim.ops.moments import gram
 from lightning_optim.ops.norms import normalized, rms
 from lightning_optim.ops.spectral import norm_lower_bound
 

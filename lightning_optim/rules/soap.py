@@ -13,6 +13,8 @@ from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, eye, zeros
 from lightning_optim.ops.eigenbasis import eigenbasis, follow_eigenbasis, off_diagonal
+from lightning_optim.ops.moments import adam_moments, gram
+from lightning_optim.ops.projection import lift, project
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class SOAP(Rule):
     costly: ClassVar = ("basis_left", "basis_right")
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
-        out = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn")}
+        out = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
         if m <= self.max_precond_dim and not vector:
             out |= {"factor_left": zeros("mm"), "basis_left": eye("mm")}
         if n <= self.max_precond_dim and (self.precondition_1d or not vector):
@@ -67,10 +69,9 @@ class SOAP(Rule):
             s.refresh(g)
             return g
         b1, b2 = self.betas
-        turned = _rotate(g, s)
-        s.exp_avg.lerp_(turned, 1 - b1)
-        s.exp_avg_sq.mul_(b2).addcmul_(turned, turned, value=1 - b2)
-        d = _rotate(s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), s, back=True)
+        turned = project(g, **_bases(s))
+        adam_moments(s.exp_avg, s.exp_avg_sq, turned, turned, self.betas)
+        d = lift(s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), **_bases(s))
         if self.normalize_grads:
             d = d / (vector_norm(d, dim=(-2, -1), keepdim=True) / (d.shape[-2] * d.shape[-1]) ** 0.5 + 1e-30)
         if self.correct_bias:
@@ -81,37 +82,27 @@ class SOAP(Rule):
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         if t == 1:
-            for side in _sides(s):
+            for side in _bases(s):
                 setattr(s, f"basis_{side}", eigenbasis(getattr(s, f"factor_{side}")))
             return
-        m = _rotate(s.exp_avg, s, back=True)
-        for side in _sides(s):
-            basis, order = follow_eigenbasis(getattr(s, f"factor_{side}"), getattr(s, f"basis_{side}"))
+        m = lift(s.exp_avg, **_bases(s))
+        for side, old in _bases(s).items():
+            basis, order = follow_eigenbasis(getattr(s, f"factor_{side}"), old)
             setattr(s, f"basis_{side}", basis)
             dim, index = (-2, order.unsqueeze(-1)) if side == "left" else (-1, order.unsqueeze(-2))
             s.exp_avg_sq = s.exp_avg_sq.gather(dim, index.expand_as(s.exp_avg_sq))
-        s.exp_avg = _rotate(m, s)
+        s.exp_avg = project(m, **_bases(s))
 
     def staleness(self, g: Tensor, s: SimpleNamespace) -> Tensor:  # noqa: D102
-        sides = [off_diagonal(getattr(s, f"factor_{x}"), getattr(s, f"basis_{x}")) for x in _sides(s)]
+        sides = [off_diagonal(getattr(s, f"factor_{x}"), q) for x, q in _bases(s).items()]
         return torch.stack(sides).amax(0)
 
     def _observe(self, g: Tensor, s: SimpleNamespace) -> None:
         weight = 1 - (self.betas[1] if self.shampoo_beta is None else self.shampoo_beta)
-        for side in _sides(s):
-            getattr(s, f"factor_{side}").lerp_(g @ g.mT if side == "left" else g.mT @ g, weight)
+        for side in _bases(s):
+            getattr(s, f"factor_{side}").lerp_(gram(g, left=side == "left"), weight)
 
 
-def _sides(s: SimpleNamespace) -> list[str]:
-    return [side for side in ("left", "right") if hasattr(s, f"basis_{side}")]
-
-
-def _rotate(x: Tensor, s: SimpleNamespace, *, back: bool = False) -> Tensor:
-    """Into the eigenbasis, or back."""
-    for side in _sides(s):
-        q = getattr(s, f"basis_{side}")
-        if side == "left":
-            x = (q if back else q.mT) @ x
-        else:
-            x = x @ (q.mT if back else q)
-    return x
+def _bases(s: SimpleNamespace) -> dict[str, Tensor]:
+    """The eigenbases by side; one that is not rotated is missing."""
+    return {side: getattr(s, f"basis_{side}") for side in ("left", "right") if hasattr(s, f"basis_{side}")}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import RACS, SWAN, Alice, Alice0, Dion, EigenAdam, Executor, PSGDKron
+from lightning_optim import RACS, SWAN, Alice, Alice0, Dion, EigenAdam, Executor, PSGDKron, Shampoo
 from lightning_optim.core import work
 
 Params = dict[str, Parameter]
@@ -100,6 +100,54 @@ def _psgd_kron(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return _injected(optimizer, params, lambda name, t: case["inject"].get(f"probe_{t}/{name}"))
 
 
+def _shampoo_distributed(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    """Of facebookresearch/optimizers: a beta2 of 1 is a sum, a start of -1 the first multiple of the interval."""
+    beta1, beta2 = h.pop("betas", (0.9, 1.0))
+    interval = h.pop("precondition_frequency", 1)
+    start = h.pop("start_preconditioning_step", -1)
+    graft: Case = h.pop("grafting", None) or {"type": "none"}
+    beta3 = h.pop("beta3", -1.0)
+    return Shampoo(
+        params.items(),
+        lr=h.get("lr", 0.01),
+        betas=(beta1, 0.0 if beta2 == 1 else beta2),
+        beta3=None if beta3 < 0 else beta3,
+        eps=h.get("epsilon", 1e-12),
+        weight_decay=h.get("weight_decay", 0.0),
+        decay="coupled" if h.get("weight_decay_type") == "L2" else "before",
+        refresh=_multiples(interval),
+        start=interval if start < 0 else start,
+        accumulate="sum" if beta2 == 1 else "average",
+        bias_correction=h.get("use_bias_correction", True),
+        preconditioner="eigenvalue" if str(h.get("preconditioner")).startswith("soap") else "root",
+        graft=graft["type"],
+        graft_beta2=graft.get("beta2", 0.999),
+        graft_eps=graft.get("epsilon", 1e-8),
+        max_dim=h.get("max_preconditioner_dim", 1024),
+        target_dims=h.get("target_parameter_dimensionality", 1),
+    )
+
+
+def _shampoo_paper(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    """Of pytorch_optimizer: the paper's sums; before the first multiple of the interval only the decay acts."""
+    interval = h.get("preconditioning_compute_steps", 1)
+    decoupled = h.get("weight_decouple", False)
+    return Shampoo(
+        params.items(),
+        lr=h.get("lr", 1e-3),
+        betas=(0.0, 0.0),
+        eps=h.get("matrix_eps", 1e-6),
+        weight_decay=h.get("weight_decay", 0.0),
+        decay="before" if decoupled else "coupled",
+        refresh=_multiples(interval),
+        start=interval,
+        early="decay",
+        accumulate="sum",
+        graft="none",
+        max_dim=None,
+    )
+
+
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "Alice": _alice(Alice),
     "Alice-0": _alice(Alice0),
@@ -109,4 +157,6 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "PSGD-Kron": _psgd_kron,
     "RACS": _racs,
     "SWAN": _swan,
+    "Shampoo-distributed": _shampoo_distributed,
+    "Shampoo-pytorch_optimizer": _shampoo_paper,
 }

@@ -9,7 +9,7 @@ import torch
 
 from lightning_optim import Executor
 from lightning_optim.core.work import Job
-from lightning_optim.rules.projected import Projected
+from lightning_optim.rules.projected import Subspace
 from tests.golden.common import Case, Params, split
 
 
@@ -23,7 +23,7 @@ class Recorded(Executor):
     def _run(self, job: Job) -> None:
         name = job.group["name"]
 
-        def rebuild(rule: Projected, g: torch.Tensor, s: Any, t: int) -> None:
+        def rebuild(rule: Subspace, g: torch.Tensor, s: Any, t: int) -> None:
             found = {slot: self.inject.get(f"{key}_{t}/{name}") for slot, key in _sides(rule, g).items()}
             if any(x is None for x in found.values()):
                 type(job.rule).rebuild(rule, g, s, t)
@@ -31,13 +31,13 @@ class Recorded(Executor):
                 if x is not None:
                     setattr(s, slot, (x.mT if "right" in slot else x).to(g)[None])
 
-        if isinstance(job.rule, Projected):
+        if isinstance(job.rule, Subspace):
             recorded = type("Recorded", (type(job.rule),), {"rebuild": rebuild})
             job = job._replace(rule=recorded(**vars(job.rule)))
         super()._run(job)
 
 
-def _sides(rule: Projected, g: torch.Tensor) -> dict[str, str]:
+def _sides(rule: Subspace, g: torch.Tensor) -> dict[str, str]:
     """Our slots and the recording's keys of a matrix's projection."""
     sides = rule.projected_sides(*g.shape[-2:])
     both = {"left": "proj_A", "right": "proj_B"}
@@ -65,6 +65,13 @@ _galore = _projected("galore", PROJECTOR, {"proj_type": "side"})
 _fira = _projected("fira", {**LIMITED, "alpha": 1.0, "residual_uses_alpha": True}, {"proj_type": "side"})
 
 
+def _galore_adafactor(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    rate = {"decay_rate": h.pop("decay_rate")} if "decay_rate" in h else {}
+    lr = {} if h.get("lr") is not None else {"lr": 1e-2}  # relative steps
+    defaults = {**PROJECTOR, "scale": 1.0, "scale_parameter": True, "relative_step": True}
+    return _projected("galore_adafactor", defaults, {"proj_type": "side"})(params, {**h, **rate, **lr}, case)
+
+
 def _apollo(params: Params, h: dict[str, Any], case: Case) -> Executor:
     h.pop("proj_type", None)  # the standard one
     h["projection"] = h.pop("proj", "random")
@@ -76,4 +83,5 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "APOLLO": _apollo,
     "Fira": _fira,
     "GaLore": _galore,
+    "GaLore-Adafactor": _galore_adafactor,
 }

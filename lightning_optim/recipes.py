@@ -1,0 +1,182 @@
+"""Published settings by name: `build_optimizer(model, "alice", recipe="alice-130m")`.
+
+A recipe is looked up when it is used, so the table may name rules that a trimmed package lacks. Besides the table,
+the name of any rule is a recipe: its defaults, which are those of the publication or its reference implementation, at
+the published scale, with all costly state refreshed in the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_optim.core.rule import REGISTRY, hyperparameters, lookup, nearest
+
+SIZES = ("60m", "130m", "350m", "1b")
+"""Of the LLaMA models of Gong et al. 2025, Table 10; what that table calls 1.3B is `1b`."""
+
+DEFAULTS: dict[str, Any] = {
+    "weight_decay": 0.0,
+    "rest": "adamw",
+    "lr_convention": "adamw",
+    "last_layer": "rest",
+    "blocks": "layers",
+}
+"""Arguments of `build_optimizer` that neither the user nor a recipe gives."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Arguments of `build_optimizer`, as published."""
+
+    rule: str
+    settings: Mapping[str, Any]
+    source: str
+
+
+def _by_size(rule: str, table: str, *, last_layer: str, **columns: Any) -> dict[str, Recipe]:
+    """One recipe per size of model; tuples hold a value for each."""
+    source = f"Gong et al. 2025, arXiv:2502.07752, {table}; bfloat16, warm-up over 10 % of the steps, cosine to 10 %"
+    shared = {"lr_convention": "native", "rest": "adam", "last_layer": last_layer}
+    out = {}
+    for i, size in enumerate(SIZES):
+        values = {k: v[i] if isinstance(v, tuple) and len(v) == len(SIZES) else v for k, v in columns.items()}
+        rest = {} if rule == "adam" else {"rest_lr": ADAM_LR[i]}
+        out[f"{rule}-{size}"] = Recipe(rule, shared | rest | values, source)
+    return out
+
+
+ADAM_LR = (1e-3, 1e-3, 1e-3, 7e-4)
+"""Table 8, by size. The paper does not say at which learning rate Adam trains what the method does not take; this."""
+
+GALORE: dict[str, Any] = {
+    "lr": (0.02, 0.02, 0.02, 0.01),
+    "rank": (128, 256, 256, 512),
+    "refresh": "fixed:200",
+}
+APOLLO: dict[str, Any] = {"lr": 0.01, "last_layer": "rest", "lr_convention": "native", "refresh": "fixed:200"}
+ALICE: dict[str, Any] = {
+    "lr": 0.02,
+    "alpha": (0.3, 0.3, 0.3, 0.25),
+    "alpha_c": (0.4, 0.4, 0.4, 0.2),
+    "rank": (128, 256, 256, 512),
+    "leading": (40, 40, 40, 160),
+    "refresh": "fixed:200:200",
+}
+SPEEDRUN = "modded-nanogpt, records/track_1_short/2024-10-29_Optimizers: GPT-2 124M to loss 3.28 on FineWeb; no decay"
+
+RECIPES: dict[str, Recipe] = {
+    **_by_size("galore", "Table 7", last_layer="rule", scale=(0.3, 0.3, 0.3, 0.25), **GALORE),
+    **_by_size("fira", "Table 7", last_layer="rule", alpha=(0.3, 0.3, 0.3, 0.25), **GALORE),
+    **_by_size("adam", "Table 8", last_layer="rest", lr=ADAM_LR, betas=(0.9, 0.999)),
+    **_by_size("racs", "Table 9", last_layer="rest", lr=0.02, beta=0.9, alpha=(0.05, 0.05, 0.05, 0.02)),
+    **_by_size("alice", "Table 11", last_layer="rule", betas=(0.9, 0.9, 0.999), **ALICE),
+    **_by_size("alice0", "Table 11, without tracking", last_layer="rule", betas=(0.9, 0.9, 0.0), **ALICE),
+    **{
+        f"apollo-{size}": Recipe("apollo", APOLLO | {"rank": rank}, "Zhu et al. 2024, arXiv:2412.05270, scripts")
+        for size, rank in zip(SIZES, (128, 192, 256, 256), strict=True)
+    },
+    "apollo-mini": Recipe(
+        "apollo",
+        APOLLO | {"rank": 1, "scale": 128.0, "scale_type": "tensor"},
+        "Zhu et al. 2024, arXiv:2412.05270, scripts: 350M and larger",
+    ),
+    "adamw-speedrun": Recipe("adamw", {"lr": 1.8e-3, "betas": (0.9, 0.95), "lr_convention": "native"}, SPEEDRUN),
+    "muon-speedrun": Recipe(
+        "muon",
+        {
+            "lr": 0.02,
+            "momentum": 0.95,
+            "lr_convention": "native",
+            "rest_lr": 1.8e-3,
+            "rest_settings": {"betas": (0.9, 0.95)},
+        },
+        SPEEDRUN,
+    ),
+    "soap-speedrun": Recipe(
+        "soap",
+        {
+            "lr": 1.8e-3,
+            "betas": (0.95, 0.95),
+            "lr_convention": "native",
+            "rest_lr": 1.8e-3,
+            "rest_settings": {"betas": (0.9, 0.95)},
+        },
+        SPEEDRUN,
+    ),
+    "muon-moonlight": Recipe(
+        "muon",
+        {
+            "lr": 1e-3,
+            "momentum": 0.95,
+            "scale": "match_rms_adamw",
+            "weight_decay": 0.1,
+            "lr_convention": "native",
+            "rest_settings": {"betas": (0.9, 0.95), "eps_mode": "uncorrected"},
+        },
+        "Liu et al. 2025, arXiv:2502.16982, the authors' example",
+    ),
+    "lion-lm": Recipe(
+        "lion",
+        {"lr": 1e-4, "betas": (0.95, 0.98), "lr_convention": "native"},
+        "Chen et al. 2023, arXiv:2302.06675, Sec. 4: betas for language models",
+    ),
+    "adafactor-t5": Recipe(
+        "adafactor",
+        {"lr": 1e-3, "lr_convention": "native"},
+        "Raffel et al. 2020, arXiv:1910.10683, Sec. 3.1.3: fine-tuning at a constant learning rate",
+    ),
+}
+
+
+def find(name: str) -> Recipe:
+    """Look a recipe up.
+
+    Args:
+        name: of the table, or of a rule, for its defaults at the published scale.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: there is no such recipe; the message gives the nearest ones.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    if name not in REGISTRY:
+        raise ValueError(f"unknown recipe {name!r}; {nearest(name, [*RECIPES, *REGISTRY])}")
+    rule = lookup(name)
+    defaults = hyperparameters(rule)
+    settings = {k: defaults[k] for k in ("lr", "weight_decay")}
+    if "refresh" in defaults:
+        settings["refresh"] = defaults["refresh"].replace("staggered:", "fixed:")
+    return Recipe(name, settings | {"lr_convention": "native"}, rule.source)
+
+
+def chosen(name: str, recipe: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of `build_optimizer`: what is given, else the recipe's, else the default.
+
+    Args:
+        name: of the main rule.
+        recipe: name of a recipe, or None.
+        given: arguments; None counts as not given where `build_optimizer` has a default.
+
+    Returns:
+        Arguments by name.
+
+    Raises:
+        ValueError: an unknown recipe, one of another rule, or no learning rate.
+    """
+    found = find(recipe) if recipe is not None else Recipe(name, {}, "")
+    if found.rule != lookup(name).name:
+        raise ValueError(f"recipe {recipe!r} is of {found.rule!r}, not of {name!r}")
+    optional = {*DEFAULTS, "lr", "rest_lr", "rest_settings"}
+    present = {k: v for k, v in given.items() if v is not None or k not in optional}
+    out: dict[str, Any] = {"lr": None, "rest_lr": None, "rest_settings": {}, **DEFAULTS, **found.settings, **present}
+    same_rest = out["rest"] == found.settings.get("rest", DEFAULTS["rest"])
+    published: Mapping[str, Any] = found.settings.get("rest_settings", {}) if same_rest else {}
+    out["rest_settings"] = {**published, **(given.get("rest_settings") or {})}
+    if out["lr"] is None:
+        raise ValueError(f"{name}: give a learning rate (lr=...) or a recipe")
+    return out

@@ -1,0 +1,65 @@
+"""CAME: Adafactor with momentum, divided by the root of how far the momentum is from the steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.rule import ADAMW_RMS, Rule, zeros
+from lightning_optim.ops.factored import over_root, update_means_
+from lightning_optim.ops.norms import clip_rms_
+
+
+@dataclass(frozen=True)
+class CAME(Rule):
+    """CAME: Adafactor with momentum, divided by the root of how far the momentum is from the steps.
+
+    r <- b2 r + (1 - b2) mean_cols(g^2 + eps1), c likewise;  u = g / sqrt(r c / mean(r)), clipped to RMS clip_threshold
+    m <- b1 m + (1 - b1) u;  R <- b3 R + (1 - b3) mean_cols((u - m)^2 + eps2), C likewise;  d = m / sqrt(R C / mean(R))
+
+    Vectors keep a full second moment and step by m. Its learning rate is 0.5 to 0.9 of AdamW's. Nothing is corrected
+    for its start from zero: the first direction has an RMS of 11 and the tenth of 9, so warm up over hundreds of steps.
+    """
+
+    lr: float = 2e-4
+    betas: tuple[float, float, float] = (0.9, 0.999, 0.9999)
+    eps: tuple[float, float] = (1e-30, 1e-16)
+    clip_threshold: float = 1.0
+    weight_decay: float = 0.0
+
+    name: ClassVar = "came"
+    source: ClassVar = "Luo et al. 2023, arXiv:2307.02047, Alg. 2; vectors as in the authors' code"
+    state: ClassVar = {
+        "exp_avg": zeros("mn"),
+        "exp_avg_sq_row": zeros("m1"),
+        "exp_avg_sq_col": zeros("1n"),
+        "exp_avg_res_row": zeros("m1"),
+        "exp_avg_res_col": zeros("1n"),
+    }
+    vector_state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
+    reduces: ClassVar = True
+    last_two: ClassVar = True
+
+    def rms(self, m: int, n: int) -> float:  # noqa: D102
+        return ADAMW_RMS
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        b1, b2, b3 = self.betas
+        u = g * g  # the only temporary of this size
+        whole = hasattr(s, "exp_avg_sq")
+        if whole:
+            s.exp_avg_sq.lerp_(u.add_(self.eps[0]), 1 - b2)
+            torch.mul(g, s.exp_avg_sq.rsqrt(), out=u)
+        else:
+            update_means_(s.exp_avg_sq_row, s.exp_avg_sq_col, u, 1 - b2, self.eps[0])
+            over_root(g, s.exp_avg_sq_row, s.exp_avg_sq_col, out=u)
+        s.exp_avg.lerp_(clip_rms_(u, self.clip_threshold), 1 - b1)
+        if whole:
+            return s.exp_avg
+        residual = u.sub_(s.exp_avg).square_()
+        update_means_(s.exp_avg_res_row, s.exp_avg_res_col, residual, 1 - b3, self.eps[1])
+        return over_root(s.exp_avg, s.exp_avg_res_row, s.exp_avg_res_col, out=u)

@@ -1,0 +1,71 @@
+"""LAMB: Adam whose every layer moves by a fixed fraction of its norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_optim.core.rule import Rule, zeros
+from lightning_optim.ops.moments import adam_moments, adam_ratio, bias_corrections
+from lightning_optim.ops.norms import norm, quotient
+
+
+@dataclass(frozen=True)
+class LAMB(Rule):
+    """LAMB: Adam whose every layer moves by a fixed fraction of its norm, for large batches.
+
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+    u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay p;  d = u phi(|p|) / |u|
+
+    The ratio is 1 where a norm is zero. phi is the identity, or clamps the norm to `norm_bounds` (the paper's; 10 is
+    a published upper bound, and a lower one lets matrices that start at zero grow); `trust_clip` bounds the ratio
+    itself (1 in timm). A layer is a matrix, each matrix of a stack (experts), or a whole convolution. Vectors are
+    neither adapted nor decayed, as in the authors' BERT, unless `exclude_vectors=False`.
+
+    A step has the norm lr |p|, whatever the gradient, so `lr_convention="adamw"` does not apply: lr is LAMB's. The
+    authors first clip the gradient's global norm to 1; the trainers do that.
+
+    Differs: `correct_bias=False` is the authors' code, the default their algorithm.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    norm_bounds: tuple[float, float] | None = None
+    trust_clip: float | None = None
+    exclude_vectors: bool = True
+    correct_bias: bool = True
+
+    name: ClassVar = "lamb"
+    source: ClassVar = "You et al. 2020, arXiv:1904.00962, Alg. 2"
+    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
+    reduces: ClassVar = True
+    reads_param: ClassVar = True
+    decay: ClassVar = "own"
+
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: bounds in the wrong order, or what `Rule.validate` raises.
+        """
+        super().validate()
+        if self.norm_bounds is not None and self.norm_bounds[0] > self.norm_bounds[1]:
+            raise ValueError(f"lamb: norm_bounds must be (lower, upper), got {self.norm_bounds!r}")
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        assert p is not None
+        adam_moments(s.exp_avg, s.exp_avg_sq, g, g, self.betas)
+        mean, root = bias_corrections(self.betas, t) if self.correct_bias else (1.0, 1.0)
+        u = adam_ratio(s.exp_avg, s.exp_avg_sq, mean, root, self.eps)
+        if self.exclude_vectors and s.vector:
+            return u
+        if self.weight_decay:
+            u.add_(p, alpha=self.weight_decay)
+        length = norm(p) if self.norm_bounds is None else norm(p).clamp_(*self.norm_bounds)
+        ratio = quotient(length, norm(u))
+        return u.mul_(ratio if self.trust_clip is None else ratio.clamp_(max=self.trust_clip))

@@ -1,0 +1,202 @@
+"""Shampoo: inverse roots of Kronecker factors of the gradient's second moment, as published and as run at scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
+from lightning_optim.ops.eigenbasis import eigenbasis
+from lightning_optim.ops.moments import gram
+from lightning_optim.ops.norms import norm
+from lightning_optim.ops.projection import lift, project
+from lightning_optim.ops.roots import Method, inverse_root
+from lightning_optim.ops.tiles import filled, joined, tiles
+
+
+@dataclass(frozen=True)
+class Shampoo(Rule):
+    """Shampoo: inverse roots of Kronecker factors of the gradient's second moment.
+
+    L <- b2 L + (1 - b2) G G^T;  R <- b2 R + (1 - b2) G^T G, or sums
+    when due  L' = (L / (1 - b2^t) + eps I)^-e;  R' = (R / (1 - b2^t) + eps I)^-e
+    N = (b3 M + (1 - b3) G) / (1 - b3 b1^(t-1));  M <- b1 M + (1 - b1) G;  P = L' N R'
+    d = P |A| / |P|, A = N / (sqrt(V / (1 - graft_beta2^t)) + graft_eps), V the average of G^2
+
+    e is 1 / (2 k) for k preconditioned sides, or `exponent`. The paper's form is `accumulate="sum"`, betas (0, 0),
+    graft "none" and no `max_dim`. Matrices are cut into tiles of at most `max_dim` rows and columns, each with factors
+    and a grafted norm of its own; no side is too long. With `target_dims=1`, the default of Distributed Shampoo, a
+    matrix of at most `max_dim` elements is one vector with a full factor. `graft`: "adam" as above, "rmsprop" without
+    bias correction, "adagrad" with a sum V, "sgd" A = N, "none" d = P. Steps before `start` take A, or leave the
+    weights to decay (`early="decay"`). `preconditioner="eigenvalue"` is Adam in the eigenbases Q_L, Q_R, N and V turned
+    by them, with eps beside the root of V. `beta3` None is b1. A root that cannot be computed stays what it was, with a
+    warning.
+
+    Differs: tensors of three and more dimensions are stacks of matrices, or flattened convolutions, and so of order 2.
+    The published epsilon of 1e-12 is below float32's rounding of the factors.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    beta3: float | None = None
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    refresh: str = "staggered:10"
+    start: int = 1
+    accumulate: Literal["average", "sum"] = "average"
+    bias_correction: bool = True
+    sides: Literal["both", "left", "right", "short"] = "both"
+    exponent: float | None = None
+    root: Method = "eigh"
+    preconditioner: Literal["root", "eigenvalue"] = "root"
+    graft: Literal["none", "sgd", "adagrad", "rmsprop", "adam"] = "adam"
+    graft_beta2: float = 0.999
+    graft_eps: float = 1e-8
+    early: Literal["graft", "decay"] = "graft"
+    max_dim: int | None = 1024
+    target_dims: Literal[1, 2] = 2
+    decay: Literal["before", "coupled"] = "before"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    name: ClassVar = "shampoo"
+    source: ClassVar = "Gupta et al. 2018, arXiv:1802.09568, Alg. 1, 2; Shi et al. 2023, arXiv:2309.06497"
+    costly: ClassVar = ("root_left", "root_right")
+    adamw_settings: ClassVar = {"graft": "adam"}
+
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: a Newton iteration for a root that is no integer, or what `Rule.validate` raises.
+        """
+        super().validate()
+        if self.root == "newton" and self.exponent and (1 / self.exponent) % 1:
+            raise ValueError(f"shampoo: root='newton' needs exponent = 1 / integer, got {self.exponent}")
+        if self.max_dim == 0:
+            raise ValueError("shampoo: max_dim must be positive")
+
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+        out = {"exp_avg": zeros("mn")} if self.betas[0] or self.beta3 else {}
+        if self.graft in ("adagrad", "rmsprop", "adam"):
+            out["graft_sq"] = zeros("mn", nonnegative=True)
+        rows, columns, count = self._tile(m, n)
+        if self.preconditioner == "eigenvalue":
+            out["exp_avg_sq"] = (
+                zeros("mn", nonnegative=True) if (rows, columns) == (m, n) else Slot("kk", size=(count * rows, columns))
+            )
+        for side in self._sides(m, n):
+            size = rows if side == "left" else columns
+            letters = {m: "mm", n: "nn"}.get(size) if count == 1 else None
+            slot = zeros(letters) if letters else Slot("kk", size=(count * size, size))
+            out |= {f"factor_{side}": slot, f"root_{side}": slot}
+        return out
+
+    def rms(self, m: int, n: int) -> float | None:  # noqa: D102
+        return ADAMW_RMS if self.graft in ("rmsprop", "adam") or self.preconditioner == "eigenvalue" else None
+
+    def refresh_cost(self, m: int, n: int, *, vector: bool = False) -> float:  # noqa: D102
+        rows, columns, count = self._tile(m, n)
+        return float(sum(count * (rows if side == "left" else columns) ** 3 for side in self._sides(m, n)))
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        x, summed, b2 = self._cut(g), self.accumulate == "sum", self.betas[1]
+        for side, factor in _stored(s, "factor").items():
+            outer = gram(x, left=side == "left")
+            _ = factor.add_(outer) if summed else factor.lerp_(outer, 1 - b2)
+        if t == 1:
+            for root in _stored(s, "root").values():
+                root.copy_(torch.eye(root.shape[-1]))
+        if t > self.start or t == self.start == 1:
+            s.refresh(g)
+        elif t == self.start:
+            self.rebuild(g, s, t)
+        if self.preconditioner == "eigenvalue":
+            inner = project(x, **_stored(s, "root"))
+            _second(s.exp_avg_sq.unflatten(-2, (-1, x.shape[-2])), inner, b2, summed)
+        if hasattr(s, "graft_sq"):
+            _second(s.graft_sq, g, self.graft_beta2, self.graft == "adagrad")
+        n = self._filtered(g, s, t)
+        grafted = self._grafted(n, s, t)
+        if t < self.start and self.preconditioner == "root":
+            return grafted if self.early == "graft" else torch.zeros_like(g)
+        d = self._preconditioned(self._cut(n), s, t)
+        if self.graft != "none":
+            d = d * (norm(self._cut(grafted)) / (norm(d) + 1e-16))
+        return joined(d, *self._merged(*g.shape[-2:])).reshape(g.shape)
+
+    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+        roots, factors = _stored(s, "root"), _stored(s, "factor")
+        exponent = self.exponent or 1 / (2 * len(roots))
+        rows, columns, _ = self._tile(*g.shape[-2:])
+        edges = filled(*self._merged(*g.shape[-2:]), rows, columns, g.device)
+        for side, root in roots.items():
+            factor = factors[side] / self._correction(t)
+            trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+            factor = factor + torch.diag_embed(
+                trace * edges[side == "right"]
+            )  # beside the others, not among the smallest
+            if self.preconditioner == "eigenvalue":
+                root.copy_(eigenbasis(factor).flip(-1))
+            else:
+                root.copy_(inverse_root(factor, 1 / exponent, eps=self.eps, method=self.root, previous=root))
+
+    def _correction(self, t: int) -> float:
+        return 1 - self.betas[1] ** t if self.bias_correction and self.accumulate == "average" else 1.0
+
+    def _filtered(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
+        b1, b3 = self.betas[0], self.betas[0] if self.beta3 is None else self.beta3
+        if not hasattr(s, "exp_avg"):
+            return g
+        n = g.lerp(s.exp_avg, b3)
+        s.exp_avg.lerp_(g, 1 - b1)
+        return n / (1 - b3 * b1 ** (t - 1)) if self.bias_correction else n
+
+    def _grafted(self, n: Tensor, s: SimpleNamespace, t: int) -> Tensor:
+        if not hasattr(s, "graft_sq"):
+            return n
+        correction = 1 - self.graft_beta2**t if self.graft == "adam" else 1.0
+        return n / ((s.graft_sq / correction).sqrt_().add_(self.graft_eps))
+
+    def _preconditioned(self, x: Tensor, s: SimpleNamespace, t: int) -> Tensor:
+        roots = _stored(s, "root")
+        if self.preconditioner == "root":
+            return project(x, **roots)
+        second = s.exp_avg_sq.unflatten(-2, (-1, x.shape[-2])) / self._correction(t)
+        return lift(project(x, **roots) / second.sqrt_().add_(self.eps), **roots)
+
+    def _merged(self, m: int, n: int) -> tuple[int, int]:
+        """Rows and columns of what is preconditioned: a small matrix may be one vector."""
+        return (1, m * n) if self.target_dims == 1 and self.max_dim and m * n <= self.max_dim else (m, n)
+
+    def _tile(self, m: int, n: int) -> tuple[int, int, int]:
+        """Rows and columns of a tile, and their number."""
+        m, n = self._merged(m, n)
+        rows, columns = (min(x, self.max_dim or x) for x in (m, n))
+        return rows, columns, -(-m // rows) * -(-n // columns)
+
+    def _sides(self, m: int, n: int) -> list[str]:
+        """Which sides have factors; one of a single row or column has none."""
+        m, n = self._merged(m, n)
+        if m == 1 or n == 1:
+            return ["right"] if m == 1 else ["left"]
+        chosen = ("left" if m <= n else "right") if self.sides == "short" else self.sides
+        return ["left", "right"] if chosen == "both" else [chosen]
+
+    def _cut(self, x: Tensor) -> Tensor:
+        m, n = x.shape[-2:]
+        rows, columns, _ = self._tile(m, n)
+        return tiles(x.reshape(-1, *self._merged(m, n)), rows, columns)
+
+
+def _stored(s: SimpleNamespace, kind: str) -> dict[str, Tensor]:
+    """Factors or roots by side, as views `[b, tiles, k, k]`."""
+    found = {side: getattr(s, f"{kind}_{side}", None) for side in ("left", "right")}
+    return {side: x.unflatten(-2, (-1, x.shape[-1])) for side, x in found.items() if x is not None}
+
+
+def _second(v: Tensor, x: Tensor, beta: float, summed: bool) -> None:
+    v.mul_(1.0 if summed else beta).addcmul_(x, x, value=1.0 if summed else 1 - beta)
