@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -41,7 +41,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_integration import KeepSchedule, TrainingArguments, last_checkpoint
+from hf_integration import KeepSchedule, TrainingArguments, diagnostics, last_checkpoint
 
 PRETRAINED = "runs/pretrain/model"
 MAX_BLOCK = 1024
@@ -78,6 +78,9 @@ class Arguments:
     )
     block_size: int | None = field(
         default=None, metadata={"help": f"Tokens per row; default: the model's context, at most {MAX_BLOCK}."}
+    )
+    diagnostics: Literal["off", "cheap", "matrix", "curvature"] = field(
+        default="cheap", metadata={"help": "What TensorBoard shows of the optimizer."}
     )
     packing: bool = field(
         default=False, metadata={"help": "Several records per row, or all as one stream, as text files always are."}
@@ -217,6 +220,19 @@ def rows(ours: Arguments, tokenizer: PreTrainedTokenizerBase, length: int) -> tu
     return train, evaluation
 
 
+def shown(preset: str, steps: int) -> list[TrainerCallback]:
+    """The callbacks that show the optimizer at work.
+
+    Args:
+        preset: of `hf_integration.diagnostics`, or "off".
+        steps: of the run, or -1.
+
+    Returns:
+        New callbacks.
+    """
+    return [] if preset == "off" else [*diagnostics(preset, steps if steps > 0 else None)]
+
+
 def main() -> None:
     """Fine-tune, evaluate and save."""
     ours, args = parse()
@@ -241,7 +257,7 @@ def main() -> None:
         train_dataset=cast("Dataset[Row]", train),
         eval_dataset=cast("Dataset[Row]", evaluation),
         processing_class=tokenizer,
-        callbacks=[PrintGroups(), KeepSchedule()],
+        callbacks=[PrintGroups(), KeepSchedule(), *shown(ours.diagnostics, args.max_steps)],
         optimizer_cls_and_kwargs=args.optimizer_cls_and_kwargs(),
     )
     before = trainer.evaluate()["eval_loss"]

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_optim import configure_optimizers
+from lightning_optim.callbacks import diagnostics
 from lightning_optim.lightning import SCHEDULES
 from lightning_optim.optimizers import CLASSES
 
@@ -207,6 +208,9 @@ def arguments() -> argparse.Namespace:
     add("--val_every", type=int, default=200, help="steps between validations (default %(default)s)")
     add("--checkpoint_every", type=int, default=100, help="steps between checkpoints (default %(default)s)")
     add("--log_every", type=int, default=10, help="steps between logged losses (default %(default)s)")
+    add(
+        "--diagnostics", choices=("off", "cheap", "matrix", "curvature"), default="cheap", help="what TensorBoard shows"
+    )
     add("--resume", action="store_true", help="go on from the last run's last checkpoint, if there is one")
     return parser.parse_args()
 
@@ -251,6 +255,7 @@ def main() -> None:
         callbacks=[
             progress,
             LearningRateMonitor(),
+            *(diagnostics(args.diagnostics, args.max_steps) if args.diagnostics != "off" else ()),
             StepCheckpoint(checkpoints, args.checkpoint_every, args.val_every),
             TQDMProgressBar(refresh_rate=args.log_every),
         ],

@@ -72,9 +72,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def _literals(text: str | None) -> dict[str, Any]:
-    """Read `momentum=0.9, betas=(0.9, 0.95), recipe=alice-130m`; a bare word, with hyphens or not, is a string."""
+    """Read `momentum=0.9, betas=(0.9, 0.95), recipe=alice-130m, refresh=fixed:10`; a bare word is a string."""
     try:
-        quoted = re.sub(r"=\s*([A-Za-z]\w*(?:-\w+)+)", r"='\1'", text or "")
+        quoted = re.sub(r"=\s*([A-Za-z]\w*(?:[-:][\w.]+)+)", r"='\1'", text or "")
         call = ast.parse(f"dict({quoted})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             raise ValueError("not name=value")

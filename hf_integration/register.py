@@ -104,11 +104,13 @@ def _settings(context: Any) -> tuple[type, dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    """Read a number, `true`, `None`, a word, or several with colons between."""
+    """Read a number, `true`, `None`, a word (`staggered:10` is one), or values with colons between."""
     parts = []
+    if text[:1] in ("'", '"'):
+        return ast.literal_eval(text)
     for part in text.split(":"):
         try:
             parts.append(ast.literal_eval({"true": "True", "false": "False"}.get(part, part)))
         except (SyntaxError, ValueError):
-            parts.append(part)
+            return text
     return parts[0] if len(parts) == 1 else tuple(parts)

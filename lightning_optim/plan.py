@@ -13,7 +13,7 @@ from torch import nn
 from lightning_optim.core import storage
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import parts_of, rule_of
-from lightning_optim.core.work import slots_of
+from lightning_optim.core.work import forms_for
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import matches, roles
 
@@ -29,7 +29,9 @@ class Row:
     group: str
     reason: str
     state_bytes: dict[str, int]
-    """By slot; the 4 bytes of the step count apart."""
+    """By slot, scales included; the 4 bytes of the step count apart."""
+    host_bytes: int = 0
+    """How many of them rest in host memory, for a model on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Plan:
     def state_bytes(self) -> int:
         """Bytes of state of all parameters, step counts included."""
         return sum(sum(r.state_bytes.values()) + 4 for r in self.rows)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of state that rest in host memory, for a model on CUDA."""
+        return sum(r.host_bytes for r in self.rows)
 
     @property
     def parameters(self) -> int:
@@ -76,9 +83,9 @@ class Plan:
             text.append(f"| {label} | {size} | {role} | {rule} | {slots} | {reason} |")
         owners = ", ".join(f"{rule} {share:.1%}" for rule, share in self.shares().items())
         text.append(f"\n{self.parameters:,} trainable weights: {owners}")
-        text.append(
-            f"{_bytes(self.state_bytes)} of state, {self.state_bytes / max(1, self.parameters):.2f} B per weight"
-        )
+        away = f", {_bytes(self.host_bytes)} of it in host memory" if self.host_bytes else ""
+        each = self.state_bytes / max(1, self.parameters)
+        text.append(f"{_bytes(self.state_bytes)} of state, {each:.2f} B per weight{away}")
         for said, found in (("frozen", self.frozen), ("trainable, but in no group", self.unowned)):
             if found:
                 alike: dict[str, list[str]] = {}
@@ -130,13 +137,13 @@ def describe(model: nn.Module, optimizer: Executor) -> Plan:
             if label not in traits:
                 continue
             parts, _ = parts_of(rule, group, p.shape)
-            state = {
-                key: storage.rest_dtype(slot, p.dtype).itemsize
-                * math.prod(storage.rest_shape(slot, p.shape, parts[0].dims))
-                for key, slot in slots_of(rule, parts, p.ndim).items()
-            }
+            forms = forms_for(rule, group, p, parts)
+            state = {key: form.nbytes for key, form in forms.items()}
+            away = sum(form.nbytes for form in forms.values() if form.kind == "host")
+            if storage.compensated(p.dtype, group):
+                state[storage.COMPENSATION] = p.numel() * p.dtype.itemsize
             trait = traits[label]
-            rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state))
+            rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state, away))
     owned = {row.name for row in rows}
     others = {name: p for name, p in model.named_parameters() if name not in owned}
     frozen = {name: tuple(p.shape) for name, p in others.items() if name not in traits}

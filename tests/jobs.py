@@ -93,10 +93,10 @@ def train(rank: int, world: int, name: str, steps: int, dtype: torch.dtype, repl
     return weights(model), sum(t.nbytes for t in held)
 
 
-def save(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype) -> Any:
+def save(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype, **kwargs: Any) -> Any:
     """Train, save through DCP, go on."""
     model = sharded(name, world, dtype)
-    optimizer = make(name, model.parameters())
+    optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
     get_optimizer_state_dict(model, optimizer)  # a fresh save must not count as a step
     take_steps(model, optimizer, range(1, steps + 1))
     state_dict_saver.save(
@@ -114,10 +114,10 @@ def load_into(model: Model, optimizer: Executor, folder: str) -> None:
     set_optimizer_state_dict(model, optimizer, state["optim"])
 
 
-def load(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype) -> Any:
+def load(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype, **kwargs: Any) -> Any:
     """Load what `save` saved, go on."""
     model = sharded(name, world, dtype)
-    optimizer = make(name, model.parameters(), lr=77.0)
+    optimizer = make(name, model.parameters(), lr=77.0, **kwargs.get("settings", {}))
     load_into(model, optimizer, folder)
     take_steps(model, optimizer, range(steps + 1, steps + 4))
     return weights(model)
@@ -253,3 +253,23 @@ def frozen(rank: int, world: int, name: str) -> Any:
     model.get_parameter("odd").requires_grad_(True)
     take_steps(model, fresh, range(4, 6))
     return weights(model)
+
+
+def aligned(rank: int, world: int, storage: str) -> Any:
+    """Quantised state of an elementwise rule whose rows are whole blocks; with one process, without a mesh."""
+    model = nn.Module()
+    for key, shape in {"even": (6, 32), "odd": (7, 16), "wide": (3, 64)}.items():
+        value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        model.register_parameter(key, Parameter(value))
+    if world > 1:
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    optimizer = Executor(model.parameters(), {"rule": "lion", "state_storage": storage, **ALIGNED})
+    for t in range(1, 6):
+        for key, p in model.named_parameters():
+            p.grad = placed(gradient(torch.empty(p.shape), key, t), p)
+        optimizer.step()
+    full = {k: p.full_tensor() if isinstance(p, DTensor) else p for k, p in model.named_parameters()}
+    return {k: p.detach().clone() for k, p in full.items()}
+
+
+ALIGNED: dict[str, Any] = {"storage_min": 1, "storage_block": 16}

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainin
 from transformers.training_args import OptimizerNames
 
 from hf_integration import OptimizerFactory, attach, create_optimizer, register
+from hf_integration.register import _value
 from lightning_optim import Executor, build_optimizer
 from tests.test_hf import (
     ENVIRONMENT,
@@ -388,3 +389,15 @@ def test_trl_dpo_by_attach(tmp_path: Path):
     attach(trainer, "muon", rest_lr=1e-3).train()
     losses = logged(trainer, "loss")
     assert list(groups_of(trainer))[0] == "muon/hidden" and losses[-1] < losses[0] - 0.01
+
+
+def test_optim_args_are_read_as_they_are_written() -> None:
+    read = {
+        "0.9": 0.9,
+        "3:-4.3:2": (3, -4.3, 2),
+        "false": False,
+        "None": None,
+        "fixed:200": "fixed:200",
+        "int8": "int8",
+    }
+    assert {text: _value(text) for text in read} == read

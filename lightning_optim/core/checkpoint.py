@@ -1,7 +1,16 @@
-"""State of whole-matrix rules between its two forms: whole on an owner while training, row shards in a checkpoint."""
+"""State between its two forms, at rest while training and in a checkpoint.
+
+Whole-matrix rules keep whole matrices on an owner; a checkpoint has row shards. The scales of a quantised slot rest as
+one per block of consecutive elements; a checkpoint has a table with one row per row of the slot, holding the scales of
+the blocks that the row touches. So a cut of the rows cuts the table, whatever the number of ranks: rows of whole blocks
+go on with the same bits on any mesh; a block that a cut divides has a scale on each side, and its codes are made anew
+where the parts meet again. Rows shorter than a block repeat its scale: 4 bytes per row, of a vector per element, in the
+checkpoint only.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +19,7 @@ from torch import Tensor
 
 from lightning_optim.core.chunks import bucket
 from lightning_optim.core.layout import Cut, Exchange, local, place
+from lightning_optim.core.storage import Form, allocate_scale, narrow, widen
 
 
 @dataclass(frozen=True)
@@ -64,3 +74,69 @@ def collect(entries: Sequence[Entry], loaded: Callable[[Entry], Tensor]) -> list
         parts = [local(place(loaded(e), e.cut, 0)).to(e.dtype) for e in run]
         out += [(run[i], t.clone()) for i, t in exchange.to_owners(parts).items()]
     return out
+
+
+def table_shape(form: Form) -> tuple[int, int]:
+    """The shape of a quantised slot's table of scales: rows of the slot, most blocks that a row touches.
+
+    Returns:
+        (rows, columns).
+    """
+    row = math.prod(form.shape[1:])
+    return form.shape[0], -(-(form.block - math.gcd(row, form.block) + row) // form.block)
+
+
+def _touched(form: Form, rows: int, start: int, device: torch.device) -> Tensor:
+    """For every entry of the table of some rows, the block it belongs to; a row's last block repeats."""
+    row, block = math.prod(form.shape[1:]), form.block
+    first = start % block + row * torch.arange(rows, device=device)
+    at = (first // block).unsqueeze(1) + torch.arange(table_shape(form)[1], device=device)
+    return torch.minimum(at, ((first + row - 1) // block).unsqueeze(1))
+
+
+def table_of(form: Form, scale: Tensor, rows: int, start: int) -> Tensor:
+    """The table of a run of rows.
+
+    Args:
+        form: of the slot.
+        scale: of the blocks the rows touch.
+        rows: how many rows.
+        start: index of the first element.
+
+    Returns:
+        float32 `[rows, columns]`, see `table_shape`.
+    """
+    return scale[_touched(form, rows, start, scale.device)]
+
+
+def scales_of(form: Form, table: Tensor, codes: Tensor, start: int) -> Tensor:
+    """The scales behind the table of a run of rows.
+
+    Args:
+        form: of the slot.
+        table: its table.
+        codes: of the rows; those of blocks that were apart when the table was made, and had other scales, are
+            quantised anew.
+        start: index of the first element.
+
+    Returns:
+        float32, one per block the rows touch.
+    """
+    scale = allocate_scale(form, codes, start)
+    if not codes.numel():
+        return scale
+    at = _touched(form, codes.shape[0], start, codes.device)
+    scale.scatter_reduce_(0, at.view(-1), table.reshape(-1), "amax", include_self=False)
+    low = torch.empty_like(scale).scatter_reduce_(0, at.view(-1), table.reshape(-1), "amin", include_self=False)
+    mixed = scale != low
+    if mixed.any():
+        block = (start % form.block + torch.arange(codes.numel(), device=codes.device)) // form.block
+        row = torch.arange(codes.numel(), device=codes.device) // math.prod(form.shape[1:])
+        own = table[row, block - at[row, 0]]
+        one = torch.ones_like(scale)
+        wide = widen(form, codes, one, start, codes.device).view(-1) * own
+        fresh, fresh_scale = torch.empty_like(codes), torch.empty_like(scale)
+        narrow(form, fresh, fresh_scale, start, wide, lambda: block, 0)
+        codes.view(-1).copy_(torch.where(mixed[block], fresh.view(-1), codes.view(-1)))
+        scale = torch.where(mixed, fresh_scale, scale)
+    return scale

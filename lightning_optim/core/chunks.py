@@ -169,20 +169,23 @@ def agree(tensors: Sequence[Tensor]) -> bool:
     return first.is_contiguous() or first.permute(dense_order(first)).is_contiguous()
 
 
-def blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
+def blocks(tensors: Sequence[Tensor], align: int = 1, start: int = 0) -> Iterator[tuple[list[Tensor], slice]]:
     """Walk over tensors of one shape in blocks that stay in cache.
 
-    Dense tensors with equal strides are cut flat, in memory order; others by rows of the largest stride.
+    Dense tensors with equal strides are cut flat, in memory order; others by rows of the largest stride, or of the
+    first dimension if `align` is given.
 
     Args:
         tensors: of one shape; dtypes may differ.
+        align: cut only where the index of an element, in row-major order, is a multiple of this.
+        start: index of the first element.
 
     Yields:
         (views of every tensor, the slice of the flat or row range they cover).
     """
     first = tensors[0]
     order = dense_order(first)
-    if not first.is_contiguous():
+    if not first.is_contiguous() and align == 1:
         tensors = [t.permute(order) for t in tensors]
     if all(t.is_contiguous() for t in tensors):
         tensors = [t.view(-1) for t in tensors]
@@ -191,10 +194,12 @@ def blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], slice]]:
     if total <= SMALL or first.device.type != "cpu" or first.ndim == 0:
         yield list(tensors), slice(0, rows)
         return
-    step = max(1, BLOCK * rows // total)
-    for start in range(0, rows, step):
-        cut = slice(start, min(start + step, rows))
-        yield [t[cut] for t in tensors], cut
+    unit = align // math.gcd(align, total // rows)
+    lead = next((k for k in range(unit) if (start + k * (total // rows)) % align == 0), 0)
+    step = -(-max(1, BLOCK * rows // total) // unit) * unit
+    for cut in range(lead - step if lead else 0, rows, step):
+        here = slice(max(0, cut), min(cut + step, rows))
+        yield [t[here] for t in tensors], here
 
 
 def turned(t: Tensor, transposed: bool) -> Tensor:

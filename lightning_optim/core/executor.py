@@ -21,18 +21,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.core import checkpoint, chunks, layout, storage
 from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
-from lightning_optim.core.rule import Rule, Slot, lookup
+from lightning_optim.core.rule import Rule, lookup
+from lightning_optim.core.storage import COMPENSATION, Form, scale_key
 from lightning_optim.core.work import (
     Job,
     Refresh,
     Work,
     alike,
     apply,
-    factor_of,
+    first_index,
+    forms_of,
     needs_param,
     portions,
     refresh_cost,
     staleness,
+    takes_kernel,
     update_elementwise,
     update_stack,
 )
@@ -51,8 +54,14 @@ class Executor(torch.optim.Optimizer):
       lr), so that AdamW's learning rate stays valid.
     * `on_nonfinite`: before the first write of a step, `"raise"` FloatingPointError, `"skip"` the step, or `"off"`.
       Default: off for elementwise rules, as in torch; raise for the others, of which one NaN destroys a whole matrix.
-    * `param_rounding`: how bfloat16 weights are rounded, `"stochastic"` or `"nearest"` (float16 weights always
-      to nearest). State is float32 either way.
+    * `param_rounding`: how bfloat16 weights are rounded: `"stochastic"`, `"nearest"`, or `"kahan"`, to nearest with
+      what was lost kept in one more narrow tensor (float16 weights: to nearest unless `"kahan"`).
+    * `state_storage`: how state rests between steps; arithmetic is float32 always. `"fp32"`; `"bf16"`, rounded
+      stochastically; `"int8"`, codes of the dynamic map with one scale per `storage_block` (256) elements;
+      `"int8_grid"`, the same codes, rounded faster and coarser, as bitsandbytes does on a CPU; `"fp8"`, e4m3 with
+      such scales; `"host"`, pinned memory of the host for parameters on CUDA. Tensors with fewer than
+      `storage_min` (4096) elements, square factors, bases and row or column statistics stay float32 (all but the
+      small ones go to the host). Settings come back with a checkpoint; another storage, set later, converts.
     * `transposed`: matrices are stored inputs x outputs (Transformers' Conv1D); rules see outputs as rows.
     * `cautious_decay`: decay only weights that the step moves towards zero, or not at all.
     * `blocks`: how the rows of every matrix are cut into matrices: a number of equal blocks (heads, a fused QKV), or
@@ -60,7 +69,7 @@ class Executor(torch.optim.Optimizer):
       of keys and 4 of values, `(1, 1)` for alternate rows.
     * `clip_norm`: scale the gradients of the group by `clip_norm / norm` if their common norm, over the whole mesh, is
       larger. Unlike a trainer's clipping it does not let one group's norm shrink another's, and leaves `p.grad` alone.
-    * `seed`: of the stochastic rounding and of random projections.
+    * `seed`: of the stochastic rounding of weights and state and of random projections.
 
     Where a rule has costly state, its setting `refresh` says when that is computed anew (`lightning_optim.refresh`);
     `on_refresh`, if set, is called with a `Refresh` for each. `process_group`, if set, is that of replicas that must
@@ -205,12 +214,12 @@ class Executor(torch.optim.Optimizer):
         rest: list[Work] = []
         runs = chunks.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device))
         for run in (portion for same in runs for portion in portions(same, self.max_temp_bytes)):
-            wide = run[0].param.dtype == storage.work_dtype(run[0].param.dtype)
             ready: list[Work] = []
             columns: list[list[Tensor]] = [[] for _ in range(2 + len(slots))]
             for w in run:
                 row = [layout.local(w.param), w.gradient(), *(layout.local(w.state[k]) for k in slots)]
-                if wide and factor_of(job, w.dims) == 1.0 and not job.group["cautious_decay"] and chunks.agree(row):
+                direct = all(form.direct(row[0].device) for form in w.forms.values())
+                if direct and takes_kernel(job, w) and chunks.agree(row):
                     ready.append(w)
                     for column, t in zip(columns, row, strict=True):
                         column.append(t)
@@ -381,30 +390,59 @@ class Executor(torch.optim.Optimizer):
                 if w.param not in self.state:  # it may have been frozen, or without a shape, when it was added
                     check_param(rule, w.name, w.param, group)
         self._assign_owners(jobs)
-        for rule, _, works in jobs:
-            declared: dict[tuple[Any, ...], dict[str, Slot]] = {}
+        for rule, group, works in jobs:
+            known: dict[tuple[Any, ...], dict[str, Form]] = {}
             for w in works:
-                kind = w.parts, w.param.ndim < 2
-                if kind not in declared:
-                    declared[kind] = w.slots(rule)
+                kind = w.parts, w.param.shape, w.param.dtype
+                if kind not in known:
+                    known[kind] = forms_of(Job(rule, group, []), w)
+                w.forms = known[kind]
                 w.state = self.state.setdefault(w.param, {})
                 if "step" not in w.state:
                     w.state["step"] = torch.tensor(0.0, dtype=torch.float32)
-                for key, slot in declared[kind].items():
-                    if key not in w.state:
-                        w.state[key] = self._allocate(rule, slot, w)
+                for key, form in w.forms.items():
+                    held = w.state.get(key)
+                    if held is None or held.dtype != form.dtype:
+                        self._allocate(rule, form, w, key)
+                if storage.compensated(w.param.dtype, group) and COMPENSATION not in w.state:
+                    w.state[COMPENSATION] = torch.zeros_like(w.param, requires_grad=False)
 
-    def _allocate(self, rule: Rule, slot: Slot, w: Work) -> Tensor:
-        """A slot at its start value; empty on a rank that does not own the matrix, so that all ranks have all keys."""
+    def _allocate(self, rule: Rule, form: Form, w: Work, key: str) -> None:
+        """Give a slot its start value, or what it held in another form.
+
+        It is empty on a rank that does not own the matrix, so that all ranks have all keys.
+
+        Raises:
+            ValueError: a mesh on which the group's storage does not work.
+        """
+        device = layout.local(w.param).device
+        cut = layout.cut_of(w.param, w.name) if form.quantised or not rule.elementwise else None
+        if isinstance(cut, layout.Cut) and form.kind == "host" and not form.direct(device):
+            raise ValueError(f"{w.name}: state_storage='host' needs whole parameters; FSDP2 has its CPUOffloadPolicy")
         if rule.reduces:
-            return layout.StackLayout(w.param, w.dims, w.name, w.transposed).allocate(slot)
-        like, cut = w.param, None if rule.elementwise else layout.cut_of(w.param, w.name)
-        if cut is not None:
-            device = layout.local(w.param).device
-            if self._owners[w.param] != cut.rank:
-                return torch.empty(0, dtype=storage.rest_dtype(slot, w.param.dtype), device=device)
+            made = layout.StackLayout(w.param, w.dims, w.name, w.transposed).allocate(form)
+        elif cut is None and not form.quantised:
+            made = storage.allocate(form, w.param, form.shape)
+        elif rule.elementwise or cut is None:
+            part = layout.local(w.param)
+            shape = part.shape if rule.elementwise else form.shape
+            made = storage.allocate(form, part, shape)
+            made = layout.wrapped_like(made, w.param) if rule.elementwise else made
+        elif self._owners[w.param] == cut.rank:
             like = torch.empty(w.param.shape, dtype=w.param.dtype, device=device)
-        return storage.allocate(slot, like, storage.rest_shape(slot, w.param.shape, w.dims))
+            made = storage.allocate(form, like, form.shape)
+        else:
+            made = torch.empty(0, dtype=form.dtype, device=device)
+        held, scale = w.state.get(key), w.state.get(scale_key(key))
+        start = first_index(rule, form, w)
+        fresh = storage.allocate_scale(form, layout.local(made), start) if form.quantised else None
+        if held is not None:
+            storage.convert(form, layout.local(held), scale, layout.local(made), fresh, start)
+        w.state[key] = made
+        if fresh is not None:
+            w.state[scale_key(key)] = fresh
+        else:
+            w.state.pop(scale_key(key), None)
 
     def _assign_owners(self, jobs: Sequence[Job]) -> None:
         """Give every travelling matrix that has none an owner; work is balanced over all of them together."""
@@ -421,17 +459,21 @@ class Executor(torch.optim.Optimizer):
                 self._owners[w.param] = owner
 
     def _entries(self, jobs: Sequence[Job], keep: Callable[[Tensor, str], bool]) -> list[checkpoint.Entry]:
-        """Every slot of every parameter whose matrices travel."""
+        """Every slot of every parameter whose matrices travel, and the tables of scales of the quantised ones."""
         out = []
-        for rule, _, works in jobs:
-            for w in works:
+        for job in jobs:
+            for w in job.works:
                 cut = layout.cut_of(w.param, w.name) if w.param in self._owners else None
                 if cut is not None:
-                    for key, slot in w.slots(rule).items():
-                        shape = storage.rest_shape(slot, w.param.shape, w.dims)
-                        dtype = storage.rest_dtype(slot, w.param.dtype)
+                    owner = self._owners[w.param]
+                    for key, form in forms_of(job, w).items():
+                        scaled = form.quantised and keep(w.param, scale_key(key))
+                        dtype = form.dtype if scaled or not form.quantised else form.wide
                         if keep(w.param, key):
-                            out.append(checkpoint.Entry(w.param, key, shape, dtype, cut, self._owners[w.param]))
+                            out.append(checkpoint.Entry(w.param, key, form.shape, dtype, cut, owner))
+                        if scaled:
+                            table = scale_key(key), checkpoint.table_shape(form), torch.float32
+                            out.append(checkpoint.Entry(w.param, *table, cut, owner))
         return out
 
     def _content(self) -> str:
@@ -454,15 +496,34 @@ class Executor(torch.optim.Optimizer):
             jobs = list(self._jobs(frozen=True))
             self._materialise([Job(r, g, [w for w in ws if _is_trained(w.param)]) for r, g, ws in jobs])
             entries = self._entries(jobs, lambda p, key: p in trained)
+            tables = self._tables(jobs)
+            if entries or tables:
+                self.state = defaultdict(dict, {p: dict(slots) for p, slots in trained.items()})
+            for p, key, table in tables:
+                self.state[p][key] = table
             if entries:
                 self._meeting.attend(entries[0].cut, "state_dict()", self._content())
-                self.state = defaultdict(dict, {p: dict(slots) for p, slots in trained.items()})
-                for e, value in checkpoint.spread(entries, lambda e: trained[e.param][e.key]):
+                for e, value in checkpoint.spread(entries, lambda e: self.state[e.param][e.key]):
                     self.state[e.param][e.key] = value
         try:
             return super().state_dict()
         finally:
             self.state = trained
+
+    def _tables(self, jobs: Sequence[Job]) -> list[tuple[Tensor, str, Tensor]]:
+        """The scales of quantised slots as they rest in a checkpoint, for state that is here."""
+        out = []
+        for job in jobs:
+            for w in job.works:
+                state = self.state[w.param] if w.param in self.state else {}
+                for key, form in forms_of(job, w).items() if state else ():
+                    if form.quantised:
+                        codes, start = layout.local(state[key]), first_index(job.rule, form, w)
+                        table = checkpoint.table_of(form, state[scale_key(key)], codes.shape[0], start)
+                        whole = checkpoint.table_shape(form)
+                        cut = layout.cut_of(w.param, w.name) if job.rule.elementwise or job.rule.reduces else None
+                        out.append((w.param, scale_key(key), table if cut is None else cut.shard(whole, table)))
+        return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load state and settings; every tensor keeps its own dtype and is copied. A collective call on a mesh.
@@ -523,8 +584,8 @@ class Executor(torch.optim.Optimizer):
             for w in works:
                 w.parts, w.transposed = parts_of(rule, group, w.param.shape)
                 found = where[id(w.param)]
-                for key, slot in w.slots(rule).items() if found else ():
-                    value, shape = found.get(key), storage.rest_shape(slot, w.param.shape, w.dims)
+                for key, shape in _expected(forms_of(Job(rule, group, []), w), found) if found else ():
+                    value = found.get(key)
                     if value is None and float(found.get("step", 1)) > 0:
                         raise ValueError(f"{w.name}: the checkpoint has no {key!r}; was it another optimizer's?")
                     if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
@@ -537,37 +598,67 @@ class Executor(torch.optim.Optimizer):
         found = {id(p): loaded[i] for i, p in zip(ids, params, strict=True) if i in loaded}
         jobs = [Job(r, g, [w for w in ws if id(w.param) in found]) for r, g, ws in self._jobs(frozen=True)]
         self._assign_owners(jobs)
-        for rule, _, works in jobs:
-            for w in works:
-                state, slots = self.state[w.param], w.slots(rule)
-                for key, value in found[id(w.param)].items():
-                    if key == "step":
-                        state[key] = torch.tensor(float(value), dtype=torch.float32)
-                    elif key not in slots:
-                        state[key] = value.clone() if isinstance(value, Tensor) else value
-                    elif (placed := self._place(rule, slots[key], w, value)) is not None:
-                        state[key] = placed
+        for job in jobs:
+            for w in job.works:
+                state, w.forms = self.state[w.param], forms_of(job, w)
+                of_forms = {*w.forms, *map(scale_key, w.forms), "step", COMPENSATION}
+                state.update({k: _copied(v) for k, v in found[id(w.param)].items() if k not in of_forms})
                 # torch's SGD and Muon count no steps: it was not the first
-                state.setdefault("step", torch.tensor(1.0, dtype=torch.float32))
+                state["step"] = torch.tensor(float(found[id(w.param)].get("step", 1.0)), dtype=torch.float32)
+                self._place(job.rule, w, found[id(w.param)])
         entries = self._entries(jobs, lambda p, key: key in found[id(p)])
         if entries:
             described = [(e.key, e.shape, str(e.dtype), e.owner) for e in entries]
             self._meeting.attend(entries[0].cut, "load_state_dict()", f"{self._content()} {described}")
             for e, whole in checkpoint.collect(entries, lambda e: found[id(e.param)][e.key]):
                 self.state[e.param][e.key] = whole
+        for job in jobs:
+            for w in job.works:
+                self._settle(job.rule, w)
 
-    def _place(self, rule: Rule, slot: Slot, w: Work, value: Tensor) -> Tensor | None:
-        """A copy of a loaded slot where it rests; None for one that travels to its owner."""
-        if rule.elementwise:
-            placed = layout.place_like(value, w.param)
-        elif rule.reduces:
-            placed = layout.StackLayout(w.param, w.dims, w.name, w.transposed).place(slot, value)
-        elif layout.cut_of(w.param, w.name) is None:
-            placed = layout.place(value, None, None)
-        else:
-            return None
-        device = layout.local(w.param).device
-        return placed.detach().to(device, storage.rest_dtype(slot, w.param.dtype), copy=True)
+    def _place(self, rule: Rule, w: Work, found: Mapping[str, Any]) -> None:
+        """Copy loaded slots to where they rest, scales still as tables; not those that travel to their owner."""
+        state, device = self.state[w.param], layout.local(w.param).device
+        if COMPENSATION in found:
+            placed = layout.place_like(found[COMPENSATION], w.param)
+            state[COMPENSATION] = placed.detach().to(device, w.param.dtype, copy=True)
+        if rule.elementwise or rule.reduces or layout.cut_of(w.param, w.name) is None:
+            frame = layout.StackLayout(w.param, w.dims, w.name, w.transposed) if rule.reduces else None
+            for key, form in w.forms.items():
+                table = found.get(scale_key(key)) if form.quantised else None
+                if key in found:
+                    if rule.elementwise:
+                        placed = layout.place_like(found[key], w.param)
+                    else:
+                        placed = frame.place(form.slot, found[key]) if frame else layout.place(found[key], None, None)
+                    dtype = form.dtype if table is not None or not form.quantised else form.wide
+                    state[key] = placed.detach().to(device, dtype, copy=True)
+                if table is not None:
+                    cut = layout.cut_of(w.param, w.name) if rule.elementwise or rule.reduces else None
+                    state[scale_key(key)] = layout.local(layout.place(table, cut, 0)).to(device, torch.float32)
+
+    def _settle(self, rule: Rule, w: Work) -> None:
+        """Make scales of loaded tables, and move what rests on the host."""
+        state = self.state[w.param]
+        for key, form in w.forms.items():
+            if form.quantised and scale_key(key) in state:
+                codes = layout.local(state[key])
+                table, start = state[scale_key(key)], first_index(rule, form, w)
+                state[scale_key(key)] = checkpoint.scales_of(form, table, codes, start)
+            elif key in state and form.kind == "host" and not form.direct(layout.local(w.param).device):
+                state[key] = storage.rested(form, state[key])
+
+
+def _expected(forms: Mapping[str, Form], found: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Key and shape of everything a checkpoint must hold; a quantised slot may be there in its values."""
+    for key, form in forms.items():
+        yield key, form.shape
+        if form.quantised and not (isinstance(x := found.get(key), Tensor) and x.is_floating_point()):
+            yield scale_key(key), checkpoint.table_shape(form)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _phase(costs: tuple[float, ...], rank: int, interval: int) -> int:

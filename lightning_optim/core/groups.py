@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_optim.core import chunks, layout
 from lightning_optim.core.rule import Rule, check_value, hyperparameters, lookup
+from lightning_optim.core.storage import Storage
+from lightning_optim.ops.quantize import PIECE
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,10 @@ class Options:
 
     lr_convention: Literal["native", "adamw"] = "native"
     on_nonfinite: Literal["raise", "skip", "off"] | None = None
-    param_rounding: Literal["stochastic", "nearest"] = "stochastic"
+    param_rounding: Literal["stochastic", "nearest", "kahan"] = "stochastic"
+    state_storage: Storage = "fp32"
+    storage_block: int = 256
+    storage_min: int = 4096
     blocks: int | tuple[int, ...] | None = None
     transposed: bool = False
     cautious_decay: bool = False
@@ -157,6 +162,9 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     values = {k: float(v) if isinstance(v := group[k], Tensor) else v for k in hyperparameters(rule)}
     rule(**values).validate()
     _check_options(group)
+    block = group["storage_block"]
+    if not 16 <= block <= PIECE or PIECE % block:
+        raise ValueError(f"{group['name']}: storage_block must be a power of two from 16 to {PIECE}, got {block!r}")
     if group["clip_norm"] == 0:
         raise ValueError(f"{group['name']}: clip_norm must be positive, or None for no clipping, got 0")
     blocks = group["blocks"]

@@ -28,7 +28,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lightning_optim.core.chunks import Dims
 from lightning_optim.core.rule import Slot
-from lightning_optim.core.storage import allocate, rest_shape
+from lightning_optim.core.storage import Form, allocate
 
 
 def local(t: Tensor) -> Tensor:
@@ -114,8 +114,8 @@ def cut_of(p: Tensor, name: str = "parameter") -> Cut | None:
         return None
     if len(cut) > 1 or type(p.placements[cut[0]]) is not Shard or not p.placements[cut[0]].is_shard(0):
         raise ValueError(
-            f"{name}: placements {p.placements} are not supported for rules that need whole matrices or sums; "
-            "shard rows (dimension 0) over one mesh dimension, as fully_shard does"
+            f"{name}: placements {p.placements} are not supported for rules that need whole matrices or sums, "
+            "or for 8-bit state; shard rows (dimension 0) over one mesh dimension, as fully_shard does"
         )
     return Cut(p.device_mesh, tuple(p.placements), p.device_mesh.get_group(cut[0]))
 
@@ -126,15 +126,22 @@ def first_element(p: Tensor) -> int | None:
     Returns:
         The index in row-major order, or None where the part is not such a run (`element_index` then).
     """
-    part = local(p)
-    if not part.is_contiguous():
+    if not local(p).is_contiguous():
         return None
     if not isinstance(p, DTensor):
         return 0
-    offset, shape = _offset(p), p.shape
-    if any(part.shape[d] != shape[d] for d in range(1, p.ndim)):
+    if any(local(p).shape[d] != p.shape[d] for d in range(1, p.ndim)):
         return None
-    return offset[0] * math.prod(shape[1:]) if p.ndim else 0
+    return start_of(p)
+
+
+def start_of(p: Tensor) -> int:
+    """Global row-major index of the first element of this rank's rows.
+
+    Returns:
+        The index.
+    """
+    return _offset(p)[0] * math.prod(p.shape[1:]) if p.ndim else 0
 
 
 def element_index(p: Tensor) -> Tensor:
@@ -203,19 +210,19 @@ class StackLayout:
         """Whether parameters of one shape may share a stack."""
         return self.cut is None or self.axis != "b"
 
-    def allocate(self, slot: Slot) -> Tensor:
+    def allocate(self, form: Form) -> Tensor:
         """A slot's tensor at its start value, cut like the parameter where its letters are.
 
         Returns:
             A DTensor where the slot is cut, else a plain tensor that is equal on all ranks.
         """
-        whole, part, dim = rest_shape(slot, self.param.shape, self.dims), local(self.param), self._rest_dim(slot)
+        whole, part, dim = form.shape, local(self.param), self._rest_dim(form.slot)
         if self.cut is None or dim is None:
-            return allocate(slot, part, whole)
+            return allocate(form, part, whole)
         shape = list(whole)
         blocks_of_rows = self.axis == "b" and self.param.ndim == 2
         shape[dim] = self.local_dims[0] if blocks_of_rows else part.shape[0]
-        return self.cut.shard(whole, allocate(slot, part, shape), dim)
+        return self.cut.shard(whole, allocate(form, part, shape), dim)
 
     def place(self, slot: Slot, value: Tensor) -> Tensor:
         """Bring a loaded slot into the placement `allocate` would give it.
@@ -302,6 +309,15 @@ def place_like(value: Tensor, p: Tensor) -> Tensor:
     if not isinstance(p, DTensor):
         return place(value, None, None)
     return place_as(value, p.device_mesh, p.placements)
+
+
+def wrapped_like(part: Tensor, p: Tensor) -> Tensor:
+    """This rank's part of a tensor of a parameter's shape, in the parameter's placement.
+
+    Returns:
+        A DTensor for a DTensor, else the part itself.
+    """
+    return _wrap(p.device_mesh, p.placements, p.shape, part) if isinstance(p, DTensor) else part
 
 
 def place_as(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:

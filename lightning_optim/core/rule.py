@@ -43,6 +43,8 @@ class Slot:
         fill: start value: a number, or `"eye"` for an identity per matrix.
         dtype: None for float32 (float64 for float64 parameters).
         rank: what `r` stands for; filled in by `Rule.declared`.
+        nonnegative: whether no value is ever below zero (second moments); 8-bit storage has a finer map for those.
+        exact: whether the values must not rest narrower than declared (a basis); square slots never do.
         size: (rows, columns) where letters do not tell them.
         dims: (matrices, rows, columns) it is for, where a parameter is cut into matrices of several sizes; filled in by
             the executor.
@@ -52,6 +54,8 @@ class Slot:
     fill: float | Literal["eye"] = 0.0
     dtype: torch.dtype | None = None
     rank: int | None = None
+    nonnegative: bool = False
+    exact: bool = False
     size: tuple[int, int] | None = None
     dims: tuple[int, int, int] | None = None
 
@@ -73,13 +77,13 @@ class Slot:
         return rows, columns
 
 
-def zeros(letters: str, dtype: torch.dtype | None = None) -> Slot:
+def zeros(letters: str, dtype: torch.dtype | None = None, *, nonnegative: bool = False, exact: bool = False) -> Slot:
     """Declare a slot that starts at zero.
 
     Returns:
         The declaration.
     """
-    return Slot(letters, 0.0, dtype)
+    return Slot(letters, 0.0, dtype, nonnegative=nonnegative, exact=exact)
 
 
 def eye(letters: str, dtype: torch.dtype | None = None) -> Slot:

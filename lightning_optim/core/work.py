@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,9 +16,10 @@ from torch import Tensor
 from lightning_optim.core import chunks, layout, storage
 from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
+from lightning_optim.core.storage import COMPENSATION, Form, scale_key
 from lightning_optim.ops.eigenbasis import overlap
 from lightning_optim.ops.noise import normal
-from lightning_optim.ops.rounding import hash_key, stochastic_round
+from lightning_optim.ops.rounding import hash_key, indices, stochastic_round
 from lightning_optim.refresh import parse
 
 
@@ -47,6 +48,8 @@ class Work:
     """Measured in this step, if it was."""
     note: Callable[[Work, Refresh], None] | None = None
     """Is told about a refresh."""
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    """How its slots rest."""
 
     @property
     def dims(self) -> Dims:
@@ -175,24 +178,163 @@ def portions(works: Sequence[Work], max_temp_bytes: int) -> Iterator[Sequence[Wo
     yield works[start:]
 
 
+def forms_for(rule: Rule, group: Mapping[str, Any], p: Tensor, parts: Sequence[Part]) -> dict[str, Form]:
+    """How everything a rule keeps for a parameter rests.
+
+    Args:
+        rule: of the group.
+        group: of the parameter.
+        p: the parameter.
+        parts: of the parameter.
+
+    Returns:
+        Forms by their key in the parameter's state.
+    """
+    slots, dims = slots_of(rule, parts, p.ndim), parts[0].dims
+    return {k: storage.form_of(s, p.shape, dims, p.dtype, group, sums=rule.reduces) for k, s in slots.items()}
+
+
+def forms_of(job: Job, w: Work) -> dict[str, Form]:
+    """How everything a rule keeps for a parameter rests.
+
+    Returns:
+        Forms by their key in the parameter's state.
+    """
+    return forms_for(job.rule, job.group, w.param, w.parts)
+
+
+def first_index(rule: Rule, form: Form, w: Work) -> int:
+    """Index, within a slot, of the first element that rests on this rank: blocks of scales begin at multiples."""
+    cut = (rule.elementwise or rule.reduces) and form.slot.letters == "mn"
+    return layout.start_of(w.param) if cut and form.quantised else 0
+
+
+def takes_kernel(job: Job, w: Work) -> bool:
+    """Whether a kernel of torch's does what the group asks for, if dtypes and strides agree."""
+    wide = w.param.dtype == storage.work_dtype(w.param.dtype)
+    return wide and factor_of(job, w.dims) == 1.0 and not job.group["cautious_decay"]
+
+
+class Elements:
+    """The global index of every element of a block, for rounding that draws equal bits on every mesh."""
+
+    def __init__(self, part: Tensor, param: Tensor | None = None):
+        """Find where a part lies.
+
+        Args:
+            part: what blocks are cut from.
+            param: whose local part it is shaped like; a whole tensor if not given.
+        """
+        self.first = (0 if part.is_contiguous() else None) if param is None else layout.first_element(param)
+        self.tensors = [] if self.first is not None else [layout.element_index(part if param is None else param)]
+        """The indices, as a tensor to be cut with the part, where it is not one contiguous run."""
+
+    def __call__(self, block: Tensor, cut: slice, held: Sequence[Tensor]) -> Tensor:
+        """The indices of a block.
+
+        Args:
+            block: gives the shape.
+            cut: where it lies along the first dimension of the part, flat or not.
+            held: the block of `tensors`.
+
+        Returns:
+            int32, shaped like the block.
+        """
+        if held:
+            return held[0]
+        start = (self.first or 0) + _offset(block, cut)
+        return indices(start, block.numel(), block.device).view(block.shape)
+
+
+def _offset(block: Tensor, cut: slice) -> int:
+    return cut.start * (block.numel() // max(1, cut.stop - cut.start))
+
+
+class _Kept:
+    """One slot of one parameter, of which a rule sees values that are not what rests."""
+
+    def __init__(self, job: Job, w: Work, key: str):
+        self.form, self.part = w.forms[key], layout.local(w.state[key])
+        self.scale = layout.local(w.state[scale_key(key)]) if self.form.quantised else None
+        cut = job.rule.elementwise or job.rule.reduces
+        self.param = w.param if cut and self.form.slot.letters == "mn" else None
+        self.start = first_index(job.rule, self.form, w)
+        if self.scale is not None and self.scale.numel() != storage.blocks_here(self.form, self.part, self.start):
+            raise RuntimeError(f"{w.name}: storage_block was changed while there is {key!r}; set it as it was")
+        self.key = hash_key(job.group["seed"], w.t, w.index, 1 + list(w.forms).index(key))
+        self.device = layout.local(w.param).device
+
+    def open(self, part: Tensor, at: int = 0) -> Tensor:
+        """The values of a block that begins at an element."""
+        scale = storage.scales_at(self.form, self.scale, self.start, at, part.numel())
+        return storage.widen(self.form, part, scale, self.start + at, self.device)
+
+    def close(self, part: Tensor, value: Tensor, index: Callable[[], Tensor], at: int = 0) -> None:
+        """Store the values of a block that begins at an element."""
+        scale = storage.scales_at(self.form, self.scale, self.start, at, part.numel())
+        storage.narrow(self.form, part, scale, self.start + at, value, index, self.key)
+
+    def close_all(self, value: Tensor) -> None:
+        """Store all values, block by block if they are rounded at random."""
+        if self.form.kind != "bf16":
+            self.close(self.part, value, _no_index)
+            return
+        where = Elements(self.part, self.param)
+        for (part, wide, *held), cut in chunks.blocks([self.part, value, *where.tensors]):
+            self.close(part, wide, functools.partial(where, part, cut, held))
+
+
+def _kept(job: Job, w: Work) -> dict[str, _Kept]:
+    """The slots of a parameter of which a rule sees other values than rest."""
+    device = layout.local(w.param).device
+    return {key: _Kept(job, w, key) for key, form in w.forms.items() if not form.direct(device)}
+
+
+def _opened(w: Work, kept: Mapping[str, _Kept]) -> Work:
+    """The work with the values of its slots in the place of what rests."""
+    return replace(w, state={**w.state, **{k: x.open(x.part) for k, x in kept.items()}}) if kept else w
+
+
+def _no_index() -> Tensor:
+    raise AssertionError("only rounding to bfloat16 asks for indices")
+
+
 def update_elementwise(job: Job, w: Work) -> None:
     """Walk over one parameter in flat blocks."""
-    rule, slots = job.rule, list(w.slots(job.rule))
-    p, dtype = layout.local(w.param), storage.work_dtype(w.param.dtype)
-    write = _Write(job, w)
-    tensors = [p, w.unclipped(), *(layout.local(w.state[k]) for k in slots), *write.index]
-    for (pb, gb, *rest), cut in chunks.blocks(tensors):
+    rule, p = job.rule, layout.local(w.param)
+    dtype, write = storage.work_dtype(p.dtype), _Write(job, w)
+    kept = _kept(job, w)
+    rounded = write.stochastic or any(x.form.kind == "bf16" for x in kept.values())
+    fused = bool(kept) and takes_kernel(job, w)
+    where = Elements(p, w.param) if rounded else None
+    tensors = [p, w.unclipped(), *(layout.local(w.state[k]) for k in w.forms), *write.carried]
+    tensors += where.tensors if where else []
+    grid = next((x for x in kept.values() if x.form.quantised), None)
+    align, start = (grid.form.block, grid.start) if grid else (1, 0)
+    for (pb, gb, *rest), cut in chunks.blocks(tensors, align, start):
+        resting, rest = dict(zip(w.forms, rest, strict=False)), rest[len(w.forms) :]
+        carried, held = rest[: len(write.carried)], rest[len(write.carried) :]
+        at = _offset(pb, cut)
+        views = {k: kept[k].open(x, at) if k in kept else x for k, x in resting.items()}
+        index = _no_index if where is None else functools.cache(functools.partial(where, pb, cut, held))
         gb = gb.to(dtype) if w.scale == 1 else gb.to(dtype) * w.scale
-        if rule.decay == "coupled" and rule.weight_decay:
-            gb = gb.add(pb, alpha=rule.weight_decay)
-        views: dict[str, Tensor] = dict(zip(slots, rest, strict=False))
-        s = SimpleNamespace(**views)
-        d = rule.update(gb, s, pb.to(dtype) if rule.reads_param else None, w.t)
-        for key, value in storage.untangled(views, vars(s)).items():
-            if value is not views[key]:
-                views[key].copy_(value)
-        if not rule.rests(w.t):
-            write(pb, d, cut, rest[len(slots) :])
+        if not (fused and _kernel(rule, pb, gb, views, w.t)):
+            if rule.decay == "coupled" and rule.weight_decay:
+                gb = gb.add(pb, alpha=rule.weight_decay)
+            s = SimpleNamespace(**views)
+            d = rule.update(gb, s, pb.to(dtype) if rule.reads_param else None, w.t)
+            for key, value in storage.untangled(views, vars(s)).items():
+                if value is not views[key]:
+                    views[key].copy_(value)
+            if not rule.rests(w.t):
+                write(pb, d, index, *carried)
+        for key, x in kept.items():
+            x.close(resting[key], views[key], index, at)
+
+
+def _kernel(rule: Rule, p: Tensor, g: Tensor, s: Mapping[str, Tensor], t: int) -> bool:
+    """Try a kernel of the rule's on one block."""
+    return chunks.agree([p, g, *s.values()]) and rule.kernel([p], [g], {k: [x] for k, x in s.items()}, t) is not None
 
 
 def update_stack(
@@ -213,8 +355,13 @@ def update_stack(
         frame: how a reducing rule's stacks are cut.
         sink: takes each direction, shaped like its gradient; applied if not given.
     """
-    pieces = zip(*(w.pieces(job.rule) for w in chunk), strict=True)
+    kept = [_kept(job, w) for w in chunk]
+    opened = [_opened(w, slots) for w, slots in zip(chunk, kept, strict=True)]
+    pieces = zip(*(w.pieces(job.rule) for w in opened), strict=True)
     found = [_directions(job, piece, params, gradients, frame) for piece in pieces]
+    for w, slots in zip(opened, kept, strict=True):
+        for key, x in slots.items():
+            x.close_all(w.state[key])
     if job.rule.rests(chunk[0].t):
         return
     for w, like, *ds in zip(chunk, gradients, *found, strict=True):
@@ -306,7 +453,7 @@ def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
         A 0-d tensor.
     """
     found = []
-    for piece in w.pieces(job.rule):
+    for piece in _opened(w, _kept(job, w)).pieces(job.rule):
         if piece.cost:
             _, state = stacked_state([piece], piece.slots(job.rule), piece.dims)
             g = stacked_gradient([piece], [gradient], piece.dims)
@@ -354,9 +501,12 @@ def apply(job: Job, w: Work, d: Tensor) -> None:
     write, p = _Write(job, w), layout.local(w.param)
     if p.dtype == d.dtype:
         write(p, d)
-    else:
-        for (pb, db, *index), cut in chunks.blocks([p, d, *write.index]):
-            write(pb, db, cut, index)
+        return
+    where = Elements(p, w.param) if write.stochastic else None
+    for (pb, db, *rest), cut in chunks.blocks([p, d, *write.carried, *(where.tensors if where else [])]):
+        carried, held = rest[: len(write.carried)], rest[len(write.carried) :]
+        index = _no_index if where is None else functools.partial(where, pb, cut, held)
+        write(pb, db, index, *carried)
 
 
 class _Write:
@@ -371,20 +521,24 @@ class _Write:
         self.dtype = storage.work_dtype(w.param.dtype)
         self.stochastic = w.param.dtype == torch.bfloat16 and job.group["param_rounding"] == "stochastic"
         self.key = hash_key(job.group["seed"], w.t, w.index) if self.stochastic else 0
-        self.first = layout.first_element(w.param) if self.stochastic else None
-        self.index = [layout.element_index(w.param)] if self.stochastic and self.first is None else []
-        """The element indices, as a tensor, where the local part is not one contiguous run."""
+        kept = storage.compensated(w.param.dtype, job.group)
+        self.carried = [layout.local(w.state[COMPENSATION])] if kept else []
+        """What rounding left of the weights."""
 
-    def __call__(self, p: Tensor, d: Tensor, cut: slice | None = None, index: Sequence[Tensor] = ()) -> None:
+    def __call__(
+        self, p: Tensor, d: Tensor, index: Callable[[], Tensor] | None = None, carried: Tensor | None = None
+    ) -> None:
         """Write one block.
 
         Args:
             p: a view of the parameter.
             d: its direction.
-            cut: where the block lies along the first dimension of the local part, flat or not.
-            index: the block of `self.index`, if any.
+            index: gives the global indices of its elements, where the weights are rounded at random.
+            carried: the block of `self.carried`, if any.
         """
         x = p.to(self.dtype)  # p itself, or a copy
+        if carried is not None:
+            x.add_(carried)
         if self.decay == "before" and self.keep != 1:
             x.mul_(self._mask(x, d) if self.cautious else self.keep)
         keep = self._mask(x, d) if self.decay == "after" and self.cautious else self.keep
@@ -393,13 +547,12 @@ class _Write:
             x.mul_(keep)
         if x is p:
             return
-        if self.stochastic and cut is not None:
-            x = stochastic_round(x, index[0] if index else self._run(p, cut), self.key)
-        p.copy_(x)
+        if self.stochastic and index is not None:
+            p.copy_(stochastic_round(x, index(), self.key))
+        else:
+            p.copy_(x)
+        if carried is not None:
+            carried.copy_(x.sub_(p))
 
     def _mask(self, x: Tensor, d: Tensor) -> Tensor:
         return torch.where(x * d >= 0, self.keep, 1.0).to(x.dtype)
-
-    def _run(self, p: Tensor, cut: slice) -> Tensor:
-        start = (self.first or 0) + cut.start * (p.numel() // max(1, cut.stop - cut.start))
-        return torch.arange(start, start + p.numel(), device=p.device).to(torch.int32).view(p.shape)

@@ -52,9 +52,9 @@ def number(x: float) -> str:
 class _Canvas:
     """A sheet of paper with left, top, right and bottom margins around a frame."""
 
-    def __init__(self, width: int, height: int, left: int, right: int, title: str) -> None:
+    def __init__(self, width: int, height: int, left: int, right: int, title: str, top: int = 30) -> None:
         self.font = _font()
-        self.left, self.top, self.width, self.height = left, 30, width, height
+        self.left, self.top, self.width, self.height = left, top, width, height
         wide = max(left + width + right, int(self.font.getlength(title)) + 20)
         self.image = Image.new("RGB", (wide, self.top + height + 44), PAPER)
         self.draw = ImageDraw.Draw(self.image)
@@ -113,10 +113,11 @@ def heat_map(
     pixels = colours()[index]
     pixels[~np.isfinite(table)] = MISSING
     cell_y = max(1, min(26, max(12 if len(rows) <= 48 else 1, 260 // len(rows))))
-    cell_x = max(1, min(60, 520 // len(columns)))
     font = _font()
+    room = max(60, 8 + int(max(font.getlength(c) for c in columns)))
+    cell_x = max(1, min(room, 560 // len(columns)))
     left = 14 + int(max(font.getlength(r) for r in rows))
-    canvas = _Canvas(cell_x * len(columns), cell_y * len(rows), left, 110, title)
+    canvas = _Canvas(cell_x * len(columns), cell_y * len(rows), left, 60 + int(font.getlength(unit)), title)
     body = Image.fromarray(np.repeat(np.repeat(pixels, cell_y, 0), cell_x, 1))
     canvas.image.paste(body, (left, canvas.top))
     for at in lines:
@@ -169,7 +170,7 @@ def curves(
 
     font = _font()
     left, right = 70, 40 + int(max((font.getlength(k) for k in ys), default=0))
-    canvas = _Canvas(480, 240, left, right, title)
+    canvas = _Canvas(480, 240, left, right, title, 46)
     box = [(left, canvas.top), (left + canvas.width, canvas.top + canvas.height)]
     marks = np.geomspace(low, high, 5) if log else np.linspace(low, high, 5)
     for value in marks:

@@ -5,7 +5,6 @@ A byte is counted once, by the storage that holds it: tied weights and views add
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import weakref
@@ -24,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_optim.core import layout, storage
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import parts_of, rule_of
-from lightning_optim.core.work import slots_of
+from lightning_optim.core.work import forms_for
 
 MIB = 2**20
 Key = tuple[str, int, int]
@@ -114,10 +113,8 @@ def predicted_state(optimizer: torch.optim.Optimizer) -> int | None:
         for p in group["params"]:
             if p.requires_grad:
                 parts, _ = parts_of(rule, group, p.shape)
-                total += 4 + sum(
-                    storage.rest_dtype(s, p.dtype).itemsize * math.prod(storage.rest_shape(s, p.shape, parts[0].dims))
-                    for s in slots_of(rule, parts, p.ndim).values()
-                )
+                total += 4 + sum(form.nbytes for form in forms_for(rule, group, p, parts).values())
+                total += p.numel() * p.dtype.itemsize if storage.compensated(p.dtype, group) else 0
     return total
 
 

@@ -11,11 +11,29 @@ import torch
 from torch import Tensor
 
 _WRAP = 1 << 32
+_EXPONENT = 0x7F800000
 
 
 def _int32(x: int) -> int:
     x %= _WRAP
     return x - _WRAP if x >= _WRAP // 2 else x
+
+
+def indices(start: int, count: int, device: torch.device) -> Tensor:
+    """Consecutive element indices, wrapped around.
+
+    Args:
+        start: the first.
+        count: how many.
+        device: where.
+
+    Returns:
+        int32 `[count]`.
+    """
+    first = _int32(start)
+    if first + count < _WRAP // 2:
+        return torch.arange(first, first + count, dtype=torch.int32, device=device)
+    return torch.arange(start, start + count, device=device).to(torch.int32)
 
 
 def hash_key(*values: int) -> int:
@@ -66,6 +84,8 @@ def stochastic_round(x: Tensor, index: Tensor, key: int) -> Tensor:
     Returns:
         bfloat16, shaped like `x`.
     """
-    bits = random_bits(index, key).bitwise_and_(0xFFFF)
-    rounded = bits.add_(x.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+    bits = x.view(torch.int32)
+    exponent = bits.bitwise_and(_EXPONENT)
+    cut = exponent.sub_(_EXPONENT).bitwise_right_shift_(31).bitwise_and_(0xFFFF)  # bits to cut: none of NaN or infinity
+    rounded = random_bits(index, key).bitwise_and_(cut).add_(bits).bitwise_and_(cut.bitwise_not_())
+    return rounded.view(torch.float32).to(torch.bfloat16)

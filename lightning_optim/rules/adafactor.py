@@ -41,7 +41,7 @@ class Adafactor(Rule):
     name: ClassVar = "adafactor"
     source: ClassVar = "Shazeer & Stern 2018, arXiv:1804.04235, Alg. 4, 5"
     state: ClassVar = {"row_var": zeros("m1"), "col_var": zeros("1n")}
-    vector_state: ClassVar = {"variance": zeros("mn")}
+    vector_state: ClassVar = {"variance": zeros("mn", nonnegative=True)}
     reduces: ClassVar = True
     last_two: ClassVar = True
     reads_param: ClassVar = True

@@ -36,7 +36,7 @@ class Adagrad(Rule):
     decay: ClassVar = "coupled"
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
-        return {"sum": Slot("mn", self.initial_accumulator_value)}
+        return {"sum": Slot("mn", self.initial_accumulator_value, nonnegative=True)}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         s.sum.addcmul_(g, g)

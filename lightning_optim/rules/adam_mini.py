@@ -40,12 +40,12 @@ class AdamMini(Rule):
 
     name: ClassVar = "adam_mini"
     source: ClassVar = "Zhang et al. 2024, arXiv:2406.16793, Alg. 1"
-    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("m1")}
+    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("m1", nonnegative=True)}
     reduces: ClassVar = True
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         letters = "11" if self.block == "matrix" else "mn" if vector else "m1"
-        return {"exp_avg": zeros("mn"), "exp_avg_sq": zeros(letters)}
+        return {"exp_avg": zeros("mn"), "exp_avg_sq": zeros(letters, nonnegative=True)}
 
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return ADAMW_RMS if self.statistic == "mean" else None

@@ -40,7 +40,7 @@ class AdamW(Rule):
 
     name: ClassVar = "adamw"
     source: ClassVar = "Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2"
-    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn")}
+    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
     elementwise: ClassVar = True
 
     @classmethod
@@ -63,7 +63,7 @@ class AdamW(Rule):
         return super().translate(group)
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
-        return {**self.state, "max_exp_avg_sq": zeros("mn")} if self.amsgrad else self.state
+        return {**self.state, "max_exp_avg_sq": zeros("mn", nonnegative=True)} if self.amsgrad else self.state
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return ADAMW_RMS

@@ -55,7 +55,7 @@ class Adapprox(Rule):
             raise ValueError(f"adapprox: needs rank >= 1 and iterations >= 1, got {self.rank}, {self.iterations}")
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
-        factors = {"factor_left": zeros("mr"), "factor_right": zeros("nr")}
+        factors = {"factor_left": zeros("mr", exact=True), "factor_right": zeros("nr", exact=True)}
         return {"exp_avg": zeros("mn"), **factors} if self.betas[0] else factors
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102

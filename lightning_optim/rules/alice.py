@@ -76,7 +76,11 @@ class Alice(Rule):
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         short, long = "mn" if m <= n else "nm"
-        out = {"exp_avg": zeros(f"r{long}"), "exp_avg_sq": zeros(f"r{long}"), "basis": zeros(f"{short}r")}
+        out = {
+            "exp_avg": zeros(f"r{long}"),
+            "exp_avg_sq": zeros(f"r{long}", nonnegative=True),
+            "basis": zeros(f"{short}r", exact=True),
+        }
         if self.betas[2]:
             out["factor"] = zeros("rr")
         if self.compensation == "optimal":

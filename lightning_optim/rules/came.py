@@ -40,7 +40,7 @@ class CAME(Rule):
         "exp_avg_res_row": zeros("m1"),
         "exp_avg_res_col": zeros("1n"),
     }
-    vector_state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn")}
+    vector_state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
     reduces: ClassVar = True
     last_two: ClassVar = True
 

@@ -52,8 +52,8 @@ class COSMOS(Rule):
     source: ClassVar = "Liu et al. 2025, arXiv:2502.17410, Alg. 1; learning rates as in the authors' code"
     state: ClassVar = {
         "exp_avg": zeros("mn"),
-        "exp_avg_sq": zeros("mr"),
-        "basis": zeros("nr"),
+        "exp_avg_sq": zeros("mr", nonnegative=True),
+        "basis": zeros("nr", exact=True),
         "factor": zeros("rr"),
     }
     vectors: ClassVar = False

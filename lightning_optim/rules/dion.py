@@ -35,7 +35,7 @@ class Dion(Rule):
 
     name: ClassVar = "dion"
     source: ClassVar = "Ahn et al. 2025, arXiv:2504.05295, Alg. 1; order of operations of the authors' dion_simple"
-    state: ClassVar = {"momentum_buffer": zeros("mn"), "basis": zeros("nr")}
+    state: ClassVar = {"momentum_buffer": zeros("mn"), "basis": zeros("nr", exact=True)}
     vectors: ClassVar = False
 
     def validate(self) -> None:

@@ -43,7 +43,12 @@ class EigenAdam(Rule):
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         side = "mm" if m <= n else "nn"
-        return {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn"), "factor": zeros(side), "basis": eye(side)}
+        return {
+            "exp_avg": zeros("mn"),
+            "exp_avg_sq": zeros("mn", nonnegative=True),
+            "factor": zeros(side),
+            "basis": eye(side),
+        }
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return ADAMW_RMS

@@ -42,7 +42,7 @@ class LAMB(Rule):
 
     name: ClassVar = "lamb"
     source: ClassVar = "You et al. 2020, arXiv:1904.00962, Alg. 2"
-    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn")}
+    state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
     reduces: ClassVar = True
     reads_param: ClassVar = True
     decay: ClassVar = "own"

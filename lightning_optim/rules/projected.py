@@ -47,7 +47,7 @@ class Subspace(Rule):
         used = self.projected_sides(m, n, vector=vector)
         letters = ("r" if "left" in used else "m") + ("r" if "right" in used else "n")
         out = self.moments(letters, vector=vector)
-        out |= {f"projection_{side}": zeros("mr" if side == "left" else "nr") for side in used}
+        out |= {f"projection_{side}": zeros("mr" if side == "left" else "nr", exact=True) for side in used}
         return {**out, "left_out": zeros("11")} if used and self.goes_stale() else out
 
     def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:
@@ -121,7 +121,7 @@ class Projected(Subspace):
     decay: ClassVar = "after"
 
     def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:  # noqa: D102
-        return {"exp_avg": zeros(letters), "exp_avg_sq": zeros(letters)}
+        return {"exp_avg": zeros(letters), "exp_avg_sq": zeros(letters, nonnegative=True)}
 
     def ratio(self, x: Tensor, s: SimpleNamespace, t: int) -> tuple[Tensor, float]:
         """Take x into Adam's moments.
@@ -151,7 +151,7 @@ class FactoredSubspace(Subspace, AdafactorHF):
     def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:  # noqa: D102
         second = {"row_var": zeros(f"{letters[0]}1"), "col_var": zeros(f"1{letters[1]}")}
         first = {"exp_avg": zeros(letters)} if self.beta1 is not None else {}
-        return {**({"variance": zeros("mn")} if vector else second), **first}
+        return {**({"variance": zeros("mn", nonnegative=True)} if vector else second), **first}
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class RMSprop(Rule):
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         kept = {"square_avg": True, "momentum_buffer": self.momentum > 0, "grad_avg": self.centered}
-        return {key: zeros("mn") for key, keep in kept.items() if keep}
+        return {key: zeros("mn", nonnegative=key == "square_avg") for key, keep in kept.items() if keep}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         s.square_avg.mul_(self.alpha).addcmul_(g, g, value=1 - self.alpha)

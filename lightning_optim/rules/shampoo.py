@@ -82,10 +82,12 @@ class Shampoo(Rule):
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         out = {"exp_avg": zeros("mn")} if self.betas[0] or self.beta3 else {}
         if self.graft in ("adagrad", "rmsprop", "adam"):
-            out["graft_sq"] = zeros("mn")
+            out["graft_sq"] = zeros("mn", nonnegative=True)
         rows, columns, count = self._tile(m, n)
         if self.preconditioner == "eigenvalue":
-            out["exp_avg_sq"] = zeros("mn") if (rows, columns) == (m, n) else Slot("kk", size=(count * rows, columns))
+            out["exp_avg_sq"] = (
+                zeros("mn", nonnegative=True) if (rows, columns) == (m, n) else Slot("kk", size=(count * rows, columns))
+            )
         for side in self._sides(m, n):
             size = rows if side == "left" else columns
             letters = {m: "mm", n: "nn"}.get(size) if count == 1 else None

@@ -50,7 +50,7 @@ class SOAP(Rule):
     costly: ClassVar = ("basis_left", "basis_right")
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
-        out = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn")}
+        out = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
         if m <= self.max_precond_dim and not vector:
             out |= {"factor_left": zeros("mm"), "basis_left": eye("mm")}
         if n <= self.max_precond_dim and (self.precondition_1d or not vector):

@@ -27,7 +27,7 @@ from lightning_optim import (
     SignSGD,
     Signum,
 )
-from tests.golden import matrices, projected
+from tests.golden import fused, matrices, projected
 from tests.golden.common import Case, Params, split
 
 
@@ -191,6 +191,23 @@ def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) 
                     optimizer.state[p][f"basis_{side}"].copy_(basis)
 
 
+def _adamw8bit_bitsandbytes(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    """Recorded on a CPU, where bitsandbytes rounds to an even grid first."""
+    smallest = h.pop("min_8bit_size", 4096)
+    return AdamW(params.items(), **h, state_storage="int8_grid", storage_min=smallest)
+
+
+def _adamw8bit_torchao(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    """torchao quantises only tensors of whole blocks."""
+    block = h.pop("block_size", 256)
+    whole = {n: p for n, p in params.items() if p.numel() % block == 0}
+    groups = [
+        {"params": list(whole.items()), "state_storage": "int8", "storage_block": block},
+        {"params": [(n, p) for n, p in params.items() if n not in whole]},
+    ]
+    return AdamW([g for g in groups if g["params"]], **h)
+
+
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "CAME": _plain(CAME),
     "AMSGrad": _plain(AMSGrad),
@@ -201,6 +218,8 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "Adam-mini": _adam_mini,
     "AdamNoBiasCorrection": _adam_uncorrected,
     "AdamW": _plain(AdamW),
+    "AdamW8bit-bitsandbytes": _adamw8bit_bitsandbytes,
+    "AdamW8bit-torchao": _adamw8bit_torchao,
     "LAMB-paper": _lamb,
     "LARS": _plain(LARS),
     "LARS-paper": _lars_paper,
@@ -214,6 +233,7 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "SGD": _plain(SGD),
     "SOAP": _soap,
     "SignSGD": _signsgd,
+    **fused.FAMILIES,
     **matrices.FAMILIES,
     **projected.FAMILIES,
 }

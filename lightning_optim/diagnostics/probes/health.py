@@ -36,7 +36,7 @@ class Health(Probe):
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
-        image_every: measurements between pictures.
+        image_every: measurements between pictures; the first comes with the second measurement.
     """
 
     name = "health"
@@ -54,6 +54,7 @@ class Health(Probe):
         self.image_every = image_every
         self.skipped = self.nonfinite = self.clipped = self.measured = self.drops = 0
         self.history = History()
+        self.drawn = 0
         self._samples: dict[int, Tensor] = {}
         self._scale: float | None = None
 
@@ -125,7 +126,8 @@ class Health(Probe):
 
     def _draw(self, found: list[view.Entry], ratios: Tensor, report: Report) -> None:
         self.history.add(self.step, ratios.clamp(min=1e-12).log10().tolist())
-        if self.measured % self.image_every == 0 and len(self.history.steps) > 1:
+        self.drawn += 1
+        if self.drawn == 2 or self.drawn % self.image_every == 0:
             report.images["health/update_to_weight_by_layer"] = figures.heat_map(
                 self.history.table(),
                 "RMS of update / RMS of weight",

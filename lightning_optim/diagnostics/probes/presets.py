@@ -31,8 +31,15 @@ MEMBERS: Mapping[str, Mapping[type[Probe], float]] = {
 }
 """Probes of a preset and the largest share of training time of each: 1, 3 and 5 % in all."""
 
-LONG = {GradientRank: 100, Memory: 100, HessianBlocks: 500}
-"""Probes whose usual interval is long, in steps: shorter in a run too short for a dozen measurements."""
+USUAL: Mapping[type[Probe], int] = {
+    Health: 10,
+    Memory: 100,
+    PreconditionerRefresh: 25,
+    GradientRank: 100,
+    GradientNoiseScale: 20,
+    HessianBlocks: 500,
+}
+"""Steps between measurements; fewer in a run that is too short for a dozen of them."""
 
 
 def preset(name: str, steps: int | None = None) -> list[tuple[type[Probe], dict[str, Any]]]:
@@ -52,9 +59,9 @@ def preset(name: str, steps: int | None = None) -> list[tuple[type[Probe], dict[
         raise ValueError(f"unknown diagnostics {name!r}; {nearest(name, list(get_args(Preset)))}")
     out = []
     for kind, limit in MEMBERS[name].items():
-        settings: dict[str, Any] = {"max_overhead": limit}
-        if steps is not None and kind in LONG:
-            settings["every"] = max(1, min(LONG[kind], steps // 12))
+        settings: dict[str, Any] = {"max_overhead": limit, "every": USUAL[kind]}
+        if steps is not None:
+            settings["every"] = max(1, min(USUAL[kind], steps // 12))
         out.append((kind, settings))
     return out
 

@@ -1,0 +1,173 @@
+"""Eight bits per element with one scale per block: the dynamic map of Dettmers et al. and the e4m3 floating format.
+
+A block of consecutive elements is divided by a scale, so that its largest magnitude is the table's (1, or 448), and
+every quotient becomes the nearest of 256 values. The dynamic map has seven decades, 10^-7 to 1, with 2^i values in
+decade i: few where values are small, many near the maximum. Its signed form is asymmetric (-0.993 to 1), as published.
+
+Differs: a value above zero of a table for non-negative values never becomes zero. Published quantisers round small
+second moments to zero, which divides the first moment by eps alone. `"int8_grid"` is the dynamic map as bitsandbytes
+0.50 rounds on a CPU: quotients go to the nearest of 65536 evenly spaced points from -1 to 1 first, which is faster
+and coarser, moves zeros by 1.5e-5 of the block's largest and holds second moments above that.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Format = Literal["int8", "int8_grid", "fp8"]
+
+E4M3_MAX = 448.0
+TINY = torch.finfo(torch.float32).tiny
+PIECE = 2**17
+"""Elements worked on at a time, so that temporaries stay in a CPU's cache."""
+
+
+@functools.cache
+def values(form: Format, nonnegative: bool) -> Tensor:
+    """The 256 values of a table, in the order of their codes.
+
+    Args:
+        form: `"int8"` is the dynamic map (Dettmers et al. 2022, arXiv:2110.02861), in ascending order, at most 1;
+            also of `"int8_grid"`; `"fp8"` is e4m3 (Micikevicius et al. 2022, arXiv:2209.05433), in the order of its
+            bit patterns, at most 448.
+        nonnegative: the dynamic map without negative values; e4m3 is the same for both.
+
+    Returns:
+        float32; NaN for the two patterns of e4m3 that are.
+    """
+    if form == "fp8":
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    found = [0.0, 1.0]
+    for i in range(7):
+        ends = torch.linspace(0.1, 1, 2 ** (i + nonnegative) + 1, dtype=torch.float32)
+        decade = (ends[:-1] + ends[1:]) / 2 * 10.0 ** (i - 6)
+        found += decade.tolist() if nonnegative else [*decade.tolist(), *(-decade).tolist()]
+    return torch.tensor(sorted(found), dtype=torch.float32)
+
+
+@functools.cache
+def _tables(form: Format, nonnegative: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, and what finds the nearest one in two look-ups.
+
+    A float's upper 16 bits say in which of 65536 intervals it lies. No interval holds two of the midpoints between
+    values, so the lower of two candidates is a table entry and one comparison with the midpoint decides.
+
+    Returns:
+        (values by code, lower candidate by interval, midpoint above each code).
+    """
+    table = values(form, nonnegative)
+    middle = (table[1:] + table[:-1]) / 2
+    if nonnegative:
+        middle[0] = 0.0
+    top = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    least = torch.where(top < 0, top | 0xFFFF, top).view(torch.float32)  # of each interval
+    lower = torch.searchsorted(middle, least.nan_to_num(0.0, 2.0, -2.0)).to(torch.uint8)
+    above = torch.cat([middle, torch.tensor([torch.inf])])
+    return table.to(device), lower.to(device), above.to(device)
+
+
+@functools.cache
+def _grid(nonnegative: bool, device: torch.device) -> Tensor:
+    """The code of every point of the even grid."""
+    table = values("int8", nonnegative)
+    points = torch.arange(2**16, dtype=torch.float64).div_((2**16 - 1) / 2).sub_(1).float()
+    return torch.searchsorted((table[1:] + table[:-1]) / 2, points).to(torch.uint8).to(device)
+
+
+def blocks_of(count: int, block: int, start: int = 0) -> int:
+    """How many blocks a run of elements touches.
+
+    Args:
+        count: of elements.
+        block: elements per block.
+        start: index of the first element; blocks begin at multiples of `block`.
+
+    Returns:
+        The number of blocks, the first and last of which may be partial.
+    """
+    return -(-(start % block + count) // block) if count else 0
+
+
+def encode(x: Tensor, codes: Tensor, scale: Tensor, form: Format, *, nonnegative: bool, block: int, start: int = 0):
+    """Write the codes and scales of a run of elements.
+
+    Args:
+        x: float32 values, flat.
+        codes: 8-bit integers, flat; written.
+        scale: float32, one per block that the run touches; written.
+        form: of the codes.
+        nonnegative: whether no value is below zero.
+        block: elements per block, a divisor of `PIECE`.
+        start: index of the first element; blocks begin at multiples of `block`.
+    """
+    for at, first in _pieces(x, block, start):
+        _encode(x[at], codes[at], scale[first], form, nonnegative, block, (start + at.start) % block)
+
+
+def _encode(x: Tensor, codes: Tensor, scale: Tensor, form: Format, nonnegative: bool, block: int, lead: int) -> None:
+    count = x.numel()
+    tail = scale.numel() * block - lead - count
+    rows = (pad(x, (lead, tail)) if lead or tail else x).view(-1, block)
+    torch.amax(rows if nonnegative else rows.abs(), dim=1, out=scale)
+    if form == "fp8":
+        scale.div_(E4M3_MAX)
+    scale.clamp_(min=TINY)
+    quotients = (rows / scale.unsqueeze(1)).view(-1)
+    if form == "fp8":
+        found = quotients.to(torch.float8_e4m3fn).view(torch.uint8)
+        if nonnegative:
+            found = torch.maximum(found, (quotients > 0).view(torch.uint8))
+    elif form == "int8_grid":
+        half = (2**16 - 1) / 2
+        point = quotients.mul_(half).add_(half).round_().nan_to_num_(0.0).int()
+        found = _grid(nonnegative, x.device).index_select(0, point)
+    else:
+        _, lower, above = _tables(form, nonnegative, x.device)
+        interval = (quotients.view(torch.int32) >> 16).add_(2**15)
+        found = lower.index_select(0, interval)
+        found += quotients > above.index_select(0, found.int())
+    codes.copy_(found[lead : lead + count].view(codes.dtype))
+
+
+def decode(codes: Tensor, scale: Tensor, form: Format, *, nonnegative: bool, block: int, start: int = 0) -> Tensor:
+    """The values behind codes.
+
+    Args:
+        codes: as `encode` wrote them.
+        scale: likewise.
+        form: of the codes.
+        nonnegative: as for `encode`.
+        block: elements per block.
+        start: index of the first element.
+
+    Returns:
+        float32, flat.
+    """
+    out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    for at, first in _pieces(codes, block, start):
+        _decode(codes[at], scale[first], out[at], form, nonnegative, block, (start + at.start) % block)
+    return out
+
+
+def _decode(codes: Tensor, scale: Tensor, out: Tensor, form: Format, nonnegative: bool, block: int, lead: int) -> None:
+    table = _tables(form, nonnegative, codes.device)[0]
+    torch.index_select(table, 0, codes.view(torch.uint8).int(), out=out)
+    if not lead and out.numel() == scale.numel() * block:
+        out.view(-1, block).mul_(scale.unsqueeze(1))
+    else:
+        out.mul_(scale.repeat_interleave(block)[lead : lead + out.numel()])
+
+
+def _pieces(x: Tensor, block: int, start: int) -> list[tuple[slice, slice]]:
+    """Runs of whole blocks, and where their scales are."""
+    lead, count = start % block, x.numel()
+    size = PIECE if x.device.type == "cpu" else max(PIECE, count + lead)
+    size -= size % block
+    ends = [0, *range(size - lead, count, size), count] if count else [0]
+    cuts = [slice(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+    return [(c, slice((lead + c.start) // block, -(-(lead + c.stop) // block))) for c in cuts]
