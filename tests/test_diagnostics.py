@@ -368,6 +368,8 @@ def test_products_of_a_transformer_are_those_of_its_dense_hessian() -> None:
         torch.testing.assert_close(found, whole @ flat, rtol=1e-9, atol=1e-11)
         block = hessian.exact_block(full, 1, slice(0, 4))
         first = bounds[1]
+        part = hessian.exact_block(full, 1, slice(0, 4), slice(0, 3))
+        torch.testing.assert_close(part, block.view(4, 8, 4, 8)[:, :3, :, :3].reshape(12, 12))
         torch.testing.assert_close(block, whole[first : first + 32, first : first + 32], rtol=1e-9, atol=1e-11)
         probes = [[[hessian.signs(p, generator)] for _ in range(60)] for p in params]
         squares = hessian.coupling_squares(full, [[i] for i in range(len(params))], probes)

@@ -210,7 +210,7 @@ def test_tiles_come_back_together(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("tall", [False, True])
-@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+@pytest.mark.parametrize("coefficients", ["quintic", "annealed"])
 def test_gram_form_of_wide_matrices_is_as_accurate_as_the_plain_one(
     monkeypatch: pytest.MonkeyPatch, coefficients: str, tall: bool
 ) -> None:
@@ -222,7 +222,7 @@ def test_gram_form_of_wide_matrices_is_as_accurate_as_the_plain_one(
     monkeypatch.setattr(orthogonal_ops, "GRAM_ROWS", 10**6)
     plain = orthogonalize(x, coefficients=coefficients)
     assert not torch.equal(found, plain)
-    assert (found - exact).norm() < min(0.04 * exact.norm(), 2.5 * (plain - exact).norm())
+    assert (found - exact).norm() < min(0.04 * exact.norm(), 3 * (plain - exact).norm())
     assert torch.linalg.matrix_norm(found, 2).max() < 1.25
 
 

@@ -87,7 +87,7 @@ def test_soap_without_a_rotated_side_is_adam_from_its_second_step(shape: tuple[i
 def test_eigen_adam_of_orthogonal_rows_is_adam() -> None:
     """Eigenvectors of a diagonal Gram matrix are axes, whatever their order and signs."""
     p, q = (Parameter(torch.zeros(3, 6, dtype=F64)) for _ in range(2))
-    eigen = EigenAdam([p], lr=0.1, betas=(0.9, 0.95, 0.99), refresh="fixed:100", bias_correction=True, eps=1e-14)
+    eigen = EigenAdam([p], lr=0.1, betas=(0.9, 0.95, 0.99), refresh="fixed:100", correct_bias=True, eps=1e-14)
     adam = Adam([q], lr=0.1, betas=(0.9, 0.95), eps=1e-14)
     for t in range(STEPS):
         g = torch.zeros(3, 6, dtype=F64)

@@ -332,13 +332,16 @@ def block_diagonal_share(squares: Tensor) -> float:
     return float(squares.diagonal().sum() / squares.sum())
 
 
-def exact_block(hessian: Hessian, index: int, rows: slice | None = None, *, chunk: int = 32) -> Tensor:
+def exact_block(
+    hessian: Hessian, index: int, rows: slice | None = None, columns: slice = slice(None), *, chunk: int = 32
+) -> Tensor:
     """The entries of a diagonal block, by one product per column: of a parameter, or of some of its rows.
 
     Args:
         hessian: exact or by differences.
         index: of the parameter.
         rows: of the parameter (a head, a neuron, a token); all if not given.
+        columns: of these rows.
         chunk: columns per batched product.
 
     Returns:
@@ -346,13 +349,14 @@ def exact_block(hessian: Hessian, index: int, rows: slice | None = None, *, chun
     """
     p = hessian.params[index]
     ids = torch.arange(p.numel(), device=p.device).view(p.shape)
-    ids = (ids if rows is None else ids[rows]).reshape(-1)
-    columns = []
+    ids = ids if rows is None else ids[rows]
+    ids = (ids.flatten(1)[:, columns] if ids.ndim > 1 else ids).reshape(-1)
+    found = []
     for part in ids.split(chunk):
         v = torch.zeros(len(part), p.numel(), dtype=p.dtype, device=p.device)
         v[torch.arange(len(part), device=p.device), part] = 1.0
-        columns.append(_batched(hessian, index, v.view(len(part), *p.shape)).flatten(1)[:, ids])
-    block = torch.cat(columns)
+        found.append(_batched(hessian, index, v.view(len(part), *p.shape)).flatten(1)[:, ids])
+    block = torch.cat(found)
     return (block + block.T) / 2
 
 

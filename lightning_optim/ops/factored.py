@@ -6,6 +6,19 @@ import torch
 from torch import Tensor
 
 
+def mean(x: Tensor, dim: int) -> Tensor:
+    """Mean over one dimension, as a sum: a shard's mean is no share of the whole one's where shards are uneven.
+
+    Args:
+        x: any tensor, or a DTensor, which is not gathered for it.
+        dim: the dimension, kept with size 1.
+
+    Returns:
+        The means.
+    """
+    return x.sum(dim=dim, keepdim=True) / x.shape[dim]
+
+
 def update_means_(row: Tensor, column: Tensor, square: Tensor, weight: float, eps: float = 0.0) -> None:
     """Move row and column means towards those of a matrix of squares.
 
@@ -18,8 +31,8 @@ def update_means_(row: Tensor, column: Tensor, square: Tensor, weight: float, ep
         weight: of the new means.
         eps: added to them.
     """
-    row.lerp_(square.mean(dim=-1, keepdim=True) + eps, weight)
-    column.lerp_(square.mean(dim=-2, keepdim=True) + eps, weight)
+    row.lerp_(mean(square, -1) + eps, weight)
+    column.lerp_(mean(square, -2) + eps, weight)
 
 
 def over_root(x: Tensor, row: Tensor, column: Tensor, out: Tensor) -> Tensor:
@@ -34,5 +47,5 @@ def over_root(x: Tensor, row: Tensor, column: Tensor, out: Tensor) -> Tensor:
     Returns:
         `out`.
     """
-    torch.mul(x, (row / row.mean(dim=-2, keepdim=True)).rsqrt_(), out=out)
+    torch.mul(x, (row / mean(row, -2)).rsqrt_(), out=out)
     return out.mul_(column.rsqrt())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
-from lightning_optim.ops.factored import over_root, update_means_
+from lightning_optim.ops.factored import mean, over_root, update_means_
 from lightning_optim.ops.norms import clip_rms_, rms
 
 
@@ -70,7 +70,7 @@ class Adafactor(Rule):
             u.copy_(s.variance)
         else:
             update_means_(s.row_var, s.col_var, u, weight)
-            torch.mul(s.row_var / s.row_var.mean(dim=-2, keepdim=True).clamp(min=eps1), s.col_var, out=u)
+            torch.mul(s.row_var / mean(s.row_var, -2).clamp(min=eps1), s.col_var, out=u)
         u.clamp_(min=eps1 * eps1).rsqrt_().mul_(g)
         factor = _relative(self.lr, t) / (rms(u) / self.d).clamp(min=1.0)
         if self.scale_parameter and p is not None:

@@ -22,7 +22,7 @@ class EigenAdam(Rule):
     Q <- b3 Q + (1 - b3) G G^T;  M <- b1 M + (1 - b1) G;  when due U = eigenvectors(Q)
     V <- b2 V + (1 - b2) (U^T G)^2;  d = U (U^T M / (sqrt(V) + eps))
 
-    for m <= n; G^T G and the columns otherwise. V stays as it is when U changes. Without `bias_correction`, as
+    for m <= n; G^T G and the columns otherwise. V stays as it is when U changes. Without `correct_bias`, as
     published, the first steps have an RMS of (1 - b1) / sqrt(1 - b2).
 
     Differs: eps is ours (the publication divides by sqrt(V)). It refreshes all matrices in the same step, every t that
@@ -34,7 +34,7 @@ class EigenAdam(Rule):
     eps: float = 1e-8
     weight_decay: float = 0.0
     refresh: str = "staggered:200"
-    bias_correction: bool = False
+    correct_bias: bool = False
 
     name: ClassVar = "eigen_adam"
     source: ClassVar = "Gong et al. 2025, arXiv:2502.07752, Alg. 7"
@@ -61,7 +61,7 @@ class EigenAdam(Rule):
         sides = (s.basis, None) if left else (None, s.basis)
         adam_moments(s.exp_avg, s.exp_avg_sq, g, project(g, *sides), (b1, b2))
         d = lift(project(s.exp_avg, *sides).div_(s.exp_avg_sq.sqrt().add_(self.eps)), *sides)
-        return d.mul_((1 - b2**t) ** 0.5 / (1 - b1**t)) if self.bias_correction else d
+        return d.mul_((1 - b2**t) ** 0.5 / (1 - b1**t)) if self.correct_bias else d
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         s.basis = eigenbasis(s.factor)

@@ -22,7 +22,7 @@ class RACS(Rule):
     s <- beta s + (1 - beta) s_;  q <- beta q + (1 - beta) q_;  u = g / sqrt(q s^T)
     d = alpha u, where |u| may grow by a factor of `limit` per step at most
 
-    `ema=False` uses s_ and q_ themselves. There is no momentum. Without `bias_correction`, as published, the first
+    `ema=False` uses s_ and q_ themselves. There is no momentum. Without `correct_bias`, as published, the first
     steps are 1 / (1 - beta) times too long, so warm the learning rate up. `normalize` divides u by its root mean
     square instead of limiting its growth; the adamw learning-rate convention sets it, for the RMS of u varies.
 
@@ -32,7 +32,7 @@ class RACS(Rule):
     lr: float = 0.02
     beta: float = 0.9
     ema: bool = True
-    bias_correction: bool = False
+    correct_bias: bool = False
     alpha: float = 0.05
     limit: float = 1.01
     iterations: int = 5
@@ -69,7 +69,7 @@ class RACS(Rule):
             s.row_scale.lerp_(rows, 1 - self.beta)
             s.col_scale.lerp_(columns, 1 - self.beta)
             rows, columns = s.row_scale, s.col_scale
-            correction = 1 - self.beta**t if self.bias_correction else 1.0
+            correction = 1 - self.beta**t if self.correct_bias else 1.0
         else:
             s.row_scale, s.col_scale = rows, columns
         tiny = torch.finfo(g.dtype).tiny

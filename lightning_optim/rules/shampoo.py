@@ -49,7 +49,7 @@ class Shampoo(Rule):
     refresh: str = "staggered:10"
     start: int = 1
     accumulate: Literal["average", "sum"] = "average"
-    bias_correction: bool = True
+    correct_bias: bool = True
     sides: Literal["both", "left", "right", "short"] = "both"
     exponent: float | None = None
     root: Method = "eigh"
@@ -145,7 +145,7 @@ class Shampoo(Rule):
                 root.copy_(inverse_root(factor, 1 / exponent, eps=self.eps, method=self.root, previous=root))
 
     def _correction(self, t: int) -> float:
-        return 1 - self.betas[1] ** t if self.bias_correction and self.accumulate == "average" else 1.0
+        return 1 - self.betas[1] ** t if self.correct_bias and self.accumulate == "average" else 1.0
 
     def _filtered(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         b1, b3 = self.betas[0], self.betas[0] if self.beta3 is None else self.beta3
@@ -153,7 +153,7 @@ class Shampoo(Rule):
             return g
         n = g.lerp(s.exp_avg, b3)
         s.exp_avg.lerp_(g, 1 - b1)
-        return n / (1 - b3 * b1 ** (t - 1)) if self.bias_correction else n
+        return n / (1 - b3 * b1 ** (t - 1)) if self.correct_bias else n
 
     def _grafted(self, n: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         if not hasattr(s, "graft_sq"):

@@ -118,7 +118,7 @@ def _shampoo_distributed(params: Params, h: dict[str, Any], case: Case) -> Execu
         refresh=_multiples(interval),
         start=interval if start < 0 else start,
         accumulate="sum" if beta2 == 1 else "average",
-        bias_correction=h.get("use_bias_correction", True),
+        correct_bias=h.get("use_bias_correction", True),
         preconditioner="eigenvalue" if str(h.get("preconditioner")).startswith("soap") else "root",
         graft=graft["type"],
         graft_beta2=graft.get("beta2", 0.999),

@@ -4,7 +4,7 @@ from tests.references import due
 
 SETTINGS = [
     {"lr": 0.01, "betas": (0.8, 0.9, 0.95), "refresh": "fixed:3:3", "weight_decay": 0.1},
-    {"lr": 0.01, "refresh": "fixed:1", "bias_correction": True},
+    {"lr": 0.01, "refresh": "fixed:1", "correct_bias": True},
 ]
 
 
@@ -16,7 +16,7 @@ def step(p, g, state, t, h):
         state["u"] = torch.linalg.eigh(q).eigenvectors.flip(1)
     u = state["u"]
     v = state["v"] = b2 * state.get("v", 0) + (1 - b2) * (u.T @ x) ** 2
-    if h["bias_correction"]:
+    if h["correct_bias"]:
         m, v = m / (1 - b1**t), v / (1 - b2**t)
         h = {**h, "eps": h["eps"] / (1 - b2**t) ** 0.5}
     d = u @ ((u.T @ m) / (v.sqrt() + h["eps"]))

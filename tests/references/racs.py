@@ -3,7 +3,7 @@ import torch
 SETTINGS = [
     {"lr": 0.02, "beta": 0.8, "weight_decay": 0.1, "limit": 1.0},
     {"lr": 0.02, "ema": False, "iterations": 3},
-    {"lr": 0.02, "bias_correction": True, "alpha": 0.5},
+    {"lr": 0.02, "correct_bias": True, "alpha": 0.5},
     {"lr": 0.02, "normalize": True},
 ]
 
@@ -17,7 +17,7 @@ def step(p, g, state, t, h):
     if h["ema"]:
         s = state["s"] = h["beta"] * state.get("s", 0) + (1 - h["beta"]) * s
         q = state["q"] = h["beta"] * state.get("q", 0) + (1 - h["beta"]) * q
-    if h["ema"] and h["bias_correction"]:
+    if h["ema"] and h["correct_bias"]:
         s, q = s / (1 - h["beta"] ** t), q / (1 - h["beta"] ** t)
     u = g / q[:, None].sqrt() / s.sqrt()
     if h["normalize"]:

@@ -7,7 +7,7 @@ SETTINGS = [
     {"lr": 0.02, "accumulate": "sum", "betas": (0.0, 0.0), "graft": "none", "max_dim": None, "weight_decay": 0.1},
     {"lr": 0.02, "max_dim": 5, "graft": "rmsprop", "beta3": 0.5, "refresh": "fixed:2:2", "start": 4},
     {"lr": 0.02, "sides": "short", "root": "newton", "graft": "sgd", "betas": (0.0, 0.9), "decay": "coupled"},
-    {"lr": 0.02, "sides": "left", "exponent": 0.5, "graft": "adagrad", "bias_correction": False, "weight_decay": 0.1},
+    {"lr": 0.02, "sides": "left", "exponent": 0.5, "graft": "adagrad", "correct_bias": False, "weight_decay": 0.1},
     {"lr": 0.02, "max_dim": 70, "target_dims": 1, "start": 3, "early": "decay", "weight_decay": 0.1},
     {"lr": 0.02, "preconditioner": "eigenvalue", "graft": "none", "sides": "short", "start": 4, "max_dim": 3},
 ]
@@ -32,7 +32,7 @@ def average(old, new, beta, summed):
 def tile(g, state, t, h, which):
     (b1, b2), summed = h["betas"], h["accumulate"] == "sum"
     b3 = b1 if h["beta3"] is None else h["beta3"]
-    correction = 1 - b2**t if h["bias_correction"] and not summed else 1.0
+    correction = 1 - b2**t if h["correct_bias"] and not summed else 1.0
     factors, roots = state.setdefault("factors", {}), state.setdefault("roots", {})
     for k in which:
         factors[k] = average(factors.get(k, 0), g @ g.T if k == 0 else g.T @ g, b2, summed)
@@ -46,7 +46,7 @@ def tile(g, state, t, h, which):
     m = state.get("m", 0)
     n = b3 * m + (1 - b3) * g
     state["m"] = b1 * m + (1 - b1) * g
-    n = n / (1 - b3 * b1 ** (t - 1)) if h["bias_correction"] else n
+    n = n / (1 - b3 * b1 ** (t - 1)) if h["correct_bias"] else n
     a = n
     if h["graft"] in ("adagrad", "rmsprop", "adam"):
         v = state["v"] = average(state.get("v", 0), g**2, h["graft_beta2"], h["graft"] == "adagrad")

@@ -18,8 +18,8 @@ from lightning_optim.diagnostics.hessian import Hessian
 from lightning_optim.diagnostics.probes.base import Probe, Run, found_entries
 from lightning_optim.diagnostics.report import Report
 
-EXACT_LIMIT = 512
-"""Most weights of a block whose entries are computed."""
+EXACT_LIMIT, AUTO_LIMIT = 512, 128
+"""Most weights of a block whose entries are computed, on request and by default; each costs a product."""
 TOLERANCE = 0.1
 """Relative difference above which second derivatives are not believed; differences are off by 1e-3."""
 DIFFERENTIATED_TWICE = ("not implemented", "differentiate twice", "double backward", "once_differentiable")
@@ -39,8 +39,8 @@ class HessianBlocks(Probe):
       step over the one the quadratic model predicts;
     * `hessian/js_shape`, `js_scale`: mean Jensen-Shannon distance between the roles' spectra, normalised or not;
     * `hessian/block_diagonal_share` and the picture `hessian/coupling`: how much of |H|_F^2 lies within roles;
-    * once: the entries of a few neurons (`hessian/entries/<parameter>`), their diagonal dominance `hessian/tau` and
-      Adam's effect on their condition number `hessian/r`.
+    * once: the entries of a few weights of four neurons (`hessian/entries/<role>`), their diagonal dominance
+      `hessian/tau` and Adam's effect on their condition number `hessian/r`.
 
     Sharded parameters (FSDP2) are not supported: nothing is logged then.
 
@@ -53,7 +53,8 @@ class HessianBlocks(Probe):
         starts: random start vectors per role, for spectral densities.
         coupling_every: measurements between coupling tables, the first of which comes with the first measurement.
         coupling_probes: random vectors per role for those.
-        exact: patterns of parameters whose first rows' entries are computed, `"auto"` for the first MLP matrix; ().
+        exact: patterns of parameters whose first four rows' entries are computed, 512 at most; `"auto"` is 128 of the
+            first MLP matrix, () none.
         method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
     """
 
@@ -71,7 +72,7 @@ class HessianBlocks(Probe):
         self,
         every: int = 500,
         max_overhead: float = 0.02,
-        sequences: int = 2,
+        sequences: int = 1,
         probes: int = 10,
         steps: int = 10,
         starts: int = 1,
@@ -284,11 +285,12 @@ class HessianBlocks(Probe):
     def _entries(self, full: Hessian, found: Sequence[view.Entry], run: Run, report: Report) -> None:
         for i in chosen(found, self.exact):
             e = found[i]
-            width = e.param[0].numel()
-            if e.transposed or width > EXACT_LIMIT:
+            limit = AUTO_LIMIT if self.exact == "auto" else EXACT_LIMIT
+            rows = min(len(e.param), 4)
+            width = min(e.param[0].numel(), limit // rows)
+            if e.transposed or e.param.ndim < 2:
                 continue
-            rows = min(len(e.param), max(1, EXACT_LIMIT // width), 4)
-            block = hessian.exact_block(full, i, slice(0, rows)).double().cpu()
+            block = hessian.exact_block(full, i, slice(0, rows), slice(0, width)).double().cpu()
             report.scalars[f"hessian/tau/{e.role}"] = float(hessian.diagonal_dominance(block))
             second = run.optimizer.state.get(e.param, {}).get("exp_avg_sq")
             if (
@@ -296,7 +298,7 @@ class HessianBlocks(Probe):
                 and second.shape == e.param.shape
                 and not view.bases_of(e, run.optimizer.state[e.param])
             ):
-                v = second[:rows].reshape(-1).double().cpu().clamp(min=1e-30)
+                v = second[:rows].flatten(1)[:, :width].reshape(-1).double().cpu().clamp(min=1e-30)
                 report.scalars[f"hessian/r/{e.role}"] = float(hessian.conditioning_ratio(block, v))
             report.arrays[f"entries/{e.name}"] = block
             every = max(1, len(block) // 256)
@@ -304,10 +306,10 @@ class HessianBlocks(Probe):
             labels = [str(k) for k in range(0, len(block), every)]
             report.images[f"hessian/entries/{e.role}"] = figures.heat_map(
                 size.log10().numpy(),
-                f"|h_ij| of {rows} rows of {e.name}, step {self.step}",
+                f"|h_ij|: {width} weights each of {rows} rows of {e.name}, step {self.step}",
                 rows=labels,
                 columns=labels,
-                across=f"weight; lines: rows of {width}",
+                across="weight; lines: rows",
                 unit="log10, of the largest",
                 lines=[k * width // every for k in range(1, rows)],
             )
