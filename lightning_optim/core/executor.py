@@ -7,7 +7,6 @@ only store of state, `param_groups` the only store of settings; nothing about pa
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.core import checkpoint, chunks, fused, layout, storage
 from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
+from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
 from lightning_optim.core.work import (
@@ -33,13 +33,10 @@ from lightning_optim.core.work import (
     forms_of,
     needs_param,
     portions,
-    refresh_cost,
-    staleness,
     takes_kernel,
     update_elementwise,
     update_stack,
 )
-from lightning_optim.refresh import RECORD, Clock, View, parse, phases
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -105,7 +102,7 @@ class Executor(torch.optim.Optimizer):
         self._owners = WeakTensorKeyDictionary()
         self._loads: dict[Any, list[float]] = {}
         self._meeting = layout.Meeting()
-        self._clock = Clock()
+        self._refreshes = Refreshes()
         self.on_refresh: Callable[[Refresh], None] | None = None
         self.process_group: Any = None
         self.fused: fused.FusedBackward | None = None
@@ -173,7 +170,7 @@ class Executor(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         jobs = list(self._jobs())
-        self._spread_refreshes(jobs)
+        self._refreshes.spread(jobs, self.process_group)
         if not self.state and self._only_materialises(jobs):
             self._materialise(jobs)
         elif self.fused is not None:
@@ -229,7 +226,7 @@ class Executor(torch.optim.Optimizer):
         else:
             cuts = {id(w): layout.cut_of(w.param, w.name) for w in job.works}
             here = [w for w in present if cuts[id(w)] is None]
-            self._decide_refreshes(job, here, lambda w: w.gradient())
+            self._refreshes.decide(job, here, lambda w: w.gradient(), self.on_refresh)
             self._whole(job, here)
             travelling = [w for w in job.works if cuts[id(w)] is not None]
             for run in chunks.bucket(travelling, lambda w: (cuts[id(w)], w.param.dtype)):
@@ -285,7 +282,7 @@ class Executor(torch.optim.Optimizer):
             directions[at[id(w)]] = d
 
         mine = [works[i] for i in exchange.mine if works[i].has_gradient]
-        self._decide_refreshes(job, mine, lambda w: gradients[at[id(w)]])
+        self._refreshes.decide(job, mine, lambda w: gradients[at[id(w)]], self.on_refresh)
         for run in chunks.bucket(mine, alike):
             for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
                 here = [at[id(w)] for w in chunk]
@@ -294,71 +291,6 @@ class Executor(torch.optim.Optimizer):
         for w, d in zip(works, exchange.from_owners(directions, like), strict=True):
             if w.has_gradient and not job.rule.rests(w.t):
                 apply(job, w, d)
-
-    # -- refreshes ------------------------------------------------------------------------------------------------
-
-    def _spread_refreshes(self, jobs: Sequence[Job]) -> None:
-        """Rank the parameters with costly state among those of the same policy, and agree on the time."""
-        pools: defaultdict[str, list[float]] = defaultdict(list)
-        for rule, group, works in ((j.rule, j.group, j.works) for j in jobs if j.rule.costly):
-            costs: dict[tuple[Any, ...], float] = {}
-            pool = pools[group["refresh"]]
-            for w in works:
-                kind = w.parts, w.param.ndim < 2
-                if kind not in costs:
-                    costs[kind] = refresh_cost(rule, w.parts, vector=kind[1])
-                w.cost, w.rank = costs[kind], len(pool)
-                pool.append(w.cost)
-        self._pools = {text: tuple(costs) for text, costs in pools.items()}
-        self._clock.tick()
-        timed = [text for text in pools if parse(text).timed]
-        if timed:
-            params = [w.param for j in jobs if j.rule.costly for w in j.works]
-            agreed = layout.agree_times([self._clock.elapsed, self._clock.rate], params, self.process_group)
-            self._clock.elapsed, self._clock.rate = agreed
-
-    def _decide_refreshes(self, job: Job, works: Sequence[Work], gradient: Callable[[Work], Tensor]) -> None:
-        """Ask the policy which of the works, whole on this rank, are due."""
-        if not job.rule.costly:
-            return
-        policy, pool = parse(job.group["refresh"]), self._pools[job.group["refresh"]]
-        asked = [w for w in works if w.cost]
-        later = [w for w in asked if w.t > 1]
-        for w in asked:
-            w.due = "first"
-            w.note = self._refreshed if self.on_refresh is not None or policy.timed else None
-        if not later:
-            return
-        records = (
-            torch.stack([torch.cat(w.records).amin(0) for w in later]).tolist() if policy.reads else [[]] * len(later)
-        )
-        views = {
-            id(w): View(w.t, w.cost, functools.partial(_phase, pool, w.rank), dict(zip(RECORD, r, strict=False)))
-            for w, r in zip(later, records, strict=True)
-        }
-        home = {id(v): w for w, v in zip(later, views.values(), strict=True)}
-        known: dict[int, float] = {}
-
-        def measure(some: Sequence[View]) -> list[float]:
-            new = [home[id(v)] for v in some if id(v) not in known]
-            if new:
-                found = torch.stack([staleness(job, w, gradient(w)) for w in new]).tolist()
-                for w, x in zip(new, found, strict=True):
-                    w.stale = known[id(views[id(w)])] = x
-            return [known[id(v)] for v in some]
-
-        for w, reason in zip(later, policy.decide(list(views.values()), measure, self._clock), strict=True):
-            w.due = reason
-            if policy.reads:
-                kept = [views[id(w)].record[k] for k in RECORD[2:]]
-                for record in w.records:
-                    record[:, 2:] = torch.tensor(kept, dtype=record.dtype, device=record.device)
-
-    def _refreshed(self, w: Work, event: Refresh) -> None:
-        """Take note of a refresh."""
-        self._clock.spent(w.cost, event.seconds)
-        if self.on_refresh is not None:
-            self.on_refresh(event)
 
     # -- what precedes the first write ----------------------------------------------------------------------------
 
@@ -686,10 +618,6 @@ def _expected(forms: Mapping[str, Form], found: Mapping[str, Any]) -> Iterator[t
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _phase(costs: tuple[float, ...], rank: int, interval: int) -> int:
-    return phases(costs, interval)[rank]
 
 
 def _is_trained(p: Tensor) -> bool:
