@@ -9,7 +9,7 @@ import torch
 
 from tests.pool import Pool, opened
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
 
 @pytest.fixture(scope="session")
