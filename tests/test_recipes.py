@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import transformers as hf
 from lightning import LightningModule
 from torch import nn
+from transformers import trainer_optimizer
+from transformers.training_args import OptimizerNames
 
 from hf_integration import TrainingArguments, attach, register
 from lightning_optim import Executor, OptimizerConfig, build_optimizer, configure_optimizers, plan
@@ -80,10 +84,25 @@ def test_one_clear_error(name: str, recipe: str | None, match: str) -> None:
         build_optimizer(built("llama"), name, recipe=recipe)
 
 
+@pytest.fixture
+def registered() -> Iterator[None]:
+    """Our names in Transformers' tables, for one test."""
+    tables: list[Any] = [OptimizerNames._member_names_, OptimizerNames._member_map_, OptimizerNames._value2member_map_]
+    tables += [trainer_optimizer._OPTIMIZER_HANDLERS, hf.trainer.DEFAULT_CALLBACKS]
+    before, members = [copy.copy(table) for table in tables], set(OptimizerNames._member_map_)
+    register()
+    yield
+    for name in set(OptimizerNames._member_map_) - members:
+        type.__delattr__(OptimizerNames, name)
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.extend(kept) if isinstance(table, list) else table.update(kept)
+
+
+@pytest.mark.usefixtures("registered")
 def test_recipes_are_flags_of_transformers(tmp_path: Any) -> None:
     """Flags that are set win; those at their default are the recipe's."""
     common: Any = {"output_dir": str(tmp_path), "optim": "muon", "report_to": "none", "use_cpu": True}
-    register()
 
     def muon(arguments: Any, trainer_of: Any) -> tuple[float, float]:
         optimizer = trainer_of(hf.LlamaForCausalLM(tiny), arguments).create_optimizer()
