@@ -55,10 +55,13 @@ class Pool:
     def run(self, job: str, world: int, **kwargs: Any) -> list[Any]:
         """Call `module:function` on `world` ranks as `function(rank, world, **kwargs)`; the results by rank."""
         context = multiprocessing.get_context("spawn")
+        if not all(process.is_alive() for process, _ in self.workers):
+            self.close()  # gloo can end a process after its job, while the others disconnect
         while len(self.workers) < world:
             here, there = context.Pipe()
             process = context.Process(target=_worker, args=(there, len(self.workers)), daemon=True)
             process.start()
+            there.close()  # else a write to, or a wait for, a process that has ended would never return
             self.workers.append((process, here))
         self.jobs += 1
         store = self.folder / f"store-{self.jobs}"
@@ -69,9 +72,13 @@ class Pool:
             if not connection.poll(TIMEOUT):
                 self.close()
                 raise TimeoutError(f"{job}: rank {rank} did not answer in {TIMEOUT} s")
-            ok, value = _load(connection.recv_bytes())
+            try:
+                ok, value = _load(connection.recv_bytes())
+            except EOFError:
+                process.join()
+                self.close()
+                raise RuntimeError(f"{job}: rank {rank} ended with {process.exitcode}") from None
             results.append((rank, ok, value))
-            del process
         failed = [f"rank {rank}:\n{value}" for rank, ok, value in results if not ok]
         if failed:
             raise RuntimeError("\n".join(failed))
