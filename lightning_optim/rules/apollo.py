@@ -12,8 +12,7 @@ from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import ADAMW_RMS
 from lightning_optim.ops.norms import normalized
-from lightning_optim.ops.projection import project
-from lightning_optim.rules.projected import Limited, projection
+from lightning_optim.rules.projected import Limited
 
 
 @dataclass(frozen=True)
@@ -61,10 +60,7 @@ class APOLLO(Limited):
         self.draw(s)
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        s.refresh(g)
-        basis = projection(s)
-        x = project(g, *basis)
-        u, correction = self.ratio(x, s, t)
+        basis, x, u, correction = self.projected(g, s, t)
         if basis == (None, None):
             return u.mul_(correction)
         dim = (-2, -1) if self.scale_type == "tensor" else -1 if basis[0] is None else -2

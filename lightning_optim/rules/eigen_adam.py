@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, eye, zeros
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal
-from lightning_optim.ops.moments import adam_moments, gram
+from lightning_optim.ops.moments import adam_moments, bias_corrections, gram
 from lightning_optim.ops.projection import lift, project
 
 
@@ -61,7 +61,8 @@ class EigenAdam(Rule):
         sides = (s.basis, None) if left else (None, s.basis)
         adam_moments(s.exp_avg, s.exp_avg_sq, g, project(g, *sides), (b1, b2))
         d = lift(project(s.exp_avg, *sides).div_(s.exp_avg_sq.sqrt().add_(self.eps)), *sides)
-        return d.mul_((1 - b2**t) ** 0.5 / (1 - b1**t)) if self.correct_bias else d
+        mean, root = bias_corrections((b1, b2), t)
+        return d.mul_(root / mean) if self.correct_bias else d
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         s.basis = eigenbasis(s.factor)

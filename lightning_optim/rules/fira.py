@@ -13,8 +13,8 @@ from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import ADAMW_RMS
 from lightning_optim.ops.norms import norm, normalized
-from lightning_optim.ops.projection import lift, project
-from lightning_optim.rules.projected import Limited, projection
+from lightning_optim.ops.projection import lift
+from lightning_optim.rules.projected import Limited
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,7 @@ class Fira(Limited):
         return self.alpha if self.normalize else None
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        s.refresh(g)
-        basis = projection(s)
-        x = project(g, *basis)
-        u, correction = self.ratio(x, s, t)
+        basis, x, u, correction = self.projected(g, s, t)
         if basis == (None, None):
             return u.mul_(correction)
         low = lift(u, *basis).mul_(self.alpha)

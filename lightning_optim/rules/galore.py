@@ -43,9 +43,7 @@ class GaLore(Projected):
         return ADAMW_RMS * (self.scale * self.share(m, n) if self.projected_sides(m, n) else 1.0)
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        s.refresh(g)
-        basis = projection(s)
-        u, correction = self.ratio(project(g, *basis), s, t)
+        basis, _, u, correction = self.projected(g, s, t)
         scale = 1.0 if basis == (None, None) else self.scale
         return lift(u.mul_(scale * correction), *basis)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, Slot, zeros
-from lightning_optim.ops.moments import adam_moments
+from lightning_optim.ops.moments import adam_moments, bias_corrections
 from lightning_optim.ops.norms import growth_factor, norm
 from lightning_optim.ops.projection import OVERSAMPLING, Method, Side, leading_vectors, left_out, project, sides
 from lightning_optim.rules.adafactor import AdafactorHF
@@ -129,10 +129,22 @@ class Projected(Subspace):
         Returns:
             (u, c) of the formulae above.
         """
-        b1, b2 = self.betas
         adam_moments(s.exp_avg, s.exp_avg_sq, x, x, self.betas)
-        correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if self.correct_bias else 1.0
-        return s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), correction
+        mean, root = bias_corrections(self.betas, t)
+        return s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), root / mean if self.correct_bias else 1.0
+
+    def projected(
+        self, g: Tensor, s: SimpleNamespace, t: int
+    ) -> tuple[tuple[Tensor | None, Tensor | None], Tensor, Tensor, float]:
+        """Project a gradient, after a refresh that is due, and take it into Adam's moments.
+
+        Returns:
+            (projections of the left and right side or None, x, u, c); without a projection, d = u c.
+        """
+        s.refresh(g)
+        basis = projection(s)
+        x = project(g, *basis)
+        return basis, x, *self.ratio(x, s, t)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, eye, zeros
 from lightning_optim.ops.eigenbasis import eigenbasis, follow_eigenbasis, off_diagonal
-from lightning_optim.ops.moments import adam_moments, gram
+from lightning_optim.ops.moments import adam_moments, bias_corrections, gram
+from lightning_optim.ops.norms import rms
 from lightning_optim.ops.projection import lift, project
 
 
@@ -68,14 +68,14 @@ class SOAP(Rule):
             self._observe(g, s)
             s.refresh(g)
             return g
-        b1, b2 = self.betas
         turned = project(g, **_bases(s))
         adam_moments(s.exp_avg, s.exp_avg_sq, turned, turned, self.betas)
         d = lift(s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), **_bases(s))
         if self.normalize_grads:
-            d = d / (vector_norm(d, dim=(-2, -1), keepdim=True) / (d.shape[-2] * d.shape[-1]) ** 0.5 + 1e-30)
+            d = d / (rms(d) + 1e-30)
         if self.correct_bias:
-            d = d * ((1 - b2 ** (t - 1)) ** 0.5 / (1 - b1 ** (t - 1)))
+            mean, root = bias_corrections(self.betas, t - 1)
+            d = d * (root / mean)
         self._observe(g, s)
         s.refresh(g)
         return d
