@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -15,9 +16,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 from lightning_optim import Executor
@@ -50,9 +51,22 @@ class Model(nn.Module):
                 self.register_parameter(key, Parameter(value))
 
 
+def part_of(whole: Tensor, p: DTensor) -> Tensor:
+    """This rank's part of a whole tensor, by `torch.chunk`; FSDP2 cuts what tensor parallelism has cut before."""
+    own, cuts = p.device_mesh.get_coordinate() or [], list(enumerate(p.placements))
+    strided = [x for x in cuts if not isinstance(x[1], (Shard, Replicate))]
+    for d, x in [*(x for x in cuts if isinstance(x[1], Shard)), *strided]:
+        dim, parts = cast("Shard", x).dim, whole.chunk(p.device_mesh.size(d), cast("Shard", x).dim)
+        whole = parts[own[d]] if own[d] < len(parts) else whole.narrow(dim, 0, 0)
+    return whole
+
+
 def placed(whole: Tensor, p: Tensor) -> Tensor:
     """A gradient, cut like its parameter."""
-    return distribute_tensor(whole, p.device_mesh, p.placements) if isinstance(p, DTensor) else whole
+    if not isinstance(p, DTensor):
+        return whole
+    part = part_of(whole, p).reshape(p.to_local().shape).clone()
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def take_steps(model: Model, optimizer: Executor, steps: range, missing: dict[int, str] | None = None) -> None:
@@ -65,10 +79,77 @@ def take_steps(model: Model, optimizer: Executor, steps: range, missing: dict[in
         optimizer.step()
 
 
-def weights(model: Model) -> dict[str, Tensor]:
+def whole_of(p: Tensor) -> Tensor:
+    """A whole tensor, put together out of the parts of all ranks."""
+    if not isinstance(p, DTensor):
+        return p.detach().clone()
+    index = part_of(torch.arange(p.numel()).view(p.shape), p)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (index.flatten(), p.to_local().detach().flatten()))
+    out = torch.full((p.numel(),), math.nan, dtype=p.dtype)
+    for at, values in found:
+        assert (out[at].isnan() | (out[at] == values)).all(), "replicas differ"
+        out[at] = values
+    return out.view(p.shape)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
     """Whole weights, on every rank."""
-    full = {k: p.full_tensor() if isinstance(p, DTensor) else p for k, p in model.named_parameters()}
-    return {k: p.detach().clone() for k, p in full.items()}
+    return {k: whole_of(p) for k, p in model.named_parameters()}
+
+
+LAYOUTS = {
+    "ddp": 2,
+    "shared": 3,
+    "fsdp2": 3,
+    "hsdp": 4,
+    "tp": 2,
+    "fsdp2+tp": 4,
+    "mixed": 2,
+}
+"""Every way to lay out a model, with a number of ranks."""
+
+
+def split(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Tensor parallelism: matrices by columns and by rows in turn, vectors by elements."""
+    for k, (name, p) in enumerate(list(model.named_parameters(recurse=False))):
+        cut = distribute_tensor(p.detach(), mesh, [Shard(1 if k % 2 and p.ndim > 1 else 0)])
+        setattr(model, name, Parameter(cut))
+
+
+def lay_out(model: Model, layout: str, world: int) -> Model:
+    """Lay out a model over all ranks."""
+    if layout == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    elif layout == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        fully_shard(model, mesh=mesh)
+    elif layout == "tp":
+        split(model, init_device_mesh("cpu", (world,)))
+    elif layout == "fsdp2+tp":
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        split(model, mesh["tp"])
+        fully_shard(model, mesh=mesh["dp"])
+    elif layout == "mixed":
+        kept = {p for k, p in model.named_parameters() if k in ("wide", "again", "vector")}
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)), ignored_params=kept)
+    return model
+
+
+def laid_out(rank: int, world: int, layout: str, names: Sequence[str], steps: int, **kwargs: Any) -> Any:
+    """Train with every rule; whole weights, or what a rule says that refuses the mesh."""
+    out: dict[str, Any] = {}
+    for name in names:
+        model = lay_out(Model(name, kwargs.get("dtype", torch.float32)), layout, world)
+        optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
+        if layout == "shared":
+            optimizer.share_work()
+        try:
+            take_steps(model, optimizer, range(1, steps + 1), kwargs.get("missing"))
+            out[name] = weights(model)
+        except ValueError as error:
+            out[name] = str(error)
+    return out
 
 
 def sharded(

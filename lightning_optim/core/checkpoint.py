@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.chunks import bucket
-from lightning_optim.core.layout import Cut, Exchange, local, place
+from lightning_optim.core.layout import Cut, local, place
 from lightning_optim.core.storage import Form, allocate_scale, narrow, widen
+from lightning_optim.core.travel import Team, exchange
 
 
 @dataclass(frozen=True)
@@ -30,31 +31,32 @@ class Entry:
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    cut: Cut
+    team: Team
+    """Of rows, where the parameter is cut."""
     owner: int
 
 
 def _runs(entries: Sequence[Entry]) -> list[list[Entry]]:
-    return bucket(entries, lambda e: (e.cut.group, e.dtype))
+    return bucket(entries, lambda e: (e.team.ranks, e.dtype))
 
 
 def spread(entries: Sequence[Entry], whole: Callable[[Entry], Tensor]) -> list[tuple[Entry, Tensor]]:
-    """Cut owners' whole slots into row shards. Collective.
+    """Cut owners' whole slots into row shards, or give them to all replicas. Collective.
 
     Args:
-        entries: the same on every rank of their groups.
+        entries: the same on every rank of their teams.
         whole: gives the tensor of an entry this rank owns.
 
     Returns:
-        Every entry with a DTensor whose local part owns its storage.
+        Every entry with a DTensor whose local part owns its storage, or a plain tensor.
     """
-    out = []
+    out: list[tuple[Entry, Tensor]] = []
     for run in _runs(entries):
-        cut = run[0].cut
-        exchange = Exchange(cut, [e.shape for e in run], [e.owner for e in run])
+        travel = exchange([e.team for e in run], [e.shape for e in run], [e.owner for e in run])
         like = torch.empty((), dtype=run[0].dtype, device=local(run[0].param).device)
-        parts = exchange.from_owners({i: whole(run[i]) for i in exchange.mine}, like)
-        out += [(e, cut.shard(e.shape, part.clone())) for e, part in zip(run, parts, strict=True)]
+        parts = travel.from_owners({i: whole(run[i]) for i in travel.mine}, like)()
+        for e, part in zip(run, parts, strict=True):
+            out.append((e, e.team.shard(e.shape, part.clone()) if isinstance(e.team, Cut) else part.clone()))
     return out
 
 
@@ -62,17 +64,18 @@ def collect(entries: Sequence[Entry], loaded: Callable[[Entry], Tensor]) -> list
     """Bring loaded slots whole to their owners. Collective.
 
     Args:
-        entries: the same on every rank of their groups.
+        entries: the same on every rank of their teams.
         loaded: gives the loaded tensor of an entry, sharded or whole.
 
     Returns:
         The entries this rank owns, with whole tensors.
     """
-    out = []
+    out: list[tuple[Entry, Tensor]] = []
     for run in _runs(entries):
-        exchange = Exchange(run[0].cut, [e.shape for e in run], [e.owner for e in run])
-        parts = [local(place(loaded(e), e.cut, 0)).to(e.dtype) for e in run]
-        out += [(run[i], t.clone()) for i, t in exchange.to_owners(parts).items()]
+        travel = exchange([e.team for e in run], [e.shape for e in run], [e.owner for e in run])
+        cuts = [e.team if isinstance(e.team, Cut) else None for e in run]
+        parts = [local(place(loaded(e), cut)).to(e.param.device, e.dtype) for e, cut in zip(run, cuts, strict=True)]
+        out += [(run[i], t.clone()) for i, t in travel.to_owners(parts)().items()]
     return out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_optim.core import checkpoint, chunks, fused, layout, storage
+from lightning_optim.core import checkpoint, chunks, fused, layout, storage, travel
 from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
 from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
@@ -66,6 +66,8 @@ class Executor(torch.optim.Optimizer):
       of keys and 4 of values, `(1, 1)` for alternate rows.
     * `clip_norm`: scale the gradients of the group by `clip_norm / norm` if their common norm, over the whole mesh, is
       larger. Unlike a trainer's clipping it does not let one group's norm shrink another's, and leaves `p.grad` alone.
+    * `traffic`: how gradients travel to the rank that works on a matrix, and directions back: `"exact"`, in their own
+      dtypes, or `"bf16"`.
     * `seed`: of the stochastic rounding of weights and state and of random projections.
 
     Where a rule has costly state, its setting `refresh` says when that is computed anew (`lightning_optim.refresh`);
@@ -101,10 +103,13 @@ class Executor(torch.optim.Optimizer):
         self.divide = None  # not on the class, where Lightning's wrapper of an optimizer would find it
         self._owners = WeakTensorKeyDictionary()
         self._loads: dict[Any, list[float]] = {}
-        self._meeting = layout.Meeting()
+        self._meeting = travel.Meeting()
+        self._compared = False
+        self._gathered: dict[Tensor, dict[str, Tensor]] = {}
         self._refreshes = Refreshes()
         self.on_refresh: Callable[[Refresh], None] | None = None
         self.process_group: Any = None
+        self.replicas: travel.Replicas | None = None
         self.fused: fused.FusedBackward | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -163,13 +168,16 @@ class Executor(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: a gradient is not finite and its group asks to raise; nothing was written.
-            RuntimeError: a sparse gradient, or ranks that disagree on which parameters have a gradient.
+            RuntimeError: a sparse gradient, or ranks that disagree on which parameters have a gradient or, at the first
+                step, on the groups.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         jobs = list(self._jobs())
+        if not self._compared:
+            self._compare(jobs)
         self._refreshes.spread(jobs, self.process_group)
         if not self.state and self._only_materialises(jobs):
             self._materialise(jobs)
@@ -191,16 +199,43 @@ class Executor(torch.optim.Optimizer):
         self.fused = self.fused or fused.FusedBackward(self)
         return self.fused
 
+    def share_work(self, group: Any = None) -> None:
+        """From now on, share out the matrices of whole-matrix rules over replicas (DDP), to be called on all of them.
+
+        Each matrix is worked on, and its state kept, by one rank of the group; the directions go to all others. Ranks
+        of a group must have equal gradients; a group within a node keeps the traffic there. Before one rank saves
+        alone, `consolidate` is to be called on all.
+
+        Args:
+            group: process group of the replicas; of all ranks, if not given.
+
+        Raises:
+            ValueError: there is state already, or the work is to be done within the backward pass.
+        """
+        if self.state or self.fused is not None:
+            raise ValueError(
+                "share_work comes before the first step and before a checkpoint is loaded, without fused_backward"
+            )
+        replicas = travel.replicas(group)
+        if replicas is not None:
+            self.replicas, self.process_group = replicas, replicas.group
+
     def _take(self, jobs: Sequence[Job], clip: Callable[[Sequence[Job]], None]) -> None:
         """Step the parameters that have a gradient."""
         if self._gradients_usable(jobs):
             clip(jobs)
+            self._gathered = {}
             self._materialise(jobs)
+            for w in (w for job in jobs for w in job.works):
+                if w.has_gradient:
+                    w.count()
+            trips = [trip for job in jobs for trip in self._trips(job)]
+            for trip in trips:
+                next(trip)
             for job in jobs:
-                for w in job.works:
-                    if w.has_gradient:
-                        w.count()
                 self._run(job)
+            for trip in (*trips, *trips):
+                next(trip, None)
 
     def _jobs(self, *, frozen: bool = False) -> Iterator[Job]:
         """Rule, settings and trainable (or also frozen) parameters of every group, read afresh."""
@@ -212,25 +247,38 @@ class Executor(torch.optim.Optimizer):
                 if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
                     parts, turned = parts_of(rule, group, p.shape)
-                    works.append(Work(p, name, index, parts, self.state[p] if p in self.state else {}, turned))
+                    state = self.state[p] if p in self.state else {}
+                    works.append(Work(p, name, index, parts, state, turned, self._team(rule, p, parts, turned, name)))
                 index += 1
             yield Job(rule, group, works)
 
+    def _team(self, rule: Rule, p: Tensor, parts: Sequence[chunks.Part], turned: bool, name: str) -> travel.Team | None:
+        """Ranks of which one works on a parameter; None where each works on what it has."""
+        if rule.elementwise:
+            return None
+        cut = layout.cut_of(p, name)
+        if cut is None:
+            return None if rule.reduces else self.replicas
+        return None if rule.reduces and layout.sums_on_shards(p, parts, turned) else cut
+
     def _run(self, job: Job) -> None:
-        present = [w for w in job.works if w.has_gradient]
+        """Step what does not travel."""
+        present = [w for w in job.works if w.has_gradient and w.team is None]
         if job.rule.elementwise:
             for w in self._without_kernel(job, present):
                 update_elementwise(job, w)
         elif job.rule.reduces:
             self._reduces(job, present)
         else:
-            cuts = {id(w): layout.cut_of(w.param, w.name) for w in job.works}
-            here = [w for w in present if cuts[id(w)] is None]
-            self._refreshes.decide(job, here, lambda w: w.gradient(), self.on_refresh)
-            self._whole(job, here)
-            travelling = [w for w in job.works if cuts[id(w)] is not None]
-            for run in chunks.bucket(travelling, lambda w: (cuts[id(w)], w.param.dtype)):
-                self._travel(job, run, cast("layout.Cut", cuts[id(run[0])]))
+            self._refreshes.decide(job, present, lambda w: w.gradient(), self.on_refresh)
+            self._whole(job, present)
+
+    def _trips(self, job: Job) -> Iterator[Iterator[None]]:
+        """The journeys of the matrices that travel: one for each team and dtype."""
+        travelling = [(w, w.team) for w in job.works if w.team is not None]
+        for run in chunks.bucket(travelling, lambda x: (x[1].ranks, x[0].param.dtype)):
+            if any(w.has_gradient for w, _ in run):  # on every rank, or on none
+                yield self._travel(job, *map(list, zip(*run, strict=True)))
 
     def _without_kernel(self, job: Job, works: list[Work]) -> list[Work]:
         """Step what a torch kernel of the rule can take; return the rest."""
@@ -265,16 +313,20 @@ class Executor(torch.optim.Optimizer):
     def _whole(self, job: Job, works: list[Work]) -> None:
         for run in chunks.bucket(works, alike):
             for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
-                update_stack(job, chunk, [w.param for w in chunk], [w.gradient() for w in chunk])
+                update_stack(job, chunk, [layout.local(w.param) for w in chunk], [w.gradient() for w in chunk])
 
-    def _travel(self, job: Job, works: list[Work], cut: layout.Cut) -> None:
-        """Bring matrices to their owners and the directions back.
+    def _travel(self, job: Job, works: list[Work], teams: list[travel.Team]) -> Iterator[None]:
+        """Bring matrices to their owners and the directions back; yields while they are on their way.
 
         Splits are static: a parameter without a gradient travels as zeros, and its direction is not applied.
         """
-        exchange = layout.Exchange(cut, [w.param.shape for w in works], [self._owners[w.param] for w in works])
-        gradients = exchange.to_owners([w.gradient() for w in works])
-        params = exchange.to_owners([layout.local(w.param) for w in works]) if needs_param(job.rule) else gradients
+        wire = torch.bfloat16 if job.group["traffic"] == "bf16" else None
+        exchange = travel.exchange(teams, [w.param.shape for w in works], [self._owners[w.param] for w in works])
+        arriving = exchange.to_owners([w.gradient() for w in works], wire)
+        beside = exchange.to_owners([layout.local(w.param) for w in works]) if needs_param(job.rule) else None
+        yield
+        gradients = arriving()
+        params = gradients if beside is None else beside()
         directions = {i: torch.zeros_like(g, dtype=storage.work_dtype(g.dtype)) for i, g in gradients.items()}
         at = {id(works[i]): i for i in exchange.mine}
 
@@ -288,9 +340,11 @@ class Executor(torch.optim.Optimizer):
                 here = [at[id(w)] for w in chunk]
                 update_stack(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
         like = layout.local(works[0].param).new_empty((), dtype=storage.work_dtype(works[0].param.dtype))
-        for w, d in zip(works, exchange.from_owners(directions, like), strict=True):
+        returning = exchange.from_owners(directions, like, wire)
+        yield
+        for w, d in zip(works, returning(), strict=True):
             if w.has_gradient and not job.rule.rests(w.t):
-                apply(job, w, d)
+                apply(job, w, d.view_as(layout.local(w.param)))
 
     # -- what precedes the first write ----------------------------------------------------------------------------
 
@@ -301,7 +355,7 @@ class Executor(torch.optim.Optimizer):
         works = [w for job in jobs for w in job.works]
         complete = bool(works) and all(w.has_gradient for w in works)
         moving = not complete or _largest([w.gradient() for w in works]) != 0.0
-        return not layout.agree_max([float(moving)], [w.param for w in works])[0]
+        return not self._agree_max([float(moving)], works)[0]
 
     def _gradients_usable(self, jobs: Sequence[Job]) -> bool:
         """Check all gradients before anything is written; one synchronisation if any group asks for it."""
@@ -319,8 +373,8 @@ class Executor(torch.optim.Optimizer):
         if not talking:
             return True
         bad = [float(not math.isfinite(_largest([g for _, g in asked[k]]))) for k in asked]
-        bits = float(layout.fingerprint(w.has_gradient for w in talking))
-        fail, skip, high, low = layout.agree_max([*bad, bits, -bits], [w.param for w in talking])
+        bits = float(travel.fingerprint(w.has_gradient for w in talking))
+        fail, skip, high, low = self._agree_max([*bad, bits, -bits], talking)
         if high != -low:
             raise RuntimeError("ranks disagree on which parameters have a gradient; nothing was updated")
         if fail:
@@ -330,6 +384,22 @@ class Executor(torch.optim.Optimizer):
                 'on_nonfinite="skip" leaves such steps out'
             )
         return not skip
+
+    def _agree_max(self, values: Sequence[float], works: Sequence[Work]) -> list[float]:
+        group = None if self.replicas is None else self.replicas.group
+        return layout.agree_max(values, [w.param for w in works], group)
+
+    def _compare(self, jobs: Sequence[Job]) -> None:
+        """Check that all ranks that train together have the same groups."""
+        ranks = set(layout.ranks_of(w.param for job in jobs for w in job.works))
+        ranks.update(self.replicas.ranks if self.replicas is not None else ())
+        if len(ranks) > 1:
+            lines: list[str] = []
+            for _, group, works in jobs:
+                lines.append(repr({k: v for k, v in group.items() if k not in ("params", "param_names")}))
+                lines += [f"{w.name} {tuple(w.param.shape)}" for w in works]
+            self._meeting.compare(sorted(ranks), lines)
+        self._compared = True
 
     def _clip(self, jobs: Sequence[Job]) -> None:
         """Find the factor of every group that clips, by torch's formula; one synchronisation if any does."""
@@ -378,20 +448,19 @@ class Executor(torch.optim.Optimizer):
         cut = layout.cut_of(w.param, w.name) if form.quantised or not rule.elementwise else None
         if isinstance(cut, layout.Cut) and form.kind == "host" and not form.direct(device):
             raise ValueError(f"{w.name}: state_storage='host' needs whole parameters; FSDP2 has its CPUOffloadPolicy")
-        if rule.reduces:
+        if w.team is not None:
+            here = self._owners[w.param] == w.team.rank
+            like = torch.empty(w.param.shape if here else 0, dtype=w.param.dtype, device=device)
+            made = storage.allocate(form, like, form.shape) if here else like.new_empty(0, dtype=form.dtype)
+        elif rule.reduces:
             made = layout.StackLayout(w.param, w.dims, w.name, w.transposed).allocate(form)
         elif cut is None and not form.quantised:
             made = storage.allocate(form, w.param, form.shape)
-        elif rule.elementwise or cut is None:
+        else:
             part = layout.local(w.param)
             shape = part.shape if rule.elementwise else form.shape
             made = storage.allocate(form, part, shape)
             made = layout.wrapped_like(made, w.param) if rule.elementwise else made
-        elif self._owners[w.param] == cut.rank:
-            like = torch.empty(w.param.shape, dtype=w.param.dtype, device=device)
-            made = storage.allocate(form, like, form.shape)
-        else:
-            made = torch.empty(0, dtype=form.dtype, device=device)
         held, scale = w.state.get(key), w.state.get(scale_key(key))
         start = first_index(rule, form, w)
         fresh = storage.allocate_scale(form, layout.local(made), start) if form.quantised else None
@@ -405,34 +474,28 @@ class Executor(torch.optim.Optimizer):
 
     def _assign_owners(self, jobs: Sequence[Job]) -> None:
         """Give every travelling matrix that has none an owner; work is balanced over all of them together."""
-        fresh: list[tuple[Work, layout.Cut]] = []
-        for rule, _, works in jobs:
-            if not rule.elementwise and not rule.reduces:
-                cuts = [(w, layout.cut_of(w.param, w.name)) for w in works if w.param not in self._owners]
-                fresh += [(w, cut) for w, cut in cuts if cut is not None]
-        for run in chunks.bucket(fresh, lambda x: x[1].group):
-            cut = run[0][1]
-            loads = self._loads.setdefault(cut.group, [0.0] * cut.size)
+        fresh = [(w, w.team) for job in jobs for w in job.works if w.team is not None and w.param not in self._owners]
+        for run in chunks.bucket(fresh, lambda x: x[1].ranks):
+            loads = self._loads.setdefault(run[0][1].ranks, [0.0] * run[0][1].size)
             costs = [sum(float(b * m * n * min(m, n)) for b, m, n in (x.dims for x in w.parts)) for w, _ in run]
-            for (w, _), owner in zip(run, layout.assign_owners(costs, loads), strict=True):
+            for (w, _), owner in zip(run, travel.assign_owners(costs, loads), strict=True):
                 self._owners[w.param] = owner
 
     def _entries(self, jobs: Sequence[Job], keep: Callable[[Tensor, str], bool]) -> list[checkpoint.Entry]:
         """Every slot of every parameter whose matrices travel, and the tables of scales of the quantised ones."""
         out = []
-        for job in jobs:
-            for w in job.works:
-                cut = layout.cut_of(w.param, w.name) if w.param in self._owners else None
-                if cut is not None:
-                    owner = self._owners[w.param]
-                    for key, form in forms_of(job, w).items():
-                        scaled = form.quantised and keep(w.param, scale_key(key))
-                        dtype = form.dtype if scaled or not form.quantised else form.wide
-                        if keep(w.param, key):
-                            out.append(checkpoint.Entry(w.param, key, form.shape, dtype, cut, owner))
-                        if scaled:
-                            table = scale_key(key), checkpoint.table_shape(form), torch.float32
-                            out.append(checkpoint.Entry(w.param, *table, cut, owner))
+        for job, w in ((x, w) for x in jobs for w in x.works):
+            if w.team is not None and w.param in self._owners:
+                team = w.team.by_rows if isinstance(w.team, layout.Cut) else w.team
+                owner = self._owners[w.param]
+                for key, form in forms_of(job, w).items():
+                    scaled = form.quantised and keep(w.param, scale_key(key))
+                    dtype = form.dtype if scaled or not form.quantised else form.wide
+                    if keep(w.param, key):
+                        out.append(checkpoint.Entry(w.param, key, form.shape, dtype, team, owner))
+                    if scaled:
+                        table = scale_key(key), checkpoint.table_shape(form), torch.float32
+                        out.append(checkpoint.Entry(w.param, *table, team, owner))
         return out
 
     def _content(self) -> str:
@@ -441,33 +504,59 @@ class Executor(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State and settings; whole matrices of sharded parameters come as row-sharded DTensors (a collective call).
 
+        Where replicas share the work, it is one too, unless `consolidate` was called before.
+
         Returns:
             As torch's: plain values and tensors only, loadable with `weights_only=True`.
 
         Raises:
-            RuntimeError: on a mesh, when some rank does not make this call.
+            RuntimeError: in a collective call, when some rank does not make it.
         """
         known = {id(p) for group in self.param_groups for p in group["params"]}
         for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in known]:
             del self.state[p]
         trained = self.state
-        if trained:
-            jobs = list(self._jobs(frozen=True))
-            self._materialise([Job(r, g, [w for w in ws if _is_trained(w.param)]) for r, g, ws in jobs])
-            entries = self._entries(jobs, lambda p, key: p in trained)
-            tables = self._tables(jobs)
-            if entries or tables:
-                self.state = defaultdict(dict, {p: dict(slots) for p, slots in trained.items()})
-            for p, key, table in tables:
-                self.state[p][key] = table
-            if entries:
-                self._meeting.attend(entries[0].cut, "state_dict()", self._content())
-                for e, value in checkpoint.spread(entries, lambda e: self.state[e.param][e.key]):
-                    self.state[e.param][e.key] = value
+        self.state = self._saved() if trained else trained
         try:
             return super().state_dict()
         finally:
             self.state = trained
+
+    def consolidate(self) -> None:
+        """Collect the state that replicas share out (`share_work`), for calls of `state_dict` until the next step.
+
+        A collective call, to be made on every rank before one of them saves. Without shared work it does nothing.
+
+        Raises:
+            RuntimeError: some rank does not make this call.
+        """
+        if self.replicas is None or not self.state:
+            return
+        self._gathered, saved = {}, self._saved()
+        for job in self._jobs(frozen=True):
+            for w in job.works:
+                if isinstance(w.team, travel.Replicas) and w.param in saved:
+                    here = self._owners.get(w.param) == w.team.rank
+                    self._gathered[w.param] = {k: v if here else v.cpu() for k, v in saved[w.param].items()}
+
+    def _saved(self) -> defaultdict[Tensor, dict[str, Tensor]]:
+        """State as it rests in a checkpoint."""
+        trained, jobs = self.state, list(self._jobs(frozen=True))
+        self._materialise([Job(r, g, [w for w in ws if _is_trained(w.param)]) for r, g, ws in jobs])
+        entries = [e for e in self._entries(jobs, lambda p, key: p in trained) if e.param not in self._gathered]
+        out = defaultdict(dict, {p: dict(slots) for p, slots in trained.items()})
+        for p, key, table in self._tables(jobs):
+            out[p][key] = table
+        self._attend(entries, "state_dict()", self._content())
+        for e, value in checkpoint.spread(entries, lambda e: out[e.param][e.key]):
+            out[e.param][e.key] = value
+        out.update(self._gathered)
+        return out
+
+    def _attend(self, entries: Sequence[checkpoint.Entry], what: str, content: str) -> None:
+        """Wait for all ranks between which state is going to travel."""
+        for ranks in dict.fromkeys(e.team.ranks for e in entries):
+            self._meeting.attend(ranks, what, content)
 
     def _tables(self, jobs: Sequence[Job]) -> list[tuple[Tensor, str, Tensor]]:
         """The scales of quantised slots as they rest in a checkpoint, for state that is here."""
@@ -480,7 +569,7 @@ class Executor(torch.optim.Optimizer):
                         codes, start = layout.local(state[key]), first_index(job.rule, form, w)
                         table = checkpoint.table_of(form, state[scale_key(key)], codes.shape[0], start)
                         whole = checkpoint.table_shape(form)
-                        cut = layout.cut_of(w.param, w.name) if job.rule.elementwise or job.rule.reduces else None
+                        cut = layout.cut_of(w.param, w.name) if w.team is None else None
                         out.append((w.param, scale_key(key), table if cut is None else cut.shard(whole, table)))
         return out
 
@@ -566,11 +655,11 @@ class Executor(torch.optim.Optimizer):
                 state["step"] = torch.tensor(float(found[id(w.param)].get("step", 1.0)), dtype=torch.float32)
                 self._place(job.rule, w, found[id(w.param)])
         entries = self._entries(jobs, lambda p, key: key in found[id(p)])
-        if entries:
-            described = [(e.key, e.shape, str(e.dtype), e.owner) for e in entries]
-            self._meeting.attend(entries[0].cut, "load_state_dict()", f"{self._content()} {described}")
-            for e, whole in checkpoint.collect(entries, lambda e: found[id(e.param)][e.key]):
-                self.state[e.param][e.key] = whole
+        described = [(e.key, e.shape, str(e.dtype), e.owner) for e in entries]
+        cut = [e for e in entries if not isinstance(e.team, travel.Replicas)]  # replicas load alone
+        self._attend(cut, "load_state_dict()", f"{self._content()} {described}")
+        for e, whole in checkpoint.collect(entries, lambda e: found[id(e.param)][e.key]):
+            self.state[e.param][e.key] = whole
         for job in jobs:
             for w in job.works:
                 self._settle(job.rule, w)
@@ -581,7 +670,7 @@ class Executor(torch.optim.Optimizer):
         if COMPENSATION in found:
             placed = layout.place_like(found[COMPENSATION], w.param)
             state[COMPENSATION] = placed.detach().to(device, w.param.dtype, copy=True)
-        if rule.elementwise or rule.reduces or layout.cut_of(w.param, w.name) is None:
+        if w.team is None:
             frame = layout.StackLayout(w.param, w.dims, w.name, w.transposed) if rule.reduces else None
             for key, form in w.forms.items():
                 table = found.get(scale_key(key)) if form.quantised else None
@@ -589,12 +678,12 @@ class Executor(torch.optim.Optimizer):
                     if rule.elementwise:
                         placed = layout.place_like(found[key], w.param)
                     else:
-                        placed = frame.place(form.slot, found[key]) if frame else layout.place(found[key], None, None)
+                        placed = frame.place(form.slot, found[key]) if frame else layout.place(found[key], None)
                     dtype = form.dtype if table is not None or not form.quantised else form.wide
                     state[key] = placed.detach().to(device, dtype, copy=True)
                 if table is not None:
-                    cut = layout.cut_of(w.param, w.name) if rule.elementwise or rule.reduces else None
-                    state[scale_key(key)] = layout.local(layout.place(table, cut, 0)).to(device, torch.float32)
+                    cut = layout.cut_of(w.param, w.name)
+                    state[scale_key(key)] = layout.local(layout.place(table, cut)).to(device, torch.float32)
 
     def _settle(self, rule: Rule, w: Work) -> None:
         """Make scales of loaded tables, and move what rests on the host."""

@@ -261,5 +261,5 @@ def check(rule: Rule, group: dict[str, Any], works: Sequence[Work]) -> None:
     for w in works:
         if is_flat(w.param):
             raise ValueError(f"{w.name}: fused_backward needs FSDP2, not FSDP1 or ZeRO")
-        if not rule.elementwise and not rule.reduces and layout.cut_of(w.param, w.name) is not None:
+        if w.team is not None:
             raise ValueError(f"{w.name}: fused_backward is not for {rule.name} on shards: its matrices travel together")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.core import chunks, layout
+from lightning_optim.core import chunks
 from lightning_optim.core.rule import Rule, check_value, hyperparameters, lookup
 from lightning_optim.core.storage import Storage
 from lightning_optim.ops.quantize import PIECE
@@ -33,6 +33,7 @@ class Options:
     transposed: bool = False
     cautious_decay: bool = False
     clip_norm: float | None = None
+    traffic: Literal["exact", "bf16"] = "exact"
     seed: int = 0
 
 
@@ -251,11 +252,7 @@ def check_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> N
             "(build_optimizer does)"
         )
     try:
-        parts, _ = parts_of(rule, group, shape)
-        if rule.reduces and any(part.rows for part in parts) and layout.cut_of(p) is not None:
-            raise ValueError(
-                f"{rule.name} cannot cut row shards into blocks of {group['blocks']} rows; blocks=None can"
-            )
+        parts_of(rule, group, shape)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

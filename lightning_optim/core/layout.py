@@ -1,22 +1,23 @@
-"""Where a parameter lies, on which rank its matrices are worked on, and how they get there.
+"""Where a parameter lies on a mesh, and what of it is on this rank.
 
-Plain tensors are whole: every rank that has one does all the work. A DTensor cut along its first dimension (FSDP2, and
-HSDP, whose replicas repeat the work) is worked on in one of three ways:
+Plain tensors are whole: every rank that has one does all the work, unless replicas share it out. A DTensor cut along
+any of its dimensions, over one or several mesh dimensions (FSDP2, tensor parallelism, both; replicas of HSDP repeat the
+work), is worked on in one of three ways:
 
 - elementwise rules take the local shard;
 - rules that only reduce get a DTensor around each stack (`StackLayout`), so torch.distributed adds the sums;
-- every other rule needs whole matrices: `Exchange` brings each to one owner and the directions back.
+- every other rule needs whole matrices: `core.travel` brings each to one owner and the directions back.
 
 Nothing outside this module asks whether a tensor is a DTensor.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import math
+import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -24,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from lightning_optim.core.chunks import Dims
+from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.rule import Slot
 from lightning_optim.core.storage import Form, allocate
 
@@ -52,41 +53,121 @@ def local_gradient(p: Tensor) -> Tensor | None:
     return (g if g.placements == p.placements else g.redistribute(p.device_mesh, p.placements)).to_local()
 
 
+Box = tuple[tuple[int, int], ...]
+"""First index and one past the last, along every dimension."""
+
+
 @dataclass(frozen=True)
 class Cut:
-    """A DTensor cut into row ranges, by `torch.chunk`'s rule, over the ranks of one process group."""
+    """A DTensor cut along one or more dimensions over the ranks of a team: those that have one whole copy together."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
-    group: dist.ProcessGroup
 
-    def rows(self, total: int, rank: int) -> tuple[int, int]:
-        """The row range of one rank.
+    @property
+    def dims(self) -> list[int]:
+        """The mesh dimensions that cut."""
+        return [d for d, x in enumerate(self.placements) if not isinstance(x, Replicate)]
 
-        Returns:
-            (first, one past the last).
-        """
-        step = -(-total // dist.get_world_size(self.group))
-        return min(rank * step, total), min((rank + 1) * step, total)
+    @property
+    def sizes(self) -> list[int]:
+        """How many parts each of them makes."""
+        return [self.mesh.size(d) for d in self.dims]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The team, by global rank; a rank's place in it is that of its part."""
+        return _team(self.mesh, tuple(self.dims))
 
     @property
     def rank(self) -> int:
-        """This process's rank in the group."""
-        return dist.get_rank(self.group)
+        """This process's place in the team."""
+        at = 0
+        for d, size in zip(self.dims, self.sizes, strict=True):
+            at = at * size + self.mesh.get_local_rank(d)
+        return at
 
     @property
     def size(self) -> int:
-        """Number of ranks in the group."""
-        return dist.get_world_size(self.group)
+        """Number of ranks in the team."""
+        return math.prod(self.sizes)
 
-    def shard(self, whole_shape: Sequence[int], part: Tensor, dim: int = 0) -> Tensor:
-        """Wrap this rank's part of a tensor that is cut along `dim`.
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The team's process group; that of several mesh dimensions is made when first asked for, by the whole team."""
+        return self.mesh.get_group(self.dims[0]) if len(self.dims) == 1 else _group_of(self.ranks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must be to be sent; parameters may be offloaded to the CPU."""
+        return torch.device(self.mesh.device_type)
+
+    @property
+    def by_rows(self) -> Cut:
+        """The same team with the first dimension cut: how whole matrices rest in a checkpoint."""
+        return replace(self, placements=tuple(x if isinstance(x, Replicate) else Shard(0) for x in self.placements))
+
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether only the first dimension is cut, so that every part is one run of elements."""
+        return all(self._dim(d) == 0 for d in self.dims)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every part is what `torch.chunk` gives, mesh dimension after mesh dimension."""
+        return all(isinstance(self.placements[d], Shard) for d in self.dims)
+
+    def _dim(self, d: int) -> int:
+        return cast("Shard", self.placements[d]).dim
+
+    def box(self, shape: Sequence[int], rank: int) -> Box:
+        """The part of one rank: by `torch.chunk`'s rule along every cut dimension.
+
+        FSDP2 cuts what tensor parallelism has cut before, which its placement notes as strided.
+
+        Args:
+            shape: of the whole tensor.
+            rank: its place in the team.
+
+        Returns:
+            Where the part lies.
+        """
+        at: dict[int, int] = {}
+        for d, size in zip(reversed(self.dims), reversed(self.sizes), strict=True):
+            rank, at[d] = divmod(rank, size)
+        first = [d for d in self.dims if isinstance(self.placements[d], Shard)]
+        bounds = [(0, n) for n in shape]
+        for d in [*first, *(d for d in reversed(self.dims) if d not in first)]:
+            start, end = bounds[self._dim(d)]
+            step = -(-(end - start) // self.mesh.size(d))
+            bounds[self._dim(d)] = min(start + at[d] * step, end), min(start + (at[d] + 1) * step, end)
+        return tuple(bounds)
+
+    def shard(self, whole_shape: Sequence[int], part: Tensor) -> Tensor:
+        """Wrap this rank's part of a tensor that is cut so.
 
         Returns:
             A DTensor of shape `whole_shape`.
         """
-        placements = [Shard(dim) if isinstance(x, Shard) else x for x in self.placements]
-        return _wrap(self.mesh, placements, whole_shape, part)
+        return _wrap(self.mesh, self.placements, whole_shape, part)
+
+
+@functools.lru_cache(maxsize=64)
+def _team(mesh: DeviceMesh, dims: tuple[int, ...]) -> tuple[int, ...]:
+    own = cast("list[int]", mesh.get_coordinate())
+    return tuple(mesh.mesh[tuple(slice(None) if d in dims else k for d, k in enumerate(own))].flatten().tolist())
+
+
+_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]]
+_groups = weakref.WeakKeyDictionary()
+"""Process groups of teams that are none of a mesh's own."""
+
+
+def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    known = _groups.setdefault(cast("dist.ProcessGroup", dist.group.WORLD), {})
+    if ranks not in known:
+        known[ranks] = cast("dist.ProcessGroup", dist.new_group(list(ranks), use_local_synchronization=True))
+    return known[ranks]
 
 
 def _wrap(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], part: Tensor) -> DTensor:
@@ -95,7 +176,7 @@ def _wrap(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int
 
 
 def cut_of(p: Tensor, name: str = "parameter") -> Cut | None:
-    """How a parameter is cut into rows.
+    """How a parameter is cut.
 
     Args:
         p: the parameter.
@@ -105,19 +186,32 @@ def cut_of(p: Tensor, name: str = "parameter") -> Cut | None:
         None for a tensor that is whole on this rank.
 
     Raises:
-        ValueError: a DTensor with another placement than rows over one mesh dimension.
+        ValueError: a DTensor that is neither cut nor replicated along some mesh dimension.
     """
-    if not isinstance(p, DTensor):
+    if not isinstance(p, DTensor) or all(isinstance(x, Replicate) for x in p.placements):
         return None
-    cut = [d for d, x in enumerate(p.placements) if not isinstance(x, Replicate)]
-    if not cut:
-        return None
-    if len(cut) > 1 or type(p.placements[cut[0]]) is not Shard or not p.placements[cut[0]].is_shard(0):
-        raise ValueError(
-            f"{name}: placements {p.placements} are not supported for rules that need whole matrices or sums, "
-            "or for 8-bit state; shard rows (dimension 0) over one mesh dimension, as fully_shard does"
-        )
-    return Cut(p.device_mesh, tuple(p.placements), p.device_mesh.get_group(cut[0]))
+    if not all(isinstance(x, (Shard, _StridedShard, Replicate)) for x in p.placements):
+        raise ValueError(f"{name}: placements {p.placements} are neither shards nor replicas of a parameter")
+    return Cut(p.device_mesh, tuple(p.placements))
+
+
+def box_of(p: Tensor) -> Box:
+    """Where this rank's part of a parameter lies.
+
+    Returns:
+        First index and one past the last, along every dimension.
+    """
+    cut = cut_of(p)
+    return tuple((0, n) for n in p.shape) if cut is None else cut.box(p.shape, cut.rank)
+
+
+def within(t: Tensor, box: Box) -> Tensor:
+    """The part of a whole tensor.
+
+    Returns:
+        A view.
+    """
+    return t[tuple(slice(*bounds) for bounds in box)]
 
 
 def first_element(p: Tensor) -> int | None:
@@ -135,13 +229,26 @@ def first_element(p: Tensor) -> int | None:
     return start_of(p)
 
 
-def start_of(p: Tensor) -> int:
+def start_of(p: Tensor, name: str = "parameter") -> int:
     """Global row-major index of the first element of this rank's rows.
+
+    Args:
+        p: the parameter.
+        name: for the error message.
 
     Returns:
         The index.
+
+    Raises:
+        ValueError: the parameter is not cut by rows.
     """
-    return _offset(p)[0] * math.prod(p.shape[1:]) if p.ndim else 0
+    cut = cut_of(p, name)
+    if cut is not None and not cut.is_by_rows:
+        raise ValueError(
+            f"{name}: state in 8 bits is cut by rows (dimension 0), the parameter is {cut.placements}; "
+            "choose state_storage='bf16' or 'fp32' for it"
+        )
+    return box_of(p)[0][0] * math.prod(p.shape[1:]) if p.ndim else 0
 
 
 def element_index(p: Tensor) -> Tensor:
@@ -152,63 +259,92 @@ def element_index(p: Tensor) -> Tensor:
     """
     part = local(p)
     index = torch.zeros(part.shape, dtype=torch.int64, device=part.device)
-    for d, start in enumerate(_offset(p)):
+    for d, (start, _) in enumerate(box_of(p)):
         steps = torch.arange(start, start + part.shape[d], device=part.device) * math.prod(p.shape[d + 1 :])
         index += steps.view([-1 if k == d else 1 for k in range(p.ndim)])
     return index.to(torch.int32)
 
 
-def _offset(p: Tensor) -> Sequence[int]:
-    if not isinstance(p, DTensor):
-        return [0] * p.ndim
-    return compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1]
-
-
-def _axis(p: Tensor, dims: Dims, transposed: bool) -> str:
-    """Which axis of the stack `[b, m, n]` a row cut of the parameter falls on."""
+def _axis(p: Tensor, d: int, dims: Dims, transposed: bool) -> str:
+    """On which axis of the stack `[b, m, n]` a cut of dimension `d` of the parameter falls; "" for none."""
     if p.ndim < 2:
         return "n"
-    if p.ndim == 2 and transposed:
+    turned = transposed and p.ndim <= 3
+    rows, columns = (p.ndim - 1, p.ndim - 2) if turned else (p.ndim - 2, p.ndim - 1)
+    if p.ndim > 3 and dims[2] != p.shape[columns]:  # a convolution: all but the first dimension are columns
+        return ("m" if dims[1] == p.shape[0] else "b") if d == 0 else ""
+    if d == columns:
         return "n"
-    return "m" if dims[0] == 1 and p.ndim != 3 and p.shape[0] == dims[1] else "b"
+    if d == rows and (dims[1] == p.shape[d] or p.ndim > 2):
+        return "m" if dims[1] == p.shape[d] else ""
+    return "b" if d == 0 or d == rows else ""
+
+
+def _axes(p: Tensor, cut: Cut, dims: Dims, transposed: bool) -> tuple[str, ...] | None:
+    """For every mesh dimension the axis it cuts, "" for none; None where sums cannot run over shards."""
+    axes = tuple("" if d not in cut.dims else _axis(p, cut._dim(d), dims, transposed) for d in range(cut.mesh.ndim))
+    cutting = [axes[d] for d in cut.dims]
+    if not cut.is_plain or "" in cutting or len(set(cutting)) < len(cutting) or ("b" in cutting and len(cutting) > 1):
+        return None
+    if cutting == ["b"]:
+        d, (_, m, n) = cut._dim(cut.dims[0]), dims
+        unit = p.numel() // p.shape[d]
+        if any(cut.box(p.shape, r)[d][1] * unit % (m * n) for r in range(cut.size)):
+            return None  # blocks of rows that straddle shards
+    return axes
+
+
+def sums_on_shards(p: Tensor, parts: Sequence[Part], transposed: bool) -> bool:
+    """Whether a rule that only needs sums can work on a parameter as it lies.
+
+    Args:
+        p: the parameter.
+        parts: of the whole parameter.
+        transposed: whether its matrices are stored columns x rows.
+
+    Returns:
+        False where its matrices have to travel, as those of other rules do.
+    """
+    cut = cut_of(p)
+    if cut is None:
+        return True
+    return parts[0].rows is None and len(parts) == 1 and _axes(p, cut, parts[0].dims, transposed) is not None
 
 
 class StackLayout:
-    """How the tensors of a reducing rule are cut: the identity for whole parameters, DTensors for row shards."""
+    """How the tensors of a reducing rule are cut: the identity for whole parameters, DTensors for shards."""
 
     def __init__(self, p: Tensor, dims: Dims, name: str = "parameter", transposed: bool = False):
-        """Read the cut of a parameter.
+        """Read the cut of a parameter, for which `sums_on_shards` is true.
 
         Args:
             p: the parameter.
             dims: of the whole parameter as a stack of matrices.
             name: for error messages.
             transposed: whether the matrices are stored columns x rows.
-
-        Raises:
-            ValueError: blocks of rows that straddle shards.
         """
         self.cut = cut_of(p, name)
-        self.param, self.dims, self.axis = p, dims, _axis(p, dims, transposed)
+        self.param, self.dims = p, dims
+        self.axes: tuple[str, ...] = ()
         self.local_dims = dims
+        self._bounds = dict(zip("bmn", ((0, k) for k in dims), strict=True))
+        """This rank's part of each axis."""
         if self.cut is not None:
-            part, (_, m, n) = local(p), dims
-            if self.axis == "n":
-                self.local_dims = (1, m, part.shape[0])
-            elif self.axis == "m":
-                self.local_dims = (1, part.shape[0], n)
-            else:
-                per_block = m * n
-                row = math.prod(p.shape[1:])
-                bounds = [self.cut.rows(p.shape[0], r)[1] * row for r in range(self.cut.size)]
-                if any(end % per_block for end in bounds):
-                    raise ValueError(f"{name}: blocks of {m} rows straddle the shards {self.cut.placements}")
-                self.local_dims = (part.numel() // per_block, m, n)
+            self.axes = _axes(p, self.cut, dims, transposed) or ()
+            box = self.cut.box(p.shape, self.cut.rank)
+            for d in self.cut.dims:
+                axis, bounds = self.axes[d], box[self.cut._dim(d)]
+                if axis == "b":
+                    unit = p.numel() // p.shape[self.cut._dim(d)]
+                    bounds = bounds[0] * unit // (dims[1] * dims[2]), bounds[1] * unit // (dims[1] * dims[2])
+                self._bounds[axis] = bounds
+            b, m, n = (end - first for first, end in self._bounds.values())
+            self.local_dims = b, m, n
 
     @property
     def stackable(self) -> bool:
         """Whether parameters of one shape may share a stack."""
-        return self.cut is None or self.axis != "b"
+        return "b" not in self.axes
 
     def allocate(self, form: Form) -> Tensor:
         """A slot's tensor at its start value, cut like the parameter where its letters are.
@@ -216,13 +352,11 @@ class StackLayout:
         Returns:
             A DTensor where the slot is cut, else a plain tensor that is equal on all ranks.
         """
-        whole, part, dim = form.shape, local(self.param), self._rest_dim(form.slot)
-        if self.cut is None or dim is None:
+        cut, whole, part = self._rest(form.slot, len(form.shape)), form.shape, local(self.param)
+        if cut is None:
             return allocate(form, part, whole)
-        shape = list(whole)
-        blocks_of_rows = self.axis == "b" and self.param.ndim == 2
-        shape[dim] = self.local_dims[0] if blocks_of_rows else part.shape[0]
-        return self.cut.shard(whole, allocate(form, part, shape), dim)
+        box = cut.box(whole, cut.rank)
+        return cut.shard(whole, allocate(form, part, [end - first for first, end in box]))
 
     def place(self, slot: Slot, value: Tensor) -> Tensor:
         """Bring a loaded slot into the placement `allocate` would give it.
@@ -230,17 +364,18 @@ class StackLayout:
         Returns:
             A DTensor where the slot is cut, else a plain tensor.
         """
-        return place(value, self.cut, self._rest_dim(slot))
+        return place(value, self._rest(slot, value.ndim))
 
-    def _rest_dim(self, slot: Slot) -> int | None:
-        if self.axis == "b" or slot.letters == "mn":
-            return 0  # between matrices, or like the parameter
-        return slot.letters.index(self.axis) if self.axis in slot.letters else None
+    def _rest(self, slot: Slot, ndim: int) -> Cut | None:
+        """How a slot of so many dimensions is cut at rest."""
+        if self.cut is None or slot.letters == "mn":
+            return self.cut
+        at = {x: ndim - len(slot.letters) + k for k, x in enumerate(slot.letters)} | {"b": 0}
+        placements = tuple(Shard(at[x]) if x in at else Replicate() for x in self.axes)
+        return None if all(isinstance(x, Replicate) for x in placements) else replace(self.cut, placements=placements)
 
-    def _placements(self, cut: Cut, letters: str) -> tuple[Placement, ...]:
-        dim = letters.index(self.axis) + 1 if self.axis in letters else None
-        stacked = Replicate() if dim is None else Shard(dim)
-        return tuple(stacked if isinstance(x, Shard) else x for x in cut.placements)
+    def _placements(self, letters: str) -> tuple[Placement, ...]:
+        return tuple(Shard(letters.index(x) + 1) if x and x in letters else Replicate() for x in self.axes)
 
     def wrap(self, part: Tensor, letters: str = "mn") -> Tensor:
         """A local stack as the rule sees it.
@@ -248,12 +383,14 @@ class StackLayout:
         Returns:
             The stack itself, or a DTensor around it whose sums run over all ranks.
         """
-        if self.cut is None or self.axis == "b":
+        if self.cut is None or "b" in self.axes:
             return part
-        whole = {"m": self.dims[1], "n": self.dims[2]}[self.axis]
-        shape = [part.shape[0], *(whole if x == self.axis else k for x, k in zip(letters, part.shape[1:], strict=True))]
-        wrapped = _wrap(self.cut.mesh, self._placements(self.cut, letters), shape, part)
-        return wrapped.full_tensor() if whole == 1 else wrapped  # one element broadcasts, which no shard may in place
+        sizes = {x: self.dims["bmn".index(x)] for x in self.axes if x}
+        shape = [part.shape[0], *(sizes.get(x, k) for x, k in zip(letters, part.shape[1:], strict=True))]
+        wrapped = _wrap(self.cut.mesh, self._placements(letters), shape, part)
+        return (
+            wrapped.full_tensor() if 1 in sizes.values() else wrapped
+        )  # one element broadcasts, no shard may in place
 
     def part(self, whole: Tensor, letters: str) -> Tensor:
         """This rank's part of a stack that every rank has whole.
@@ -261,13 +398,13 @@ class StackLayout:
         Returns:
             A plain tensor.
         """
-        if self.cut is None or (self.axis != "b" and self.axis not in letters):
-            return whole
-        first, end = self.cut.rows(self.param.shape[0], self.cut.rank)
-        if self.axis != "b":
-            return whole.narrow(letters.index(self.axis) + 1, first, end - first)
-        start = first * math.prod(self.param.shape[1:]) // (self.dims[1] * self.dims[2])
-        return whole.narrow(0, start, self.local_dims[0])  # parameters cut between matrices share no stack
+        if "b" in self.axes:
+            first, end = self._bounds["b"]
+            return whole.narrow(0, first, end - first)  # parameters cut between matrices share no stack
+        for x in set(self.axes) & set(letters):
+            first, end = self._bounds[x]
+            whole = whole.narrow(letters.index(x) + 1, first, end - first)
+        return whole
 
     def unwrap(self, value: Tensor, letters: str = "mn") -> Tensor:
         """The local part of what a rule returned.
@@ -275,29 +412,29 @@ class StackLayout:
         Returns:
             A plain tensor.
         """
-        if self.cut is None or not isinstance(value, DTensor):
-            if self.cut is None or self.axis == "b" or self.axis not in letters:
-                return value
-            return value.narrow(letters.index(self.axis) + 1, 0, self.local_dims["bmn".index(self.axis)])
-        placements = self._placements(self.cut, letters)
+        if not isinstance(value, DTensor):
+            return value if "b" in self.axes else self.part(value, letters)
+        placements = self._placements(letters)
         return (value if value.placements == placements else value.redistribute(None, placements)).to_local()
 
 
-def place(value: Tensor, cut: Cut | None, dim: int | None) -> Tensor:
+def place(value: Tensor, cut: Cut | None) -> Tensor:
     """Bring a loaded state tensor into the placement in which it rests.
 
     Args:
         value: a whole tensor, equal on all ranks, or a DTensor.
-        cut: of the parameter it belongs to.
-        dim: the dimension of `value` that is cut like the parameter's rows; None if it is whole on every rank.
+        cut: how it rests; None if it is whole on every rank.
 
     Returns:
-        A DTensor where `dim` says so, else a plain tensor.
+        A DTensor whose local part owns its storage, or a plain tensor.
     """
-    if cut is None or dim is None:
+    if cut is None:
         return value.full_tensor() if isinstance(value, DTensor) else value
-    placements = [Shard(dim) if isinstance(x, Shard) else x for x in cut.placements]
-    return place_as(value, cut.mesh, placements)
+    if isinstance(value, DTensor) and value.placements != cut.placements:
+        plain = cut.is_plain and all(isinstance(x, (Shard, Replicate)) for x in value.placements)
+        value = value.redistribute(cut.mesh, cut.placements) if plain else value.full_tensor()
+    part = value.to_local() if isinstance(value, DTensor) else within(value, cut.box(value.shape, cut.rank))
+    return cut.shard(value.shape, part.clone(memory_format=torch.contiguous_format))
 
 
 def place_like(value: Tensor, p: Tensor) -> Tensor:
@@ -306,9 +443,8 @@ def place_like(value: Tensor, p: Tensor) -> Tensor:
     Returns:
         A DTensor for a DTensor, else a plain tensor.
     """
-    if not isinstance(p, DTensor):
-        return place(value, None, None)
-    return place_as(value, p.device_mesh, p.placements)
+    placed = place(value, cut_of(p))
+    return placed if isinstance(placed, DTensor) else wrapped_like(placed, p)
 
 
 def wrapped_like(part: Tensor, p: Tensor) -> Tensor:
@@ -320,126 +456,38 @@ def wrapped_like(part: Tensor, p: Tensor) -> Tensor:
     return _wrap(p.device_mesh, p.placements, p.shape, part) if isinstance(p, DTensor) else part
 
 
-def place_as(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
-    """Cut a whole tensor, or cut a DTensor anew.
+def ranks_of(params: Iterable[Tensor]) -> tuple[int, ...]:
+    """All ranks of the meshes on which parameters lie.
 
     Returns:
-        A DTensor whose local part owns its storage.
+        Sorted global ranks; none for plain tensors.
     """
-    if not isinstance(value, DTensor):
-        value = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    placed = value.redistribute(mesh, placements)
-    part = placed.to_local().clone()
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=placed.shape, stride=placed.stride())
+    meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
+    return tuple(sorted({r for mesh in meshes for r in mesh.mesh.flatten().tolist()}))
 
 
-class Exchange:
-    """One uneven all-to-all that brings row shards of many tensors to their owners, and its mirror."""
-
-    def __init__(self, cut: Cut, shapes: Sequence[Sequence[int]], owners: Sequence[int]):
-        """Lay out the flat buffers.
-
-        Args:
-            cut: how all the tensors are cut.
-            shapes: of the whole tensors; rows are dimension 0.
-            owners: group rank that works on each tensor.
-        """
-        self.cut, self.shapes, self.owners = cut, [tuple(s) for s in shapes], owners
-        self.mine = [i for i, owner in enumerate(owners) if owner == cut.rank]
-
-    def _part(self, i: int, rank: int) -> tuple[int, ...]:
-        first, end = self.cut.rows(self.shapes[i][0], rank)
-        return (end - first, *self.shapes[i][1:])
-
-    def _all_to_all(self, pieces: list[list[Tensor]], sizes: list[int], like: Tensor) -> list[Tensor]:
-        send = [sum(t.numel() for t in row) for row in pieces]
-        flat = [t.reshape(-1) for row in pieces for t in row]
-        outgoing = torch.cat(flat) if flat else like.new_empty(0)
-        incoming = outgoing.new_empty(sum(sizes))
-        dist.all_to_all_single(incoming, outgoing, sizes, send, group=self.cut.group)
-        return list(incoming.split(sizes))
-
-    def to_owners(self, parts: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Send every local part to the owner of its tensor.
-
-        Args:
-            parts: this rank's rows of each tensor, of one dtype.
-
-        Returns:
-            Index to whole tensor, for the tensors owned here.
-        """
-        ranks = range(self.cut.size)
-        pieces = [[parts[i] for i, owner in enumerate(self.owners) if owner == r] for r in ranks]
-        sizes = [sum(math.prod(self._part(i, r)) for i in self.mine) for r in ranks]
-        received = self._all_to_all(pieces, sizes, parts[0])
-        split = [t.split([math.prod(self._part(i, r)) for i in self.mine]) for r, t in enumerate(received)]
-        return {i: torch.cat([split[r][k] for r in ranks]).view(self.shapes[i]) for k, i in enumerate(self.mine)}
-
-    def from_owners(self, wholes: dict[int, Tensor], like: Tensor) -> list[Tensor]:
-        """Send every rank its rows of the tensors owned here.
-
-        Args:
-            wholes: index to whole tensor, for the tensors owned here.
-            like: gives dtype and device to a rank that owns nothing.
-
-        Returns:
-            This rank's rows of each tensor.
-        """
-        ranks = range(self.cut.size)
-        pieces = [[wholes[i][slice(*self.cut.rows(self.shapes[i][0], r))] for i in self.mine] for r in ranks]
-        here = self.cut.rank
-        by_owner = [[i for i, owner in enumerate(self.owners) if owner == r] for r in ranks]
-        sizes = [sum(math.prod(self._part(i, here)) for i in row) for row in by_owner]
-        received = self._all_to_all(pieces, sizes, like)
-        out: dict[int, Tensor] = {}
-        for row, flat in zip(by_owner, received, strict=True):
-            parts = flat.split([math.prod(self._part(i, here)) for i in row]) if row else ()
-            out.update({i: t.view(self._part(i, here)) for i, t in zip(row, parts, strict=True)})
-        return [out[i] for i in range(len(self.shapes))]
-
-
-def assign_owners(costs: Sequence[float], loads: list[float]) -> list[int]:
-    """Spread matrices over ranks: largest first, each to the rank with the least work.
-
-    Args:
-        costs: of each matrix.
-        loads: work each rank already has; increased.
-
-    Returns:
-        Rank of each matrix; equal on every rank that calls it with equal arguments.
-    """
-    owners = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[i] = loads.index(min(loads))
-        loads[owners[i]] += costs[i]
-    return owners
-
-
-def fingerprint(bits: Iterable[bool]) -> int:
-    """A 52-bit hash of a sequence of bits.
-
-    Returns:
-        An integer that a float64 holds exactly.
-    """
-    return int.from_bytes(hashlib.blake2b(bytes(bits), digest_size=8).digest(), "big") >> 12
-
-
-def agree_max(values: Sequence[float], params: Iterable[Tensor]) -> list[float]:
+def agree_max(values: Sequence[float], params: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> list[float]:
     """The largest of each value over all ranks that share the parameters; no communication without a mesh.
 
     Args:
         values: one per question.
         params: the parameters concerned.
+        group: of replicas that share out the work on plain tensors.
 
     Returns:
         The maxima, equal on every rank.
     """
-    meshes = {p.device_mesh: p.to_local().device for p in params if isinstance(p, DTensor)}
+    params = list(params)
+    meshes = list(dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)))
     out = torch.tensor(values, dtype=torch.float64)
-    for mesh, device in meshes.items():
-        moved = out.to(device)
+    for mesh in meshes:
+        moved = out.to(mesh.device_type)
         for d in range(mesh.ndim):
             dist.all_reduce(moved, dist.ReduceOp.MAX, group=mesh.get_group(d))
+        out = moved.cpu()
+    if group is not None:
+        moved = out.to(next((p.device for p in params if not isinstance(p, DTensor)), out.device))
+        dist.all_reduce(moved, dist.ReduceOp.MAX, group=group)
         out = moved.cpu()
     return out.tolist()
 
@@ -550,40 +598,3 @@ def average_(tensors: Sequence[Tensor]) -> None:
         for t in tensors:
             dist.all_reduce(t)
             t /= dist.get_world_size()
-
-
-class Meeting:
-    """A rendezvous before a collective outside a training step, so that a call on one rank raises and never hangs."""
-
-    def __init__(self, timeout: timedelta = timedelta(seconds=120)):
-        """Set the patience.
-
-        Args:
-            timeout: how long to wait for the other ranks.
-        """
-        self.timeout = timeout
-
-    def attend(self, cut: Cut, what: str, content: str) -> None:
-        """Wait until every rank of the group makes the call it has made as often as this one.
-
-        Args:
-            cut: gives the process group.
-            what: the collective call that follows, for the error message.
-            content: describes the optimizer, equally on every rank; calls of different optimizers do not mix.
-
-        Raises:
-            RuntimeError: not every rank came in time; the call does not count then.
-        """
-        store = dist.distributed_c10d._get_default_store()
-        ranks = dist.get_process_group_ranks(cut.group)
-        place = hashlib.blake2b(repr((what, content, ranks)).encode(), digest_size=8).hexdigest()
-        calls = f"lightning_optim/{place}/{dist.get_rank()}"
-        key = f"lightning_optim/{place}/call/{store.add(calls, 1)}"
-        if store.add(key, 1) == len(ranks):
-            store.set(f"{key}/all", "1")
-        try:
-            store.wait([f"{key}/all"], self.timeout)
-        except RuntimeError as error:
-            store.add(key, -1)
-            store.add(calls, -1)
-            raise RuntimeError(f"{what} is a collective call: make it on every rank, then save on one") from error

@@ -17,6 +17,7 @@ from lightning_optim.core import chunks, layout, storage
 from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
+from lightning_optim.core.travel import Team
 from lightning_optim.ops.eigenbasis import overlap
 from lightning_optim.ops.noise import normal
 from lightning_optim.ops.rounding import hash_key, indices, stochastic_round
@@ -33,6 +34,8 @@ class Work:
     parts: tuple[Part, ...]
     state: dict[str, Tensor]
     transposed: bool = False
+    team: Team | None = None
+    """Ranks of which one works on its matrices, if they travel."""
     t: int = 0
     scale: float = 1.0
     """The gradient is clipped by this factor."""
@@ -205,8 +208,8 @@ def forms_of(job: Job, w: Work) -> dict[str, Form]:
 
 def first_index(rule: Rule, form: Form, w: Work) -> int:
     """Index, within a slot, of the first element that rests on this rank: blocks of scales begin at multiples."""
-    cut = (rule.elementwise or rule.reduces) and form.slot.letters == "mn"
-    return layout.start_of(w.param) if cut and form.quantised else 0
+    cut = (rule.elementwise or rule.reduces) and w.team is None and form.slot.letters == "mn"
+    return layout.start_of(w.param, w.name) if cut and form.quantised else 0
 
 
 def takes_kernel(job: Job, w: Work) -> bool:
@@ -256,7 +259,7 @@ class _Kept:
     def __init__(self, job: Job, w: Work, key: str):
         self.form, self.part = w.forms[key], layout.local(w.state[key])
         self.scale = layout.local(w.state[scale_key(key)]) if self.form.quantised else None
-        cut = job.rule.elementwise or job.rule.reduces
+        cut = (job.rule.elementwise or job.rule.reduces) and w.team is None
         self.param = w.param if cut and self.form.slot.letters == "mn" else None
         self.start = first_index(job.rule, self.form, w)
         if self.scale is not None and self.scale.numel() != storage.blocks_here(self.form, self.part, self.start):
