@@ -46,6 +46,8 @@ __all__ = [
     "Shampoo",
     "SignSGD",
     "Signum",
+    "SophiaG",
+    "SophiaH",
 ]
 CLASSES: dict[str, type[Executor]]
 
@@ -1071,6 +1073,58 @@ class SOAP(Executor):
         precondition_1d: bool = False,
         normalize_grads: bool = False,
         correct_bias: bool = True,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest", "kahan"] = "stochastic",
+        state_storage: Literal["fp32", "bf16", "int8", "int8_grid", "fp8", "host"] = "fp32",
+        storage_block: int = 256,
+        storage_min: int = 4096,
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class SophiaG(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.0001,
+        betas: tuple[float, float] = (0.965, 0.99),
+        rho: float = 0.04,
+        eps: float = 1e-15,
+        weight_decay: float = 0.1,
+        refresh: str = "fixed:10",
+        form: Literal["reference", "paper"] = "reference",
+        tokens: float | None = None,
+        *,
+        lr_convention: Literal["native", "adamw"] = "native",
+        on_nonfinite: Literal["raise", "skip", "off"] | None = None,
+        param_rounding: Literal["stochastic", "nearest", "kahan"] = "stochastic",
+        state_storage: Literal["fp32", "bf16", "int8", "int8_grid", "fp8", "host"] = "fp32",
+        storage_block: int = 256,
+        storage_min: int = 4096,
+        blocks: int | tuple[int, ...] | None = None,
+        transposed: bool = False,
+        cautious_decay: bool = False,
+        clip_norm: float | None = None,
+        seed: int = 0,
+        max_temp_bytes: int = ...,
+    ) -> None: ...
+
+class SophiaH(Executor):
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.0001,
+        betas: tuple[float, float] = (0.96, 0.99),
+        rho: float = 0.01,
+        eps: float = 1e-12,
+        weight_decay: float = 0.1,
+        refresh: str = "fixed:10",
         *,
         lr_convention: Literal["native", "adamw"] = "native",
         on_nonfinite: Literal["raise", "skip", "off"] | None = None,

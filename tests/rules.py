@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lightning_optim.optimizers as optimizers
 from lightning_optim import Executor
+from lightning_optim.core import layout
 from lightning_optim.core.rule import REGISTRY, Rule, hyperparameters
 
 NAMES = sorted(REGISTRY)
@@ -125,3 +128,36 @@ def assert_equal(a: dict[str, Parameter], b: dict[str, Parameter]) -> None:
     """Bitwise equality of two sets of parameters."""
     for key in a:
         assert torch.equal(a[key], b[key]), f"{key} differs by {(a[key] - b[key]).abs().max()}"
+
+
+_shown_here: WeakSet[Executor] = WeakSet()
+feeding = True
+"""Whether optimizers that nobody else feeds are shown numbers made of their gradients."""
+
+
+def _feed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Show rules that observe something what `shown` makes of a gradient, at every odd step of a parameter.
+
+    A step that is refused, and DCP's dummy step, see nothing: in training these are no steps of a trainer.
+    """
+    if not isinstance(optimizer, Executor) or not any(REGISTRY[g["rule"]].observes for g in optimizer.param_groups):
+        return
+    if not feeding or (optimizer.fed and optimizer not in _shown_here):
+        return
+    _shown_here.add(optimizer)
+    optimizer.fed = True
+    groups = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in optimizer.param_groups]
+    given = [(p, layout.local(p.grad)) for _, ps in groups for p in ps]
+    still = all(float(g["lr"]) == 0 for g, _ in groups) and not any(g.any() for _, g in given)
+    if (still and not optimizer.state) or not all(g.isfinite().all() for _, g in given):
+        return
+    t = {p: 1 + int(optimizer.state[p].get("step", 0) if p in optimizer.state else 0) for p, _ in given}
+    optimizer.observe({p: SimpleNamespace(value=shown(g, t[p]), count=16.0) for p, g in given if t[p] % 2})
+
+
+def shown(g: Tensor, t: int) -> Tensor:
+    """What is measured at step t of a parameter with this gradient: nothing that clipping would change."""
+    return g.to(torch.promote_types(g.dtype, torch.float32)).sign() * (t % 4 + 1) / 4
+
+
+register_optimizer_step_pre_hook(_feed)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_optim.core import checkpoint, chunks, fused, layout, storage, travel
+from lightning_optim.core import checkpoint, chunks, fused, layout, observing, storage, travel
 from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
 from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
@@ -95,6 +95,9 @@ class Executor(torch.optim.Optimizer):
     divide: Callable[[dict[str, Any]], Sequence[dict[str, Any]]] | None
     """Gives a group that is added without a rule as groups with rules; set by `build_optimizer`."""
 
+    fed: bool
+    """Whether somebody measures what rules with `observes` need; they refuse to step otherwise."""
+
     _step_supports_amp_scaling: bool
     """Of GradScaler; set while the backward pass is fused."""
 
@@ -111,6 +114,7 @@ class Executor(torch.optim.Optimizer):
         self.process_group: Any = None
         self.replicas: travel.Replicas | None = None
         self.fused: fused.FusedBackward | None = None
+        self.fed = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer."""
@@ -187,6 +191,32 @@ class Executor(torch.optim.Optimizer):
             self._take(jobs, self._clip)
         return loss
 
+    def awaits(self) -> dict[str, list[Tensor]]:
+        """What is to be measured before the next step.
+
+        Returns:
+            Trainable parameters by what their rules observe; empty in most steps.
+        """
+        return observing.due(self._jobs())
+
+    @torch.no_grad()
+    def observe(self, seen: Mapping[Tensor, observing.Seen]) -> dict[str, float]:
+        """Hand over what was measured of parameters; `lightning_optim.curvature` does so for models.
+
+        Args:
+            seen: by parameter, fields as in `Rule.observe`.
+
+        Returns:
+            What the rules have to say of it, averaged over all elements of the parameters: `win_rate` of Sophia.
+
+        Raises:
+            ValueError: a parameter whose rule observes nothing.
+        """
+        self.fed = True
+        jobs = observing.chosen(self._jobs(), seen)
+        self._materialise(jobs)
+        return observing.observe(jobs, seen)
+
     def fuse_backward(self) -> fused.FusedBackward:
         """From now on, step every parameter within the backward pass and free its gradient at once.
 
@@ -222,6 +252,8 @@ class Executor(torch.optim.Optimizer):
 
     def _take(self, jobs: Sequence[Job], clip: Callable[[Sequence[Job]], None]) -> None:
         """Step the parameters that have a gradient."""
+        if not self.fed:
+            observing.check_fed(jobs)
         if self._gradients_usable(jobs):
             clip(jobs)
             self._gathered = {}

@@ -54,9 +54,10 @@ class FusedBackward:
     `on_nonfinite="raise"` looks at each gradient before its parameter is written; parameters that came before it in the
     pass have moved. After a norm pass nothing has. To go on after an error call `zero_grad()` and `step()`.
 
-    Refused: rules with costly state, which is refreshed in turns over all parameters; rules for whole matrices whose
-    parameters are sharded, for they travel together; `on_nonfinite="skip"`; parameters that are whole on several ranks
-    (DDP, FSDP1), whose gradients are not reduced yet when the hook runs; a `GradScaler`. FSDP2 works.
+    Refused: rules with costly state, which is refreshed in turns over all parameters, or with `observes`; rules for
+    whole matrices whose parameters are sharded, for they travel together; `on_nonfinite="skip"`; parameters that are
+    whole on several ranks (DDP, FSDP1), whose gradients are not reduced yet when the hook runs; a `GradScaler`. FSDP2
+    works.
 
     Args:
         optimizer: whose parameters are stepped so until `close`. A parameter obeys the last such optimizer. Copies and
@@ -256,6 +257,8 @@ def check(rule: Rule, group: dict[str, Any], works: Sequence[Work]) -> None:
     said = f"group {group['name']!r}: fused_backward"
     if rule.costly:
         raise ValueError(f"{said} is not for {rule.name}, whose refreshes are spread over all parameters of a step")
+    if rule.observes:
+        raise ValueError(f"{said} is not for {rule.name}, which is shown the curvature before a step")
     if group["on_nonfinite"] == "skip":
         raise ValueError(f'{said} cannot leave out a step that has begun (on_nonfinite="skip"); "raise" can stop it')
     for w in works:

@@ -30,6 +30,9 @@ from lightning_optim.refresh import RECORD, parse
 ADAMW_RMS = 0.2
 """RMS of AdamW's direction per unit learning rate in language-model training (Liu et al. 2025, arXiv:2502.16982)."""
 
+Observable = Literal["gauss_newton", "hutchinson", "factors"]
+"""What a trainer can measure beside the gradient; `Rule.observe` says what each is."""
+
 REGISTRY: dict[str, type[Rule]] = {}
 """Every rule that has been imported, by name."""
 
@@ -126,6 +129,11 @@ class Rule:
     costly: ClassVar[tuple[str, ...]] = ()
     """Slots that `rebuild` computes anew where `update` says `s.refresh(g)` and the policy in the field `refresh`
     (`lightning_optim.refresh`) says that this step is due. Only for rules that need whole matrices."""
+    observes: ClassVar[Observable | None] = None
+    """What a trainer measures beside the gradient and hands to `observe` (`lightning_optim.curvature`)."""
+    observed_by: ClassVar[str] = "refresh"
+    """The field with the policy that says at which steps. One measurement serves all parameters, so it goes by the
+    number of the step alone."""
 
     decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "before"
     """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
@@ -206,6 +214,20 @@ class Rule:
             g: what `update` gave to `s.refresh`, `[b, m, n]`.
             s: state by slot name; mutate in place or assign.
             t: number of this step for these parameters; at 1 there is no earlier state.
+        """
+        raise NotImplementedError
+
+    def observe(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:
+        """Take in what was measured of one parameter, before the step it is due in.
+
+        Args:
+            seen: what the trainer measured, float32 or wider. `"gauss_newton"`: `value`, shaped like the parameter, the
+                gradient of the mean loss under labels drawn from the model's own predictions, and `count`, over how
+                many labels that mean was. `"hutchinson"`: `value`, an estimate of the Hessian's diagonal, and `count`.
+            s: state by slot name, as it rests on this rank; mutate in place or assign.
+
+        Returns:
+            Numbers to be logged: tensors whose mean over the elements of all parameters tells something.
         """
         raise NotImplementedError
 
@@ -299,6 +321,13 @@ class Rule:
             policy = parse(getattr(self, "refresh", "staggered:10"))
             if policy.measures and not self.goes_stale():
                 raise ValueError(f"{self.name}: it has no measure of staleness, which refresh={policy} needs")
+        if self.observes:
+            policy = parse(getattr(self, self.observed_by))
+            if policy.reads or policy.timed:
+                raise ValueError(
+                    f"{self.name}: {self.observed_by}={policy} looks at single matrices; one measurement is for all: "
+                    "fixed, warmup_dense, or any, all and until of these"
+                )
         betas = getattr(self, "betas", ())
         if any(beta >= 1 for beta in betas):
             raise ValueError(f"{self.name}: betas must lie in [0, 1), got {betas!r}")

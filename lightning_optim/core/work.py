@@ -287,13 +287,13 @@ class _Kept:
             self.close(part, wide, functools.partial(where, part, cut, held))
 
 
-def _kept(job: Job, w: Work) -> dict[str, _Kept]:
+def kept_slots(job: Job, w: Work) -> dict[str, _Kept]:
     """The slots of a parameter of which a rule sees other values than rest."""
     device = layout.local(w.param).device
     return {key: _Kept(job, w, key) for key, form in w.forms.items() if not form.direct(device)}
 
 
-def _opened(w: Work, kept: Mapping[str, _Kept]) -> Work:
+def with_values(w: Work, kept: Mapping[str, _Kept]) -> Work:
     """The work with the values of its slots in the place of what rests."""
     return replace(w, state={**w.state, **{k: x.open(x.part) for k, x in kept.items()}}) if kept else w
 
@@ -306,7 +306,7 @@ def update_elementwise(job: Job, w: Work) -> None:
     """Walk over one parameter in flat blocks."""
     rule, p = job.rule, layout.local(w.param)
     dtype, write = storage.work_dtype(p.dtype), _Write(job, w)
-    kept = _kept(job, w)
+    kept = kept_slots(job, w)
     rounded = write.stochastic or any(x.form.kind == "bf16" for x in kept.values())
     fused = bool(kept) and takes_kernel(job, w)
     where = Elements(p, w.param) if rounded else None
@@ -358,8 +358,8 @@ def update_stack(
         frame: how a reducing rule's stacks are cut.
         sink: takes each direction, shaped like its gradient; applied if not given.
     """
-    kept = [_kept(job, w) for w in chunk]
-    opened = [_opened(w, slots) for w, slots in zip(chunk, kept, strict=True)]
+    kept = [kept_slots(job, w) for w in chunk]
+    opened = [with_values(w, slots) for w, slots in zip(chunk, kept, strict=True)]
     pieces = zip(*(w.pieces(job.rule) for w in opened), strict=True)
     found = [_directions(job, piece, params, gradients, frame) for piece in pieces]
     for w, slots in zip(opened, kept, strict=True):
@@ -456,7 +456,7 @@ def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
         A 0-d tensor.
     """
     found = []
-    for piece in _opened(w, _kept(job, w)).pieces(job.rule):
+    for piece in with_values(w, kept_slots(job, w)).pieces(job.rule):
         if piece.cost:
             _, state = stacked_state([piece], piece.slots(job.rule), piece.dims)
             g = stacked_gradient([piece], [gradient], piece.dims)

@@ -27,7 +27,7 @@ from lightning_optim import (
     SignSGD,
     Signum,
 )
-from tests.golden import fused, matrices, projected
+from tests.golden import curved, fused, matrices, projected
 from tests.golden.common import Case, Params, split
 
 
@@ -233,6 +233,7 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "SGD": _plain(SGD),
     "SOAP": _soap,
     "SignSGD": _signsgd,
+    **curved.FAMILIES,
     **fused.FAMILIES,
     **matrices.FAMILIES,
     **projected.FAMILIES,

@@ -1,0 +1,95 @@
+"""What rules with `observes` are shown beside gradients: when it is due, and how it gets into their state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core import layout, storage
+from lightning_optim.core.work import Job, Work, kept_slots, with_values
+from lightning_optim.refresh import Clock, View, parse
+
+Seen = SimpleNamespace
+"""What was measured of one parameter; `Rule.observe` lists the fields."""
+
+
+def due(jobs: Iterable[Job]) -> dict[str, list[Tensor]]:
+    """What is to be measured before the next step.
+
+    Returns:
+        Parameters by what their rules observe.
+    """
+    out: dict[str, list[Tensor]] = {}
+    for rule, _, works in jobs:
+        if rule.observes and works:
+            t = 1 + max(int(w.state["step"]) if "step" in w.state else 0 for w in works)
+            view = View(t, 1.0, lambda interval: 0, {})
+            policy = parse(getattr(rule, rule.observed_by))
+            if policy.decide([view], lambda views: [0.0] * len(views), Clock())[0]:
+                out.setdefault(rule.observes, []).extend(w.param for w in works)
+    return out
+
+
+def chosen(jobs: Iterable[Job], seen: Mapping[Tensor, Seen]) -> list[Job]:
+    """The jobs of what was measured.
+
+    Returns:
+        Jobs with those parameters only.
+
+    Raises:
+        ValueError: a parameter whose rule observes nothing.
+    """
+    out = [Job(rule, group, [w for w in works if w.param in seen]) for rule, group, works in jobs]
+    for rule, _, works in out:
+        if works and not rule.observes:
+            raise ValueError(f"{works[0].name}: {rule.name} observes nothing but the gradient")
+    return [job for job in out if job.works]
+
+
+def observe(jobs: Sequence[Job], seen: Mapping[Tensor, Seen]) -> dict[str, float]:
+    """Show rules what was measured; their state is complete.
+
+    Returns:
+        Means of what they say, over all elements.
+    """
+    sums: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+    for job in jobs:
+        for w in job.works:
+            for key, said in _observe(job, w, seen[w.param]).items():
+                sums[key] = sums.get(key, 0.0) + said.sum(dtype=torch.float64)
+                sizes[key] = sizes.get(key, 0) + said.numel()
+    return {key: float(total) / max(1, sizes[key]) for key, total in sums.items()}
+
+
+def _observe(job: Job, w: Work, seen: Seen) -> Mapping[str, Tensor]:
+    w.t = ~int(w.state["step"])  # rounds by other random numbers than the step
+    kept = kept_slots(job, w)
+    values = {k: layout.local(t) for k, t in with_values(w, kept).state.items() if k in w.forms}
+    s = SimpleNamespace(**values)
+    here = {k: layout.local(x) if isinstance(x, Tensor) else x for k, x in vars(seen).items()}
+    said = job.rule.observe(SimpleNamespace(**here), s)
+    for key, value in storage.untangled(values, vars(s)).items():
+        if value is not values[key]:
+            values[key].copy_(value)
+    for key, x in kept.items():
+        x.close_all(values[key])
+    return said
+
+
+def check_fed(jobs: Sequence[Job]) -> None:
+    """Check that no rule waits for what nobody measures.
+
+    Raises:
+        RuntimeError: one does; the message says what to add.
+    """
+    for rule, group, works in jobs:
+        if rule.observes and any(w.has_gradient for w in works):
+            raise RuntimeError(
+                f"group {group['name']!r}: {rule.name} needs more than gradients, and nobody measures it; nothing was "
+                "updated. Add a curvature feed: Trainer(callbacks=[CurvatureFeed()]) with hf_integration.CurvatureFeed "
+                "or lightning_optim.callbacks.CurvatureFeed; in your own loop, lightning_optim.curvature.Feed"
+            )
