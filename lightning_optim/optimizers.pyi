@@ -76,6 +76,7 @@ class Adafactor(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -104,6 +105,7 @@ class AdafactorHF(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -128,6 +130,7 @@ class Adagrad(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -153,6 +156,7 @@ class AdaLOMO(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -179,6 +183,7 @@ class Adam(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -204,6 +209,7 @@ class AdamMini(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -230,6 +236,7 @@ class AdamW(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -257,6 +264,7 @@ class Adapprox(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -289,6 +297,7 @@ class Alice(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -321,6 +330,7 @@ class Alice0(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -347,6 +357,7 @@ class AMSGrad(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -381,6 +392,7 @@ class APOLLO(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -415,6 +427,7 @@ class APOLLOMini(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -449,6 +462,7 @@ class APOLLOSVD(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -473,6 +487,7 @@ class CAME(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -503,6 +518,7 @@ class COSMOS(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -527,6 +543,7 @@ class Dion(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -552,6 +569,7 @@ class EigenAdam(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -585,6 +603,7 @@ class Fira(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -619,6 +638,7 @@ class FiraPlus(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -650,6 +670,7 @@ class Flora(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -679,6 +700,7 @@ class GaLore(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -712,6 +734,7 @@ class GaLoreAdafactor(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -739,6 +762,7 @@ class LAMB(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -766,6 +790,7 @@ class LARS(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -788,6 +813,7 @@ class Lion(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -811,6 +837,7 @@ class LOMO(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -839,6 +866,7 @@ class Muon(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -868,6 +896,7 @@ class NorMuon(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -896,6 +925,7 @@ class PSGDKron(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -924,6 +954,7 @@ class RACS(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -949,6 +980,7 @@ class RMSprop(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -973,6 +1005,7 @@ class SGD(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -1012,6 +1045,7 @@ class Shampoo(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -1033,6 +1067,7 @@ class SignSGD(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -1055,6 +1090,7 @@ class Signum(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -1084,6 +1120,7 @@ class SOAP(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -1111,6 +1148,7 @@ class SophiaG(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -1136,6 +1174,7 @@ class SophiaH(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
@@ -1160,6 +1199,7 @@ class SWAN(Executor):
         transposed: bool = False,
         cautious_decay: bool = False,
         clip_norm: float | None = None,
+        traffic: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...

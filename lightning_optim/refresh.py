@@ -75,6 +75,8 @@ class Policy:
     """Whether it looks at records or staleness; the others need the step and the phase only."""
     measures: ClassVar[bool] = False
     """Whether it asks for the staleness, which not every rule defines."""
+    compares: ClassVar[bool] = False
+    """Whether it looks at what a refresh changed, which not every rule's state tells."""
     timed: ClassVar[bool] = False
     """Whether it looks at the clock."""
 
@@ -192,6 +194,7 @@ class Lazy(Policy):
     looks: int = 5
     growth: float = 2.0
     reads: ClassVar = True
+    compares: ClassVar = True
 
     def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:  # noqa: D102
         out = []
@@ -257,7 +260,7 @@ class _Combined(Policy):
     """Needs what one of its parts needs."""
 
     def __post_init__(self) -> None:
-        for need in ("reads", "measures", "timed"):
+        for need in ("reads", "measures", "compares", "timed"):
             asked = any(getattr(p, need) for p in self.inner()) or getattr(type(self), need)
             object.__setattr__(self, need, asked)
 

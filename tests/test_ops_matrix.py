@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from lightning_optim.ops import orthogonal as orthogonal_ops
+from lightning_optim.ops.eigenbasis import eigenbasis
 from lightning_optim.ops.lapack import LinAlgError, complement, eigh, orthonormal
 from lightning_optim.ops.lowrank import follow_subspace, leading_basis, range_basis, switch
 from lightning_optim.ops.moments import rank_one
 from lightning_optim.ops.norms import growth_factor, normalized, rms
 from lightning_optim.ops.orthogonal import GRAM_ASPECT, GRAM_ROWS, orthogonalize
-from lightning_optim.ops.roots import coupled_newton, inverse_power, inverse_root
+from lightning_optim.ops.roots import coupled_newton, inverse_power, inverse_root, root_error
 from lightning_optim.ops.spectral import norm_lower_bound
 from lightning_optim.ops.tiles import filled, joined, tiles
 
@@ -113,6 +114,31 @@ def test_a_failed_root_keeps_the_last_good_one() -> None:
         torch.testing.assert_close(found[1], torch.eye(3))
         with pytest.raises(LinAlgError, match="inverse root"):
             inverse_root(x, 4, method=method)
+
+
+def test_a_failed_eigenbasis_keeps_the_last_good_one() -> None:
+    x = torch.stack([torch.full((3, 3), torch.nan), torch.diag(torch.tensor([1.0, 3.0, 2.0]))])
+    last = torch.stack([3 * torch.eye(3), 5 * torch.eye(3)])
+    with pytest.warns(RuntimeWarning, match="last good one"):
+        found = eigenbasis(x, previous=last)
+    assert torch.equal(found[0], last[0])
+    assert torch.equal(found[1], eigenbasis(x[1:])[0])
+    with pytest.raises(LinAlgError):
+        eigenbasis(x)
+
+
+@pytest.mark.parametrize("root", [1, 2, 3, 4])
+def test_error_of_a_root(root: int) -> None:
+    """None of the exact one, |c - 1| / (c + 1) of a matrix that has grown by c, rounding only in float32."""
+    x = spectrum(torch.logspace(-6, 0, 12, dtype=F64))
+    r = inverse_power(x, 1 / root)
+    assert root_error(x, r, root).max() < 1e-9
+    torch.testing.assert_close(root_error(3 * x, r, root), torch.tensor(0.5, dtype=F64))
+    torch.testing.assert_close(root_error(x / 3, r, root), torch.tensor(0.5, dtype=F64))
+    assert root_error(x.flip(-1).flip(-2), r, root).max() > 0.3
+    assert not root_error(torch.zeros(2, 3, 3), torch.eye(3).expand(2, 3, 3), root).any()
+    narrow = spectrum(torch.logspace(-8, 0, 64, dtype=F64)).float()
+    assert root_error(narrow, inverse_power(narrow, 1 / root, eps=1e-8), root).max() < (0.3 if root == 1 else 1e-4)
 
 
 def test_float32_overflow_is_retried_in_float64() -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import Parameter
 
 from lightning_optim import SOAP
+from lightning_optim.core.executor import Executor
+from lightning_optim.core.groups import rule_of
 from lightning_optim.core.work import Refresh
-from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal, overlap
+from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal, overlap, unaligned
 from lightning_optim.ops.noise import normal
 from lightning_optim.refresh import RECORD, Clock, View, parse, phases
-from tests.rules import assert_equal, give, gradient
+from tests.rules import assert_equal, give, gradient, make
 
 ADAPTIVE = ["off_diagonal:0.1:5", "lazy:2:0.4:2", "any(staggered:5, off_diagonal:0.2)", "clamp(lazy:2, 3, 4)"]
 
@@ -30,7 +34,7 @@ def dates(
     shared: float = 0.0,
 ):
     """Steps at which each of several matrices is refreshed, the first step apart; all get stale alike."""
-    made, records = parse(policy), [dict.fromkeys(RECORD, 0.0) | {"age": 1.0, "overlap": shared} for _ in costs]
+    chosen, records = parse(policy), [dict.fromkeys(RECORD, 0.0) | {"age": 1.0, "overlap": shared} for _ in costs]
     out: list[list[int]] = [[] for _ in costs]
 
     def measure(some: Sequence[View]) -> list[float]:
@@ -44,7 +48,7 @@ def dates(
             View(t, c, lambda f, i=i: phases(tuple(costs), f)[i], r)
             for i, (c, r) in enumerate(zip(costs, records, strict=True))
         ]
-        for i, reason in enumerate(made.decide(views, measure, clock)):
+        for i, reason in enumerate(chosen.decide(views, measure, clock)):
             records[i]["age"] = 1.0 if reason else records[i]["age"] + 1
             if reason:
                 out[i].append(t)
@@ -122,14 +126,110 @@ def test_a_wrong_policy_is_told_at_construction(text: str, message: str) -> None
         SOAP([Parameter(torch.ones(3, 3))], refresh=text)
 
 
+STALE = {
+    "soap": {"betas": (0.5, 0.5)},
+    "eigen_adam": {"betas": (0.5, 0.5, 0.5)},
+    "alice": {"betas": (0.5, 0.5, 0.5), "rank": 3, "leading": 2},
+    "alice0": {"rank": 3, "leading": 2},
+    "cosmos": {"betas": (0.5, 0.5), "rank": 2},
+    "shampoo": {"betas": (0.5, 0.5), "max_dim": 4},
+    "shampoo eigenvalue": {"betas": (0.5, 0.5), "preconditioner": "eigenvalue"},
+    "galore": {"rank": 2},
+}
+"""Settings under which a rule forgets within a few steps."""
+
+
+def watched(name: str, ps: Any, policy: str) -> tuple[Executor, list[Refresh]]:
+    """An optimizer of a rule with a policy, and what it tells."""
+    optimizer, events = make(name.partition(" ")[0], ps, refresh=policy, **STALE[name]), list[Refresh]()
+    optimizer.on_refresh = events.append
+    return optimizer, events
+
+
+@pytest.mark.parametrize("name", STALE)
+def test_a_gradient_that_turns_makes_every_rule_refresh_and_a_steady_one_does_not(name: str) -> None:
+    gradients = [Parameter(torch.randn(6, 9, generator=torch.Generator().manual_seed(i))) for i in range(2)]
+    p = Parameter(torch.zeros(6, 9))
+    optimizer, events = watched(name, [p], "off_diagonal:0.3:1")
+    for t in range(1, 15):
+        p.grad = gradients[t > 6].detach().clone()
+        optimizer.step()
+    assert [(e.t, e.reason) for e in events if e.t <= 6] == [(1, "first")]
+    later = [e for e in events if e.t > 6]
+    assert later and all(e.reason == "stale" and 0.3 < e.staleness <= 1 for e in later)
+    assert later[-1].t < 12, "it still refreshes where nothing changes any more"
+
+
+@pytest.mark.parametrize("name", ["alice", "alice0", "cosmos"])
+def test_staleness_of_a_followed_subspace_is_that_of_the_dense_matrix(name: str) -> None:
+    """[U, rest]^T A [U, rest] off the diagonal, in the leading columns; A is what the next refresh would follow."""
+    p = Parameter(torch.zeros(7, 7, dtype=torch.float64))
+    optimizer, _ = watched(name, [p], "fixed:3")
+    for t in range(1, 6):
+        p.grad = gradient(p, "p", t)
+        optimizer.step()
+    g, state = gradient(p, "p", 6), optimizer.state[p]
+    u, beta = state["basis"], optimizer.param_groups[0]["betas"][-1]
+    tracked = u @ state["factor"] @ u.T if beta else torch.zeros(7, 7)
+    a = beta * tracked + (1 - beta) * (g.T @ g if name == "cosmos" else g @ g.T)
+    whole = torch.cat([u, torch.linalg.qr(u, mode="complete").Q[:, u.shape[1] :]], 1)
+    b = (whole.T @ a @ whole)[:, :2]  # rank of cosmos, leading columns of alice
+    expected = ((b.square().sum() - b.diagonal().square().sum()) / b.square().sum()).sqrt()
+    slots = SimpleNamespace(**{k: v[None] for k, v in state.items() if v.ndim == 2})
+    (found,) = rule_of(optimizer.param_groups[0]).staleness(g[None], slots, 6)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("psgd_kron", {}, "psgd_kron: a fit is one step along a noisy gradient"),
+        ("flora", {}, "flora: its projection is drawn at random"),
+        ("apollo", {}, "apollo: its projection is drawn at random"),
+        ("shampoo", {"exponent": 0.3}, "exponent = 1 / integer only"),
+    ],
+)
+@pytest.mark.parametrize("policy", ["off_diagonal:0.3", "lazy:10", "any(staggered:5, lazy:5)", "time_budget:0.1"])
+def test_what_cannot_go_stale_refuses_policies_that_look(
+    name: str, settings: dict[str, Any], message: str, policy: str
+) -> None:
+    p = Parameter(torch.ones(8, 8))
+    with pytest.raises(ValueError, match=f"{message}.*so refresh=.* cannot decide; take fixed or staggered"):
+        make(name, [p], refresh=policy, **settings)
+    make(name, [p], refresh="staggered:5", **settings)
+    make(name, [p], refresh="warmup_dense:1:5", **settings)
+
+
+def test_regular_looks_see_every_column_in_time() -> None:
+    """A matrix that is off the diagonal in one pair of columns only, looked at every second step."""
+    n, basis = 200, torch.eye(200)[None]
+    seen = set()
+    for j in range(32, n - 1):
+        x = torch.eye(n)[None].clone()
+        x[0, j, j + 1] = x[0, j + 1, j] = 0.5
+        looks = [t for t in range(0, 80, 2) if off_diagonal(x, basis, t) > 0]
+        assert looks, j
+        seen.update(looks)
+    assert len(seen) == 40
+
+
+def test_unaligned_share_of_a_whole_basis_is_the_off_diagonal_one() -> None:
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 20, 20, generator=random, dtype=torch.float64) for _ in range(2))
+    x, q = a @ a.mT, torch.linalg.qr(b).Q
+    torch.testing.assert_close(unaligned(x @ q, q), off_diagonal(x, q, top=20))
+    exact = eigenbasis(x)[..., :5]
+    assert unaligned(x @ exact, exact).max() < 1e-7
+    assert not unaligned(torch.zeros(1, 4, 2), torch.eye(4)[None, :, :2]).any()
+
+
 @pytest.mark.parametrize("policy", [*ADAPTIVE, "staggered:3", "warmup_dense:1:4:2"])
-def test_resume_is_bitwise_with_refreshes_after_it(policy: str) -> None:
-    def start() -> tuple[dict[str, Parameter], SOAP, list[Refresh]]:
-        made = torch.Generator().manual_seed(0)
-        ps = {k: Parameter(torch.randn(s, generator=made)) for k, s in {"a": (6, 9), "b": (9, 9), "c": (4, 6)}.items()}
-        optimizer, events = SOAP(ps.items(), refresh=policy), []
-        optimizer.on_refresh = events.append
-        return ps, optimizer, events
+@pytest.mark.parametrize("name", ["soap", "alice", "cosmos", "shampoo"])
+def test_resume_is_bitwise_with_refreshes_after_it(name: str, policy: str) -> None:
+    def start() -> tuple[dict[str, Parameter], Executor, list[Refresh]]:
+        random, sizes = torch.Generator().manual_seed(0), {"a": (6, 9), "b": (9, 9), "c": (4, 6)}
+        ps = {k: Parameter(torch.randn(s, generator=random)) for k, s in sizes.items()}
+        return ps, *watched(name, ps, policy)
 
     whole, straight, _ = start()
     for t in range(1, 25):

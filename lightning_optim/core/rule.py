@@ -135,6 +135,9 @@ class Rule:
     """The field with the policy that says at which steps. One measurement serves all parameters, so it goes by the
     number of the step alone."""
 
+    never_stale: ClassVar[str] = ""
+    """Why `staleness` cannot be asked, where there is costly state and `goes_stale` is False; ends an error message."""
+
     decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "before"
     """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
     adamw_settings: ClassVar[Mapping[str, Any]] = {}
@@ -231,12 +234,13 @@ class Rule:
         """
         raise NotImplementedError
 
-    def staleness(self, g: Tensor, s: SimpleNamespace) -> Tensor:
+    def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         """How far the costly state is from what `rebuild` would give, before `update`.
 
         Args:
             g: gradients `[b, m, n]`.
             s: state by slot name, not written.
+            t: number of this step for these parameters; a measure that samples looks elsewhere at each.
 
         Returns:
             `[b]`, in [0, 1].
@@ -319,8 +323,9 @@ class Rule:
             check_value(f"{self.name}: {key}", getattr(self, key), hints[key], signed=key in self.signed)
         if self.costly:
             policy = parse(getattr(self, "refresh", "staggered:10"))
-            if policy.measures and not self.goes_stale():
-                raise ValueError(f"{self.name}: it has no measure of staleness, which refresh={policy} needs")
+            if (policy.measures or policy.compares) and not self.goes_stale():
+                reason = self.never_stale or "it has no measure of staleness"
+                raise ValueError(f"{self.name}: {reason}, so refresh={policy} cannot decide; take fixed or staggered")
         if self.observes:
             policy = parse(getattr(self, self.observed_by))
             if policy.reads or policy.timed:

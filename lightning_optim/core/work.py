@@ -460,7 +460,7 @@ def staleness(job: Job, w: Work, gradient: Tensor) -> Tensor:
         if piece.cost:
             _, state = stacked_state([piece], piece.slots(job.rule), piece.dims)
             g = stacked_gradient([piece], [gradient], piece.dims)
-            found.append(job.rule.staleness(g, SimpleNamespace(**state)).amax())
+            found.append(job.rule.staleness(g, SimpleNamespace(**state), w.t).amax())
     return torch.stack(found).amax()
 
 
@@ -470,18 +470,25 @@ def _refresh(job: Job, chunk: Sequence[Work], s: SimpleNamespace, g: Tensor) -> 
     if not first.due:
         return
     names = [k for k in job.rule.costly if hasattr(s, k)]
+    slots = first.slots(job.rule)
     looked = first.t > 1 and (first.note is not None or parse(job.group["refresh"]).reads)
     old = {k: getattr(s, k).clone() for k in names if looked}
     started = time.perf_counter()
     job.rule.rebuild(g, s, first.t)
     seconds = (time.perf_counter() - started) / len(chunk)
     if old:
-        s.refreshed[..., 0, 1] = torch.stack([overlap(old[k], getattr(s, k)) for k in names]).amin(0)
+        shared = [overlap(*(_squares(x, slots[k]) for x in (old[k], getattr(s, k)))) for k in names]
+        s.refreshed[..., 0, 1] = torch.stack(shared).amin(0)
     if first.note is not None:
         records = s.refreshed[:, 0].unflatten(0, (len(chunk), -1)).amin(1).tolist()
         for w, (age, shared, *_) in zip(chunk, records, strict=True):
             shared = shared if old else math.nan
             first.note(w, Refresh(w.name, w.t, w.due, int(age), seconds, w.stale, shared))
+
+
+def _squares(x: Tensor, slot: Slot) -> Tensor:
+    """The matrices that rest one below the other in a slot."""
+    return x.unflatten(-2, (-1, x.shape[-1])) if slot.letters == "kk" else x
 
 
 def _noise(job: Job, chunk: Sequence[Work], frame: layout.StackLayout | None, letters: str, stream: int) -> Tensor:

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
-from lightning_optim.ops.lapack import eigh, orthonormal
+from lightning_optim.ops.lapack import LinAlgError, eigh, orthonormal
+
+GOLDEN = (5**0.5 - 1) / 2
 
 
-def eigenbasis(x: Tensor, shift: float = 1e-30) -> Tensor:
+def eigenbasis(x: Tensor, shift: float = 1e-30, previous: Tensor | None = None) -> Tensor:
     """Eigenvectors, by falling eigenvalue.
 
     Args:
         x: `[..., n, n]`, symmetric.
         shift: added to the diagonal.
+        previous: per matrix, kept (with a warning) where x is not finite or the decomposition does not converge.
 
     Returns:
         Orthonormal columns, `[..., n, n]`. Signs, and the order within a null space, are LAPACK's.
+
+    Raises:
+        LinAlgError: a decomposition failed and there is no previous one.
     """
-    return eigh(x + shift * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).vectors
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    try:
+        return eigh(x + shift * eye).vectors
+    except LinAlgError:
+        if previous is None:
+            raise
+    warnings.warn("an eigenbasis could not be computed; the last good one is kept", RuntimeWarning, stacklevel=2)
+    if x.ndim == 2:
+        return previous
+    pairs = zip(x, previous, strict=True)
+    return torch.stack([q if not a.isfinite().all() else eigenbasis(a, shift, q) for a, q in pairs])
 
 
 def overlap(old: Tensor, new: Tensor) -> Tensor:
@@ -49,13 +67,14 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
 def off_diagonal(x: Tensor, q: Tensor, t: int = 0, top: int = 32, others: int = 32) -> Tensor:
     """Share of a matrix that a basis leaves off the diagonal: rho = ||B - diag B||_F / ||B||_F, B = Q^T X Q.
 
-    The first `top` columns of B are taken exactly and stand for themselves, `others` of the rest, evenly spaced and
-    shifted by `t`, for all of the rest. Column j contributes ||X q_j||^2 - (q_j^T X q_j)^2.
+    The first `top` columns of B are taken exactly and stand for themselves, `others` of the rest, evenly spaced, for
+    all of the rest. They are shifted by t times the golden ratio of their distance, so that looks at any regular steps
+    see all columns in time. Column j contributes ||X q_j||^2 - (q_j^T X q_j)^2.
 
     Args:
         x: `[b, n, n]`, symmetric.
         q: orthonormal columns, by falling eigenvalue, `[b, n, n]`.
-        t: shifts which columns are looked at.
+        t: number of the step; decides which columns are looked at.
         top: number of leading columns.
         others: number of columns out of the rest.
 
@@ -66,12 +85,34 @@ def off_diagonal(x: Tensor, q: Tensor, t: int = 0, top: int = 32, others: int = 
     top = min(top, n)
     count = min(others, n - top)
     step = (n - top) / max(count, 1)
-    rest = [top + int(i * step + t) % (n - top) for i in range(count)]
+    shift = t * GOLDEN % 1
+    rest = [top + int((i + shift) * step) for i in range(count)]
     columns = q[..., [*range(top), *rest]]
-    power = x @ columns
-    off = power.square().sum(-2) - (columns * power).sum(-2).square()
+    off = _residual(x @ columns, columns)
     total = off[..., :top].sum(-1) + off[..., top:].sum(-1) * step
     return (total.clamp_min(0) / x.square().sum((-2, -1)).clamp_min(1e-30)).sqrt().clamp_max(1)
+
+
+def unaligned(power: Tensor, q: Tensor) -> Tensor:
+    """Share of a matrix that a part of a basis leaves off the diagonal, from what the matrix makes of that part.
+
+    rho = sqrt(sum_j (||X q_j||^2 - (q_j^T X q_j)^2) / sum_j ||X q_j||^2): 0 where every column is an eigenvector. Of
+    a whole basis it is `off_diagonal`; of some columns it counts what leads out of them as well as what mixes them.
+
+    Args:
+        power: X q, `[b, n, r]`; X itself is never formed.
+        q: orthonormal columns, `[b, n, r]`.
+
+    Returns:
+        `[b]`, in [0, 1]; 0 where X q is zero.
+    """
+    whole = power.square().sum((-2, -1)).clamp_min(1e-30)
+    return (_residual(power, q).sum(-1).clamp_min(0) / whole).sqrt().clamp_max(1)
+
+
+def _residual(power: Tensor, q: Tensor) -> Tensor:
+    """||X q_j||^2 - (q_j^T X q_j)^2 of every column, `[..., r]`."""
+    return power.square().sum(-2) - (q * power).sum(-2).square()
 
 
 def follow_eigenbasis(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

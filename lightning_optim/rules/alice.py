@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import Rule, Slot, zeros
+from lightning_optim.ops.eigenbasis import unaligned
 from lightning_optim.ops.lowrank import follow_subspace, leading_basis, switch
 from lightning_optim.ops.moments import adam_moments, gram
 from lightning_optim.ops.norms import growth_factor, norm, normalized
@@ -123,18 +124,28 @@ class Alice(Rule):
         return rest.mul_(factor)
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
-        x, b3, old = _wide(g), self.betas[2], s.basis
+        x, old = _wide(g), s.basis
         if t == 1:
             s.basis = leading_basis(x, old.shape[-1])
         else:
-            s.basis = follow_subspace(lambda y: self._tracked(y, old, s) + (1 - b3) * (x @ (x.mT @ y)), old)
+            s.basis = follow_subspace(lambda y: self._tracked(y, x, old, s), old)
         if self.switch:
             draw = s.noise("m1" if x is g else "n1")[..., old.shape[-1] :, 0]
             s.basis = switch(s.basis, min(self.leading, old.shape[-1]), draw)
 
-    def _tracked(self, y: Tensor, u: Tensor, s: SimpleNamespace) -> Tensor:
-        """b3 U Q U^T times y."""
-        return self.betas[2] * lift(s.factor @ project(y, u), u) if self.betas[2] else torch.zeros_like(y)
+    def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
+        """What the tracked matrix leaves off the diagonal in the leading columns; the others are drawn, not found.
+
+        Returns:
+            `[b]`, in [0, 1].
+        """
+        kept = s.basis[..., : self.leading] if self.switch else s.basis
+        return unaligned(self._tracked(kept, _wide(g), s.basis, s), kept)
+
+    def _tracked(self, y: Tensor, x: Tensor, u: Tensor, s: SimpleNamespace) -> Tensor:
+        """(b3 U Q U^T + (1 - b3) G G^T) y."""
+        b3, new = self.betas[2], x @ (x.mT @ y)
+        return b3 * lift(s.factor @ project(y, u), u) + (1 - b3) * new if b3 else new
 
 
 def _wide(g: Tensor) -> Tensor:

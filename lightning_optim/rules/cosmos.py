@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, zeros
+from lightning_optim.ops.eigenbasis import unaligned
 from lightning_optim.ops.lapack import orthonormal
 from lightning_optim.ops.lowrank import leading_basis
 from lightning_optim.ops.moments import gram
@@ -94,9 +95,16 @@ class COSMOS(Rule):
         if t == 1:
             s.basis = leading_basis(g.mT, s.basis.shape[-1])
             return
-        b2, old = self.betas[1], s.basis
-        s.basis = orthonormal(b2 * old @ s.factor + (1 - b2) * (g.mT @ (g @ old)))
+        old = s.basis
+        s.basis = orthonormal(self._power(g, s))
         s.factor = project(s.factor, *[old.mT @ s.basis] * 2)
+
+    def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
+        return unaligned(self._power(g, s), s.basis)
+
+    def _power(self, g: Tensor, s: SimpleNamespace) -> Tensor:
+        """(b2 U S U^T + (1 - b2) G^T G) U."""
+        return self.betas[1] * s.basis @ s.factor + (1 - self.betas[1]) * (g.mT @ (g @ s.basis))
 
     def _filtered(self, g: Tensor, m: Tensor, t: int) -> Tensor:
         weight = (1 - self.betas[0] ** t) / (1 - self.betas[0])

@@ -67,5 +67,5 @@ class EigenAdam(Rule):
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         s.basis = eigenbasis(s.factor)
 
-    def staleness(self, g: Tensor, s: SimpleNamespace) -> Tensor:  # noqa: D102
-        return off_diagonal(s.factor, s.basis)
+    def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
+        return off_diagonal(s.factor, s.basis, t)

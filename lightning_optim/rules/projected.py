@@ -33,6 +33,7 @@ class Subspace(Rule):
     basis: Method = "svd"
 
     costly: ClassVar = ("projection_left", "projection_right")
+    never_stale: ClassVar = "its projection is drawn at random and fits every gradient alike"
 
     def projected_sides(self, m: int, n: int, *, vector: bool = False) -> tuple[str, ...]:
         """Which sides of a parameter are projected.
@@ -95,7 +96,7 @@ class Subspace(Rule):
         passes = {"svd": 10 * short, "randomized_svd": sketch, "subspace_iteration": 4 * rank}
         return float(m * n * (passes[self.basis] if self.goes_stale() else 1)) if count else 0.0
 
-    def staleness(self, g: Tensor, s: SimpleNamespace) -> Tensor:
+    def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         """The share of the gradient's energy that the projection loses, beyond what it lost when it was made.
 
         Returns:

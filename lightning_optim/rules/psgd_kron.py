@@ -31,6 +31,8 @@ class PSGDKron(Rule):
 
     Differs: L and R are balanced (|L| = |R|) at every fit, not at random ones, which changes no direction. The
     published probability of a fit falls from 1 after 500 steps to 1 / 33: the default refresh does so in one step.
+    Policies that measure staleness are refused: L and R are an average over many fits, each a step of bounded length
+    along a gradient that is mostly noise, and the average is right only if the noise does not choose the fits.
     """
 
     lr: float = 1e-3
@@ -47,6 +49,7 @@ class PSGDKron(Rule):
     source: ClassVar = "Li 2018, arXiv:1512.04202; Li 2024, arXiv:2402.04553; order of operations of kron_torch"
     vectors: ClassVar = False
     costly: ClassVar = ("left", "right")
+    never_stale: ClassVar = "a fit is one step along a noisy gradient, and one chosen by its noise is biased"
     adamw_settings: ClassVar = {"normalize": True}
 
     def validate(self) -> None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
-from lightning_optim.ops.eigenbasis import eigenbasis
+from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal
 from lightning_optim.ops.moments import gram
 from lightning_optim.ops.norms import norm
 from lightning_optim.ops.projection import lift, project
-from lightning_optim.ops.roots import Method, inverse_root
+from lightning_optim.ops.roots import Method, inverse_root, root_error
 from lightning_optim.ops.tiles import filled, joined, tiles
 
 
@@ -65,6 +65,7 @@ class Shampoo(Rule):
     name: ClassVar = "shampoo"
     source: ClassVar = "Gupta et al. 2018, arXiv:1802.09568, Alg. 1, 2; Shi et al. 2023, arXiv:2309.06497"
     costly: ClassVar = ("root_left", "root_right")
+    never_stale: ClassVar = "a root is tested by products of matrices, for exponent = 1 / integer only"
     adamw_settings: ClassVar = {"graft": "adam"}
 
     def validate(self) -> None:
@@ -129,20 +130,39 @@ class Shampoo(Rule):
         return joined(d, *self._merged(*g.shape[-2:])).reshape(g.shape)
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
-        roots, factors = _stored(s, "root"), _stored(s, "factor")
-        exponent = self.exponent or 1 / (2 * len(roots))
+        roots = _stored(s, "root")
+        for side, factor in self._factors(g, s, t).items():
+            root = roots[side]
+            if self.preconditioner == "eigenvalue":
+                root.copy_(eigenbasis(factor, previous=root.flip(-1)).flip(-1))
+            else:
+                order = 1 / self._exponent(len(roots))
+                root.copy_(inverse_root(factor, order, eps=self.eps, method=self.root, previous=root))
+
+    def goes_stale(self) -> bool:  # noqa: D102
+        return self.preconditioner == "eigenvalue" or not self.exponent or (1 / self.exponent) % 1 == 0
+
+    def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
+        roots, found = _stored(s, "root"), []
+        for side, factor in self._factors(g, s, t - 1).items():
+            if self.preconditioner == "eigenvalue":
+                off = off_diagonal(factor.flatten(0, 1), roots[side].flatten(0, 1).flip(-1), t)
+                found.append(off.unflatten(0, factor.shape[:2]))
+            else:
+                damped = factor + self.eps * torch.eye(factor.shape[-1]).to(factor)
+                found.append(root_error(damped, roots[side], round(1 / self._exponent(len(roots)))))
+        return torch.cat(found, -1).amax(-1)
+
+    def _factors(self, g: Tensor, s: SimpleNamespace, t: int) -> dict[str, Tensor]:
+        """What is decomposed after t steps: what fills up tiles is beside the others, not among the smallest."""
         rows, columns, _ = self._tile(*g.shape[-2:])
         edges = filled(*self._merged(*g.shape[-2:]), rows, columns, g.device)
-        for side, root in roots.items():
-            factor = factors[side] / self._correction(t)
-            trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-            factor = factor + torch.diag_embed(
-                trace * edges[side == "right"]
-            )  # beside the others, not among the smallest
-            if self.preconditioner == "eigenvalue":
-                root.copy_(eigenbasis(factor).flip(-1))
-            else:
-                root.copy_(inverse_root(factor, 1 / exponent, eps=self.eps, method=self.root, previous=root))
+        found = {side: x / self._correction(t) for side, x in _stored(s, "factor").items()}
+        traces = {side: x.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) for side, x in found.items()}
+        return {side: x + torch.diag_embed(traces[side] * edges[side == "right"]) for side, x in found.items()}
+
+    def _exponent(self, sides: int) -> float:
+        return self.exponent or 1 / (2 * sides)
 
     def _correction(self, t: int) -> float:
         return 1 - self.betas[1] ** t if self.correct_bias and self.accumulate == "average" else 1.0

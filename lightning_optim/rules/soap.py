@@ -93,8 +93,8 @@ class SOAP(Rule):
             s.exp_avg_sq = s.exp_avg_sq.gather(dim, index.expand_as(s.exp_avg_sq))
         s.exp_avg = project(m, **_bases(s))
 
-    def staleness(self, g: Tensor, s: SimpleNamespace) -> Tensor:  # noqa: D102
-        sides = [off_diagonal(getattr(s, f"factor_{x}"), q) for x, q in _bases(s).items()]
+    def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
+        sides = [off_diagonal(getattr(s, f"factor_{x}"), q, t) for x, q in _bases(s).items()]
         return torch.stack(sides).amax(0)
 
     def _observe(self, g: Tensor, s: SimpleNamespace) -> None:
