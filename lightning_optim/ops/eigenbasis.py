@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lightning_optim.ops.lapack import LinAlgError, eigh, orthonormal
+from lightning_optim.ops.moments import gram
+from lightning_optim.ops.projection import project
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -131,3 +134,42 @@ def follow_eigenbasis(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     order = (q * power).sum(-2).argsort(dim=-1, descending=True)
     sorted_power = power.gather(-1, order.unsqueeze(-2).expand_as(power))
     return orthonormal(sorted_power), order
+
+
+INITIAL_ROOT = 0.1**-0.5
+"""Inverse roots of the eigenvalues that Kullback-Leibler factors start with."""
+
+
+def average_kl_(
+    factors: Mapping[str, Tensor], bases: Mapping[str, Tensor], roots: Mapping[str, Tensor], x: Tensor, weight: float
+) -> dict[str, Tensor]:
+    """Move Kronecker factors towards those that minimise the Kullback-Leibler divergence (Lin et al. 2025, KL-Shampoo).
+
+        L <- (1 - w) L + w X R^-1 X^T / n;  R <- (1 - w) R + w X^T L^-1 X / m
+        l_L <- (1 - w) l_L + w mean_columns((Q_L^T X Q_R / sqrt(l_R))^2), l_R likewise;  1 / sqrt(l) is at most 4000
+
+    where each side is whitened by the other's basis and eigenvalues, R^-1 = Q_R diag(1 / l_R) Q_R^T, as they were
+    before. With eigenvalues of one, L and R are the averages of X X^T / n and X^T X / m. A side without a factor does
+    not whiten.
+
+    Args:
+        factors: by side, `"left"` `[..., m, m]`, `"right"` `[..., n, n]`, written.
+        bases: likewise.
+        roots: 1 / sqrt(l), `"left"` `[..., m, 1]`, `"right"` `[..., 1, n]`.
+        x: `[..., m, n]`.
+        weight: w of the new values.
+
+    Returns:
+        The new roots.
+    """
+    m, n = x.shape[-2:]
+    out = {}
+    for side, other, dim, size in (("left", "right", -1, n), ("right", "left", -2, m)):
+        if side not in factors:
+            continue
+        white = project(x, **{other: bases[other]}) * roots[other] if other in factors else x
+        factors[side].lerp_(gram(white, left=side == "left") / size, weight)
+        seen = project(white, **{side: bases[side]}).square().mean(dim, keepdim=True)
+        values = roots[side].square().reciprocal().lerp(seen, weight)
+        out[side] = values.clamp(min=1e-30).rsqrt().clamp(max=4000.0)
+    return out

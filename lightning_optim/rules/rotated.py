@@ -1,0 +1,109 @@
+"""What SOAP, SOAP-Muon and their relatives share: eigenbases of averaged Gram matrices of rows, columns or both."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.rule import Rule, Slot, eye, zeros
+from lightning_optim.ops.eigenbasis import INITIAL_ROOT, average_kl_, eigenbasis, follow_eigenbasis, off_diagonal
+from lightning_optim.ops.lapack import orthonormal
+from lightning_optim.ops.moments import gram
+
+Sides = Literal["both", "short", "none"]
+Factors = Literal["gram", "kl"]
+Decomposition = Literal["qr", "eigh"]
+
+
+class Rotated(Rule):
+    """Base of rules that work in eigenbases `basis_left` [m, m], `basis_right` [n, n] or both.
+
+    L <- (1 - w) L + w X X^T;  R <- (1 - w) R + w X^T X;  at first Q = eigenvectors(L), later, when due, Q <- qr(L Q)
+
+    in the order of the present Rayleigh quotients, which the rows or columns of `exp_avg_sq` follow. A side longer than
+    `max_precond_dim` is not rotated. `factors="kl"` whitens X by the other side (`ops.eigenbasis.average_kl_`; the
+    first factors are X X^T / n and X^T X / m) and leaves the columns of Q in their places. `decomposition="eigh"` takes
+    eigenvectors anew, which `exp_avg_sq` cannot follow.
+    """
+
+    refresh: str
+    max_precond_dim: int
+    sides: Sides = "both"
+    factors: Factors = "gram"
+    decomposition: Decomposition = "qr"
+
+    costly: ClassVar = ("basis_left", "basis_right")
+
+    def rotated_sides(self, m: int, n: int, *, vector: bool = False) -> tuple[str, ...]:
+        """Which sides of a parameter have a basis.
+
+        Returns:
+            `"left"`, `"right"`, both or none.
+        """
+        short = ("left",) if m <= n else ("right",)
+        chosen = {"both": ("left", "right"), "short": short, "none": ()}[self.sides]
+        fits = {"left": m <= self.max_precond_dim, "right": n <= self.max_precond_dim}
+        return () if vector else tuple(side for side in chosen if fits[side])
+
+    def rotation(self, m: int, n: int, *, vector: bool = False) -> dict[str, Slot]:
+        """State of the bases.
+
+        Returns:
+            Slot declarations by name.
+        """
+        out = {}
+        for side in self.rotated_sides(m, n, vector=vector):
+            letters, line = ("mm", "m1") if side == "left" else ("nn", "1n")
+            out |= {f"factor_{side}": zeros(letters), f"basis_{side}": eye(letters)}
+            if self.factors == "kl":
+                out[f"root_{side}"] = Slot(line, INITIAL_ROOT)
+        return out
+
+    def observe(self, x: Tensor, s: SimpleNamespace, weight: float, t: int) -> None:
+        """Take a matrix into the factors.
+
+        Args:
+            x: `[b, m, n]`.
+            s: state.
+            weight: w of the formulae.
+            t: step; at 1 there are no eigenvalues yet.
+        """
+        factors, bases = by_side(s, "factor"), by_side(s, "basis")
+        if self.factors == "gram":
+            for side, factor in factors.items():
+                factor.lerp_(gram(x, left=side == "left"), weight)
+        elif t == 1:
+            average_kl_(factors, bases, {side: torch.ones_like(r) for side, r in by_side(s, "root").items()}, x, 1.0)
+        else:
+            for side, root in average_kl_(factors, bases, by_side(s, "root"), x, weight).items():
+                setattr(s, f"root_{side}", root)
+
+    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+        for side, old in by_side(s, "basis").items():
+            factor, order = getattr(s, f"factor_{side}"), None
+            if t == 1 or self.decomposition == "eigh":
+                basis = eigenbasis(factor, previous=old if t > 1 else None)
+            elif self.factors == "kl":
+                basis = orthonormal(factor @ old)
+            else:
+                basis, order = follow_eigenbasis(factor, old)
+            setattr(s, f"basis_{side}", basis)
+            if order is not None and hasattr(s, "exp_avg_sq"):
+                dim, index = (-2, order.unsqueeze(-1)) if side == "left" else (-1, order.unsqueeze(-2))
+                s.exp_avg_sq = s.exp_avg_sq.gather(dim, index.expand_as(s.exp_avg_sq))
+
+    def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
+        bases = by_side(s, "basis")
+        return torch.stack([off_diagonal(getattr(s, f"factor_{side}"), q, t) for side, q in bases.items()]).amax(0)
+
+
+def by_side(s: SimpleNamespace, kind: str) -> dict[str, Tensor]:
+    """Factors, bases or roots by side, as `ops.projection` takes them; one that is not kept is missing.
+
+    Returns:
+        Tensors by `"left"` and `"right"`.
+    """
+    return {side: getattr(s, f"{kind}_{side}") for side in ("left", "right") if hasattr(s, f"{kind}_{side}")}
