@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_optim.core import checkpoint, chunks, fused, layout, observing, storage, travel
+from lightning_optim.core import checkpoint, chunks, constraint, fused, layout, observing, storage, travel
 from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
 from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
-from lightning_optim.core.storage import COMPENSATION, Form, scale_key
+from lightning_optim.core.storage import COMPENSATION, RADIUS, Form, scale_key
 from lightning_optim.core.work import (
     Job,
     Refresh,
@@ -60,7 +60,15 @@ class Executor(torch.optim.Optimizer):
       `storage_min` (4096) elements, square factors, bases and row or column statistics stay float32 (all but the
       small ones go to the host). Settings come back with a checkpoint; another storage, set later, converts.
     * `transposed`: matrices are stored inputs x outputs (Transformers' Conv1D); rules see outputs as rows.
-    * `cautious_decay`: decay only weights that the step moves towards zero, or not at all.
+    * `constraint`: `"hyperball"` keeps the norm of every matrix and makes lr the angle of a step, for any rule; with
+      `lr_convention="adamw"` the step is as long as AdamW's. Needs weights that are not zero.
+    * `uw_floor`: the least norm of the step per unit lr, as a share of the norm of the weights, by `uw_floor_by`
+      `"matrix"` or `"row"`; 0 for none.
+    * `radial_damping`: share that is left of what moves the weights of a matrix outwards; 1 for all.
+    * `pin`: after the step, set the norm of every matrix to what the radial part of the step alone makes of it.
+    * `cautious_decay`: decay, at this rate, of only the weights that the step moves towards zero; True for the rate
+      `weight_decay`, which then decays nothing else. By `cautious_when` `"before"` the step (and of weights it does not
+      move), or `"after_pin"`. `lightning_optim.core.constraint` has the formulas of these six, in their order.
     * `blocks`: how the rows of every matrix are cut into matrices: a number of equal blocks (heads, a fused QKV), or
       the rows of one block after the other, repeated until the rows are used up: `(8, 4, 4)` for 8 rows of queries, 4
       of keys and 4 of values, `(1, 1)` for alternate rows.
@@ -400,7 +408,7 @@ class Executor(torch.optim.Optimizer):
                         raise RuntimeError(f"{w.name}: sparse gradients are not supported; use sparse=False")
                     if group["on_nonfinite"] != "off":
                         asked[group["on_nonfinite"]].append((w.name, w.gradient()))
-            if not rule.elementwise or group["on_nonfinite"] != "off":
+            if not rule.elementwise or group["on_nonfinite"] != "off" or constraint.shapes_step(group):
                 talking += works
         if not talking:
             return True
@@ -467,6 +475,9 @@ class Executor(torch.optim.Optimizer):
                         self._allocate(rule, form, w, key)
                 if storage.compensated(w.param.dtype, group) and COMPENSATION not in w.state:
                     w.state[COMPENSATION] = torch.zeros_like(w.param, requires_grad=False)
+                if storage.keeps_radius(w.param.dtype, group) and RADIUS not in w.state:
+                    count = sum(part.dims[0] for part in w.parts)
+                    w.state[RADIUS] = torch.zeros(count, device=layout.local(w.param).device)
 
     def _allocate(self, rule: Rule, form: Form, w: Work, key: str) -> None:
         """Give a slot its start value, or what it held in another form.
@@ -681,7 +692,7 @@ class Executor(torch.optim.Optimizer):
         for job in jobs:
             for w in job.works:
                 state, w.forms = self.state[w.param], forms_of(job, w)
-                of_forms = {*w.forms, *map(scale_key, w.forms), "step", COMPENSATION}
+                of_forms = {*w.forms, *map(scale_key, w.forms), "step", COMPENSATION, RADIUS}
                 state.update({k: _copied(v) for k, v in found[id(w.param)].items() if k not in of_forms})
                 # torch's SGD and Muon count no steps: it was not the first
                 state["step"] = torch.tensor(float(found[id(w.param)].get("step", 1.0)), dtype=torch.float32)
@@ -702,6 +713,8 @@ class Executor(torch.optim.Optimizer):
         if COMPENSATION in found:
             placed = layout.place_like(found[COMPENSATION], w.param)
             state[COMPENSATION] = placed.detach().to(device, w.param.dtype, copy=True)
+        if RADIUS in found:
+            state[RADIUS] = found[RADIUS].detach().to(device, torch.float32, copy=True)
         if w.team is None:
             frame = layout.StackLayout(w.param, w.dims, w.name, w.transposed) if rule.reduces else None
             for key, form in w.forms.items():
