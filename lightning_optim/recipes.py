@@ -7,11 +7,14 @@ the published scale, with all costly state refreshed in the same step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.core.rule import REGISTRY, hyperparameters, lookup, nearest
+
+_log = logging.getLogger(__name__)
 
 SIZES = ("60m", "130m", "350m", "1b")
 """Of the LLaMA models of Gong et al. 2025, Table 10; what that table calls 1.3B is `1b`."""
@@ -22,6 +25,9 @@ DEFAULTS: dict[str, Any] = {
     "lr_convention": "adamw",
     "last_layer": "rest",
     "blocks": "layers",
+    "overrides": (),
+    "wrap": {},
+    "schedule": {},
 }
 """Arguments of `build_optimizer` that neither the user nor a recipe gives."""
 
@@ -33,6 +39,8 @@ class Recipe:
     rule: str
     settings: Mapping[str, Any]
     source: str
+    pretraining: bool = False
+    """A whole stack, schedule and averages included, that moves the weights by a fixed share of their norm."""
 
 
 def _by_size(rule: str, table: str, *, last_layer: str, **columns: Any) -> dict[str, Recipe]:
@@ -130,11 +138,50 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+TRACK3 = "modded-nanogpt, records/track_3_optimization: GPT-2 124M to loss 3.28 on FineWeb"
+FINE_TUNING_LR = 1e-3
+"""Learning rates up to here, a tenth of the lowest of a preset and less, are for weights that have been trained."""
+
+
+def _adam(lr: float, betas: tuple[float, float], **more: Any) -> dict[str, Any]:
+    return {"lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": 0.0, **more}
+
+
+MUON_AUX: dict[str, Any] = {
+    "weight_decay": 0.0,
+    "lr_convention": "native",
+    "rest_lr": 0.015,
+    "rest_settings": {"betas": (0.8, 0.95), "eps": 1e-10, "cooldown": 0.4},
+    "overrides": (("embedding", None, {"lr": 0.7}), ("head", None, {"lr": 0.004})),
+}
+"""What the matrices of the tuned Muon of track 3 (pull request 323) do not take, with the cooldown of 292."""
+
+CONVERGED: dict[str, Any] = {"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 12}
+"""Newton-Schulz of the track: an accurate polar factor."""
+
+PRESETS: dict[str, Recipe] = {
+    "muon_h": Recipe(
+        "muon",
+        {
+            **MUON_AUX,
+            **CONVERGED,
+            "lr": 0.018,
+            "constraint": "hyperball",
+            "schedule": {"schedule": "power", "cooldown": 0.8},
+        },
+        f"{TRACK3}, MuonH (2026-04-30, arXiv:2606.16899), linear cooldown",
+        pretraining=True,
+    ),
+}
+"""Stacks that won the NanoGPT optimization benchmark, or stood near its top: `build_optimizer(model, "muon",
+preset="muon_h")`. Numbers of steps are shares of the run here, but for the momentum's."""
+
+
 def find(name: str) -> Recipe:
     """Look a recipe up.
 
     Args:
-        name: of the table, or of a rule, for its defaults at the published scale.
+        name: of a table, or of a rule, for its defaults at the published scale.
 
     Returns:
         The recipe.
@@ -142,10 +189,11 @@ def find(name: str) -> Recipe:
     Raises:
         ValueError: there is no such recipe; the message gives the nearest ones.
     """
-    if name in RECIPES:
-        return RECIPES[name]
+    tables = RECIPES | PRESETS
+    if name in tables:
+        return tables[name]
     if name not in REGISTRY:
-        raise ValueError(f"unknown recipe {name!r}; {nearest(name, [*RECIPES, *REGISTRY])}")
+        raise ValueError(f"unknown recipe {name!r}; {nearest(name, [*tables, *REGISTRY])}")
     rule = lookup(name)
     defaults = hyperparameters(rule)
     settings = {k: defaults[k] for k in ("lr", "weight_decay")}
@@ -154,13 +202,17 @@ def find(name: str) -> Recipe:
     return Recipe(name, settings | {"lr_convention": "native"}, rule.source)
 
 
-def chosen(name: str, recipe: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def chosen(name: str, recipe: str | None, given: Mapping[str, Any], *, adapters: bool = False) -> dict[str, Any]:
     """All arguments of `build_optimizer`: what is given, else the recipe's, else the default.
+
+    Of a preset for pretraining, only the rule's hyperparameters are taken where weights are fine-tuned; a warning says
+    so.
 
     Args:
         name: of the main rule.
-        recipe: name of a recipe, or None.
+        recipe: name of a recipe or preset, or None.
         given: arguments; None counts as not given where `build_optimizer` has a default.
+        adapters: whether some of the trainable parameters are adapters.
 
     Returns:
         Arguments by name.
@@ -171,12 +223,47 @@ def chosen(name: str, recipe: str | None, given: Mapping[str, Any]) -> dict[str,
     found = find(recipe) if recipe is not None else Recipe(name, {}, "")
     if found.rule != lookup(name).name:
         raise ValueError(f"recipe {recipe!r} is of {found.rule!r}, not of {name!r}")
+    if found.pretraining:
+        found = _for_pretraining(str(recipe), found, given, adapters)
     optional = {*DEFAULTS, "lr", "rest_lr", "rest_settings"}
     present = {k: v for k, v in given.items() if v is not None or k not in optional}
     out: dict[str, Any] = {"lr": None, "rest_lr": None, "rest_settings": {}, **DEFAULTS, **found.settings, **present}
     same_rest = out["rest"] == found.settings.get("rest", DEFAULTS["rest"])
     published: Mapping[str, Any] = found.settings.get("rest_settings", {}) if same_rest else {}
     out["rest_settings"] = {**published, **(given.get("rest_settings") or {})}
+    out["schedule"] = _merged(found.settings.get("schedule") or {}, given.get("schedule") or {})
+    out["overrides"] = tuple(given.get("overrides") or ())
+    out["more_overrides"] = tuple(found.settings.get("overrides") or ()) if same_rest else ()
     if out["lr"] is None:
         raise ValueError(f"{name}: give a learning rate (lr=...) or a recipe")
     return out
+
+
+def _merged(published: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A schedule's settings; of another kind than the published one, only those that are about the momentum stay."""
+    other = given.get("schedule", published.get("schedule")) != published.get("schedule")
+    return {k: v for k, v in published.items() if not other or k.startswith("momentum_")} | dict(given)
+
+
+def _for_pretraining(name: str, found: Recipe, given: Mapping[str, Any], adapters: bool) -> Recipe:
+    """The preset, or what is left of it where it would wreck trained weights."""
+    lr = given.get("lr")
+    small = lr is not None and float(lr) <= FINE_TUNING_LR
+    if not small and not adapters:
+        return found
+    known = hyperparameters(lookup(found.rule))
+    kept = {k: v for k, v in found.settings.items() if k in known and k not in ("lr", "weight_decay")}
+    left = sorted(k for k in found.settings if k not in kept and k not in ("lr", "weight_decay", "lr_convention"))
+    why = f"lr={lr:g} is one for trained weights" if small and lr is not None else "there are adapters"
+    _log.warning(
+        "preset %r is for pretraining, %s: it moves the weights by up to %.1f %% of their norm per step, embeddings by "
+        "a learning rate of their own. Taken: %s, in AdamW's learning rate. Left out: %s. To have all of it train from "
+        "random weights at its own lr, %g",
+        name,
+        why,
+        100 * found.settings["lr"],
+        ", ".join(sorted(kept)) or "nothing",
+        ", ".join(left),
+        found.settings["lr"],
+    )
+    return Recipe(found.rule, kept, found.source)

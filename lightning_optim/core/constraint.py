@@ -28,6 +28,8 @@ from lightning_optim.core.rule import ADAMW_RMS, Rule
 if TYPE_CHECKING:
     from lightning_optim.core.work import Work
 
+OPTIONS = ("constraint", "uw_floor", "uw_floor_by", "radial_damping", "pin")
+"""Settings of a group that are about its matrices; `lightning_optim.core.executor.Executor` explains them."""
 TINY = 1e-8
 """Norms are taken for at least this where they divide; 1e-10 and, squared, 1e-12 where the published code has that."""
 
