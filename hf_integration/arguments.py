@@ -73,7 +73,7 @@ class TrainingArguments(transformers.TrainingArguments):
             "lr_convention": self.lr_convention,
         }
         literals = _literals(self.optim_args)
-        if literals.get("recipe") is not None:  # what is not set by a flag is the recipe's
+        if literals.get("recipe") or literals.get("preset"):  # what is not set by a flag is the recipe's
             settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}
         return OptimizerFactory, with_flags(self, name, settings | literals)
 

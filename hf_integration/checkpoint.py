@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_integration.settings import ADAM
 from lightning_optim import Executor, lookup
+from lightning_optim.schedule import Curve
 
 _log = logging.getLogger(__name__)
 
@@ -50,20 +52,75 @@ def _complete(checkpoint: Path) -> bool:
 
 
 class KeepSchedule(TrainerCallback):
-    """Fits the schedule of a checkpoint of Transformers' AdamW, which has two groups, to the groups of our optimizer.
+    """Lets the schedule and the weights follow our optimizer, where it has a say in them.
 
     Trainer(..., optimizer_cls_and_kwargs=(OptimizerFactory, ...), callbacks=[KeepSchedule()]).train(checkpoint)
 
-    The optimizers of this package take AdamW's `optimizer.pt` by themselves; this is for `scheduler.pt`. `attach` and
-    `register` add it. Without such a checkpoint it changes nothing.
+    * The schedule of a checkpoint of Transformers' AdamW, which has two groups, is fitted to the groups of our
+      optimizer, which takes AdamW's `optimizer.pt` by itself; this is for `scheduler.pt`.
+    * An optimizer built with `schedule=` or a preset follows that, whatever `--lr_scheduler_type` says.
+    * A wrapped optimizer shows the weights to evaluate to what is saved, and at the end of the run; a resumed run has
+      those to train, bit for bit. (The Trainer itself does so for evaluations.)
+
+    `attach` and `register` add it. Where nothing of this is asked for, it changes nothing.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give every group its own learning rate at the schedule's present place."""
-        scheduler, groups = kwargs["lr_scheduler"], kwargs["optimizer"].param_groups
+        """Give every group its own learning rate at the schedule's present place.
+
+        Raises:
+            ValueError: the optimizer has a schedule, and the Trainer one that cannot follow it.
+        """
+        scheduler, optimizer = kwargs["lr_scheduler"], _ours(kwargs["optimizer"])
+        groups = kwargs["optimizer"].param_groups
         if isinstance(scheduler, LambdaLR) and all("rule" in group for group in groups):
             scheduler.base_lrs = [group["initial_lr"] for group in groups]
             scheduler._last_lr = [group["lr"] for group in groups]
+        if optimizer is not None:
+            optimizer.total_steps = state.max_steps
+        if optimizer is not None and optimizer.curve is not None:
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(
+                    f"the optimizer has a schedule of its own, which {type(scheduler).__name__} cannot follow; choose "
+                    "--lr_scheduler_type constant, say"
+                )
+            scheduler.lr_lambdas = [partial(self._factor, optimizer, i, state) for i in range(len(groups))]
+            for i, group in enumerate(groups):
+                group["lr"] = scheduler.base_lrs[i] * self._factor(optimizer, i, state, state.global_step)
+            scheduler._last_lr = [group["lr"] for group in groups]
+
+    @staticmethod
+    def _factor(optimizer: Executor, i: int, state: Any, step: int) -> float:
+        curve = cast("Curve", optimizer.curve)
+        return curve.factor(step, lambda: curve.total_steps or state.max_steps, optimizer.param_groups[i])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the momentum of the step."""
+        optimizer = _ours(kwargs["optimizer"])
+        if optimizer is not None and optimizer.curve is not None:
+            optimizer.curve.move_momentum(optimizer, state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show what is to be saved."""
+        optimizer = _ours(kwargs["optimizer"])
+        if optimizer is not None and control.should_save:
+            optimizer.eval()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show what is to be saved."""
+        self.on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the weights to evaluate behind."""
+        optimizer = _ours(kwargs["optimizer"])
+        if optimizer is not None:
+            optimizer.eval()
+
+
+def _ours(optimizer: Any) -> Executor | None:
+    """Our optimizer, out of what accelerate wraps it in."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, Executor) else None
 
 
 def accept_adamw(optimizer: Executor, model: nn.Module) -> None:

@@ -27,7 +27,7 @@ def with_flags(args: transformers.TrainingArguments, name: str, settings: Mappin
         settings: of `build_optimizer`; they win over the flags.
 
     Returns:
-        Keyword arguments of `OptimizerFactory`. With a `recipe`, flags at their default do not count.
+        Keyword arguments of `OptimizerFactory`. With a `recipe` or `preset`, flags at their default do not count.
 
     Raises:
         ValueError: `fused_backward` beside a flag that needs whole sets of gradients.
@@ -36,7 +36,7 @@ def with_flags(args: transformers.TrainingArguments, name: str, settings: Mappin
         _refuse_what_needs_gradients(args)
     adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     flags = {"name": name, "lr": args.learning_rate, "weight_decay": args.weight_decay}
-    if settings.get("recipe") is not None:
+    if settings.get("recipe") is not None or settings.get("preset") is not None:
         default = {f.name: f.default for f in fields(transformers.TrainingArguments)}
         changed = {k for k in ("learning_rate", "weight_decay") if getattr(args, k) != default[k]}
         flags = {k: v for k, v in flags.items() if {"lr": "learning_rate"}.get(k, k) in {"name", *changed}}
@@ -63,7 +63,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if key not in known:
             raise ValueError(f"{name} has no setting {key!r}; {nearest(key, known)}")
-        if key not in ("overrides", "rest_settings"):  # build_optimizer checks what is inside
+        if key not in ("overrides", "rest_settings", "wrap", "schedule"):  # build_optimizer checks what is inside
             check_value(f"{name}: {key}", value, hints[key], signed=key in rule.signed or key == "seed")
     lookup(settings.get("rest", "adamw"))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.docs import kind, state_bytes, summary
-from lightning_optim.recipes import RECIPES, find
+from lightning_optim.recipes import PRESETS, RECIPES, find
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def list_optimizers(args: argparse.Namespace) -> None:
 def list_recipes(args: argparse.Namespace) -> None:
     """Print one line per recipe."""
     del args
-    for name, recipe in sorted(RECIPES.items()):
+    for name, recipe in sorted((RECIPES | PRESETS).items()):
         settings = ", ".join(f"{k}={v!r}" for k, v in recipe.settings.items())
         print(f"{name:16} {recipe.rule}: {settings}\n{'':16} {recipe.source}")
 

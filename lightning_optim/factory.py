@@ -8,12 +8,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_optim.core import constraint
+from lightning_optim.core.averages import averages_of
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import OPTIONS, rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 from lightning_optim.optimizers import CLASSES
-from lightning_optim.partition import Override, assign
+from lightning_optim.partition import MATRIX_ROLES, Override, assign, of_use, roles
+from lightning_optim.recipes import PRESETS
 from lightning_optim.recipes import chosen as completed
+from lightning_optim.schedule import OF_ROLE, Curve
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +28,7 @@ def build_optimizer(
     *,
     lr: float | None = None,
     recipe: str | None = None,
+    preset: str | None = None,
     weight_decay: float | None = None,
     rest: str | None = None,
     rest_lr: float | None = None,
@@ -32,6 +37,8 @@ def build_optimizer(
     overrides: Sequence[Override] = (),
     last_layer: Literal["rest", "rule"] | None = None,
     blocks: Literal["layers", "heads"] | None = None,
+    wrap: Mapping[str, Mapping[str, Any]] | None = None,
+    schedule: Mapping[str, Any] | None = None,
     fused_backward: bool = False,
     **settings: Any,
 ) -> Executor:
@@ -46,6 +53,9 @@ def build_optimizer(
         name: of the main rule, `python -m lightning_optim list` prints them.
         lr: learning rate; with the default convention, AdamW's.
         recipe: name of published settings (`lightning_optim.recipes`) for what is not given here.
+        preset: name of a published pretraining stack (`lightning_optim.recipes.PRESETS`), with roles, `schedule` and
+            `wrap`; what is given here goes before. With a learning rate of 1e-3 or less, or adapters, only the rule's
+            hyperparameters are taken, and a warning says so.
         weight_decay: of everything but vectors; 0 if not given.
         rest: rule of what the main rule does not take; adamw if not given.
         rest_lr: its learning rate, `lr` if not given.
@@ -54,13 +64,18 @@ def build_optimizer(
             published.
         overrides: ordered (pattern or role, rule or None, settings); the first match wins. Settings are hyperparameters
             and options of the executor, `lr_factor`, which multiplies the learning rate and survives schedulers, as
-            they multiply every group's first one, and `blocks`, which may be `"heads"`, too.
+            they multiply every group's first one, `blocks`, which may be `"heads"`, too, and `cooldown` and
+            `min_lr_ratio`, which the group then has in place of the schedule's.
         last_layer: whether `"rest"`, if not given, or the main `"rule"` gets an untied output layer.
         blocks: what is a matrix to rules that need whole ones: each of fused `"layers"`, if not given, or also each of
             the `"heads"` of queries, keys and values.
+        wrap: what to do around the steps, by name: `{"ema_nesterov": {"step_size": 0.6}}`, `"tail_ema"`, `"muloco"`
+            (`lightning_optim.core.averages`).
+        schedule: settings of `lightning_optim.schedule.Curve`, which `Schedule` and the trainers' doors follow.
         fused_backward: step within the backward pass, where gradients are freed (`Executor.fuse_backward`).
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
-            `clip_norm`, `seed`).
+            `clip_norm`, `seed`). Options about the norms of matrices (`constraint`, `uw_floor`, `radial_damping`,
+            `pin`) are for the main rule's hidden ones; overrides can give them to others.
 
     Returns:
         An instance of the main rule's class with one group per rule and role.
@@ -77,21 +92,37 @@ def build_optimizer(
         "lr_convention": lr_convention,
         "last_layer": last_layer,
         "blocks": blocks,
+        "wrap": wrap,
+        "schedule": schedule,
+        "overrides": overrides,
     }
-    chosen = completed(name, recipe, given | settings)
+    if recipe is not None and preset is not None:
+        raise ValueError(f"give a recipe or a preset, not both; got {recipe!r} and {preset!r}")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; {nearest(preset, list(PRESETS))}")
+    adapters = preset is not None and any(trait.role.startswith("lora") for trait in roles(model).values())
+    chosen = completed(name, recipe or preset, given | settings, adapters=adapters)
+    more = chosen.pop("more_overrides")
+    overrides = [*overrides, *of_use(model, overrides, more)] if more else overrides
+    curve = Curve.of(chosen["schedule"]) if chosen["schedule"] else None
+    members = averages_of(chosen["wrap"])
     rule, other = lookup(name), lookup(chosen["rest"])
     own = {k: v for k, v in chosen.items() if k not in given}
     _check_names(rule, own)
-    _check_names(other, chosen["rest_settings"])
+    of_rest = {k: v for k, v in chosen["rest_settings"].items() if k not in OF_ROLE}
+    _check_names(other, of_rest)
+    normed = {key: own.pop(key) for key in constraint.OPTIONS if key in own}
+    masked = own.pop("cautious_decay", 0.0)
     shared = {key: value for key, value in own.items() if key in OPTIONS}
     of_rule = {other.name: shared | chosen["rest_settings"], rule.name: own}
     groups: dict[str, dict[str, Any]] = {}
-    for a in assign(model, name, other.name, overrides, last_layer=chosen["last_layer"], blocks=chosen["blocks"]):
+    cut = {key: chosen[key] for key in ("last_layer", "blocks")}
+    for a in assign(model, name, other.name, overrides, **cut, constrained=bool(normed)):
         if a.group not in groups:
             owner = lookup(a.rule)
             extra = dict(a.settings)
             factor = extra.pop("lr_factor", 1.0)
-            _check_names(owner, extra)
+            _check_names(owner, {k: v for k, v in extra.items() if k not in OF_ROLE})
             own_lr = a.rule == rule.name or chosen["rest_lr"] is None
             group = {
                 "name": a.group,
@@ -99,10 +130,12 @@ def build_optimizer(
                 "role": a.role,
                 "lr": chosen["lr"] if own_lr else chosen["rest_lr"],
                 "weight_decay": 0.0 if a.role == "vector" else chosen["weight_decay"],
+                "cautious_decay": 0.0 if a.role == "vector" and masked is not True else masked,
                 "lr_convention": chosen["lr_convention"],
-                "transposed": a.trait.transposed and not owner.elementwise,
+                "transposed": a.transposed,
                 "blocks": a.blocks,
                 **of_rule.get(a.rule, shared),
+                **(normed if a.rule == rule.name and a.role in MATRIX_ROLES else {}),
                 **extra,
                 "params": [],
             }
@@ -113,14 +146,19 @@ def build_optimizer(
         groups[a.group]["params"].append((a.name, a.param))
     ordered = sorted(groups.values(), key=lambda g: (g["rule"] != rule.name, g["role"] != "hidden"))
     optimizer = CLASSES[rule.name](ordered)
-    optimizer.defaults.update(own | {k: chosen[k] for k in ("lr", "weight_decay", "lr_convention")})
+    given_all = {k: chosen[k] for k in ("lr", "weight_decay", "lr_convention")}
+    optimizer.defaults.update(own | given_all | {"cautious_decay": masked})
     _say_native(optimizer, chosen["lr_convention"])
 
     def divide(group: dict[str, Any]) -> list[dict[str, Any]]:
-        again = build_optimizer(model, name, recipe=recipe, overrides=overrides, **given, **settings)
+        like = given | {"overrides": overrides, "wrap": {}}
+        again = build_optimizer(model, name, recipe=recipe, preset=preset, **like, **settings)
         return _divided(group, again, {g["name"] for g in optimizer.param_groups})
 
     optimizer.divide = divide
+    if members:
+        optimizer.wrap(*members)
+    optimizer.curve = curve
     if fused_backward:
         optimizer.fuse_backward()
     return optimizer

@@ -3,101 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from lightning import LightningModule
-from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
+from lightning import Callback, LightningModule, Trainer
 
 from lightning_optim.core.executor import Executor
-from lightning_optim.core.rule import lookup, nearest
+from lightning_optim.core.layout import cut_of
+from lightning_optim.core.rule import lookup
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import Override
 from lightning_optim.recipes import find
+from lightning_optim.schedule import SCHEDULES, Curve, Schedule
 
-SCHEDULES = {
-    "constant": lambda x: 1.0,
-    "linear": lambda x: 1.0 - x,
-    "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
-}
-"""Factor of the learning rate as a function of the share of steps done after the warm-up."""
-
-
-class Schedule(LambdaLR):
-    """A `LambdaLR` that also moves groups added during training (`BaseFinetuning`), from the lr they came with.
-
-    It can warm up the momentum of the optimizer's main rule too: `momentum`, or `betas[0]` of a rule that has no field
-    of that name. At step k it is `start + (momentum - start) min(1, k / momentum_warmup_steps)`. The groups of other
-    rules keep theirs.
-
-    Args:
-        optimizer: of this package.
-        factor: of the learning rate, by step.
-        momentum_warmup_steps: optimizer steps of momentum warm-up; 0 for none.
-        momentum_start: momentum of the first step; 0.85 over 300 steps is the speed-run recipe for Muon's 0.95
-            (github.com/KellerJordan/modded-nanogpt).
-
-    Raises:
-        ValueError: the main rule has no momentum, or one that is not above `momentum_start`.
-    """
-
-    def __init__(
-        self,
-        optimizer: Executor,
-        factor: Callable[[int], float],
-        *,
-        momentum_warmup_steps: int = 0,
-        momentum_start: float = 0.85,
-    ) -> None:
-        self.momentum_warmup_steps, self.momentum_start = momentum_warmup_steps, momentum_start
-        self.optimizer = optimizer
-        if momentum_warmup_steps < 0:
-            raise ValueError(f"momentum_warmup_steps must be >= 0, got {momentum_warmup_steps}")
-        for group in self._warmed():
-            if "momentum" not in group and "betas" not in group:
-                raise ValueError(f"{group['rule']} has no momentum to warm up")
-            if not 0 <= momentum_start < _full_momentum(group):
-                raise ValueError(
-                    f"momentum_start must lie below the momentum of group {group['name']!r}, {_full_momentum(group)}; "
-                    f"got {momentum_start}"
-                )
-        super().__init__(optimizer, factor)
-
-    def step(self, epoch: int | None = None) -> None:
-        """Go to the next step.
-
-        Args:
-            epoch: deprecated in torch, the step to go to.
-        """
-        super().step(epoch)
-        for group in self._warmed():
-            end = group.setdefault("initial_momentum", _full_momentum(group))
-            done = self.last_epoch / self.momentum_warmup_steps
-            now = end if done >= 1 else self.momentum_start + (end - self.momentum_start) * done
-            if "momentum" in group:
-                group["momentum"] = now
-            else:
-                group["betas"] = (now, *group["betas"][1:])
-
-    def _warmed(self) -> list[dict[str, Any]]:
-        """Groups whose momentum is on the way."""
-        if not self.momentum_warmup_steps or getattr(self, "last_epoch", 0) > self.momentum_warmup_steps:
-            return []
-        main = self.optimizer.defaults["rule"]
-        return [group for group in self.optimizer.param_groups if group["rule"] == main]
-
-    def get_lr(self) -> list[float | Tensor]:
-        """Learning rates of the step to come.
-
-        Returns:
-            One per group.
-        """
-        factor, step = self.lr_lambdas[0], self.last_epoch
-        later = self.optimizer.param_groups[len(self.lr_lambdas) :]
-        change = factor(step) / (factor(step - 1) or 1.0) if later else 1.0
-        return [*super().get_lr(), *(group["lr"] * change for group in later)]
+__all__ = ["SCHEDULES", "OptimizerConfig", "Schedule", "configure_optimizers"]
 
 
 def configure_optimizers(
@@ -106,12 +26,18 @@ def configure_optimizers(
     *,
     lr: float | None = None,
     recipe: str | None = None,
-    schedule: str = "constant",
-    warmup_steps: int = 0,
+    preset: str | None = None,
+    schedule: str | None = None,
+    warmup_steps: int | None = None,
     total_steps: int | None = None,
-    min_lr_ratio: float = 0.0,
-    momentum_warmup_steps: int = 0,
-    momentum_start: float = 0.85,
+    min_lr_ratio: float | None = None,
+    cooldown: float | None = None,
+    horizon: float | None = None,
+    power: float | None = None,
+    momentum_warmup_steps: int | None = None,
+    momentum_start: float | None = None,
+    momentum_cooldown_steps: int | None = None,
+    momentum_end: float | None = None,
     weight_decay: float | None = None,
     rest: str | None = None,
     rest_lr: float | None = None,
@@ -129,13 +55,19 @@ def configure_optimizers(
         name: of the main rule.
         lr: peak learning rate; with the default convention, AdamW's.
         recipe: name of published settings, the learning rate among them, but not the schedule.
-        schedule: `"constant"`, `"linear"` or `"cosine"` decay after the warm-up.
+        preset: name of a published pretraining stack, schedule and averages included; what is given here goes before.
+        schedule: `"constant"`, if not given, `"linear"`, `"cosine"` or `"power"` decay after the warm-up.
         warmup_steps: optimizer steps of linear warm-up from `lr / warmup_steps`.
         total_steps: optimizer steps of the run; asked of the trainer if not given.
-        min_lr_ratio: the learning rate decays to this share of `lr`.
-        momentum_warmup_steps: optimizer steps in which the main rule's momentum rises linearly to its value; see
-            `Schedule`.
-        momentum_start: momentum of the first of them.
+        min_lr_ratio: the learning rate decays to this share of `lr`, 0 if not given.
+        cooldown: of the power schedule, as are the next two: steps in which the learning rate falls, or a share; see
+            `lightning_optim.schedule.Curve`.
+        horizon: step at which it would be at its lowest.
+        power: 1 if not given.
+        momentum_warmup_steps: optimizer steps in which the main rule's momentum rises linearly to its value.
+        momentum_start: momentum of the first of them, 0.85 if not given.
+        momentum_cooldown_steps: last steps in which it falls linearly.
+        momentum_end: what it falls to, 0.85 if not given.
         weight_decay: see `build_optimizer`, as are the following.
         rest: see `build_optimizer`.
         rest_lr: see `build_optimizer`.
@@ -151,7 +83,21 @@ def configure_optimizers(
         ValueError: an unknown schedule, a run of unknown length, `fused_backward` in a trainer that accumulates, clips
             or scales gradients, or what `Schedule` and `build_optimizer` raise.
     """
-    _check_schedule(schedule)
+    asked = {
+        "schedule": schedule,
+        "warmup_steps": warmup_steps,
+        "total_steps": total_steps,
+        "min_lr_ratio": min_lr_ratio,
+        "cooldown": cooldown,
+        "horizon": horizon,
+        "power": power,
+        "momentum_warmup_steps": momentum_warmup_steps,
+        "momentum_start": momentum_start,
+        "momentum_cooldown_steps": momentum_cooldown_steps,
+        "momentum_end": momentum_end,
+    }
+    asked = {k: v for k, v in asked.items() if v is not None}
+    Curve.of(asked)
     if settings.get("fused_backward"):
         _refuse_what_needs_gradients(module)
     optimizer = build_optimizer(
@@ -159,6 +105,8 @@ def configure_optimizers(
         name,
         lr=lr,
         recipe=recipe,
+        preset=preset,
+        schedule=asked or None,
         weight_decay=weight_decay,
         rest=rest,
         rest_lr=rest_lr,
@@ -171,22 +119,86 @@ def configure_optimizers(
     known = {"momentum": any("momentum" in g for g in groups), "betas": all("betas" in g for g in groups)}
     for key in (k for k, there in known.items() if there):  # LearningRateMonitor looks for these in the defaults
         optimizer.defaults.setdefault(key, next(g[key] for g in groups if key in g))
-    if total_steps is None and schedule != "constant" and module.trainer.max_epochs == -1:
-        total_steps = _total_steps(module)
-
-    def factor(step: int) -> float:
-        nonlocal total_steps
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        if schedule == "constant" or step == warmup_steps:
-            return 1.0
-        if total_steps is None:  # not asked earlier: the trainer then makes its loader, and never restores its position
-            total_steps = _total_steps(module)
-        share = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return min_lr_ratio + (1 - min_lr_ratio) * SCHEDULES[schedule](share)
-
-    scheduler = Schedule(optimizer, factor, momentum_warmup_steps=momentum_warmup_steps, momentum_start=momentum_start)
+    curve = optimizer.curve or Curve()
+    found: int | None = None
+    if curve.needs_total and curve.total_steps is None and module.trainer.max_epochs == -1:
+        found = _total_steps(module)
+    # not asked earlier: the trainer then makes its loader, and never restores its position
+    scheduler = Schedule(optimizer, curve, found or (lambda: _total_steps(module)))
+    if optimizer.averages is not None:
+        _watch(module, optimizer, curve)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class AveragedWeights(Callback):
+    """Calls `eval()` and `train()` of wrapped optimizers; `configure_optimizers` gives it to the trainer.
+
+    Validation, tests after a fit and checkpoints see the weights to evaluate; a resumed run has those to train, bit for
+    bit. Under FSDP2, and with `save_weights_only=True` where no validation precedes, checkpoints hold those to train.
+    """
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Train.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+            batch: any.
+            batch_idx: any.
+        """
+        for optimizer in _wrapped(trainer):
+            optimizer.train()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+        """
+        for optimizer in _wrapped(trainer):
+            optimizer.eval()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the weights to evaluate behind.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+        """
+        self.on_validation_start(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the weights to evaluate; those to train are in the optimizer's state.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+            checkpoint: with the weights to train, and the state that belongs to them.
+        """
+        if any(cut_of(p) is not None for p in pl_module.parameters()) or not _wrapped(trainer):
+            return
+        self.on_validation_start(trainer, pl_module)
+        checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+        checkpoint["optimizer_states"] = [trainer.strategy.optimizer_state(o) for o in trainer.optimizers]
+
+
+def _wrapped(trainer: Trainer) -> list[Executor]:
+    return [o for o in trainer.optimizers if isinstance(o, Executor) and o.averages is not None]
+
+
+def _watch(module: LightningModule, optimizer: Executor, curve: Curve) -> None:
+    """Have the trainer change between the weights of a wrapped optimizer, and tell it the length of the run."""
+    trainer = getattr(module, "_trainer", None)
+    if trainer is not None:
+        if not any(isinstance(c, AveragedWeights) for c in trainer.callbacks):
+            trainer.callbacks.insert(0, AveragedWeights())
+        optimizer.total_steps = curve.total_steps if curve.total_steps is not None else _known_steps(trainer)
+
+
+def _known_steps(trainer: Trainer) -> int | None:
+    """Steps of a run whose length is given as such; else the schedule asks when it must."""
+    return trainer.max_steps if trainer.max_steps > 0 else None
 
 
 @dataclass(frozen=True)
@@ -202,12 +214,18 @@ class OptimizerConfig:
         name: see `configure_optimizers`, as are all the following but the last.
         lr: see there.
         recipe: see there.
+        preset: see there.
         schedule: see there.
         warmup_steps: see there.
         total_steps: see there.
         min_lr_ratio: see there.
+        cooldown: see there.
+        horizon: see there.
+        power: see there.
         momentum_warmup_steps: see there.
         momentum_start: see there.
+        momentum_cooldown_steps: see there.
+        momentum_end: see there.
         weight_decay: see there.
         rest: see there.
         rest_lr: see there.
@@ -223,12 +241,18 @@ class OptimizerConfig:
     name: str
     lr: float | None = None
     recipe: str | None = None
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
+    preset: str | None = None
+    schedule: Literal["constant", "linear", "cosine", "power"] | None = None
+    warmup_steps: int | None = None
     total_steps: int | None = None
-    min_lr_ratio: float = 0.0
-    momentum_warmup_steps: int = 0
-    momentum_start: float = 0.85
+    min_lr_ratio: float | None = None
+    cooldown: int | float | None = None
+    horizon: int | float | None = None
+    power: float | None = None
+    momentum_warmup_steps: int | None = None
+    momentum_start: float | None = None
+    momentum_cooldown_steps: int | None = None
+    momentum_end: float | None = None
     weight_decay: float | None = None
     rest: str | None = None
     rest_lr: float | None = None
@@ -242,7 +266,10 @@ class OptimizerConfig:
         lookup(self.name)
         lookup(self.rest or self.name)
         find(self.recipe or self.name)
-        _check_schedule(self.schedule)
+        if self.schedule is not None:
+            Curve(self.schedule)
+        if self.preset is not None:
+            find(self.preset)
 
     def __call__(self, module: LightningModule) -> dict[str, Any]:
         """Build what `LightningModule.configure_optimizers` returns.
@@ -255,17 +282,6 @@ class OptimizerConfig:
         """
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
         return configure_optimizers(module, **given, **self.settings)
-
-
-def _full_momentum(group: Mapping[str, Any]) -> float:
-    """The momentum after the warm-up; kept in the group, as the learning rate's `initial_lr` is."""
-    now = group["momentum"] if "momentum" in group else group["betas"][0]
-    return group.get("initial_momentum", now)
-
-
-def _check_schedule(schedule: str) -> None:
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; {nearest(schedule, list(SCHEDULES))}")
 
 
 def _refuse_what_needs_gradients(module: LightningModule) -> None:

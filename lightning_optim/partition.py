@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from lightning_optim.core import constraint
 from lightning_optim.core.chunks import Blocks
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 
@@ -51,6 +52,8 @@ class Trait:
     """How the outputs are cut into matrices of their own, as the option `blocks` of the executor."""
     heads: int | None = None
     """Equal blocks of outputs that are attention heads."""
+    kind: str = ""
+    """Of a vector: `bias` of a layer, `output_bias` of an attention's output layer, `gain` of a norm."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Assignment:
     settings: Mapping[str, Any] = field(default_factory=dict)
     blocks: Blocks = None
     """How the rule gets it cut into matrices."""
+    transposed: bool = False
+    """Whether it gets rows and columns exchanged."""
 
     @property
     def role(self) -> Role:
@@ -98,10 +103,11 @@ def roles(model: nn.Module) -> dict[str, Trait]:
     for find in (_linear_layers, _attention_layers, _fused_layers, _experts, _lora, _heads, _embeddings):
         known.update({id(p): trait for p, trait in find(model) if isinstance(p, Tensor)})
     out: dict[str, Trait] = {}
+    kinds = {id(p): kind for p, kind in _kinds(model) if isinstance(p, Tensor)}
     for name, p in model.named_parameters():
         if p.requires_grad:
             if p.ndim < 2:
-                out[name] = Trait("vector", f"{p.ndim} dimensions")
+                out[name] = Trait("vector", f"{p.ndim} dimensions", kind=kinds.get(id(p), ""))
             else:
                 trait = known.get(id(p), Trait("other", "belongs to no known layer"))
                 flat = trait.role in MATRIX_ROLES and min(p.shape[-2:]) == 1
@@ -212,6 +218,27 @@ def _fused_layers(model: nn.Module) -> Found:
         yield wide.weight, Trait("qkv", reason, turned, blocks, outputs // size)
 
 
+def _kinds(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Vectors by what their module is: a layer's bias, that of an attention's output layer, the gain of a norm."""
+    for parent in model.modules():
+        if _is_linear(parent) or isinstance(parent, nn.modules.conv._ConvNd):
+            yield parent.bias, "bias"
+        own = dict(parent.named_parameters(recurse=False))
+        if own and all(p.ndim == 1 for p in own.values()) and set(own) <= {"weight", "bias"} and "weight" in own:
+            yield own["weight"], "gain"
+            yield own.get("bias"), "bias"
+    for parent in model.modules():
+        if isinstance(parent, nn.MultiheadAttention):
+            yield parent.in_proj_bias, "bias"
+            yield parent.out_proj.bias, "output_bias"
+            continue
+        linear = _children(parent)
+        apart = len(linear) == 4 and len({_sides(m)[1] for m in linear[:3]}) == 1
+        fused = len(linear) == 2 and _sides(linear[0])[0] > _sides(linear[1])[1]
+        if (apart or fused) and _head_size(parent, _sides(linear[0])[0]):
+            yield linear[-1].bias, "output_bias"
+
+
 def _experts(model: nn.Module) -> Found:
     for parent in model.modules():
         for module in parent.children():
@@ -295,6 +322,7 @@ def assign(
     *,
     last_layer: Literal["rest", "rule"] = "rest",
     blocks: Literal["layers", "heads"] = "layers",
+    constrained: bool = False,
 ) -> list[Assignment]:
     """Give every trainable parameter exactly one owner.
 
@@ -306,11 +334,14 @@ def assign(
         model: any module.
         rule: name of the main rule.
         rest: name of the rule for what the main rule does not take.
-        overrides: (pattern or role, rule or None, settings). A pattern is a shell-style glob over parameter names, with
+        overrides: (pattern or role, rule or None, settings). A role may also be a kind of vectors, `gain`, `bias` or
+            `output_bias` (of attention). A pattern is a shell-style glob over parameter names, with
             or without what DDP, `torch.compile` and PEFT put before them.
         last_layer: who owns an untied output layer when the main rule does not take everything.
         blocks: what is a matrix to a rule that needs whole ones: `"layers"` or attention `"heads"`. Also a setting of
             an override, where rules that only reduce follow it, too.
+        constrained: whether norms of the main rule's matrices are to be kept, so that it sees matrices even if it is
+            elementwise.
 
     Returns:
         One assignment per trainable parameter, in the order of `named_parameters`.
@@ -335,17 +366,20 @@ def assign(
         settings: Mapping[str, Any] = {}
         label = trait.role
         for i, (pattern, named, extra) in enumerate(checked):
-            if matches(pattern, name, trait.role):
+            if matches(pattern, name, trait.role, trait.kind):
                 used.add(i)
                 owner, settings = named or owner, extra
                 label = pattern if trait.role == pattern else f"{pattern}/{trait.role}"
                 break
-        cut = _blocks(lookup(owner), trait, settings.get("blocks"), blocks)
-        label += "/transposed" * (trait.transposed and not lookup(owner).elementwise)
+        normed = constrained and owner == main.name and trait.role in MATRIX_ROLES
+        blind = lookup(owner).elementwise and not normed and not any(k in settings for k in constraint.OPTIONS)
+        cut = None if blind else _blocks(lookup(owner), trait, settings.get("blocks"), blocks)
+        turned = trait.transposed and not blind
+        label += "/transposed" * turned
         if cut:
             label += f"/{cut} blocks" if isinstance(cut, int) else f"/{'-'.join(map(str, cut))} rows"
         settings = {k: v for k, v in settings.items() if k != "blocks"}
-        out.append(Assignment(name, params[name], trait, owner, f"{owner}/{label}", settings, cut))
+        out.append(Assignment(name, params[name], trait, owner, f"{owner}/{label}", settings, cut, turned))
     for i, (pattern, _, _) in enumerate(checked):
         if i not in used:
             hint = nearest(pattern, [*get_args(Role), *found]) if len(found) < 200 else ""
@@ -353,13 +387,26 @@ def assign(
     return out
 
 
-def matches(pattern: str, name: str, role: str) -> bool:
-    """Whether an override's pattern is a parameter's role or matches its name, with or without wrappers' prefixes.
+def of_use(model: nn.Module, first: Sequence[Override], more: Sequence[Override]) -> list[Override]:
+    """Those overrides of a preset that some parameter is left for, after the user's own.
+
+    Returns:
+        Some of `more`.
+    """
+    taken: set[int] = set()
+    patterns = [o[0] for o in (*first, *more)]
+    for name, trait in roles(model).items():
+        taken.update([next((i for i, x in enumerate(patterns) if matches(x, name, trait.role, trait.kind)), -1)])
+    return [o for i, o in enumerate(more, len(first)) if i in taken]
+
+
+def matches(pattern: str, name: str, role: str, kind: str = "") -> bool:
+    """Whether an override's pattern is a parameter's role or kind or matches its name, wrappers' prefixes or not.
 
     Returns:
         True if so.
     """
-    return role == pattern or fnmatchcase(name, pattern) or fnmatchcase(_bare(name), pattern)
+    return pattern in (role, kind) or fnmatchcase(name, pattern) or fnmatchcase(_bare(name), pattern)
 
 
 def _bare(name: str) -> str:
@@ -372,8 +419,6 @@ def _bare(name: str) -> str:
 
 def _blocks(rule: type[Rule], trait: Trait, asked: Any, common: str) -> Blocks:
     """How a rule gets a parameter cut, given an override's setting and the common one."""
-    if rule.elementwise:
-        return None
     if asked is not None and not isinstance(asked, str):
         return tuple(asked) if isinstance(asked, list) else asked
     if asked is not None:

@@ -109,7 +109,7 @@ def plan(model: nn.Module, name: str, *, lr: float | None = None, recipe: str | 
     Returns:
         The plan.
     """
-    lr = 1e-3 if lr is None and recipe is None else lr
+    lr = 1e-3 if lr is None and recipe is None and settings.get("preset") is None else lr
     found = describe(model, build_optimizer(model, name, lr=lr, recipe=recipe, **settings))
     patterns = [pattern for pattern, *_ in settings.get("overrides", ())]
     rows = []

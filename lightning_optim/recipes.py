@@ -7,11 +7,14 @@ the published scale, with all costly state refreshed in the same step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_optim.core.rule import REGISTRY, hyperparameters, lookup, nearest
+
+_log = logging.getLogger(__name__)
 
 SIZES = ("60m", "130m", "350m", "1b")
 """Of the LLaMA models of Gong et al. 2025, Table 10; what that table calls 1.3B is `1b`."""
@@ -22,6 +25,9 @@ DEFAULTS: dict[str, Any] = {
     "lr_convention": "adamw",
     "last_layer": "rest",
     "blocks": "layers",
+    "overrides": (),
+    "wrap": {},
+    "schedule": {},
 }
 """Arguments of `build_optimizer` that neither the user nor a recipe gives."""
 
@@ -33,6 +39,8 @@ class Recipe:
     rule: str
     settings: Mapping[str, Any]
     source: str
+    pretraining: bool = False
+    """A whole stack, schedule and averages included, that moves the weights by a fixed share of their norm."""
 
 
 def _by_size(rule: str, table: str, *, last_layer: str, **columns: Any) -> dict[str, Recipe]:
@@ -130,11 +138,123 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+TRACK3 = "modded-nanogpt, records/track_3_optimization: GPT-2 124M to loss 3.28 on FineWeb"
+FINE_TUNING_LR = 1e-3
+"""Learning rates up to here, a tenth of the lowest of a preset and less, are for weights that have been trained."""
+
+
+def _adam(lr: float, betas: tuple[float, float], **more: Any) -> dict[str, Any]:
+    return {"lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": 0.0, **more}
+
+
+NATIVE: dict[str, Any] = {"weight_decay": 0.0, "lr_convention": "native"}
+CONVERGED: dict[str, Any] = {"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 12}
+"""Newton-Schulz of the track: an accurate polar factor."""
+
+TUNED_REST: dict[str, Any] = {
+    "rest_lr": 0.015,
+    "rest_settings": {"betas": (0.8, 0.95), "eps": 1e-10, "cooldown": 0.4},
+    "overrides": (("embedding", None, {"lr": 0.7}), ("head", None, {"lr": 0.004})),
+}
+"""What the matrices do not take: of the tuned Muon (pull request 323), with the cooldown of 292."""
+
+RECORD_REST: dict[str, Any] = {
+    "rest_lr": 0.01,
+    "rest_settings": {
+        "betas": (0.8, 0.99),
+        "eps": 1e-10,
+        "cautious_decay": 0.0,
+        "correct_bias": False,
+        "cooldown": 1413 / 2900,
+    },
+    "overrides": (
+        ("embedding", None, {"lr": 0.3, "correct_bias": True}),
+        ("head", None, {"lr": 1 / 320, "correct_bias": True}),
+        ("output_bias", None, {"betas": (0.8, 0.9965)}),
+        ("bias", None, {"betas": (0.8, 0.997)}),
+    ),
+}
+RECORD: dict[str, Any] = {
+    **NATIVE,
+    **RECORD_REST,
+    "lr": 0.0375,
+    "momentum": 0.95,
+    "beta2": 0.9,
+    "refresh": "fixed:1",
+    "uw_floor": 0.3825,
+    "radial_damping": 0.5,
+    "pin": True,
+    "schedule": {
+        "schedule": "power",
+        "power": 1.2,
+        "horizon": 2900 / 2690,
+        "cooldown": 2386 / 2900,
+        "momentum_warmup_steps": 300,
+        "momentum_start": 0.85,
+        "momentum_cooldown_steps": 200,
+        "momentum_end": 0.85,
+    },
+    "wrap": {"ema_nesterov": {"step_size": 0.3, "beta": 0.99, "start": 300, "stop": 1740 / 2690}},
+}
+"""What entries 44 and 46 share. The benchmark's run has 2690 steps of the 2900 that its learning rate would take."""
+
+PRESETS: dict[str, Recipe] = {
+    "muon_h": Recipe(
+        "muon",
+        {
+            **NATIVE,
+            **TUNED_REST,
+            **CONVERGED,
+            "lr": 0.018,
+            "momentum": 0.95,
+            "constraint": "hyperball",
+            "schedule": {"schedule": "power", "cooldown": 0.8},
+        },
+        f"{TRACK3}, MuonH (2026-04-30, arXiv:2606.16899), cooldowns of pull request 292",
+        pretraining=True,
+    ),
+    "kl_soap_h": Recipe(
+        "kl_soap",
+        {
+            **NATIVE,
+            **TUNED_REST,
+            "rest_settings": {**TUNED_REST["rest_settings"], "min_lr_ratio": 0.04},
+            "lr": 0.018,
+            "betas": (0.95, 0.9),
+            "shampoo_beta": 0.9,
+            "eps": 1e-8,
+            "refresh": "fixed:1",
+            "constraint": "hyperball",
+            "schedule": {"schedule": "power", "power": 1.5, "min_lr_ratio": 0.017},
+        },
+        f"{TRACK3}, pull request 293 (entry 25); the rest as tuned for Muon",
+        pretraining=True,
+    ),
+    "pr321": Recipe("soap_muon", RECORD, f"{TRACK3}, pull request 321 (entry 44)", pretraining=True),
+    "record46": Recipe(
+        "soap_muon",
+        {
+            **RECORD,
+            "uw_floor_by": "row",
+            "cautious_decay": 0.025,
+            "cautious_when": "after_pin",
+            "wrap": {**RECORD["wrap"], "tail_ema": {"start": 2400 / 2690, "tau": 150.0, "weight": 0.6}},
+        },
+        f"{TRACK3}, pull request 328 (entry 46, 2690 steps)",
+        pretraining=True,
+    ),
+}
+"""Stacks that won the NanoGPT optimization benchmark, or stood near its top: `build_optimizer(model, "soap_muon",
+preset="record46")`. Of numbers of steps those that belong to the end of the run are shares of it. Left out, as not
+proven: the gate on the attention's output projection, and starts other than the model's own; hyperball needs one
+without matrices of zeros."""
+
+
 def find(name: str) -> Recipe:
     """Look a recipe up.
 
     Args:
-        name: of the table, or of a rule, for its defaults at the published scale.
+        name: of a table, or of a rule, for its defaults at the published scale.
 
     Returns:
         The recipe.
@@ -142,10 +262,11 @@ def find(name: str) -> Recipe:
     Raises:
         ValueError: there is no such recipe; the message gives the nearest ones.
     """
-    if name in RECIPES:
-        return RECIPES[name]
+    tables = RECIPES | PRESETS
+    if name in tables:
+        return tables[name]
     if name not in REGISTRY:
-        raise ValueError(f"unknown recipe {name!r}; {nearest(name, [*RECIPES, *REGISTRY])}")
+        raise ValueError(f"unknown recipe {name!r}; {nearest(name, [*tables, *REGISTRY])}")
     rule = lookup(name)
     defaults = hyperparameters(rule)
     settings = {k: defaults[k] for k in ("lr", "weight_decay")}
@@ -154,13 +275,17 @@ def find(name: str) -> Recipe:
     return Recipe(name, settings | {"lr_convention": "native"}, rule.source)
 
 
-def chosen(name: str, recipe: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def chosen(name: str, recipe: str | None, given: Mapping[str, Any], *, adapters: bool = False) -> dict[str, Any]:
     """All arguments of `build_optimizer`: what is given, else the recipe's, else the default.
+
+    Of a preset for pretraining, only the rule's hyperparameters are taken where weights are fine-tuned; a warning says
+    so.
 
     Args:
         name: of the main rule.
-        recipe: name of a recipe, or None.
+        recipe: name of a recipe or preset, or None.
         given: arguments; None counts as not given where `build_optimizer` has a default.
+        adapters: whether some of the trainable parameters are adapters.
 
     Returns:
         Arguments by name.
@@ -171,12 +296,47 @@ def chosen(name: str, recipe: str | None, given: Mapping[str, Any]) -> dict[str,
     found = find(recipe) if recipe is not None else Recipe(name, {}, "")
     if found.rule != lookup(name).name:
         raise ValueError(f"recipe {recipe!r} is of {found.rule!r}, not of {name!r}")
+    if found.pretraining:
+        found = _for_pretraining(str(recipe), found, given, adapters)
     optional = {*DEFAULTS, "lr", "rest_lr", "rest_settings"}
     present = {k: v for k, v in given.items() if v is not None or k not in optional}
     out: dict[str, Any] = {"lr": None, "rest_lr": None, "rest_settings": {}, **DEFAULTS, **found.settings, **present}
     same_rest = out["rest"] == found.settings.get("rest", DEFAULTS["rest"])
     published: Mapping[str, Any] = found.settings.get("rest_settings", {}) if same_rest else {}
     out["rest_settings"] = {**published, **(given.get("rest_settings") or {})}
+    out["schedule"] = _merged(found.settings.get("schedule") or {}, given.get("schedule") or {})
+    out["overrides"] = tuple(given.get("overrides") or ())
+    out["more_overrides"] = tuple(found.settings.get("overrides") or ()) if same_rest else ()
     if out["lr"] is None:
         raise ValueError(f"{name}: give a learning rate (lr=...) or a recipe")
     return out
+
+
+def _merged(published: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A schedule's settings; of another kind than the published one, only those that are about the momentum stay."""
+    other = given.get("schedule", published.get("schedule")) != published.get("schedule")
+    return {k: v for k, v in published.items() if not other or k.startswith("momentum_")} | dict(given)
+
+
+def _for_pretraining(name: str, found: Recipe, given: Mapping[str, Any], adapters: bool) -> Recipe:
+    """The preset, or what is left of it where it would wreck trained weights."""
+    lr = given.get("lr")
+    small = lr is not None and float(lr) <= FINE_TUNING_LR
+    if not small and not adapters:
+        return found
+    known = hyperparameters(lookup(found.rule))
+    kept = {k: v for k, v in found.settings.items() if k in known and k not in ("lr", "weight_decay")}
+    left = sorted(k for k in found.settings if k not in kept and k not in ("lr", "weight_decay", "lr_convention"))
+    why = f"lr={lr:g} is one for trained weights" if small and lr is not None else "there are adapters"
+    _log.warning(
+        "preset %r is for pretraining, %s: it moves weights by %.1f %% of their norm or so per step, embeddings by "
+        "a learning rate of their own. Taken: %s, in AdamW's learning rate. Left out: %s. To have all of it train from "
+        "random weights at its own lr, %g",
+        name,
+        why,
+        100 * found.settings["lr"] * found.settings.get("uw_floor", 1.0),
+        ", ".join(sorted(kept)) or "nothing",
+        ", ".join(left),
+        found.settings["lr"],
+    )
+    return Recipe(found.rule, kept, found.source)

@@ -413,3 +413,19 @@ def refused_in_fused_backward(rank: int, world: int) -> list[str]:
     except ValueError as error:
         said.append(str(error))
     return said
+
+
+def averaged(rank: int, world: int, name: str, folder: str, members: Any) -> dict[str, Tensor]:
+    """Train a wrapped optimizer under FSDP2, save in between; the weights to evaluate."""
+    model = sharded(name, world)
+    optimizer = make(name, model.parameters()).wrap(*members)
+    get_optimizer_state_dict(model, optimizer)
+    take_steps(model, optimizer, range(1, 5))
+    optimizer.eval()
+    optimizer.train()
+    state_dict_saver.save(
+        {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=folder
+    )
+    take_steps(model, optimizer, range(5, 9))
+    optimizer.eval()
+    return weights(model)

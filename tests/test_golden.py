@@ -27,6 +27,7 @@ def test_every_family_of_the_registry_is_replayed() -> None:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # the replay's, of a closure's loss
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["id"])
 def test_golden(case: dict[str, Any]) -> None:
     errors = replay.replay(case, mapping.make)

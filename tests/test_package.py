@@ -49,10 +49,11 @@ ALLOWED = {
     "diagnostics": {"core", "diagnostics", "ops", "refresh"},
     "partition": {"core", "partition"},
     "recipes": {"core"},
-    "factory": {"core", "optimizers", "partition", "recipes", "factory"},
+    "schedule": {"core"},
+    "factory": {"core", "optimizers", "partition", "recipes", "schedule", "factory"},
     "optimizers": {"core", "rules", "optimizers"},
     "docs": {"core", "optimizers"},
-    "lightning": {"core", "factory", "partition", "recipes"},
+    "lightning": {"core", "factory", "partition", "recipes", "schedule"},
     "plan": {"core", "factory", "partition"},
     "__main__": {"core", "docs", "factory", "partition", "plan", "recipes"},
 }

@@ -11,18 +11,18 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_optim.core import checkpoint, chunks, fused, layout, observing, storage, travel
+from lightning_optim.core import averages, checkpoint, chunks, constraint, fused, layout, observing, storage, travel
 from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
 from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
-from lightning_optim.core.storage import COMPENSATION, Form, scale_key
+from lightning_optim.core.storage import COMPENSATION, RADIUS, Form, scale_key
 from lightning_optim.core.work import (
     Job,
     Refresh,
@@ -60,7 +60,15 @@ class Executor(torch.optim.Optimizer):
       `storage_min` (4096) elements, square factors, bases and row or column statistics stay float32 (all but the
       small ones go to the host). Settings come back with a checkpoint; another storage, set later, converts.
     * `transposed`: matrices are stored inputs x outputs (Transformers' Conv1D); rules see outputs as rows.
-    * `cautious_decay`: decay only weights that the step moves towards zero, or not at all.
+    * `constraint`: `"hyperball"` keeps the norm of every matrix and makes lr the angle of a step, for any rule; with
+      `lr_convention="adamw"` the step is as long as AdamW's. Needs weights that are not zero.
+    * `uw_floor`: the least norm of the step per unit lr, as a share of the norm of the weights, by `uw_floor_by`
+      `"matrix"` or `"row"`; 0 for none.
+    * `radial_damping`: share that is left of what moves the weights of a matrix outwards; 1 for all.
+    * `pin`: after the step, set the norm of every matrix to what the radial part of the step alone makes of it.
+    * `cautious_decay`: decay, at this rate, of only the weights that the step moves towards zero; True for the rate
+      `weight_decay`, which then decays nothing else. By `cautious_when` `"before"` the step (and of weights it does not
+      move), or `"after_pin"`. `lightning_optim.core.constraint` has the formulas of these six, in their order.
     * `blocks`: how the rows of every matrix are cut into matrices: a number of equal blocks (heads, a fused QKV), or
       the rows of one block after the other, repeated until the rows are used up: `(8, 4, 4)` for 8 rows of queries, 4
       of keys and 4 of values, `(1, 1)` for alternate rows.
@@ -69,6 +77,10 @@ class Executor(torch.optim.Optimizer):
     * `traffic`: how gradients travel to the rank that works on a matrix, and directions back: `"exact"`, in their own
       dtypes, or `"bf16"`.
     * `seed`: of the stochastic rounding of weights and state and of random projections.
+
+    `wrap` adds look-ahead, averages and an outer optimizer; `train()` and `eval()` then change between the weights to
+    train and those to evaluate. `total_steps`, if set, is the length of the run, which the doors of the trainers know;
+    `curve` is the schedule that `build_optimizer` was given (`lightning_optim.schedule.Curve`).
 
     Where a rule has costly state, its setting `refresh` says when that is computed anew (`lightning_optim.refresh`);
     `on_refresh`, if set, is called with a `Refresh` for each. `process_group`, if set, is that of replicas that must
@@ -114,6 +126,9 @@ class Executor(torch.optim.Optimizer):
         self.process_group: Any = None
         self.replicas: travel.Replicas | None = None
         self.fused: fused.FusedBackward | None = None
+        self.averages: averages.Averages | None = None
+        self.curve: Any = None
+        self.total_steps: int | None = None
         self.fed = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -124,7 +139,8 @@ class Executor(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled or copied."""
-        return super().__getstate__() | {"max_temp_bytes": self.max_temp_bytes}
+        kept = ("max_temp_bytes", "averages", "curve", "total_steps")
+        return super().__getstate__() | {key: getattr(self, key) for key in kept}
 
     # -- groups ---------------------------------------------------------------------------------------------------
 
@@ -152,6 +168,9 @@ class Executor(torch.optim.Optimizer):
         foreign = self.defaults.keys() - group.keys()
         if self.fused is not None:
             fused.check(rule_of(group), group, ())
+        if self.averages is not None:
+            self.averages.join(group)
+            group |= {k: self.param_groups[0][k] for k in averages.COUNTERS}
         super().add_param_group(group)
         for key in foreign:
             del group[key]
@@ -175,6 +194,18 @@ class Executor(torch.optim.Optimizer):
             RuntimeError: a sparse gradient, or ranks that disagree on which parameters have a gradient or, at the first
                 step, on the groups.
         """
+        if self.averages is None:
+            return self._step(closure)[0]
+        self.averages.begin(self, closure=closure is not None)
+        taken = False
+        try:
+            loss, taken = self._step(closure)
+        finally:
+            self.averages.end(self, taken=taken, closure=closure is not None)
+        return loss
+
+    def _step(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
+        """Take one step; what the closure returned, and whether anything was written."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -185,11 +216,40 @@ class Executor(torch.optim.Optimizer):
         self._refreshes.spread(jobs, self.process_group)
         if not self.state and self._only_materialises(jobs):
             self._materialise(jobs)
-        elif self.fused is not None:
+            return loss, False
+        if self.fused is not None:
             self.fused.finish(jobs)
-        else:
-            self._take(jobs, self._clip)
-        return loss
+            return loss, True
+        return loss, self._take(jobs, self._clip)
+
+    def wrap(self, *members: averages.Average) -> Self:
+        """Do more with the weights around every step (`lightning_optim.core.averages`).
+
+        Args:
+            members: `EMANesterov`, `TailEMA` or `MuLoCo`, each at most once.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ValueError: wrapped already, two that do not go together, or weights that are too narrow.
+        """
+        if self.averages is not None:
+            raise ValueError("wrap: give everything in one call")
+        self.averages = averages.Averages(self, members)
+        return self
+
+    def eval(self) -> None:
+        """Put the weights to evaluate or to save in the place of those to train; nothing where they are the same."""
+        if self.averages is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.averages.eval(self)
+
+    def train(self) -> None:
+        """Put the weights to train back, bit for bit."""
+        if self.averages is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.averages.train(self)
 
     def awaits(self) -> dict[str, list[Tensor]]:
         """What is to be measured before the next step.
@@ -250,24 +310,26 @@ class Executor(torch.optim.Optimizer):
         if replicas is not None:
             self.replicas, self.process_group = replicas, replicas.group
 
-    def _take(self, jobs: Sequence[Job], clip: Callable[[Sequence[Job]], None]) -> None:
-        """Step the parameters that have a gradient."""
+    def _take(self, jobs: Sequence[Job], clip: Callable[[Sequence[Job]], None]) -> bool:
+        """Step the parameters that have a gradient; whether the step was taken."""
         if not self.fed:
             observing.check_fed(jobs)
-        if self._gradients_usable(jobs):
-            clip(jobs)
-            self._gathered = {}
-            self._materialise(jobs)
-            for w in (w for job in jobs for w in job.works):
-                if w.has_gradient:
-                    w.count()
-            trips = [trip for job in jobs for trip in self._trips(job)]
-            for trip in trips:
-                next(trip)
-            for job in jobs:
-                self._run(job)
-            for trip in (*trips, *trips):
-                next(trip, None)
+        if not self._gradients_usable(jobs):
+            return False
+        clip(jobs)
+        self._gathered = {}
+        self._materialise(jobs)
+        for w in (w for job in jobs for w in job.works):
+            if w.has_gradient:
+                w.count()
+        trips = [trip for job in jobs for trip in self._trips(job)]
+        for trip in trips:
+            next(trip)
+        for job in jobs:
+            self._run(job)
+        for trip in (*trips, *trips):
+            next(trip, None)
+        return True
 
     def _jobs(self, *, frozen: bool = False) -> Iterator[Job]:
         """Rule, settings and trainable (or also frozen) parameters of every group, read afresh."""
@@ -400,7 +462,7 @@ class Executor(torch.optim.Optimizer):
                         raise RuntimeError(f"{w.name}: sparse gradients are not supported; use sparse=False")
                     if group["on_nonfinite"] != "off":
                         asked[group["on_nonfinite"]].append((w.name, w.gradient()))
-            if not rule.elementwise or group["on_nonfinite"] != "off":
+            if not rule.elementwise or group["on_nonfinite"] != "off" or constraint.shapes_step(group):
                 talking += works
         if not talking:
             return True
@@ -467,6 +529,11 @@ class Executor(torch.optim.Optimizer):
                         self._allocate(rule, form, w, key)
                 if storage.compensated(w.param.dtype, group) and COMPENSATION not in w.state:
                     w.state[COMPENSATION] = torch.zeros_like(w.param, requires_grad=False)
+                if storage.keeps_radius(w.param.dtype, group) and RADIUS not in w.state:
+                    count = sum(part.dims[0] for part in w.parts)
+                    w.state[RADIUS] = torch.zeros(count, device=layout.local(w.param).device)
+                if self.averages is not None:
+                    self.averages.materialise(w.param, w.state)
 
     def _allocate(self, rule: Rule, form: Form, w: Work, key: str) -> None:
         """Give a slot its start value, or what it held in another form.
@@ -646,6 +713,8 @@ class Executor(torch.optim.Optimizer):
                     f"group {own['name']!r} runs {own['rule']!r}, the checkpoint's {group['rule']!r}: "
                     "build the optimizer as it was when the checkpoint was saved"
                 )
+            if self.averages is None and group.get("average_step"):
+                raise ValueError("the checkpoint's optimizer was wrapped (EMANesterov, ...): wrap this one alike")
             known = group if "rule" in group else lookup(own["rule"]).translate(dict(group))
             groups.append({**{k: v for k, v in own.items() if k != "params"}, **known})
             check_loaded(groups[-1])
@@ -681,7 +750,8 @@ class Executor(torch.optim.Optimizer):
         for job in jobs:
             for w in job.works:
                 state, w.forms = self.state[w.param], forms_of(job, w)
-                of_forms = {*w.forms, *map(scale_key, w.forms), "step", COMPENSATION}
+                of_forms = {*w.forms, *map(scale_key, w.forms), "step", COMPENSATION, RADIUS}
+                of_forms |= set(self._of_averages(found[id(w.param)]))
                 state.update({k: _copied(v) for k, v in found[id(w.param)].items() if k not in of_forms})
                 # torch's SGD and Muon count no steps: it was not the first
                 state["step"] = torch.tensor(float(found[id(w.param)].get("step", 1.0)), dtype=torch.float32)
@@ -696,12 +766,20 @@ class Executor(torch.optim.Optimizer):
             for w in job.works:
                 self._settle(job.rule, w)
 
+    def _of_averages(self, slots: Iterable[str]) -> list[str]:
+        keys = [] if self.averages is None else [*self.averages.keys, averages.TRAINED]
+        return [key for key in keys if key in slots]
+
     def _place(self, rule: Rule, w: Work, found: Mapping[str, Any]) -> None:
         """Copy loaded slots to where they rest, scales still as tables; not those that travel to their owner."""
         state, device = self.state[w.param], layout.local(w.param).device
         if COMPENSATION in found:
             placed = layout.place_like(found[COMPENSATION], w.param)
             state[COMPENSATION] = placed.detach().to(device, w.param.dtype, copy=True)
+        for key in self._of_averages(found):
+            state[key] = layout.place_like(found[key], w.param).detach().to(device, copy=True)
+        if RADIUS in found:
+            state[RADIUS] = found[RADIUS].detach().to(device, torch.float32, copy=True)
         if w.team is None:
             frame = layout.StackLayout(w.param, w.dims, w.name, w.transposed) if rule.reduces else None
             for key, form in w.forms.items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.core import chunks
+from lightning_optim.core import chunks, constraint
 from lightning_optim.core.rule import Rule, check_value, hyperparameters, lookup
 from lightning_optim.core.storage import Storage
 from lightning_optim.ops.quantize import PIECE
@@ -31,7 +31,13 @@ class Options:
     storage_min: int = 4096
     blocks: int | tuple[int, ...] | None = None
     transposed: bool = False
-    cautious_decay: bool = False
+    constraint: Literal["none", "hyperball"] = "none"
+    uw_floor: float = 0.0
+    uw_floor_by: Literal["matrix", "row"] = "matrix"
+    radial_damping: float = 1.0
+    pin: bool = False
+    cautious_decay: float | bool = 0.0
+    cautious_when: Literal["before", "after_pin"] = "before"
     clip_norm: float | None = None
     traffic: Literal["exact", "bf16"] = "exact"
     seed: int = 0
@@ -76,7 +82,7 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
 
 
 def parts_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tuple[tuple[chunks.Part, ...], bool]:
-    """How a parameter of a group reads as matrices; elementwise rules do not ask how it is stored.
+    """How a parameter of a group reads as matrices; elementwise rules ask only for the norms of a constraint.
 
     Args:
         rule: of the group.
@@ -89,7 +95,8 @@ def parts_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tupl
     Raises:
         ValueError: the rows do not divide into the group's blocks.
     """
-    blocks, transposed = (None, False) if rule.elementwise else (group["blocks"], group["transposed"])
+    blind = rule.elementwise and not constraint.shapes_step(group)
+    blocks, transposed = (None, False) if blind else (group["blocks"], group["transposed"])
     return chunks.parts(shape, blocks, conv=not rule.last_two, transposed=transposed), transposed
 
 
@@ -161,8 +168,10 @@ def check_loaded(group: Mapping[str, Any]) -> Rule:
 def _check_settings(group: Mapping[str, Any]) -> None:
     rule = lookup(group["rule"])
     values = {k: float(v) if isinstance(v := group[k], Tensor) else v for k in hyperparameters(rule)}
-    rule(**values).validate()
+    made = rule(**values)
+    made.validate()
     _check_options(group)
+    constraint.check(made, group)
     block = group["storage_block"]
     if not 16 <= block <= PIECE or PIECE % block:
         raise ValueError(f"{group['name']}: storage_block must be a power of two from 16 to {PIECE}, got {block!r}")
@@ -239,7 +248,8 @@ def check_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> N
         raise ValueError(f"{name}: {rule.name} needs a floating-point parameter, got {p.dtype}")
     if p.layout != torch.strided:
         raise ValueError(f"{name}: sparse parameters are not supported, got layout {p.layout}")
-    if rule.elementwise:
+    constraint.check_param(name, p, group)
+    if rule.elementwise and not constraint.shapes_step(group):
         return
     if is_flat(p):
         raise ValueError(

@@ -532,10 +532,23 @@ def norm(p: Tensor, g: Tensor) -> Tensor:
         A 0-d float64 tensor, equal on every rank.
     """
     square = torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).double().square()
+    return add_up(square, p).sqrt_()
+
+
+def add_up(sums: Tensor, p: Tensor) -> Tensor:
+    """Add what every rank found in its part of a parameter.
+
+    Args:
+        sums: of this rank, overwritten.
+        p: the parameter.
+
+    Returns:
+        The sums over the whole parameter, equal on every rank.
+    """
     for d, x in enumerate(p.placements) if isinstance(p, DTensor) else ():
         if not x.is_replicate():
-            dist.all_reduce(square, group=cast("DTensor", p).device_mesh.get_group(d))
-    return square.sqrt_()
+            dist.all_reduce(sums, group=cast("DTensor", p).device_mesh.get_group(d))
+    return sums
 
 
 def scale_gradient(p: Tensor, factor: Tensor) -> None:

@@ -24,6 +24,8 @@ Storage = Literal["fp32", "bf16", "int8", "int8_grid", "fp8", "host"]
 
 COMPENSATION = "compensation"
 """The state entry that holds what rounding left of a narrow weight, under `param_rounding="kahan"`."""
+RADIUS = "radius"
+"""The state entry that holds the norms of narrow matrices under `"hyperball"`, which rounding would raise."""
 CODES = {"int8": torch.uint8, "int8_grid": torch.uint8, "fp8": torch.int8}
 """Dtype of the codes at rest; e4m3 as its bit patterns, which every collective can move."""
 
@@ -156,6 +158,19 @@ def compensated(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
         True for narrow weights under `"kahan"`.
     """
     return group["param_rounding"] == "kahan" and dtype != work_dtype(dtype)
+
+
+def keeps_radius(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
+    """Whether the norms of a parameter's matrices are kept in `state[p]["radius"]`.
+
+    Args:
+        dtype: of the parameter.
+        group: gives `constraint` and `param_rounding`.
+
+    Returns:
+        True for narrow weights under `"hyperball"`, unless what rounding leaves of them is kept.
+    """
+    return group["constraint"] == "hyperball" and dtype != work_dtype(dtype) and not compensated(dtype, group)
 
 
 def allocate(form: Form, like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_optim.core import chunks, layout, storage
+from lightning_optim.core import chunks, constraint, layout, storage
 from lightning_optim.core.chunks import Dims, Part
+from lightning_optim.core.constraint import Factors
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
 from lightning_optim.core.travel import Team
@@ -215,7 +216,8 @@ def first_index(rule: Rule, form: Form, w: Work) -> int:
 def takes_kernel(job: Job, w: Work) -> bool:
     """Whether a kernel of torch's does what the group asks for, if dtypes and strides agree."""
     wide = w.param.dtype == storage.work_dtype(w.param.dtype)
-    return wide and factor_of(job, w.dims) == 1.0 and not job.group["cautious_decay"]
+    plain = not job.group["cautious_decay"] and not constraint.shapes_step(job.group)
+    return wide and plain and factor_of(job, w.dims) == 1.0
 
 
 class Elements:
@@ -310,13 +312,15 @@ def update_elementwise(job: Job, w: Work) -> None:
     rounded = write.stochastic or any(x.form.kind == "bf16" for x in kept.values())
     fused = bool(kept) and takes_kernel(job, w)
     where = Elements(p, w.param) if rounded else None
-    tensors = [p, w.unclipped(), *(layout.local(w.state[k]) for k in w.forms), *write.carried]
+    shaped = [torch.empty_like(p, dtype=dtype)] if constraint.shapes_step(job.group) else []  # needs all of d
+    tensors = [p, w.unclipped(), *(layout.local(w.state[k]) for k in w.forms), *(shaped or write.carried)]
+    aside = len(shaped or write.carried)
     tensors += where.tensors if where else []
     grid = next((x for x in kept.values() if x.form.quantised), None)
     align, start = (grid.form.block, grid.start) if grid else (1, 0)
     for (pb, gb, *rest), cut in chunks.blocks(tensors, align, start):
         resting, rest = dict(zip(w.forms, rest, strict=False)), rest[len(w.forms) :]
-        carried, held = rest[: len(write.carried)], rest[len(write.carried) :]
+        carried, held = rest[:aside], rest[aside:]
         at = _offset(pb, cut)
         views = {k: kept[k].open(x, at) if k in kept else x for k, x in resting.items()}
         index = _no_index if where is None else functools.cache(functools.partial(where, pb, cut, held))
@@ -329,10 +333,14 @@ def update_elementwise(job: Job, w: Work) -> None:
             for key, value in storage.untangled(views, vars(s)).items():
                 if value is not views[key]:
                     views[key].copy_(value)
-            if not rule.rests(w.t):
+            if shaped:
+                carried[0].copy_(d)
+            elif not rule.rests(w.t):
                 write(pb, d, index, *carried)
         for key, x in kept.items():
             x.close(resting[key], views[key], index, at)
+    if shaped and not rule.rests(w.t):
+        apply(job, w, shaped[0])
 
 
 def _kernel(rule: Rule, p: Tensor, g: Tensor, s: Mapping[str, Tensor], t: int) -> bool:
@@ -509,34 +517,62 @@ def _as_is(t: Tensor, letters: str = "mn") -> Tensor:
 def apply(job: Job, w: Work, d: Tensor) -> None:
     """Take the step of one parameter, given its direction on this rank."""
     write, p = _Write(job, w), layout.local(w.param)
+    rows = write.factors(w, d) if constraint.shapes_step(job.group) else None
     if p.dtype == d.dtype:
-        write(p, d)
+        write(p, d, rows=rows)
         return
     where = Elements(p, w.param) if write.stochastic else None
-    for (pb, db, *rest), cut in chunks.blocks([p, d, *write.carried, *(where.tensors if where else [])]):
+    spread = [t.expand(p.shape) for t in rows or ()]
+    for (pb, db, *rest), cut in chunks.blocks([p, d, *spread, *write.carried, *(where.tensors if where else [])]):
+        at, rest = rest[: len(spread)], rest[len(spread) :]
         carried, held = rest[: len(write.carried)], rest[len(write.carried) :]
         index = _no_index if where is None else functools.partial(where, pb, cut, held)
-        write(pb, db, index, *carried)
+        write(pb, db, index, *carried, rows=Factors(*at) if at else None)
 
 
 class _Write:
     """p <- p - lr wd p - lr factor d, with the rounding of narrow weights: the only place that writes a parameter."""
 
     def __init__(self, job: Job, w: Work):
-        rule = job.rule
-        self.step = rule.lr * factor_of(job, w.dims)
-        self.keep = 1 - rule.lr * rule.weight_decay
+        rule, group = job.rule, job.group
+        masked = group["cautious_decay"]
+        self.lr, self.factor = rule.lr, factor_of(job, w.dims)
+        self.step = self.lr * self.factor
+        self.keep = 1.0 if masked is True else 1 - rule.lr * rule.weight_decay
         self.decay = rule.decay
-        self.cautious = job.group["cautious_decay"] and self.keep != 1
+        self.held = 1 - rule.lr * (rule.weight_decay if masked is True else masked)
+        self.pinned = group["cautious_when"] == "after_pin"
+        self.late = self.pinned or (masked is True and rule.decay == "after")
+        self.group = group
         self.dtype = storage.work_dtype(w.param.dtype)
-        self.stochastic = w.param.dtype == torch.bfloat16 and job.group["param_rounding"] == "stochastic"
-        self.key = hash_key(job.group["seed"], w.t, w.index) if self.stochastic else 0
-        kept = storage.compensated(w.param.dtype, job.group)
+        self.stochastic = w.param.dtype == torch.bfloat16 and group["param_rounding"] == "stochastic"
+        self.key = hash_key(group["seed"], w.t, w.index) if self.stochastic else 0
+        kept = storage.compensated(w.param.dtype, group)
         self.carried = [layout.local(w.state[COMPENSATION])] if kept else []
         """What rounding left of the weights."""
 
+    def factors(self, w: Work, d: Tensor) -> Factors:
+        """What a constraint makes of the step, for every row.
+
+        Args:
+            w: the parameter.
+            d: its direction.
+
+        Returns:
+            The factors.
+        """
+        owned = self.decay in ("before", "after")
+        keep, held = self.keep if owned else 1.0, 1.0 if self.late else self.held
+        step = constraint.Step(self.lr, self.factor, keep, held, self.decay == "after")
+        return constraint.factors(self.group, w, d, step, self.carried[0] if self.carried else None)
+
     def __call__(
-        self, p: Tensor, d: Tensor, index: Callable[[], Tensor] | None = None, carried: Tensor | None = None
+        self,
+        p: Tensor,
+        d: Tensor,
+        index: Callable[[], Tensor] | None = None,
+        carried: Tensor | None = None,
+        rows: Factors | None = None,
     ) -> None:
         """Write one block.
 
@@ -545,16 +581,25 @@ class _Write:
             d: its direction.
             index: gives the global indices of its elements, where the weights are rounded at random.
             carried: the block of `self.carried`, if any.
+            rows: the block of the factors of a constraint, if any.
         """
         x = p.to(self.dtype)  # p itself, or a copy
         if carried is not None:
             x.add_(carried)
-        if self.decay == "before" and self.keep != 1:
-            x.mul_(self._mask(x, d) if self.cautious else self.keep)
-        keep = self._mask(x, d) if self.decay == "after" and self.cautious else self.keep
-        x.add_(d, alpha=-self.step)
-        if self.decay == "after" and self.keep != 1:
-            x.mul_(keep)
+        held = self._held(x, d, rows) if self.held != 1 else None
+        if rows is not None:
+            x.mul_(rows.keep + rows.lift if held is None or self.late else rows.keep * held + rows.lift)
+            x.addcmul_(d, rows.step, value=-1)
+        else:
+            if self.decay == "before" and self.keep != 1:
+                x.mul_(self.keep)
+            if held is not None and not self.late:
+                x.mul_(held)
+            x.add_(d, alpha=-self.step)
+            if self.decay == "after" and self.keep != 1:
+                x.mul_(self.keep)
+        if held is not None and self.late:
+            x.mul_(held)
         if x is p:
             return
         if self.stochastic and index is not None:
@@ -564,5 +609,8 @@ class _Write:
         if carried is not None:
             carried.copy_(x.sub_(p))
 
-    def _mask(self, x: Tensor, d: Tensor) -> Tensor:
-        return torch.where(x * d >= 0, self.keep, 1.0).to(x.dtype)
+    def _held(self, x: Tensor, d: Tensor, rows: Factors | None) -> Tensor:
+        """What cautious decay leaves of every weight: less of those that the step moves towards zero."""
+        toward = x * d if rows is None else x * (d - rows.brake * x)
+        taken = (toward > 0 if self.pinned else toward >= 0).to(x.dtype)
+        return taken.mul_(self.held - 1).add_(1)

@@ -19,6 +19,7 @@ from lightning_optim import (
     Adam,
     AdamW,
     AMSGrad,
+    EMANesterov,
     Executor,
     Lion,
     Muon,
@@ -194,6 +195,12 @@ def _adamw8bit_torchao(params: Params, h: dict[str, Any], case: Case) -> Executo
     return AdamW([g for g in groups if g["params"]], **h)
 
 
+def _ema_nesterov(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    inner = AdamW(params.items(), lr=h["lr"], betas=h["betas"], weight_decay=h["weight_decay"])
+    steps = {"start": h["prefill_steps"], "stop": h["rest_steps"]}
+    return inner.wrap(EMANesterov(h["lookahead_stepsize"], h["lookahead_ema"], **steps))
+
+
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "CAME": _plain(CAME),
     "AMSGrad": _plain(AMSGrad),
@@ -206,6 +213,7 @@ FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "AdamW": _plain(AdamW),
     "AdamW8bit-bitsandbytes": _adamw8bit_bitsandbytes,
     "AdamW8bit-torchao": _adamw8bit_torchao,
+    "EMANesterov": _ema_nesterov,
     "LAMB-paper": _lamb,
     "LARS": _plain(LARS),
     "LARS-paper": _lars_paper,

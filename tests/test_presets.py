@@ -1,0 +1,297 @@
+"""The pretraining stacks: what they are, that fine-tuning is spared them, and that they work unchanged everywhere."""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from hf_integration import attach
+from lightning_optim import Executor, Schedule, build_optimizer, plan
+from lightning_optim.core import constraint
+from lightning_optim.core.rule import REGISTRY, hyperparameters
+from lightning_optim.recipes import PRESETS
+from tests import jobs
+from tests.pool import Pool
+from tests.test_hf import arguments, gpt2, llama, trainer_of, weights
+from tests.test_lightning import STEPS, Net, Rows, assert_same, trainer
+
+pytestmark = [
+    # Lightning asks torch's pytree in a way that torch has deprecated.
+    pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated"),
+]
+
+BUILT = [name for name, preset in PRESETS.items() if preset.rule in REGISTRY]
+every_preset = pytest.mark.parametrize("name", BUILT)
+BETAS = {
+    "embedding": (0.8, 0.99),
+    "head": (0.8, 0.99),
+    "gain": (0.8, 0.99),
+    "bias": (0.8, 0.997),
+    "output_bias": (0.8, 0.9965),
+}
+
+
+def rule_of(name: str) -> str:
+    return PRESETS[name].rule
+
+
+def names_by_settings(optimizer: Executor) -> dict[str, dict[str, Any]]:
+    return {name: g for g in optimizer.param_groups for name in g["param_names"]}
+
+
+@every_preset
+def test_every_preset_is_what_it_says(name: str) -> None:
+    preset, model = PRESETS[name], llama(tied=False)
+    optimizer = build_optimizer(model, preset.rule, preset=name)
+    hidden = [g for g in optimizer.param_groups if g["rule"] == preset.rule]
+    known = {*hyperparameters(REGISTRY[preset.rule]), *constraint.OPTIONS, "cautious_decay", "cautious_when"}
+    for key in preset.settings.keys() & known:
+        assert {g[key] for g in hidden} == {preset.settings[key]}, key
+    others = [g for g in optimizer.param_groups if g["rule"] != preset.rule]
+    assert {g["rule"] for g in others} == {"adamw"} and {g["constraint"] for g in others} == {"none"}
+    assert {(g["uw_floor"], g["pin"], g["cautious_decay"]) for g in others} == {(0.0, False, 0.0)}
+    assert optimizer.curve is not None and optimizer.curve.schedule == "power"
+    members = optimizer.averages.members if optimizer.averages else []
+    assert {m.name for m in members} == set(preset.settings.get("wrap", {}))
+    assert preset.source and str(plan(model, preset.rule, preset=name))
+
+
+@pytest.mark.parametrize("name", [n for n in BUILT if n in ("pr321", "record46")])
+def test_roles_of_the_record(name: str) -> None:
+    """Gains, biases and the bias of attention's output layer are told apart by what their modules are."""
+    optimizer = build_optimizer(gpt2(), rule_of(name), preset=name)
+    found = names_by_settings(optimizer)
+    layer = "transformer.h.0"
+    expected = {
+        "transformer.wte.weight": ("embedding", 0.3, True),
+        f"{layer}.ln_1.weight": ("gain", 0.01, False),
+        f"{layer}.ln_1.bias": ("bias", 0.01, False),
+        f"{layer}.attn.c_attn.bias": ("bias", 0.01, False),
+        f"{layer}.attn.c_proj.bias": ("output_bias", 0.01, False),
+        f"{layer}.mlp.c_proj.bias": ("bias", 0.01, False),
+    }
+    for key, (kind, lr, corrected) in expected.items():
+        group = found[key]
+        assert (group["betas"], group["lr"], group["correct_bias"]) == (BETAS[kind], lr, corrected), key
+        assert group["eps"] == 1e-10 and group["cooldown"] == pytest.approx(1413 / 2900)
+    separate = names_by_settings(build_optimizer(biased_llama(), rule_of(name), preset=name))
+    assert separate["model.layers.0.self_attn.o_proj.bias"]["betas"] == BETAS["output_bias"]
+    assert separate["model.layers.0.self_attn.q_proj.bias"]["betas"] == BETAS["bias"]
+    assert separate["lm_head.weight"]["lr"] == 1 / 320
+
+
+def biased_llama() -> nn.Module:
+    model = llama(tied=False)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    for layer in attention.children():
+        if isinstance(layer, nn.Linear):
+            layer.bias = nn.Parameter(torch.zeros(layer.out_features))
+    return model
+
+
+def test_curve_of_the_record() -> None:
+    """Flat until step 514 and 1487 of 2690, then a power of 1.2 towards 2900; the momentum's warm-up as published."""
+    settings = PRESETS["record46"].settings["schedule"]
+    from lightning_optim.schedule import Curve
+
+    curve, rest = Curve.of(settings), PRESETS["record46"].settings["rest_settings"]
+    for t in (0, 513, 515, 1488, 2000, 2689):
+        for group, length in (({}, 2386), (rest, 1413)):
+            expected = min(1.0, ((2900 - t) / length) ** 1.2)
+            assert curve.factor(t, lambda: 2690, group) == pytest.approx(expected, rel=1e-6)
+    assert curve.momentum(150, lambda: 2690, 0.95) == pytest.approx(0.9)
+    assert curve.momentum(2689, lambda: 2690, 0.95) == 0.95
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing\\w*. is deprecated:FutureWarning")  # peft's
+@every_preset
+@pytest.mark.parametrize("given", [{"lr": 2e-5}, {}], ids=["a fine-tuning rate", "adapters"])
+def test_fine_tuning_gets_the_rule_only_and_is_told(
+    name: str, given: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = llama()
+    if not given:
+        model, given = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4)), {"lr": 0.01}
+    with caplog.at_level(logging.WARNING):
+        optimizer = build_optimizer(model, rule_of(name), preset=name, **given)
+    told = [r.getMessage() for r in caplog.records if "is for pretraining" in r.getMessage()]
+    assert len(told) == 1 and f"preset {name!r}" in told[0] and "Left out: " in told[0]
+    assert optimizer.averages is None and optimizer.curve is None
+    for group in optimizer.param_groups:
+        assert (group["constraint"], group["uw_floor"], group["pin"], group["cautious_decay"]) == ("none", 0, False, 0)
+        assert group["lr_convention"] == "adamw" and group["lr"] == given["lr"]
+
+
+def test_arguments_go_before_the_preset() -> None:
+    optimizer = build_optimizer(
+        llama(tied=False),
+        "muon",
+        preset="muon_h",
+        lr=0.03,
+        overrides=[("head", None, {"lr": 0.5})],
+        schedule={"cooldown": 0.5, "momentum_warmup_steps": 10},
+        wrap={"tail_ema": {"start": 5}},
+        rest_settings={"betas": (0.9, 0.9)},
+    )
+    by_role = {g["role"]: g for g in optimizer.param_groups}
+    assert by_role["hidden"]["lr"] == 0.03 and by_role["head"]["lr"] == 0.5 and by_role["embedding"]["lr"] == 0.7
+    assert by_role["vector"]["betas"] == (0.9, 0.9) and by_role["vector"]["eps"] == 1e-10
+    curve = optimizer.curve
+    assert (curve.schedule, curve.cooldown, curve.momentum_warmup_steps) == ("power", 0.5, 10)
+    cosine = build_optimizer(llama(), "muon", preset="muon_h", schedule={"schedule": "cosine"}).curve
+    assert (cosine.schedule, cosine.cooldown) == ("cosine", None)
+    with pytest.raises(ValueError, match="unknown preset 'muonh'; did you mean 'muon_h'"):
+        build_optimizer(llama(), "muon", preset="muonh")
+    with pytest.raises(ValueError, match="a recipe or a preset, not both"):
+        build_optimizer(llama(), "muon", preset="muon_h", recipe="muon-speedrun")
+    with pytest.raises(ValueError, match="recipe 'muon_h' is of 'muon', not of 'adamw'"):
+        build_optimizer(llama(), "adamw", preset="muon_h")
+
+
+def train(model: nn.Module, optimizer: Executor, scheduler: Schedule, some: range) -> None:
+    for t in some:
+        x = torch.randn(4, 7, generator=torch.Generator().manual_seed(t))
+        optimizer.zero_grad()
+        (model(x) - x.flip(1)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def started(name: str, model: nn.Module) -> tuple[Executor, Schedule]:
+    optimizer = build_optimizer(model, rule_of(name), preset=name, wrap=early(name))
+    return optimizer, Schedule(optimizer, total_steps=8)
+
+
+def early(name: str) -> dict[str, Any] | None:
+    """The preset's averages, at work in a run of eight steps."""
+    given = PRESETS[name].settings.get("wrap")
+    soon = {"ema_nesterov": {"start": 2, "stop": 7}, "tail_ema": {"start": 4}}
+    return None if given is None else {k: {**v, **soon[k]} for k, v in given.items()}
+
+
+@every_preset
+def test_resume_is_bitwise(name: str) -> None:
+    torch.set_num_threads(1)
+    whole, half = jobs.Deep(), jobs.Deep()
+    train(whole, *started(name, whole), range(8))
+    optimizer, scheduler = started(name, half)
+    train(half, optimizer, scheduler, range(4))
+    optimizer.eval()
+    file = io.BytesIO()
+    torch.save([half.state_dict(), optimizer.state_dict(), scheduler.state_dict()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = jobs.Deep()
+    optimizer, scheduler = started(name, resumed)
+    for x, state in zip((resumed, optimizer, scheduler), saved, strict=True):
+        x.load_state_dict(state)
+    optimizer.train()
+    train(resumed, optimizer, scheduler, range(4, 8))
+    assert_same(weights(whole), weights(resumed))
+    torch.set_num_threads(2)
+
+
+@pytest.mark.dist
+@every_preset
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_ranks_equal_one_process(pool: Pool, name: str, how: str) -> None:
+    torch.set_num_threads(1)
+    model = jobs.Deep()
+    optimizer, scheduler = started(name, model)
+    train(model, optimizer, scheduler, range(8))
+    optimizer.eval()
+    torch.set_num_threads(2)
+    start = weights(jobs.Deep())
+    for found in pool.run("tests.test_presets:on_ranks", 2, name=name, how=how):
+        for key, p in weights(model).items():
+            assert (found[key] - p).norm() <= 1e-4 * (p - start[key]).norm(), key
+
+
+def on_ranks(rank: int, world: int, name: str, how: str) -> dict[str, Tensor]:
+    """The same run on two ranks; the weights to evaluate."""
+    model: Any = nn.parallel.DistributedDataParallel(jobs.Deep()) if how == "ddp" else jobs._deep(world)
+    optimizer, scheduler = started(name, model)
+    train(model, optimizer, scheduler, range(8))
+    optimizer.eval()
+    full = {k.removeprefix("module."): p for k, p in model.named_parameters()}
+    return {k: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for k, p in full.items()}
+
+
+@every_preset
+def test_lightning_validates_saves_and_resumes(tmp_path: Path, name: str) -> None:
+    """Validation and the checkpoint see the averaged weights; the resumed run is the same, bit for bit."""
+
+    class Watched(Net):
+        validated: list[Tensor]
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.validated = [*getattr(self, "validated", []), self.hidden.weight.detach().clone()]
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int):
+            if batch_idx == 4:
+                self.trained = weights(pl_module)
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    def net() -> Net:
+        return Watched(rule_of(name), PRESETS[name].settings["lr"], preset=name, wrap=early(name))
+
+    whole, resumed, save = net(), net(), Save()
+    settings: dict[str, Any] = {"max_steps": STEPS, "val_check_interval": 3, "num_sanity_val_steps": 1}
+    first, second = trainer(tmp_path, callbacks=[save], **settings), trainer(tmp_path, **settings)
+    validation = torch.utils.data.DataLoader(torch.zeros(4, 6, dtype=torch.long), batch_size=4)
+    first.fit(whole, Rows(STEPS), validation)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    second.fit(resumed, Rows(STEPS), validation, ckpt_path=tmp_path / "last.ckpt")
+    assert_same(weights(whole), weights(resumed))
+    averaged = bool(early(name))
+    optimizer = first.optimizers[0]
+    assert isinstance(optimizer, Executor)
+    assert whole.lrs[5:] == resumed.lrs and whole.momenta[5:] == resumed.momenta
+    tail = "tail_ema" in (early(name) or {})
+    assert torch.equal(saved["state_dict"]["hidden.weight"], save.trained["hidden.weight"]) == (not tail)
+    assert (optimizer.averages is not None) == averaged
+    before = whole.hidden.weight.detach().clone()
+    optimizer.train()
+    assert torch.equal(before, whole.hidden.weight) == (not tail)
+
+
+@every_preset
+def test_the_flag_follows_the_schedule_saves_and_resumes(tmp_path: Path, name: str) -> None:
+    """`attach`, as the flag does: learning rates by role, the averaged weights in the checkpoint, an exact resume."""
+
+    def run(**settings: Any) -> Any:
+        args = arguments(tmp_path, optim="adamw_torch", max_steps=8, save_strategy="steps", save_steps=5, **settings)
+        made = trainer_of(llama(tied=False), args)
+        made.args.learning_rate = 5e-5
+        return attach(made, rule_of(name), preset=name, wrap=early(name))
+
+    whole = run()
+    whole.train()
+    optimizer = whole.optimizer.optimizer
+    shutil.rmtree(tmp_path / "checkpoint-8", ignore_errors=True)
+    rates = {g["name"]: float(g["lr"]) for g in optimizer.param_groups}
+    assert optimizer.curve is not None
+    for group in optimizer.param_groups:
+        factor = optimizer.curve.factor(8, lambda: 8, group)
+        assert rates[group["name"]] == pytest.approx(group["initial_lr"] * factor)
+    again = run()
+    again.train(str(tmp_path / "checkpoint-5"))
+    assert_same(weights(whole.model), weights(again.model))
+    assert_same_state(whole, again)
+
+
+def assert_same_state(a: Any, b: Any) -> None:
+    one, two = (x.optimizer.state_dict()["state"] for x in (a, b))
+    assert one.keys() == two.keys()
+    for index in one:
+        assert_same(one[index], two[index])
