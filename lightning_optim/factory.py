@@ -33,6 +33,7 @@ def build_optimizer(
     last_layer: Literal["rest", "rule"] | None = None,
     blocks: Literal["layers", "heads"] | None = None,
     fused_backward: bool = False,
+    share_work: bool = False,
     **settings: Any,
 ) -> Executor:
     """Build one optimizer for a whole model.
@@ -59,6 +60,7 @@ def build_optimizer(
         blocks: what is a matrix to rules that need whole ones: each of fused `"layers"`, if not given, or also each of
             the `"heads"` of queries, keys and values.
         fused_backward: step within the backward pass, where gradients are freed (`Executor.fuse_backward`).
+        share_work: under DDP, let the ranks share out the matrices of whole-matrix rules (`Executor.share_work`).
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
             `clip_norm`, `seed`).
 
@@ -123,6 +125,8 @@ def build_optimizer(
     optimizer.divide = divide
     if fused_backward:
         optimizer.fuse_backward()
+    if share_work:
+        optimizer.share_work()
     return optimizer
 
 

@@ -36,6 +36,7 @@ from lightning_optim.core.work import (
     takes_kernel,
     update_elementwise,
     update_stack,
+    work_of,
 )
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -509,8 +510,7 @@ class Executor(torch.optim.Optimizer):
         fresh = [(w, w.team) for job in jobs for w in job.works if w.team is not None and w.param not in self._owners]
         for run in chunks.bucket(fresh, lambda x: x[1].ranks):
             loads = self._loads.setdefault(run[0][1].ranks, [0.0] * run[0][1].size)
-            costs = [sum(float(b * m * n * min(m, n)) for b, m, n in (x.dims for x in w.parts)) for w, _ in run]
-            for (w, _), owner in zip(run, travel.assign_owners(costs, loads), strict=True):
+            for (w, _), owner in zip(run, travel.assign_owners([work_of(w.parts) for w, _ in run], loads), strict=True):
                 self._owners[w.param] = owner
 
     def _entries(self, jobs: Sequence[Job], keep: Callable[[Tensor, str], bool]) -> list[checkpoint.Entry]:
