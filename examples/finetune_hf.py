@@ -41,7 +41,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_integration import KeepSchedule, TrainingArguments, diagnostics, last_checkpoint
+from hf_integration import Consolidate, KeepSchedule, TrainingArguments, diagnostics, last_checkpoint
 
 PRETRAINED = "runs/pretrain/model"
 MAX_BLOCK = 1024
@@ -257,7 +257,7 @@ def main() -> None:
         train_dataset=cast("Dataset[Row]", train),
         eval_dataset=cast("Dataset[Row]", evaluation),
         processing_class=tokenizer,
-        callbacks=[PrintGroups(), KeepSchedule(), *shown(ours.diagnostics, args.max_steps)],
+        callbacks=[PrintGroups(), KeepSchedule(), Consolidate(), *shown(ours.diagnostics, args.max_steps)],
         optimizer_cls_and_kwargs=args.optimizer_cls_and_kwargs(),
     )
     before = trainer.evaluate()["eval_loss"]

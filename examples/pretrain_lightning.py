@@ -1,12 +1,14 @@
 """Pretrain a small LLaMA with Lightning, on real text, with any optimizer of this package.
 
     python examples/pretrain_lightning.py --optim muon
+    python examples/pretrain_lightning.py --optim muon --devices 2 --strategy fsdp2
     tensorboard --logdir runs/pretrain
 
 The text is the standard library's sources, or `--data FILE ...`, with a byte-level BPE tokenizer trained on it. The
 k-th batch depends on the seed and k alone and a checkpoint holds the position, so that a killed run that is started
-again with `--resume` and its other flags repeats the uninterrupted run bit for bit. Model and tokenizer are exported
-to `OUTPUT_DIR/model` for Transformers' `AutoModelForCausalLM` and `AutoTokenizer`.
+again with `--resume` and its other flags repeats the uninterrupted run bit for bit. With `--devices N` each takes its
+share of the same batches; such a run may be resumed on another number of devices and with the other strategy. Model and
+tokenizer are exported to `OUTPUT_DIR/model` for Transformers' `AutoModelForCausalLM` and `AutoTokenizer`.
 """
 
 from __future__ import annotations
@@ -23,9 +25,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from text import read, standard_library, unigram_entropy
 from tokens import EOS, PAD, Batches, encode, shuffled, train_tokenizer
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_optim import configure_optimizers
@@ -94,14 +100,22 @@ class Pretraining(L.LightningModule):
 
     def __init__(self, model: LlamaForCausalLM, settings: argparse.Namespace):
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.sharded = model, settings, False
         self.save_hyperparameters(vars(settings))
+
+    def configure_model(self) -> None:
+        """Shard the model, if the strategy is FSDP2: the layers one by one, then what is left."""
+        if self.device_mesh is not None and not self.sharded:
+            for part in (*self.model.model.layers, self.model):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+            self.sharded = True
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: D102
         return self.model(input_ids=batch, labels=batch).loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:  # noqa: D102
-        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss, prog_bar=True, batch_size=len(batch))
+        loss = self.model(input_ids=batch, labels=batch).loss
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
 
     def configure_optimizers(self) -> Any:  # noqa: D102
         s = self.settings
@@ -114,6 +128,7 @@ class Pretraining(L.LightningModule):
             warmup_steps=s.warmup_steps,
             momentum_warmup_steps=s.momentum_warmup_steps,
             total_steps=s.max_steps,
+            share_work=s.share_work,
         )
 
 
@@ -132,8 +147,9 @@ class Progress(L.Callback):
     def on_train_batch_end(  # noqa: D102
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
-        self.loss += outputs["loss"].item()  # Lightning has divided it by the number of accumulated batches
-        self.tokens += batch.numel()
+        loss = trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")
+        self.loss += float(loss)  # Lightning has divided it by the number of accumulated batches
+        self.tokens += batch.numel() * trainer.world_size
         self.seconds += time.perf_counter() - self.started
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             values = {"train_loss": self.loss, "tokens_per_second": self.tokens / self.seconds}
@@ -202,6 +218,10 @@ def arguments() -> argparse.Namespace:
     add("--batch_size", type=int, default=16, help="rows per batch (default %(default)s)")
     add("--accumulate", type=int, default=1, help="batches per optimizer step")
     add("--precision", default="32-true", help="Lightning's: 32-true, bf16-mixed, 16-mixed, bf16-true")
+    add("--devices", type=int, default=1, help="over which every batch is spread (default %(default)s)")
+    add("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="of several devices (default %(default)s)")
+    add("--nodes", type=int, default=1, help="machines with so many devices each (default %(default)s)")
+    add("--share_work", action="store_true", help="with ddp, every matrix is worked on by one device")
     add("--threads", type=int, default=1, help="of the CPU; another number may change the last bits")
     add("--seed", type=int, default=0)
     add("--output_dir", default="runs/pretrain", help="default %(default)s")
@@ -212,7 +232,26 @@ def arguments() -> argparse.Namespace:
         "--diagnostics", choices=("off", "cheap", "matrix", "curvature"), default="cheap", help="what TensorBoard shows"
     )
     add("--resume", action="store_true", help="go on from the last run's last checkpoint, if there is one")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.batch_size % (args.devices * args.nodes):
+        parser.error(f"--batch_size {args.batch_size} is not a multiple of {args.devices * args.nodes} devices")
+    return args
+
+
+def strategy(args: argparse.Namespace) -> Any:
+    """Lightning's strategy; checkpoints are one file, which any strategy loads."""
+    ranks = args.devices * args.nodes
+    if args.strategy == "fsdp2" and ranks > 1:
+        return ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False)
+    return "ddp" if ranks > 1 else "auto"
+
+
+def export(module: Pretraining, folder: Path) -> None:
+    """Save the whole model for Transformers."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_model_state_dict(module.model, options=options)
+    if module.trainer.is_global_zero:
+        module.model.save_pretrained(folder, state_dict=whole)
 
 
 def main() -> None:
@@ -230,9 +269,11 @@ def main() -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "model")
     else:
         tokenizer = train_tokenizer(corpus, preset.vocabulary)
-        tokenizer.save_pretrained(output / "model")
+        if rank_zero_only.rank == 0:
+            tokenizer.save_pretrained(output / "model")
     rows, val_rows = (encode(tokenizer, part, preset.context) for part in (corpus, held_out))
     val_rows = val_rows[:: max(1, val_rows.numel() // VALIDATION_TOKENS)]
+    val_rows = val_rows[len(val_rows) % (args.devices * args.nodes) :]  # equal shares of every batch
     order = shuffled(len(rows), args.max_steps * args.accumulate * args.batch_size, args.seed)
     train = Batches(rows, order, args.batch_size)
     validation = Batches(val_rows, torch.arange(len(val_rows)), args.batch_size)
@@ -241,7 +282,9 @@ def main() -> None:
     module = Pretraining(build_model(len(tokenizer), preset), args)
     progress = Progress(args.log_every)
     trainer = L.Trainer(
-        devices=1,
+        devices=args.devices,
+        num_nodes=args.nodes,
+        strategy=strategy(args),
         max_steps=args.max_steps,
         accumulate_grad_batches=args.accumulate,
         gradient_clip_val=1.0,
@@ -262,7 +305,9 @@ def main() -> None:
     )
     trainer.fit(module, train, validation, ckpt_path=last)
     loss = trainer.validate(module, validation, verbose=False)[0]["val_loss"]
-    module.model.save_pretrained(output / "model")
+    export(module, output / "model")
+    if not trainer.is_global_zero:
+        return
 
     size = sum(p.numel() for p in module.parameters())
     entropy = unigram_entropy(val_rows, len(tokenizer))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from text import blocks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -75,7 +76,10 @@ def shuffled(rows: int, count: int, seed: int) -> Tensor:
 
 
 class Batches:
-    """Rows in a given order. Lightning puts `state_dict` into its checkpoints and so finds the place again."""
+    """Rows in a given order, each rank's share of every batch.
+
+    Lightning puts `state_dict` into its checkpoints and so finds the place again, on any number of ranks.
+    """
 
     def __init__(self, rows: Tensor, order: Tensor, batch_size: int):
         self.rows, self.order, self.batch_size = rows, order, batch_size
@@ -87,10 +91,11 @@ class Batches:
     def __iter__(self) -> Iterator[Tensor]:
         """Go on from a loaded position; later passes start at the beginning."""
         self.position, self.start = self.start, 0
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         while self.position < len(self.order):
             chosen = self.order[self.position : self.position + self.batch_size]
             self.position += len(chosen)
-            yield self.rows[chosen]
+            yield self.rows[chosen.tensor_split(ranks)[rank]]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps.

@@ -11,12 +11,13 @@ from hf_integration.callbacks import (
     PreconditionerRefresh,
     diagnostics,
 )
-from hf_integration.checkpoint import KeepSchedule, last_checkpoint
+from hf_integration.checkpoint import Consolidate, KeepSchedule, last_checkpoint
 from hf_integration.factory import OptimizerFactory, create_optimizer
 from hf_integration.register import register
 from hf_integration.relora import ReLoRA
 
 __all__ = [
+    "Consolidate",
     "GradientNoiseScale",
     "GradientRank",
     "HessianBlocks",

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from transformers import Trainer
 
-from hf_integration.checkpoint import KeepSchedule
+from hf_integration.checkpoint import Consolidate, KeepSchedule
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import check_settings, with_flags
 
@@ -42,4 +42,5 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
     check_settings(name, given)
     trainer.optimizer_cls_and_kwargs = (OptimizerFactory, with_flags(trainer.args, name, given))  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(KeepSchedule())
+    trainer.add_callback(Consolidate())
     return trainer

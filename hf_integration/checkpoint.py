@@ -123,6 +123,21 @@ def _ours(optimizer: Any) -> Executor | None:
     return inner if isinstance(inner, Executor) else None
 
 
+class Consolidate(TrainerCallback):
+    """Before a checkpoint, collects state that ranks share out (`share_work=True`): the Trainer saves on one of them.
+
+    `attach` and `register` add it. Without shared work it does nothing.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Collect if this step ends with a checkpoint."""
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        if control.should_save and isinstance(optimizer, Executor):
+            optimizer.consolidate()
+
+    on_epoch_end = on_step_end
+
+
 def accept_adamw(optimizer: Executor, model: nn.Module) -> None:
     """Let `optimizer.load_state_dict` take what `torch.optim.AdamW` saved.
 

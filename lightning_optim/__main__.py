@@ -30,6 +30,9 @@ def main() -> None:
     planning.add_argument("--recipe", metavar="NAME", help="published settings; `recipes` prints them")
     planning.add_argument("--rest", metavar="NAME", help="rule of what the main one does not take")
     planning.add_argument("--last_layer", choices=("rest", "rule"))
+    planning.add_argument("--world-size", "--world_size", type=int, default=1, help="say what falls on each of N ranks")
+    planning.add_argument("--strategy", choices=("ddp", "fsdp2", "hsdp"), default="fsdp2", help="of these ranks")
+    planning.add_argument("--node-size", "--node_size", type=int, default=8, help="ranks of a node, for hsdp")
     planning.set_defaults(run=print_plan)
     args, others = parser.parse_known_args()
     args.settings = {}
@@ -89,8 +92,9 @@ def print_plan(args: argparse.Namespace) -> None:
     known = [getattr(transformers, x, None) for x in getattr(config, "architectures", None) or ()]
     with torch.device("meta"):
         model = known[0](config) if known and known[0] else AutoModelForCausalLM.from_config(config)
+    mesh = {"world_size": args.world_size, "strategy": args.strategy, "node_size": args.node_size}
     given = {"rest": args.rest, "last_layer": args.last_layer, **args.settings}
-    print(plan(model, name, recipe=args.recipe, **given))
+    print(plan(model, name, recipe=args.recipe, **mesh, **given))
 
 
 if __name__ == "__main__":

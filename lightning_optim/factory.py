@@ -40,6 +40,7 @@ def build_optimizer(
     wrap: Mapping[str, Mapping[str, Any]] | None = None,
     schedule: Mapping[str, Any] | None = None,
     fused_backward: bool = False,
+    share_work: bool = False,
     **settings: Any,
 ) -> Executor:
     """Build one optimizer for a whole model.
@@ -73,6 +74,7 @@ def build_optimizer(
             (`lightning_optim.core.averages`).
         schedule: settings of `lightning_optim.schedule.Curve`, which `Schedule` and the trainers' doors follow.
         fused_backward: step within the backward pass, where gradients are freed (`Executor.fuse_backward`).
+        share_work: under DDP, let the ranks share out the matrices of whole-matrix rules (`Executor.share_work`).
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
             `clip_norm`, `seed`). Options about the norms of matrices (`constraint`, `uw_floor`, `radial_damping`,
             `pin`) are for the main rule's hidden ones; overrides can give them to others.
@@ -161,6 +163,8 @@ def build_optimizer(
     optimizer.curve = curve
     if fused_backward:
         optimizer.fuse_backward()
+    if share_work:
+        optimizer.share_work()
     return optimizer
 
 

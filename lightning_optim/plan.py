@@ -13,6 +13,7 @@ from torch import nn
 from lightning_optim.core import storage
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import parts_of, rule_of
+from lightning_optim.core.spread import Spread, Strategy, spread
 from lightning_optim.core.work import forms_for
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import matches, roles
@@ -43,6 +44,8 @@ class Plan:
     """Shapes of parameters that are not trained."""
     unowned: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of parameters that get gradients, but that no group has: they never move."""
+    spread: Spread | None = None
+    """What falls on each rank, if a mesh was asked for."""
 
     @property
     def state_bytes(self) -> int:
@@ -93,10 +96,34 @@ class Plan:
                     alike.setdefault(_layerless(name), []).append(name)
                 listed = (f"{n} ({len(same)} times)" if len(same) > 1 else same[0] for n, same in alike.items())
                 text.append(f"\n{sum(map(math.prod, found.values())):,} weights {said}: {', '.join(listed)}")
-        return "\n".join(text)
+        return "\n".join([*text, *(_lines(self.spread) if self.spread is not None else ())])
 
 
-def plan(model: nn.Module, name: str, *, lr: float | None = None, recipe: str | None = None, **settings: Any) -> Plan:
+def _lines(found: Spread) -> list[str]:
+    """What falls on each rank, in words."""
+    out = [f"\n{found.strategy} on {found.world_size} ranks: at most {_bytes(max(found.state))} of state on a rank"]
+    moved = f"matrices: at most {_bytes(max(found.sent))} sent by a rank in a step" if max(found.sent) else ""
+    sums = f"sums: about {_bytes(found.summed)} in a step" if found.summed else ""
+    out.append("; ".join(x for x in (moved, sums) if x) or "the optimizer sends nothing")
+    if found.work:
+        out.append(
+            f"work on whole matrices: {found.imbalance:.3f} times the mean on the busiest of {len(found.work)} ranks "
+            f"({found.bound:.3f} is the least that whole parameters allow)"
+        )
+    return out
+
+
+def plan(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float | None = None,
+    recipe: str | None = None,
+    world_size: int = 1,
+    strategy: Strategy = "fsdp2",
+    node_size: int = 8,
+    **settings: Any,
+) -> Plan:
     """Say what `build_optimizer` with the same arguments would do.
 
     Args:
@@ -104,19 +131,26 @@ def plan(model: nn.Module, name: str, *, lr: float | None = None, recipe: str | 
         name: of the main rule.
         lr: learning rate; does not matter here.
         recipe: name of published settings.
+        world_size: number of ranks; for more than one the plan says what falls on each.
+        strategy: `"ddp"`, `"fsdp2"` or `"hsdp"`.
+        node_size: ranks of a node, over which HSDP shards.
         **settings: of `build_optimizer`.
 
     Returns:
         The plan.
     """
     lr = 1e-3 if lr is None and recipe is None and settings.get("preset") is None else lr
-    found = describe(model, build_optimizer(model, name, lr=lr, recipe=recipe, **settings))
+    optimizer = build_optimizer(model, name, lr=lr, recipe=recipe, **settings)
+    found, shared = describe(model, optimizer), bool(settings.get("share_work"))
+    on_mesh = None
+    if world_size > 1:
+        on_mesh = spread(optimizer, strategy, world_size, node_size=node_size, share_work=shared)
     patterns = [pattern for pattern, *_ in settings.get("overrides", ())]
     rows = []
     for row in found.rows:
         match = next((x for x in patterns if matches(x, row.name, row.role)), None)
         rows.append(row if match is None else replace(row, reason=f"{row.reason}; override {match!r}"))
-    return replace(found, rows=rows)
+    return replace(found, rows=rows, spread=on_mesh)
 
 
 def describe(model: nn.Module, optimizer: Executor) -> Plan:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
 
@@ -17,12 +18,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from lightning_optim import Executor
+from lightning_optim import Executor, build_optimizer
 from lightning_optim.core.rule import REGISTRY
+from lightning_optim.core.spread import spread
 from tests.rules import gradient, make
 
 Shapes = dict[str, tuple[int, ...]]
@@ -176,8 +178,10 @@ def train(rank: int, world: int, name: str, steps: int, dtype: torch.dtype, repl
 
 def save(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype, **kwargs: Any) -> Any:
     """Train, save through DCP, go on."""
-    model = sharded(name, world, dtype)
+    model = lay_out(Model(name, dtype), kwargs.get("layout", "fsdp2"), world)
     optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
+    if kwargs.get("layout") == "shared":
+        optimizer.share_work()
     get_optimizer_state_dict(model, optimizer)  # a fresh save must not count as a step
     take_steps(model, optimizer, range(1, steps + 1))
     state_dict_saver.save(
@@ -197,8 +201,10 @@ def load_into(model: Model, optimizer: Executor, folder: str) -> None:
 
 def load(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch.dtype, **kwargs: Any) -> Any:
     """Load what `save` saved, go on."""
-    model = sharded(name, world, dtype)
+    model = lay_out(Model(name, dtype), kwargs.get("layout", "fsdp2"), world)
     optimizer = make(name, model.parameters(), lr=77.0, **kwargs.get("settings", {}))
+    if kwargs.get("layout") == "shared":
+        optimizer.share_work()
     load_into(model, optimizer, folder)
     take_steps(model, optimizer, range(steps + 1, steps + 4))
     return weights(model)
@@ -243,6 +249,117 @@ def collectives(rank: int, world: int, name: str) -> Any:
         optimizer.step()
     calls = [e for e in profile.events() or [] if e.name.startswith(("c10d::", "_c10d_functional::all_"))]
     return len(calls), max((math.prod(s) for e in calls for s in e.input_shapes if s), default=0)
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Bytes that the optimizer gives to torch.distributed for other ranks."""
+    sent = {"all_to_all": 0, "broadcast": 0}
+    exchange, broadcast = dist.all_to_all_single, dist.broadcast
+
+    def counting_exchange(output: Tensor, given: Tensor, into: Any, out: list[int], group: Any, **kwargs: Any) -> Any:
+        sent["all_to_all"] += (given.numel() - out[dist.get_rank(group)]) * given.itemsize
+        return exchange(output, given, into, out, group=group, **kwargs)
+
+    def counting_broadcast(tensor: Tensor, source: int, group: Any, **kwargs: Any) -> Any:
+        if source == dist.get_rank():
+            sent["broadcast"] += tensor.nbytes * (dist.get_world_size(group) - 1)
+        return broadcast(tensor, source, group=group, **kwargs)
+
+    dist.all_to_all_single, dist.broadcast = counting_exchange, counting_broadcast
+    try:
+        yield sent
+    finally:
+        dist.all_to_all_single, dist.broadcast = exchange, broadcast
+
+
+def priced(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
+    """Bytes of state here, bytes sent in a step, and what `spread` says of both for all ranks."""
+    whole = make(name, Model(name, dtype).parameters(), **settings)
+    strategy = {"fsdp2": "fsdp2", "hsdp": "hsdp", "shared": "ddp", "ddp": "ddp"}[layout]
+    said = spread(whole, strategy, world, node_size=world // 2, share_work=layout == "shared")
+    model = lay_out(Model(name, dtype), layout, world)
+    optimizer = make(name, model.parameters(), **settings)
+    if layout == "shared":
+        optimizer.share_work()
+    take_steps(model, optimizer, range(1, 3))
+    with counted() as sent:
+        take_steps(model, optimizer, range(3, 4))
+    held = [t.to_local() if isinstance(t, DTensor) else t for s in optimizer.state.values() for t in s.values()]
+    at = rank % len(said.state)
+    return sum(t.nbytes for t in held), said.state[at], sum(sent.values()), said.sent[at], said.imbalance
+
+
+def groups_differ(rank: int, world: int, layout: str) -> Any:
+    """One rank has another learning rate: what every rank is told, and whether anything moved."""
+    model = lay_out(Model("muon"), layout, world)
+    optimizer = make("muon", model.parameters(), lr=0.03 if rank == 1 else 0.02)
+    if layout == "shared":
+        optimizer.share_work()
+    before, message = weights(model), ""
+    try:
+        take_steps(model, optimizer, range(1, 2))
+    except RuntimeError as error:
+        message = str(error)
+    return message, all(torch.equal(before[k], v) for k, v in weights(model).items())
+
+
+def consolidated(rank: int, world: int, name: str) -> Any:
+    """Shared work: one rank alone may not ask for the state, until all have collected it; loaded by each alone."""
+    model = Model(name)
+    optimizer = make(name, model.parameters())
+    optimizer.share_work()
+    take_steps(model, optimizer, range(1, 4))
+    held = sum(t.nbytes for s in optimizer.state.values() for k, t in s.items() if k != "step")
+    optimizer._meeting.timeout = timedelta(seconds=2)
+    message, saved = "", None
+    if rank == 1:
+        try:
+            optimizer.state_dict()
+        except RuntimeError as error:
+            message = str(error)
+    dist.barrier()
+    optimizer.consolidate()
+    if rank == 1:
+        saved = optimizer.state_dict()
+    box = [saved]
+    dist.broadcast_object_list(box, 1)
+    fresh = make(name, model.parameters(), lr=77.0)
+    fresh.share_work()
+    fresh.load_state_dict(cast("dict[str, Any]", box[0]))
+    take_steps(model, fresh, range(4, 7))
+    return message, held, weights(model)
+
+
+def narrow_traffic(rank: int, world: int, layout: str) -> Any:
+    """Whole weights after steps whose gradients and directions travel in bfloat16, and bytes sent in the last."""
+    model = lay_out(Model("muon"), layout, world)
+    optimizer = make("muon", model.parameters(), traffic="bf16")
+    if layout == "shared":
+        optimizer.share_work()
+    take_steps(model, optimizer, range(1, 4))
+    with counted() as sent:
+        take_steps(model, optimizer, range(4, 5))
+    return weights(model), sum(sent.values())
+
+
+def trained_by_loss(rank: int, world: int, offload: bool, reduce_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Whole weights after steps of muon with the gradients of a loss; every rank has its share of the batch."""
+    model, mesh = Deep(), init_device_mesh("cpu", (world,))
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, **({"offload_policy": CPUOffloadPolicy()} if offload else {}))
+    optimizer = build_optimizer(model, "muon", lr=1e-2)
+    for t in range(4):
+        model(batch(t).chunk(world)[rank]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+def batch(t: int) -> Tensor:
+    """A batch of 12 rows."""
+    return gradient(torch.empty(12, 7), "x", t)
 
 
 def owners(rank: int, world: int, name: str) -> Any:

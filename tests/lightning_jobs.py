@@ -11,9 +11,18 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from lightning_optim import build_optimizer
 from lightning_optim.callbacks import HybridOptimizer
 from tests.test_lightning import Net, Rows, trainer
 
@@ -87,3 +96,36 @@ def fit(rank: int, world: int, folder: str, strategy: str, resume: str | None = 
     )
     run.fit(net, Share(6, rank, world), ckpt_path=resume)
     return whole(net), len(net.seen), net.lrs
+
+
+def interchange(rank: int, world: int, folder: str, lrs: list[list[float]]) -> Any:
+    """Go on in plain torch from Lightning's checkpoint, and save one for Lightning that plain torch has made.
+
+    Returns:
+        Whole weights after six steps, and after three from the start.
+    """
+    ended = []
+    for theirs in (True, False):
+        net = Sharded("")
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in net.children():
+            fully_shard(layer, mesh=mesh)
+        settings = {k: v for k, v in SETTINGS.items() if k not in ("schedule", "warmup_steps")}
+        optimizer = build_optimizer(net, "muon", **settings)
+        if theirs:
+            state = {"state_dict": get_model_state_dict(net), "optimizer_0": get_optimizer_state_dict(net, optimizer)}
+            state_dict_loader.load(state, checkpoint_id=f"{folder}/last.ckpt")
+            set_model_state_dict(net, state["state_dict"])
+            set_optimizer_state_dict(net, optimizer, state["optimizer_0"])
+        rows = Share(6, rank, world)
+        for k in range(3, 6) if theirs else range(3):
+            for group, lr in zip(optimizer.param_groups, lrs[k], strict=True):
+                group["lr"] = lr
+            net.loss(rows.row(k)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ended.append(whole(net))
+        if not theirs:
+            state = {"state_dict": get_model_state_dict(net), "optimizer_0": get_optimizer_state_dict(net, optimizer)}
+            state_dict_saver.save(state, checkpoint_id=f"{folder}/plain.ckpt")
+    return ended

@@ -160,7 +160,7 @@ def load_and_train(rank: int, world: int, name: str, folder: str) -> dict[str, T
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("name", ["muon", "soap"])
+@pytest.mark.parametrize("name", ["muon", "soap", "adam_mini"])  # the last one's matrices travel where blocks are cut
 def test_on_any_number_of_ranks(pool: Pool, name: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model, optimizer = built(name, 1)
@@ -172,18 +172,3 @@ def test_on_any_number_of_ranks(pool: Pool, name: str, tmp_path: Path) -> None:
     for found in [*saved, *pool.run("tests.test_blocks:load_and_train", 3, name=name, folder=folder)]:
         for key in expected:
             assert torch.equal(found[key], expected[key]), key
-
-
-def refused(rank: int, world: int) -> str:
-    """Reducing rules leave matrices on their shards."""
-    try:
-        built("adam_mini", world)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.dist
-def test_reducing_rules_refuse_such_blocks_of_shards(pool: Pool) -> None:
-    for message in pool.run("tests.test_blocks:refused", 2):
-        assert "adam_mini cannot cut row shards into blocks of (8, 4, 4) rows" in message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -494,6 +495,19 @@ def test_callback_on_two_processes_equals_one(tmp_path: Path, pool: Pool, strate
     for found, seen, lrs in pool.run("tests.lightning_jobs:fit", 2, **job, resume=str(tmp_path / "last.ckpt")):
         assert (seen, lrs) == (3, net.lrs[3:])
         assert_same(found, first[0][0])
+
+
+@pytest.mark.dist
+def test_lightning_and_plain_torch_load_each_others_checkpoints(tmp_path: Path, pool: Pool) -> None:
+    """Weights are under `state_dict`, the optimizer is under `optimizer_0`; the trainer's own state is `meta.pt`."""
+    job = {"folder": str(tmp_path), "strategy": "fsdp2"}
+    (expected, _, lrs), _ = pool.run("tests.lightning_jobs:fit", 2, **job)
+    for found, _ in pool.run("tests.lightning_jobs:interchange", 2, folder=str(tmp_path), lrs=lrs):
+        assert_same(found, expected)
+    shutil.copy(tmp_path / "last.ckpt" / "meta.pt", tmp_path / "plain.ckpt")
+    for found, seen, _ in pool.run("tests.lightning_jobs:fit", 2, **job, resume=str(tmp_path / "plain.ckpt")):
+        assert seen == 3
+        assert_same(found, expected)
 
 
 # -- what Lightning does to modules -----------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.core import averages, checkpoint, chunks, constraint, fused, layout, observing, storage, travel
 from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
@@ -36,6 +35,7 @@ from lightning_optim.core.work import (
     takes_kernel,
     update_elementwise,
     update_stack,
+    work_of,
 )
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -116,7 +116,7 @@ class Executor(torch.optim.Optimizer):
     def _start(self, max_temp_bytes: int = 2**25) -> None:
         self.max_temp_bytes = max_temp_bytes
         self.divide = None  # not on the class, where Lightning's wrapper of an optimizer would find it
-        self._owners = WeakTensorKeyDictionary()
+        self._owners: dict[Tensor, int] = {}  # no weak references: `Module.to` could not swap a DTensor that has one
         self._loads: dict[Any, list[float]] = {}
         self._meeting = travel.Meeting()
         self._compared = False
@@ -574,10 +574,12 @@ class Executor(torch.optim.Optimizer):
     def _assign_owners(self, jobs: Sequence[Job]) -> None:
         """Give every travelling matrix that has none an owner; work is balanced over all of them together."""
         fresh = [(w, w.team) for job in jobs for w in job.works if w.team is not None and w.param not in self._owners]
+        if fresh:
+            known = {id(p) for group in self.param_groups for p in group["params"]}
+            self._owners = {p: owner for p, owner in self._owners.items() if id(p) in known}
         for run in chunks.bucket(fresh, lambda x: x[1].ranks):
             loads = self._loads.setdefault(run[0][1].ranks, [0.0] * run[0][1].size)
-            costs = [sum(float(b * m * n * min(m, n)) for b, m, n in (x.dims for x in w.parts)) for w, _ in run]
-            for (w, _), owner in zip(run, travel.assign_owners(costs, loads), strict=True):
+            for (w, _), owner in zip(run, travel.assign_owners([work_of(w.parts) for w, _ in run], loads), strict=True):
                 self._owners[w.param] = owner
 
     def _entries(self, jobs: Sequence[Job], keep: Callable[[Tensor, str], bool]) -> list[checkpoint.Entry]:

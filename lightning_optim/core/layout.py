@@ -152,6 +152,27 @@ class Cut:
         return _wrap(self.mesh, self.placements, whole_shape, part)
 
 
+class _Line:
+    """A mesh of one dimension that does not exist yet."""
+
+    ndim = 1
+
+    def __init__(self, ranks: int):
+        self.ranks = ranks
+
+    def size(self, d: int) -> int:
+        return self.ranks
+
+
+def rows_over(ranks: int) -> Cut:
+    """Rows over so many ranks, as `fully_shard` cuts them, to ask where parts will lie; there is nobody to send to.
+
+    Returns:
+        A cut without process groups.
+    """
+    return Cut(cast("DeviceMesh", _Line(ranks)), (Shard(0),))
+
+
 @functools.lru_cache(maxsize=64)
 def _team(mesh: DeviceMesh, dims: tuple[int, ...]) -> tuple[int, ...]:
     own = cast("list[int]", mesh.get_coordinate())
@@ -280,8 +301,18 @@ def _axis(p: Tensor, d: int, dims: Dims, transposed: bool) -> str:
     return "b" if d == 0 or d == rows else ""
 
 
-def _axes(p: Tensor, cut: Cut, dims: Dims, transposed: bool) -> tuple[str, ...] | None:
-    """For every mesh dimension the axis it cuts, "" for none; None where sums cannot run over shards."""
+def axes_of(p: Tensor, cut: Cut, dims: Dims, transposed: bool) -> tuple[str, ...] | None:
+    """Which axis of the stack `[b, m, n]` each mesh dimension cuts.
+
+    Args:
+        p: the parameter.
+        cut: how it is cut.
+        dims: of the whole parameter as a stack of matrices.
+        transposed: whether the matrices are stored columns x rows.
+
+    Returns:
+        "" for a mesh dimension that does not cut; None where sums cannot run over the shards.
+    """
     axes = tuple("" if d not in cut.dims else _axis(p, cut._dim(d), dims, transposed) for d in range(cut.mesh.ndim))
     cutting = [axes[d] for d in cut.dims]
     if not cut.is_plain or "" in cutting or len(set(cutting)) < len(cutting) or ("b" in cutting and len(cutting) > 1):
@@ -292,6 +323,25 @@ def _axes(p: Tensor, cut: Cut, dims: Dims, transposed: bool) -> tuple[str, ...] 
         if any(cut.box(p.shape, r)[d][1] * unit % (m * n) for r in range(cut.size)):
             return None  # blocks of rows that straddle shards
     return axes
+
+
+def rest_of(cut: Cut | None, axes: Sequence[str], slot: Slot, ndim: int) -> Cut | None:
+    """How a slot of a reducing rule is cut at rest.
+
+    Args:
+        cut: of the parameter.
+        axes: of the stack, that each mesh dimension cuts.
+        slot: its declaration.
+        ndim: the number of its dimensions at rest.
+
+    Returns:
+        None where it is whole on every rank.
+    """
+    if cut is None or slot.letters == "mn":
+        return cut
+    at = {x: ndim - len(slot.letters) + k for k, x in enumerate(slot.letters)} | {"b": 0}
+    placements = tuple(Shard(at[x]) if x in at else Replicate() for x in axes)
+    return None if all(isinstance(x, Replicate) for x in placements) else replace(cut, placements=placements)
 
 
 def sums_on_shards(p: Tensor, parts: Sequence[Part], transposed: bool) -> bool:
@@ -308,7 +358,7 @@ def sums_on_shards(p: Tensor, parts: Sequence[Part], transposed: bool) -> bool:
     cut = cut_of(p)
     if cut is None:
         return True
-    return parts[0].rows is None and len(parts) == 1 and _axes(p, cut, parts[0].dims, transposed) is not None
+    return parts[0].rows is None and len(parts) == 1 and axes_of(p, cut, parts[0].dims, transposed) is not None
 
 
 class StackLayout:
@@ -330,7 +380,7 @@ class StackLayout:
         self._bounds = dict(zip("bmn", ((0, k) for k in dims), strict=True))
         """This rank's part of each axis."""
         if self.cut is not None:
-            self.axes = _axes(p, self.cut, dims, transposed) or ()
+            self.axes = axes_of(p, self.cut, dims, transposed) or ()
             box = self.cut.box(p.shape, self.cut.rank)
             for d in self.cut.dims:
                 axis, bounds = self.axes[d], box[self.cut._dim(d)]
@@ -352,7 +402,7 @@ class StackLayout:
         Returns:
             A DTensor where the slot is cut, else a plain tensor that is equal on all ranks.
         """
-        cut, whole, part = self._rest(form.slot, len(form.shape)), form.shape, local(self.param)
+        cut, whole, part = rest_of(self.cut, self.axes, form.slot, len(form.shape)), form.shape, local(self.param)
         if cut is None:
             return allocate(form, part, whole)
         box = cut.box(whole, cut.rank)
@@ -364,15 +414,7 @@ class StackLayout:
         Returns:
             A DTensor where the slot is cut, else a plain tensor.
         """
-        return place(value, self._rest(slot, value.ndim))
-
-    def _rest(self, slot: Slot, ndim: int) -> Cut | None:
-        """How a slot of so many dimensions is cut at rest."""
-        if self.cut is None or slot.letters == "mn":
-            return self.cut
-        at = {x: ndim - len(slot.letters) + k for k, x in enumerate(slot.letters)} | {"b": 0}
-        placements = tuple(Shard(at[x]) if x in at else Replicate() for x in self.axes)
-        return None if all(isinstance(x, Replicate) for x in placements) else replace(self.cut, placements=placements)
+        return place(value, rest_of(self.cut, self.axes, slot, value.ndim))
 
     def _placements(self, letters: str) -> tuple[Placement, ...]:
         return tuple(Shard(letters.index(x) + 1) if x and x in letters else Replicate() for x in self.axes)

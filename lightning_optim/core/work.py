@@ -153,6 +153,15 @@ def refresh_cost(rule: Rule, parts: Sequence[Part], *, vector: bool) -> float:
     return sum(b * rule.refresh_cost(m, n, vector=vector) for b, m, n in (part.dims for part in parts))
 
 
+def work_of(parts: Sequence[Part]) -> float:
+    """Work of one step of a whole-matrix rule, by which matrices are spread over ranks.
+
+    Returns:
+        Multiplications of a product of each matrix with a square one of its shorter side.
+    """
+    return sum(float(b * m * n * min(m, n)) for b, m, n in (part.dims for part in parts))
+
+
 def factor_of(job: Job, dims: Dims) -> float:
     """What the direction is multiplied by: a constant of the matrix's shape."""
     if job.group["lr_convention"] == "native":

@@ -1,0 +1,194 @@
+"""Every layout of parameters over ranks gives the trajectory of one process, and costs what `plan` says."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from lightning_optim.core.spread import Spread
+from lightning_optim.plan import plan
+from tests import jobs
+from tests.pool import Pool
+from tests.rules import NAMES, make
+from tests.test_distributed import compare, straight
+
+pytestmark = pytest.mark.dist
+MESHES = [(layout, world) for layout, world in jobs.LAYOUTS.items()]
+PRODUCT = [
+    *(("ddp", 2), ("shared", 2), ("shared", 4), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4)),
+    *(("tp", 3), ("tp", 4), ("fsdp2+tp", 4), ("mixed", 3)),
+]
+SETTINGS: list[dict[str, Any]] = [{}, {"transposed": True}, {"state_storage": "bf16"}, {"lr_convention": "adamw"}]
+
+
+def check(pool: Pool, layout: str, world: int, steps: int, **kwargs: Any) -> None:
+    """Every rule equals one process, unless it refuses the mesh by name."""
+    job = {"layout": layout, "names": NAMES, "steps": steps, **kwargs}
+    results = pool.run("tests.jobs:laid_out", world, **job)
+    for name in NAMES:
+        settings, dtype = kwargs.get("settings", {}), kwargs.get("dtype", torch.float32)
+        expected = straight(name, steps, dtype, kwargs.get("missing"), **settings)
+        for found in results:
+            if isinstance(found[name], str):
+                assert "parameter" in found[name] and "choose" in found[name], found[name]
+            else:
+                compare(name, found[name], expected)
+
+
+@pytest.mark.parametrize(("layout", "world"), MESHES)
+def test_every_rule_on_every_layout_equals_one_process(pool: Pool, layout: str, world: int) -> None:
+    check(pool, layout, world, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(("layout", "world"), PRODUCT)
+def test_the_full_product(pool: Pool, layout: str, world: int, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    check(pool, layout, world, 12, settings=settings, dtype=dtype, missing={1: "odd", 4: "tall"})
+
+
+CHAIN = [("fsdp2+tp", 4, "shared", 2), ("tp", 2, "fsdp2", 3), ("shared", 3, "tp", 2), ("hsdp", 4, "fsdp2+tp", 4)]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch, of every load in one process
+@pytest.mark.parametrize("name", ["lion", "adafactor", "muon", "soap"])
+@pytest.mark.parametrize(("layout", "world", "other", "ranks"), CHAIN)
+def test_a_checkpoint_goes_on_under_another_strategy(
+    pool: Pool, tmp_path: Path, name: str, layout: str, world: int, other: str, ranks: int
+) -> None:
+    common = {"name": name, "folder": str(tmp_path / "checkpoint"), "steps": 3, "dtype": torch.float32}
+    expected = straight(name, 6)
+    for found in pool.run("tests.jobs:save", world, layout=layout, **common):
+        compare(name, found, expected)
+    for found in pool.run("tests.jobs:load", ranks, layout=other, **common):
+        compare(name, found, expected)
+    model = jobs.Model(name)
+    optimizer = make(name, model.parameters(), lr=77.0)
+    jobs.load_into(model, optimizer, common["folder"])
+    jobs.take_steps(model, optimizer, range(4, 7))
+    compare(name, jobs.weights(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "world"), [("ddp", 2), ("shared", 3), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("muon", {}),
+        ("soap", {}),
+        ("shampoo", {"weight_decay": 0.1}),
+        ("muon", {"traffic": "bf16"}),
+        ("lion", {"state_storage": "int8", "storage_min": 1, "storage_block": 16}),
+        ("muon", {"state_storage": "int8", "storage_min": 1, "storage_block": 16}),
+        ("adafactor", {}),
+        ("adam_mini", {}),
+        ("lion", {"param_rounding": "kahan"}),
+    ],
+    ids=str,
+)
+def test_plan_prices_what_every_rank_holds_and_sends(
+    pool: Pool, layout: str, world: int, name: str, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    job = {"layout": layout, "name": name, "settings": settings, "dtype": dtype}
+    for held, said, sent, price, _ in pool.run("tests.jobs:priced", world, **job):
+        assert (held, sent) == (said, price)
+
+
+@pytest.mark.parametrize(("layout", "world"), [("fsdp2", 3), ("shared", 2)])
+def test_groups_that_differ_are_told_on_every_rank(pool: Pool, layout: str, world: int) -> None:
+    results = pool.run("tests.jobs:groups_differ", world, layout=layout)
+    for message, same in results:
+        assert "param groups differ between ranks" in message and same
+    assert "0.03" in results[1][0] and "0.02" in results[1][0]
+
+
+@pytest.mark.parametrize("name", ["muon", "soap"])
+def test_shared_work_is_collected_before_one_rank_saves(pool: Pool, name: str) -> None:
+    expected = straight(name, 6)
+    state = make(name, (model := jobs.Model(name)).parameters())
+    jobs.take_steps(model, state, range(1, 2))
+    declared = sum(t.nbytes for s in state.state.values() for k, t in s.items() if k != "step")
+    (_, first, found), (message, second, also) = pool.run("tests.jobs:consolidated", 2, name=name)
+    assert "consolidate()" in message
+    assert first + second == declared and first and second
+    compare(name, found, expected)
+    compare(name, also, expected)
+
+
+@pytest.mark.parametrize(("layout", "world", "share"), [("fsdp2", 2, 0.5), ("shared", 2, 0.5)])
+def test_narrow_traffic(pool: Pool, layout: str, world: int, share: float) -> None:
+    """Half the bytes; directions of unit scale are off by bfloat16's rounding, 2^-9 of each entry, at most."""
+    job = {"layout": layout, "name": "muon", "dtype": torch.float32, "settings": {}}
+    exact = [sent for _, _, sent, _, _ in pool.run("tests.jobs:priced", world, **job)]
+    results = pool.run("tests.jobs:narrow_traffic", world, layout=layout)
+    expected = straight("muon", 4)
+    start = jobs.Model("muon")
+    for (found, sent), full in zip(results, exact, strict=True):
+        assert sent == full * share
+        assert all(torch.equal(results[0][0][k], v) for k, v in found.items())
+        for key, p in expected.named_parameters():
+            moved = (p - start.get_parameter(key)).norm()
+            assert 0 < (found[key] - p).norm() <= 0.02 * moved, key
+
+
+@pytest.mark.parametrize(("offload", "reduce_dtype"), [(True, None), (False, torch.float64)])
+def test_offloaded_parameters_and_another_dtype_of_sums(
+    pool: Pool, offload: bool, reduce_dtype: torch.dtype | None
+) -> None:
+    model = jobs.Deep()
+    optimizer = jobs.build_optimizer(model, "muon", lr=1e-2)
+    for t in range(4):
+        model(jobs.batch(t)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for found in pool.run("tests.jobs:trained_by_loss", 2, offload=offload, reduce_dtype=reduce_dtype):
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(found[key], p.detach(), rtol=1e-4, atol=1e-5)
+
+
+class Large(torch.nn.Module):
+    """The matrices of a LLaMA of 70 billion weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in range(80):
+            shapes = {"q": (8192, 8192), "k": (1024, 8192), "v": (1024, 8192), "o": (8192, 8192)}
+            shapes |= {"gate": (28672, 8192), "up": (28672, 8192), "down": (8192, 28672)}
+            for key, shape in shapes.items():
+                setattr(self, f"{key}{layer}", torch.nn.Linear(shape[1], shape[0], bias=False))
+        self.embedding = torch.nn.Embedding(128256, 8192)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "hsdp"])
+def test_plan_of_seventy_billion_weights_on_512_ranks(strategy: Any) -> None:
+    started = time.perf_counter()
+    with torch.device("meta"):
+        model = Large()
+    made = plan(model, "muon", world_size=512, strategy=strategy)
+    assert time.perf_counter() - started < 60
+    found = made.spread
+    assert isinstance(found, Spread)
+    mean = sum(found.work) / len(found.work)
+    assert max(found.work) <= 1.05 * max(mean, found.largest)
+    assert sum(found.state) - 4 * len(made.rows) * (len(found.state) - 1) == made.state_bytes
+    assert "at most" in str(made) and "busiest of" in str(made)
+
+
+def test_plan_refuses_ranks_that_make_no_nodes() -> None:
+    with pytest.raises(ValueError, match="12 ranks are not a multiple"):
+        plan(torch.nn.Linear(4, 4), "muon", world_size=12, strategy="hsdp")
+
+
+def test_work_is_not_shared_out_late() -> None:
+    p = Parameter(torch.ones(3, 4))
+    optimizer = make("muon", [p])
+    p.grad = torch.ones(3, 4)
+    optimizer.step()
+    with pytest.raises(ValueError, match="before the first step"):
+        optimizer.share_work()
