@@ -11,6 +11,7 @@ from .observe import (  # noqa: TID251
     diagnostics,
 )
 from .relora import ReLoRA  # noqa: TID251
+from .roles import RoleTable  # noqa: TID251
 
 __all__ = [
     "GradientNoiseScale",
@@ -21,5 +22,6 @@ __all__ = [
     "OptimizerHealth",
     "PreconditionerRefresh",
     "ReLoRA",
+    "RoleTable",
     "diagnostics",
 ]

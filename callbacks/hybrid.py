@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning import LightningModule, Trainer
 
-from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import lookup
 from lightning_optim.lightning import configure_optimizers
-from lightning_optim.plan import describe
+
+from .roles import RoleTable  # noqa: TID251
 
 
-class HybridOptimizer(Callback):
+class HybridOptimizer(RoleTable):
     """Replaces what the module's `configure_optimizers` returns, for the length of `fit`.
 
     `Trainer(callbacks=[HybridOptimizer("muon", lr=3e-4, schedule="cosine", warmup_steps=100)])`: the module's own
@@ -24,9 +22,7 @@ class HybridOptimizer(Callback):
     accumulation, checkpoints. To resume, give the callback again; it keeps nothing in the checkpoint. A module of
     manual optimization gets one optimizer from `self.optimizers()`, whatever number it expects.
 
-    It also says what every parameter is, which rule has it and how much state: the table is the text `roles` in
-    TensorBoard and `roles.md` in the trainer's `log_dir`, beside the checkpoints, and is written anew as soon as
-    parameters are frozen, unfrozen or added. A trainer without logger and checkpoints gets no file.
+    It is a `RoleTable`, too: it says what every parameter is, which rule has it and how much state.
 
     Args:
         name: of the main rule, `python -m lightning_optim list` prints them.
@@ -42,12 +38,11 @@ class HybridOptimizer(Callback):
     def __init__(
         self, name: str, *, lr: float | None = None, schedule: str = "constant", warmup_steps: int = 0, **settings: Any
     ) -> None:
+        super().__init__()
         self._name = lookup(name).name
         self._settings: dict[str, Any] = dict(lr=lr, schedule=schedule, warmup_steps=warmup_steps, **settings)
         self._replaced: tuple[LightningModule, Any] | None = None
         self._log: Callable[..., None] | None = None
-        self._folder: Path | None = None
-        self._written: Any = None
 
     @property
     def log(self) -> Callable[..., None] | None:
@@ -77,40 +72,6 @@ class HybridOptimizer(Callback):
         """
         if stage == "fit":
             self._replace(pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out where the table is to be written, on all ranks.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-        """
-        folder = trainer.log_dir if trainer.loggers or trainer.checkpoint_callbacks else None
-        self._folder, self._written = Path(folder) if folder else None, None
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Write the table if it is no longer true.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            batch: not looked at.
-            batch_idx: not looked at.
-        """
-        if self._folder is None or not trainer.is_global_zero:
-            return
-        optimizer = cast("Executor", trainer.optimizers[0])
-        owned = [(group["name"], *map(id, group["params"])) for group in optimizer.param_groups]
-        now = [(id(p), p.requires_grad) for p in pl_module.parameters()], owned
-        if now == self._written:
-            return
-        self._written = now
-        text = f"{type(pl_module).__name__} at step {trainer.global_step}\n\n{describe(pl_module, optimizer)}\n"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / "roles.md").write_text(text, encoding="utf-8")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("roles", text, trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its own method back.

@@ -38,6 +38,7 @@ class Diagnostic(Callback):
     def __init__(self, *args: Any, **settings: Any) -> None:
         self.probe = self.kind(*args, **settings)
         self._folder: Path | None = None
+        self._charts: Any = None
 
     def loss(self, module: LightningModule, batch: Any, /) -> Tensor:
         """The loss of a batch, without logging.
@@ -55,7 +56,7 @@ class Diagnostic(Callback):
         return out if isinstance(out, Tensor) else out["loss"]  # pyright: ignore[reportReturnType,reportCallIssue,reportArgumentType,reportOptionalSubscript]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the probe; the first of these callbacks lays out the dashboard.
+        """Start the probe.
 
         Args:
             trainer: the trainer.
@@ -78,11 +79,7 @@ class Diagnostic(Callback):
         run.extra["checkpoint"] = lambda: _checkpoint(trainer)
         run.extra["ddp"] = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         run.extra["group"] = torch.distributed.group.WORLD if trainer.world_size > 1 else None
-        others = [c for c in trainer.callbacks if isinstance(c, Diagnostic)]  # pyright: ignore[reportAttributeAccessIssue]
-        if others[0] is self and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_custom_scalars(presets.layout_of([c.probe for c in others]))
+        self._charts = None
         self.probe.start(run)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -143,11 +140,17 @@ class Diagnostic(Callback):
             self._log(trainer, report, trainer.global_step - 1)
 
     def _log(self, trainer: Trainer, report: Report, step: int) -> None:
-        scalars = report.finite()
+        scalars, charts = report.finite(), self.probe.layout()
+        layout = None
+        if charts != self._charts:  # the dashboard gets a chart as soon as there is something to show in it
+            others = [c.probe for c in trainer.callbacks if isinstance(c, Diagnostic)]  # pyright: ignore[reportAttributeAccessIssue]
+            self._charts, layout = charts, presets.layout_of(others)
         for i, logger in enumerate(trainer.loggers):
             logger.log_metrics(scalars, step=step)
             folder = self._folder if i == 0 else None
             if isinstance(logger, TensorBoardLogger):
+                if layout:
+                    logger.experiment.add_custom_scalars(layout)
                 presets.write(report, logger.experiment, step, folder, self.probe.name)
             else:
                 presets.write(report, None, step, folder, self.probe.name)

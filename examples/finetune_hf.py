@@ -41,7 +41,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_integration import Consolidate, KeepSchedule, TrainingArguments, diagnostics, last_checkpoint
+from hf_integration import Consolidate, KeepSchedule, RoleTable, TrainingArguments, diagnostics, last_checkpoint
 
 PRETRAINED = "runs/pretrain/model"
 MAX_BLOCK = 1024
@@ -230,7 +230,7 @@ def shown(preset: str, steps: int) -> list[TrainerCallback]:
     Returns:
         New callbacks.
     """
-    return [] if preset == "off" else [*diagnostics(preset, steps if steps > 0 else None)]
+    return [] if preset == "off" else [*diagnostics(preset, steps if steps > 0 else None), RoleTable()]
 
 
 def main() -> None:

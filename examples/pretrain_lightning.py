@@ -35,7 +35,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_optim import configure_optimizers
-from lightning_optim.callbacks import diagnostics
+from lightning_optim.callbacks import RoleTable, diagnostics
 from lightning_optim.lightning import SCHEDULES
 from lightning_optim.optimizers import CLASSES
 
@@ -298,7 +298,7 @@ def main() -> None:
         callbacks=[
             progress,
             LearningRateMonitor(),
-            *(diagnostics(args.diagnostics, args.max_steps) if args.diagnostics != "off" else ()),
+            *([*diagnostics(args.diagnostics, args.max_steps), RoleTable()] if args.diagnostics != "off" else ()),
             StepCheckpoint(checkpoints, args.checkpoint_every, args.val_every),
             TQDMProgressBar(refresh_rate=args.log_every),
         ],

@@ -15,18 +15,21 @@ from hf_integration.checkpoint import Consolidate, KeepSchedule, last_checkpoint
 from hf_integration.factory import OptimizerFactory, create_optimizer
 from hf_integration.register import register
 from hf_integration.relora import ReLoRA
+from hf_integration.roles import HybridOptimizer, RoleTable
 
 __all__ = [
     "Consolidate",
     "GradientNoiseScale",
     "GradientRank",
     "HessianBlocks",
+    "HybridOptimizer",
     "KeepSchedule",
     "MemoryLogger",
     "OptimizerFactory",
     "OptimizerHealth",
     "PreconditionerRefresh",
     "ReLoRA",
+    "RoleTable",
     "TrainingArguments",
     "attach",
     "create_optimizer",

@@ -43,6 +43,7 @@ class Diagnostic(TrainerCallback, ExportableState):
         self.saved: dict[str, Any] = {}
         self._siblings: Sequence[TrainerCallback] = ()
         self._hooks: list[Any] = []
+        self._charts: Any = None
 
     def loss(self, model: nn.Module, batch: Any, /) -> Tensor:
         """The loss of a batch.
@@ -67,7 +68,7 @@ class Diagnostic(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the probe; the first of these callbacks lays out the dashboard.
+        """Start the probe.
 
         Args:
             args: of the trainer.
@@ -79,7 +80,7 @@ class Diagnostic(TrainerCallback, ExportableState):
         scaler = getattr(optimizer, "scaler", None)
         run = Run(
             model=model,
-            optimizer=_unwrapped(optimizer),
+            optimizer=unwrapped(optimizer),
             loss=lambda batch: self.loss(model, batch),
             clip=args.max_grad_norm or None,
             loss_scale=lambda: None if scaler is None else scaler.get_scale(),
@@ -89,11 +90,7 @@ class Diagnostic(TrainerCallback, ExportableState):
         )
         run.extra["checkpoint"] = lambda: _checkpoint(args)
         run.extra["group"] = torch.distributed.group.WORLD if args.world_size > 1 else None
-        self._siblings = _siblings()
-        others = [c for c in self._siblings if isinstance(c, Diagnostic)]
-        if others and others[0] is self:
-            for writer in self._writers(state):
-                writer.add_custom_scalars(presets.layout_of([c.probe for c in others]))
+        self._siblings, self._charts = siblings(), None
         if self.saved:
             self.probe.load_state_dict(self.saved)
         self.probe.start(run)
@@ -182,7 +179,12 @@ class Diagnostic(TrainerCallback, ExportableState):
         kwargs: dict[str, Any],
     ) -> None:
         scalars, step = report.finite(), state.global_step
-        writers = self._writers(state)
+        writers, charts = writers_of(self._siblings, state), self.probe.layout()
+        if charts != self._charts:  # the dashboard gets a chart as soon as there is something to show in it
+            self._charts = charts
+            for writer in writers:
+                others = [c.probe for c in self._siblings if isinstance(c, Diagnostic)]
+                writer.add_custom_scalars(presets.layout_of(others))
         for writer in writers:
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, step)
@@ -193,10 +195,6 @@ class Diagnostic(TrainerCallback, ExportableState):
         writer = writers[0] if writers else None
         folder = Path(writer.log_dir if writer is not None else args.output_dir or ".")
         presets.write(report, writer, step, folder, self.probe.name)
-
-    def _writers(self, state: TrainerState) -> list[Any]:
-        found = [c.tb_writer for c in self._siblings if isinstance(c, TensorBoardCallback)]
-        return [w for w in found if w is not None] if state.is_world_process_zero else []
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -276,8 +274,14 @@ def diagnostics(preset: str, steps: int | None = None) -> list[Diagnostic]:
     return [CALLBACKS[kind](**settings) for kind, settings in presets.preset(preset, steps)]
 
 
-def _siblings() -> Sequence[TrainerCallback]:
-    """All callbacks of the trainer: Transformers gives a callback no way to the loggers but the caller's frame."""
+def siblings() -> Sequence[TrainerCallback]:
+    """All callbacks of the trainer that calls the calling one.
+
+    Transformers gives a callback no way to the loggers but the caller's frame.
+
+    Returns:
+        Empty outside a trainer's event.
+    """
     frame = inspect.currentframe()
     for _ in range(4):
         frame = frame.f_back if frame is not None else None
@@ -287,7 +291,26 @@ def _siblings() -> Sequence[TrainerCallback]:
     return ()
 
 
-def _unwrapped(optimizer: Any) -> Optimizer:
+def writers_of(others: Sequence[TrainerCallback], state: TrainerState) -> list[Any]:
+    """TensorBoard's writers.
+
+    Args:
+        others: callbacks of a trainer.
+        state: of the trainer.
+
+    Returns:
+        Of type `SummaryWriter`; none on processes that do not log.
+    """
+    found = [c.tb_writer for c in others if isinstance(c, TensorBoardCallback)]
+    return [w for w in found if w is not None] if state.is_world_process_zero else []
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer inside Accelerate's wrapper.
+
+    Returns:
+        torch's or ours.
+    """
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

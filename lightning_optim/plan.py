@@ -184,6 +184,31 @@ def describe(model: nn.Module, optimizer: Executor) -> Plan:
     return Plan(rows, frozen, {name: tuple(p.shape) for name, p in others.items() if name in traits})
 
 
+class Owners:
+    """Who owns what in a run, said anew when it is no longer true."""
+
+    def __init__(self) -> None:
+        self._said: Any = None
+
+    def news(self, model: nn.Module, optimizer: Executor, step: int) -> str | None:
+        """The table, if parameters have been frozen, unfrozen, added or given to another group since the last call.
+
+        Args:
+            model: any module.
+            optimizer: of this model.
+            step: optimizer steps taken.
+
+        Returns:
+            Markdown; None if the last table is still true.
+        """
+        owned = [(group["name"], *map(id, group["params"])) for group in optimizer.param_groups]
+        now = [(id(p), p.requires_grad) for p in model.parameters()], owned
+        if now == self._said:
+            return None
+        self._said = now
+        return f"{type(model).__name__} at step {step}\n\n{describe(model, optimizer)}\n"
+
+
 def _size(row: Row) -> int:
     return math.prod(row.shape)
 

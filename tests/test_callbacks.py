@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import PreTrainedModel, TrainerCallback, set_seed
@@ -31,7 +32,7 @@ from lightning_optim.callbacks import (
     diagnostics,
 )
 from lightning_optim.diagnostics import figures, view
-from lightning_optim.diagnostics.probes import presets
+from lightning_optim.diagnostics.probes import curvature, presets
 from lightning_optim.diagnostics.report import Pace
 from tests.test_hf import CONTEXT, VOCABULARY, arguments, llama, one_thread, trainer_of  # noqa: F401
 from tests.test_lightning import pytestmark as lightning_warnings
@@ -40,7 +41,8 @@ from tests.test_lightning import trainer, weights
 pytestmark = lightning_warnings
 
 ROLES = ["down_proj", "embedding", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj", "vector"]
-EVERY: dict[str, Any] = {"every": 2, "max_overhead": 1e6}
+EVERY: dict[str, Any] = {"every": 2, "max_overhead": 1e6, "detail": True}
+ALWAYS: dict[str, Any] = EVERY | {"every": 1}
 CURVATURE: dict[str, Any] = {**EVERY, "probes": 2, "steps": 3, "coupling_probes": 1, "sequences": 1}
 
 
@@ -117,7 +119,7 @@ def per_role(prefix: str, roles: list[str] = ROLES) -> set[str]:
 def test_health(tmp_path: Path) -> None:
     module = Module("adamw", weight_decay=0.1)
     before = weights(module)
-    health = OptimizerHealth(every=1, max_overhead=1e6, image_every=2)
+    health = OptimizerHealth(**ALWAYS, image_every=2)
     fit(tmp_path, module, health, steps=3, accumulate_grad_batches=2)
     found, tags = scalars(tmp_path), events(tmp_path).Tags()
     for kind in ("gradient_rms", "update_rms", "weight_rms", "update_to_weight"):
@@ -137,7 +139,7 @@ def test_health(tmp_path: Path) -> None:
 def test_updates_are_what_the_weights_moved_by(tmp_path: Path) -> None:
     module = Module("muon")
     before = weights(module)
-    fit(tmp_path, module, OptimizerHealth(every=1, max_overhead=1e6), steps=1)
+    fit(tmp_path, module, OptimizerHealth(**ALWAYS), steps=1)
     moved = {k: v - before[k] for k, v in weights(module).items()}
     found = scalars(tmp_path)
     q = torch.stack([v for k, v in moved.items() if "q_proj" in k])
@@ -154,7 +156,7 @@ def test_skipped_steps_are_counted(tmp_path: Path) -> None:
                 next(self.parameters()).grad.fill_(math.nan)  # pyright: ignore[reportOptionalMemberAccess]
 
     module = Broken("adamw", on_nonfinite="skip")
-    fit(tmp_path, module, OptimizerHealth(every=1, max_overhead=1e6), steps=4, gradient_clip_val=None)
+    fit(tmp_path, module, OptimizerHealth(**ALWAYS), steps=4, gradient_clip_val=None)
     found = scalars(tmp_path)
     assert found["health/skipped_steps"] == [0, 1, 2, 2] and found["health/nonfinite_steps"] == [0, 1, 2, 2]
 
@@ -260,7 +262,7 @@ def test_noise_scale_of_accumulated_batches(tmp_path: Path) -> None:
     """With clipping and a loss that Lightning divides: as computed by hand from whole gradients."""
     module = Module("adamw")
     start = copy.deepcopy(module)
-    probe = GradientNoiseScale(every=1, max_overhead=1e6)
+    probe = GradientNoiseScale(**ALWAYS)
     fit(tmp_path, module, probe, steps=1, accumulate_grad_batches=4, gradient_clip_val=0.01)
     gradients = []
     for batch in Batches(4):
@@ -280,14 +282,14 @@ def test_noise_scale_of_accumulated_batches(tmp_path: Path) -> None:
 
 def test_noise_scale_of_a_single_batch_is_absent(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="needs gradient accumulation or several ranks"):
-        fit(tmp_path, Module("adamw"), GradientNoiseScale(every=1, max_overhead=1e6), steps=2)
+        fit(tmp_path, Module("adamw"), GradientNoiseScale(**ALWAYS), steps=2)
     assert not of(scalars(tmp_path), "noise/")
 
 
 @pytest.mark.parametrize("policy", ["fixed:2", "staggered:3", "off_diagonal:0.1:2", "lazy:2", "time_budget:0.5"])
 def test_refresh_policies_set_live(tmp_path: Path, policy: str) -> None:
     module = Module("soap")
-    made = fit(tmp_path, module, PreconditionerRefresh(policy, every=3, max_overhead=1e6), steps=9)
+    made = fit(tmp_path, module, PreconditionerRefresh(policy, **EVERY | {"every": 3}), steps=9)
     found = scalars(tmp_path)
     assert {g["refresh"] for g in made.optimizers[0].param_groups if "refresh" in g} == {policy}
     matrices = sum("proj" in name for name, _ in module.named_parameters())
@@ -302,7 +304,7 @@ def test_refresh_policies_set_live(tmp_path: Path, policy: str) -> None:
 
 def test_refresh_schedule_changes_the_policy(tmp_path: Path) -> None:
     module = Module("soap")
-    callback = PreconditionerRefresh("fixed:1", {5: "fixed:100"}, every=4, max_overhead=1e6)
+    callback = PreconditionerRefresh("fixed:1", {5: "fixed:100"}, **EVERY | {"every": 4})
     fit(tmp_path, module, callback, steps=8)
     counts = scalars(tmp_path)["refresh/count"]
     assert counts[0] == 4 * counts[0] / 4 and counts[0] > 0 and counts[1] == 0
@@ -311,7 +313,7 @@ def test_refresh_schedule_changes_the_policy(tmp_path: Path) -> None:
 
 
 def test_refresh_says_nothing_of_rules_without_costly_state(tmp_path: Path) -> None:
-    fit(tmp_path, Module("adamw"), PreconditionerRefresh("fixed:2", every=1, max_overhead=1e6), steps=2)
+    fit(tmp_path, Module("adamw"), PreconditionerRefresh("fixed:2", **ALWAYS), steps=2)
     assert not of(scalars(tmp_path), "refresh/")
 
 
@@ -354,10 +356,10 @@ def test_training_is_the_same_with_every_callback(tmp_path: Path, name: str) -> 
 
 def test_a_resumed_run_continues_the_averages(tmp_path: Path) -> None:
     module = Module("adamw")
-    first = GradientNoiseScale(every=1, max_overhead=1e6)
+    first = GradientNoiseScale(**ALWAYS)
     made = fit(tmp_path / "a", module, first, steps=2, accumulate_grad_batches=2)
     made.save_checkpoint(tmp_path / "last.ckpt")
-    second = GradientNoiseScale(every=1, max_overhead=1e6)
+    second = GradientNoiseScale(**ALWAYS)
     again = trainer(tmp_path / "b", max_steps=3, accumulate_grad_batches=2, callbacks=[second], logger=False)
     again.fit(Module("adamw"), Batches(6), ckpt_path=tmp_path / "last.ckpt")
     assert second.probe.step == 3
@@ -370,8 +372,8 @@ def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
     fit(
         tmp_path,
         Module("adamw"),
-        OptimizerHealth(every=1, max_overhead=1e6),
-        MemoryLogger(every=1, max_overhead=1e6),
+        OptimizerHealth(**ALWAYS),
+        MemoryLogger(**ALWAYS),
         steps=2,
         logger=logger,
     )
@@ -408,10 +410,56 @@ def test_presets(name: str, limit: float) -> None:
         diagnostics("cheep")
 
 
-def test_the_cheap_preset_has_few_tags(tmp_path: Path) -> None:
-    fit(tmp_path, Module("soap"), *diagnostics("cheap", 24), steps=24)
-    found = scalars(tmp_path)
-    assert len(of(found, "health/") | of(found, "memory/") | of(found, "diagnostics/")) <= 60
+@pytest.mark.parametrize("name", ["cheap", "matrix", "curvature"])
+@pytest.mark.parametrize("optim", ["soap", "muon"])
+def test_presets_have_few_tags(tmp_path: Path, name: str, optim: str) -> None:
+    """At most 60, and so with as many roles as there can be, a loss scale and all of CUDA's memory tags, too."""
+    settings: dict[str, Any] = {"max_steps": 24, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+    fit(tmp_path / "lightning", Module(optim), *quick(diagnostics(name, 24)), steps=24, accumulate_grad_batches=2)
+    hf_run(tmp_path / "hf", llama(), *quick(hf_integration.diagnostics(name, 24)), optim=optim, **settings)
+    families = tuple(f"{kind.name}/" for kind in presets.MEMBERS[name]) + ("diagnostics/",)
+    found = [{t for t in scalars(x) if t.startswith(families)} for x in (tmp_path / "lightning", hf_folder(tmp_path))]
+    assert found[0] == found[1] and {t.partition("/")[0] + "/" for t in found[0]} >= set(families) - {"refresh/"}
+    by_role = [t for t in found[0] if t.rpartition("/")[2] in ROLES]
+    more = len(by_role) // len(ROLES) * (view.MAX_ROLES - len(ROLES)) + 2 + 4
+    assert len(by_role) % len(ROLES) == 0 and len(found[0]) + more <= 60
+    assert len(found[0]) >= 20
+
+
+def quick(made: Any) -> Any:
+    """Callbacks of a preset, of which none looks less often here, and the costliest does not do much."""
+    for callback in made:
+        callback.probe.pace.limit = 1e6
+        if isinstance(callback.probe, curvature.HessianBlocks):
+            callback.probe.probes, callback.probe.steps, callback.probe.exact = 2, 3, ()
+    return made
+
+
+def test_what_is_no_scalar_is_in_pictures_and_tables(tmp_path: Path) -> None:
+    own = [
+        OptimizerHealth(every=1, max_overhead=1e6, image_every=2),
+        HessianBlocks(**CURVATURE | {"detail": False}),
+        GradientRank(every=2, max_overhead=1e6, scalars=["weight.stable_rank"]),
+    ]
+    fit(tmp_path, Module("soap"), *own, steps=4)
+    found, seen = scalars(tmp_path), events(tmp_path)
+    assert not of(found, "health/weight_rms") and not of(found, "hessian/trace") and not of(found, "rank/gradient")
+    assert of(found, "rank/weight_stable_rank/") and "diagnostics/interval/health" not in found
+    curves = {
+        "health/gradient_rms",
+        "health/weight_rms",
+        "hessian/trace",
+        "hessian/lambda_min",
+        "rank/gradient_rank@90",
+    }
+    assert curves <= set(seen.Tags()["images"])
+    (table,) = (e.tensor_proto.string_val[0].decode() for e in seen.Tensors("hessian/measures/text_summary")[-1:])
+    assert {"sharpness", "js_scale", "frobenius_all"} <= {line.split(" | ")[0][2:] for line in table.splitlines()}
+    with np.load(tmp_path / "diagnostics" / "hessian-0000003.npz") as arrays:
+        assert list(arrays["hessian/trace/steps"]) == [2, 4] and arrays["hessian/trace/q_proj"].shape == (2,)
+        assert arrays["hessian/sharpness"] > 0
+    interval = seen.Tensors("diagnostics/interval/health/text_summary")
+    assert [e.tensor_proto.string_val[0] for e in interval] == [b"every 1 steps"]
 
 
 def test_a_costly_probe_doubles_its_interval() -> None:
@@ -431,26 +479,33 @@ def test_a_costly_probe_doubles_its_interval() -> None:
     assert again.every == 20 and again.share == pace.share
 
 
-def test_a_dashboard_is_laid_out_once(tmp_path: Path) -> None:
-    fit(
-        tmp_path,
-        Module("adamw"),
-        OptimizerHealth(every=1, max_overhead=1e6),
-        MemoryLogger(every=1, max_overhead=1e6),
-        steps=1,
-    )
-    tensors = events(tmp_path).Tensors("custom_scalars__config__")
-    assert len(tensors) == 1
-    text = tensors[0].tensor_proto.string_val[0]
-    assert b"health/update_to_weight/" in text and b"memory/" in text and b"hessian/" not in text
+def charts_of(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """The dashboard that is shown: the last layout."""
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(events(folder).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    return {x.title: {chart.title: list(chart.multiline.tag) for chart in x.chart} for x in layout.category}
 
 
-def test_every_chart_names_tags_that_exist(tmp_path: Path) -> None:
-    fit(tmp_path, Module("soap"), *everything(callbacks), steps=4, accumulate_grad_batches=2)
-    found = scalars(tmp_path)
-    for callback in everything(callbacks):
-        for title, patterns in callback.probe.charts.items():
+@pytest.mark.parametrize("name", ["soap", "muon", "adamw"])
+def test_every_chart_of_the_dashboard_has_something_to_show(tmp_path: Path, name: str) -> None:
+    fit(tmp_path, Module(name), *everything(callbacks), steps=4, accumulate_grad_batches=2)
+    found, shown = scalars(tmp_path), charts_of(tmp_path)
+    for category in shown.values():
+        for title, patterns in category.items():
             assert any(re.fullmatch(p, tag) for p in patterns for tag in found), title
+    refreshed = {"refresh"} if name == "soap" else set()
+    assert set(shown) == {"health", "memory", "rank", "noise", "hessian", "diagnostics"} | refreshed
+
+
+def test_a_resumed_run_keeps_its_dashboard(tmp_path: Path) -> None:
+    first = fit(tmp_path / "a", Module("adamw"), OptimizerHealth(**ALWAYS), MemoryLogger(**EVERY), steps=2)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    logger = TensorBoardLogger(tmp_path / "b", name="", version="")
+    again = [OptimizerHealth(**ALWAYS), MemoryLogger(**EVERY)]
+    made = trainer(tmp_path, max_steps=3, callbacks=again, logger=logger, log_every_n_steps=1)
+    made.fit(Module("adamw"), Batches(3), ckpt_path=tmp_path / "last.ckpt")
+    assert set(charts_of(tmp_path / "b")) == {"health", "memory", "diagnostics"}
+    assert not of(scalars(tmp_path / "b"), "memory/")
 
 
 # -- Transformers -----------------------------------------------------------------------------------------------------
@@ -496,7 +551,7 @@ def test_transformers_trains_the_same_with_every_callback(tmp_path: Path, name: 
 def test_noise_scale_in_both_frameworks_is_the_same(tmp_path: Path) -> None:
     model = llama()
     start = copy.deepcopy(model)
-    own = hf_integration.GradientNoiseScale(every=1, max_overhead=1e6)
+    own = hf_integration.GradientNoiseScale(**ALWAYS)
     made = hf_run(tmp_path, model, own, max_steps=1, gradient_accumulation_steps=4, max_grad_norm=0.01)
     gradients = []
     for batch in _batches_of(made, 4):
@@ -518,10 +573,10 @@ def _batches_of(made: Any, count: int) -> list[Tensor]:
 
 
 def test_transformers_callbacks_keep_their_state(tmp_path: Path) -> None:
-    own = hf_integration.GradientNoiseScale(every=1, max_overhead=1e6)
+    own = hf_integration.GradientNoiseScale(**ALWAYS)
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "optim": "adamw"}
     hf_run(tmp_path, llama(), own, **settings)
-    again = hf_integration.GradientNoiseScale(every=1, max_overhead=1e6)
+    again = hf_integration.GradientNoiseScale(**ALWAYS)
     args = arguments(
         tmp_path,
         **settings

@@ -25,16 +25,36 @@ pytestmark = lightning_warnings
 ROOT = Path(__file__).parent.parent
 STEPS, BATCHES = 24, 2
 IMAGES = {
+    "health/gradient_rms",
+    "health/update_rms",
     "health/update_to_weight_by_layer",
+    "health/weight_rms",
     "hessian/coupling",
     "hessian/entries/gate_proj",
+    "hessian/frobenius",
     "hessian/js_distance",
+    "hessian/lambda_min",
     "hessian/spectral_density",
+    "hessian/trace",
+    "noise/scale_sequences",
+    "rank/gradient_captured",
+    "rank/gradient_rank@90",
     "rank/gradient_rank@90_by_layer",
+    "rank/gradient_stable_rank_vs_gaussian",
     "rank/stable_rank_by_layer",
+    "rank/update_stable_rank",
     "refresh/raster",
+    "refresh/reason",
 }
-TEXTS = {"hessian/traces", "memory/table", "rank/table"}
+TEXTS = {
+    "hessian/measures",
+    "hessian/traces",
+    "memory/table",
+    "noise/measures",
+    "rank/table",
+    "refresh/measures",
+    "roles",
+}
 
 
 def example(name: str, folder: Path, *flags: str) -> None:
@@ -102,13 +122,14 @@ def test_pretraining_fills_every_view(pretrained: Path) -> None:
         assert set(images) >= IMAGES
         assert {t.removesuffix("/text_summary") for t in texts} >= TEXTS
         families = {"health", "memory", "refresh", "rank", "noise", "hessian"}
-        assert {c["title"] for c in dashboard["category"]} == families
+        assert {c["title"] for c in dashboard["category"]} == families | {"diagnostics"}
+        assert len([t for t in tags if t.startswith((*families, "diagnostics/"))]) <= 60
         for category in dashboard["category"]:
             for chart in category["chart"]:
-                (pattern,) = [p for p in chart["multiline"]["tag"]][:1]
-                url = f"{address}/plugin/custom_scalars/scalars?run={run}&tag={urllib.parse.quote(pattern)}"
-                found = ask(url)
-                assert found["regex_valid"] and found["tag_to_events"], f"{chart['title']} is empty"
+                for pattern in chart["multiline"]["tag"]:
+                    url = f"{address}/plugin/custom_scalars/scalars?run={run}&tag={urllib.parse.quote(pattern)}"
+                    found = ask(url)
+                    assert found["regex_valid"] and found["tag_to_events"], f"{chart['title']} is empty"
         url = f"{address}/plugin/images/images?run={run}&tag=hessian/coupling&sample=0"
         samples = ask(url)
         with urllib.request.urlopen(f"{address}/plugin/images/individualImage?{samples[0]['query']}") as answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def probes(curved: bool) -> list[Probe]:
-    often: dict[str, Any] = {"every": 2, "max_overhead": 1e9}
+    often: dict[str, Any] = {"every": 2, "max_overhead": 1e9, "detail": True}
     few: dict[str, Any] = {"probes": 2, "steps": 4, "coupling_probes": 1, "exact": (), "sequences": ROWS}
     made = [Health(**often), GradientRank(**often), GradientNoiseScale(**often), PreconditionerRefresh(**often)]
     return [*made, Memory(**often), *([HessianBlocks(**often, **few)] if curved else [])]
@@ -99,11 +100,19 @@ def plain(rank: int, world: int, name: str, parts: int, curved: bool = False) ->
     return watch(model, trained, name, parts, rank, world, curved)
 
 
-def sharded(rank: int, world: int, name: str, parts: int) -> dict[str, list[float]]:
+def sharded(rank: int, world: int, name: str, parts: int, curved: bool = False) -> dict[str, list[float]]:
     """A run under FSDP2."""
     model = Net().double()
     fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    return watch(model, model, name, parts, rank, world)
+    return watch(model, model, name, parts, rank, world, curved)
+
+
+def sharded_and_warned(rank: int, world: int) -> tuple[list[str], list[str]]:
+    """The Hessian's tags and the warnings of a run under FSDP2."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = sharded(rank, world, "adamw", 4, curved=True)
+    return [t for t in found if t.startswith("hessian/")], [str(w.message) for w in said]
 
 
 def summed(rank: int, world: int) -> list[float]:
@@ -171,6 +180,12 @@ def test_curvature_is_that_of_the_whole_batch(pool: Pool) -> None:
     with pytest.warns(UserWarning, match="needs gradient accumulation"):
         whole = plain(0, 1, "adamw", 1, curved=True)
     assert compare(first, whole, tuple(f"hessian/{k}" for k in kinds)) > 12
+
+
+def test_curvature_of_sharded_weights_is_left_out_with_one_warning(pool: Pool) -> None:
+    for tags, said in pool.run("tests.test_diagnostics_dist:sharded_and_warned", 2):
+        assert not tags and len([text for text in said if "HessianBlocks logs nothing" in text]) == 1
+        assert any("lie in shards (FSDP2)" in text and "under DDP" in text for text in said)
 
 
 def test_sums_over_ranks(pool: Pool) -> None:

@@ -13,11 +13,19 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, trainer_optimizer
+from transformers import (
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    trainer_optimizer,
+)
 from transformers.training_args import OptimizerNames
 
-from hf_integration import OptimizerFactory, attach, create_optimizer, register
+from hf_integration import HybridOptimizer, OptimizerFactory, RoleTable, attach, create_optimizer, register
 from hf_integration.register import _value
 from lightning_optim import Executor, build_optimizer
 from tests.test_hf import (
@@ -316,6 +324,87 @@ def test_attach_comes_before_any_other_optimizer(tmp_path: Path):
     pair = (create_optimizer(model, "muon", lr=1e-2), None)
     with refused:
         attach(Trainer(model, stock(tmp_path), optimizers=pair), "lion")
+
+
+# -- HybridOptimizer and RoleTable ------------------------------------------------------------------------------------
+
+
+class Change(TrainerCallback):
+    """Freezes a matrix, thaws another, adds a parameter: one at a time; keeps the table as it was after every step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.optimizer = kwargs["optimizer"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        self.seen.append((self.folder / "roles.md").read_text())
+        if state.global_step == 2:
+            model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+        if state.global_step == 3:
+            frozen = model.model.layers[0].mlp.down_proj.weight
+            self.optimizer.add_param_group({"params": [frozen.requires_grad_()], "lr": 1e-3})
+            schedule = kwargs["lr_scheduler"]  # torch's knows no groups but those it has seen
+            schedule.base_lrs.append(1e-3)
+            schedule.lr_lambdas.append(schedule.lr_lambdas[0])
+        if state.global_step == 4:
+            model.model.register_parameter("late", nn.Parameter(torch.zeros(3)))
+
+
+@pytest.mark.parametrize("door", ["callback", "attach"])
+def test_the_table_of_roles_is_kept_true(tmp_path: Path, door: str):
+    model, change = llama(), Change(tmp_path)
+    model.get_submodule("model.layers.0.mlp.down_proj").requires_grad_(False)
+    own = HybridOptimizer("muon", momentum=0.9) if door == "callback" else RoleTable()
+    args = stock(tmp_path, max_steps=6, report_to="tensorboard", save_strategy="steps", save_steps=6)
+    trainer = Trainer(model, args, train_dataset=Tokens(), callbacks=[change, own])
+    if door == "attach":
+        attach(trainer, "muon", momentum=0.9)
+    trainer.train()
+    assert groups_of(trainer)["muon/hidden"]["momentum"] == 0.9 and (tmp_path / "checkpoint-6").is_dir()
+    first, _, frozen, thawed, late, _ = change.seen
+    assert change.seen[1] == first and change.seen[5] == late
+    up, down = (f"model.layers.*.mlp.{side}_proj.weight" for side in ("up", "down"))
+    assert first.startswith("LlamaForCausalLM at step 0") and f"| {up} (2 times) | 64 x 32 | hidden | muon |" in first
+    assert "2,048 weights frozen: model.layers.0.mlp.down_proj.weight" in first
+    assert f"| {up} | " not in frozen and "| model.layers.0.mlp.up_proj.weight | 64 x 32 | hidden | muon |" in frozen
+    assert "4,096 weights frozen" in frozen and "at step 2" in frozen
+    assert f"| {down} (2 times) | 32 x 64 | hidden | muon |" in thawed and "2,048 weights frozen" in thawed
+    assert "3 weights trainable, but in no group: model.late" in late
+    (log,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    events = EventAccumulator(str(log), size_guidance={"tensors": 0}).Reload()
+    pages = {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors("roles/text_summary")}
+    assert pages == {0: first, 2: frozen, 3: thawed, 4: late}
+
+
+def test_hybrid_optimizer_is_attach(tmp_path: Path):
+    given = {"rest_lr": 1e-3, "momentum": 0.9}
+    own = HybridOptimizer("muon", **given)
+    by_callback = Trainer(llama(), stock(tmp_path), train_dataset=Tokens(), callbacks=[own])
+    by_callback.train()
+    attached = attach(plain_trainer(tmp_path), "muon", **given)
+    attached.train()
+    assert_same(weights(model_of(by_callback)), weights(model_of(attached)))
+    assert (tmp_path / "roles.md").read_text().startswith("LlamaForCausalLM at step 0")
+
+
+def test_hybrid_optimizer_refuses(tmp_path: Path):
+    with pytest.raises(ValueError, match="did you mean 'muon'"):
+        HybridOptimizer("muno")
+    trainer = plain_trainer(tmp_path)
+    trainer.add_callback(HybridOptimizer("muon"))
+    with pytest.raises(ValueError, match=r"came after the trainer was made.*attach\(trainer, 'muon'\)"):
+        trainer.train()
+    pair = (OptimizerFactory, {"name": "lion", "lr": 1e-4})
+    with pytest.raises(ValueError, match="already has an optimizer"):
+        Trainer(llama(), stock(tmp_path), optimizer_cls_and_kwargs=pair, callbacks=[HybridOptimizer("muon")])
+
+
+def test_the_table_says_nothing_of_other_optimizers(tmp_path: Path):
+    Trainer(llama(), stock(tmp_path, max_steps=1), train_dataset=Tokens(), callbacks=[RoleTable()]).train()
+    assert not (tmp_path / "roles.md").exists()
 
 
 # -- create_optimizer -------------------------------------------------------------------------------------------------

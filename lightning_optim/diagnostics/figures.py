@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +35,11 @@ def colours() -> Picture:
     return np.stack([np.interp(at, np.arange(len(ANCHORS)), table[:, c]) for c in range(3)], 1).astype(np.uint8)
 
 
-def _font(size: int = 12) -> Any:
+SIZE, TITLE = 13, 15
+"""Of the letters, in pixels."""
+
+
+def _font(size: int = SIZE) -> Any:
     try:
         return ImageFont.load_default(size)
     except (ImportError, OSError):  # a Pillow without FreeType has one size
@@ -41,24 +47,104 @@ def _font(size: int = 12) -> Any:
 
 
 def number(x: float) -> str:
-    """A number for an axis.
+    """A number for a table or a scale.
 
     Returns:
-        At most three digits.
+        At most three digits, whole numbers in full.
     """
-    return "0" if x == 0 else f"{x:.3g}"
+    return "0" if x == 0 else f"{x:,.0f}" if 1e3 <= abs(x) < 1e7 else f"{x:.3g}"
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """Names of parameters without what all of them begin with, and without ".weight".
+
+    Returns:
+        As many names, different where they were.
+    """
+    begin = os.path.commonprefix(list(names)).rpartition(".")[0] if len(names) > 1 else ""
+    if any(name.removeprefix(begin + ".")[:1].isdigit() for name in names):
+        begin = begin.rpartition(".")[0]  # the number of a layer says nothing without "layers"
+    cut = [name.removeprefix(begin + ".") for name in names]
+    bare = [name.removesuffix(".weight") for name in cut]
+    return bare if len(set(bare)) == len(set(cut)) else cut
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A scale from `low` to `high`; the signed one is linear up to `linear` and logarithmic beyond, on both sides."""
+
+    low: float
+    high: float
+    kind: Literal["linear", "log", "signed"] = "linear"
+    linear: float = 1.0
+
+    def bend(self, v: Any) -> Any:
+        if self.kind == "linear":
+            return v
+        return np.log10(np.maximum(v, self.low)) if self.kind == "log" else np.arcsinh(np.asarray(v) / self.linear)
+
+    def place(self, v: Any) -> Any:
+        """Where a value lies, from 0 to 1."""
+        low, high = self.bend(self.low), self.bend(self.high)
+        return np.clip((self.bend(v) - low) / ((high - low) or 1.0), 0, 1)
+
+    def ticks(self, count: int = 6) -> list[float]:
+        """Round numbers on the axis."""
+        if self.kind == "linear":
+            return _round(self.low, self.high, count)
+        least, most = (self.low, self.high) if self.kind == "log" else (self.linear, max(-self.low, self.high))
+        if self.kind == "log" and most < 100 * least:
+            fine = [d * 10.0**k for k in _decades(least / 10, most) for d in (1, 2, 5)]
+            return [x for x in fine if least <= x <= most * (1 + 1e-9)]
+        powers = _decades(least, most)
+        both = 2 if self.kind == "signed" and self.low < 0 < self.high else 1
+        kept = [10.0**k for k in powers[:: -max(1, math.ceil(len(powers) * both / count))]][::-1]
+        if self.kind == "log":
+            return kept
+        return [-x for x in reversed(kept) if -x >= self.low] + [0.0] + [x for x in kept if x <= self.high]
+
+
+def _decades(low: float, high: float) -> list[int]:
+    return list(range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1))
+
+
+def _round(low: float, high: float, count: int) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten."""
+    size = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(m * size for m in (1, 2, 5, 10) if (high - low) / (m * size) <= count)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [k * step for k in range(first, last + 1)]
+
+
+def _axis(values: NDArray[np.float64], kind: Literal["linear", "log"] | None, floor: float) -> _Axis:
+    """The scale for some values; without a kind it is logarithmic where they span more than a decade."""
+    if not values.size:
+        return _Axis(0.0, 1.0)
+    low, high = float(values.min()), float(values.max())
+    if kind is None:
+        sizes = np.abs(values[values != 0])
+        wide = sizes.size > 0 and sizes.max() > 10 * sizes.min()
+        if wide and low < 0:
+            linear = max(float(sizes.min()), floor * float(sizes.max()))
+            return _Axis(min(low, 0.0), max(high, 0.0), "signed", linear)
+        kind = "log" if wide and low > 0 else "linear"
+    if kind == "log" and high > 0:
+        low = max(low, high * floor)
+        return _Axis(low / 1.1, high * 1.1, "log")
+    low, high = min(low, 0.0), max(high, 0.0)
+    return _Axis(low, high) if high > low else _Axis(low - 0.5, high + 0.5)
 
 
 class _Canvas:
     """A sheet of paper with left, top, right and bottom margins around a frame."""
 
-    def __init__(self, width: int, height: int, left: int, right: int, title: str, top: int = 30) -> None:
+    def __init__(self, width: int, height: int, left: int, right: int, title: str, top: int = 34) -> None:
         self.font = _font()
         self.left, self.top, self.width, self.height = left, top, width, height
-        wide = max(left + width + right, int(self.font.getlength(title)) + 20)
-        self.image = Image.new("RGB", (wide, self.top + height + 44), PAPER)
+        wide = max(left + width + right, int(_font(TITLE).getlength(title)) + 20)
+        self.image = Image.new("RGB", (wide, self.top + height + 50), PAPER)
         self.draw = ImageDraw.Draw(self.image)
-        self.draw.text((8, 8), title, INK, _font(13))
+        self.draw.text((8, 8), title, INK, _font(TITLE))
 
     def text(self, x: float, y: float, text: str, anchor: str, fill: tuple[int, int, int] = INK) -> None:
         self.draw.text((x, y), text, fill, self.font, anchor=anchor)
@@ -68,11 +154,11 @@ class _Canvas:
         y, last = self.top + self.height, -1e9
         for x, label in labels:
             half = self.font.getlength(label) / 2
-            if self.left + x - half > last + 6:
+            if self.left + x - half > last + 8:
                 self.draw.line([(self.left + x, y), (self.left + x, y + 3)], INK)
                 self.text(self.left + x, y + 5, label, "ma")
                 last = self.left + x + half
-        self.text(self.left + self.width / 2, y + 24, name, "ma")
+        self.text(self.left + self.width / 2, y + 27, name, "ma")
 
     def done(self) -> Picture:
         return np.asarray(self.image)
@@ -108,89 +194,102 @@ def heat_map(
     table = table.reshape(len(rows), len(columns))
     seen = table[np.isfinite(table)]
     low, high = bounds or ((float(seen.min()), float(seen.max())) if seen.size else (0.0, 1.0))
-    span = high - low or 1.0
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    span = high - low
     index = np.clip(np.nan_to_num((table - low) / span) * 255, 0, 255).astype(int)
     pixels = colours()[index]
     pixels[~np.isfinite(table)] = MISSING
-    cell_y = max(1, min(26, max(12 if len(rows) <= 48 else 1, 260 // len(rows))))
+    cell_y = max(1, min(26, max(15 if len(rows) <= 48 else 1, 320 // len(rows))))
     font = _font()
     room = max(60, 8 + int(max(font.getlength(c) for c in columns)))
-    cell_x = max(1, min(room, 560 // len(columns)))
+    cell_x = room if len(columns) <= 12 else max(1, min(room, 560 // len(columns)))
     left = 14 + int(max(font.getlength(r) for r in rows))
-    canvas = _Canvas(cell_x * len(columns), cell_y * len(rows), left, 60 + int(font.getlength(unit)), title)
+    canvas = _Canvas(cell_x * len(columns), cell_y * len(rows), left, 70 + int(font.getlength(unit)), title)
     body = Image.fromarray(np.repeat(np.repeat(pixels, cell_y, 0), cell_x, 1))
     canvas.image.paste(body, (left, canvas.top))
     for at in lines:
         x, y = left + at * cell_x, canvas.top + at * cell_y
         canvas.draw.line([(x, canvas.top), (x, canvas.top + canvas.height)], PAPER)
         canvas.draw.line([(left, y), (left + canvas.width, y)], PAPER)
-    every = max(1, math.ceil(14 / cell_y))
+    every = max(1, math.ceil(15 / cell_y))
     for i, label in enumerate(rows):
         if i % every == 0:
             canvas.text(left - 6, canvas.top + (i + 0.5) * cell_y, label, "rm")
     canvas.ticks([((i + 0.5) * cell_x, c) for i, c in enumerate(columns)], across)
-    x, bar = left + canvas.width + 16, max(60, canvas.height)
+    x, bottom = left + canvas.width + 16, canvas.top + canvas.height
     scale = Image.fromarray(np.repeat(colours()[::-1][:, None], 14, 1)).resize((14, canvas.height))
     canvas.image.paste(scale, (x, canvas.top))
-    for share in (0.0, 0.5, 1.0) if bar >= 40 else (0.0, 1.0):
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0) if canvas.height >= 100 else (0.0, 1.0):
         y = canvas.top + (1 - share) * (canvas.height - 1)
         canvas.text(x + 18, y, number(low + share * span), "lm")
-    canvas.text(x, canvas.top + canvas.height + 5, unit, "la")
+    canvas.text(x, bottom + 8, unit, "la")
+    if not np.isfinite(table).all():
+        canvas.draw.rectangle([(x, bottom + 30), (x + 13, bottom + 43)], MISSING)
+        canvas.text(x + 18, bottom + 29, "none", "la")
     return canvas.done()
 
 
 def curves(
-    x: Any, lines: Mapping[str, Any], title: str, *, across: str, up: str, log: bool = False, floor: float = 1e-6
+    x: Any,
+    lines: Mapping[str, Any],
+    title: str,
+    *,
+    across: str,
+    up: str,
+    scale: Literal["linear", "log"] | None = "linear",
+    floor: float = 1e-6,
+    joined: bool = True,
 ) -> Picture:
-    """Lines over one axis, with a legend.
+    """Lines over one axis, with a legend; dots, too, where there are few points.
 
     Args:
         x: `[points]`.
-        lines: label to `[points]`.
+        lines: label to `[points]`; NaN is left out.
         title: of the picture.
         across: name and unit of the horizontal axis.
         up: of the vertical one.
-        log: whether the vertical axis is logarithmic.
+        scale: of the vertical axis; None is logarithmic where values span more than a decade, on both sides of zero
+            where there are both.
         floor: smallest value of a logarithmic axis, as a share of the largest.
+        joined: whether points are joined by lines; otherwise there are dots only.
 
     Returns:
         The picture.
     """
     xs = np.asarray(x, dtype=float)
     ys = {k: np.asarray(v, dtype=float) for k, v in lines.items()}
-    whole = np.concatenate([v[np.isfinite(v)] for v in ys.values()]) if ys else np.zeros(1)
-    high = float(whole.max()) if whole.size else 1.0
-    low = high * floor if log else float(min(whole.min(), 0.0)) if whole.size else 0.0
-    if not high > low:
-        low, high = low - 0.5, high + 0.5
-
-    def place(v: Any) -> Any:
-        share = np.log(np.maximum(v, low) / low) / math.log(high / low) if log else (v - low) / (high - low)
-        return np.clip(share, 0, 1)
+    whole = np.concatenate([v[np.isfinite(v)] for v in ys.values()]) if ys else np.zeros(0)
+    axis = _axis(whole, scale, floor)
+    bend = {"linear": "", "log": ", logarithmic", "signed": ", logarithmic on both sides of 0"}[axis.kind]
 
     font = _font()
-    left, right = 70, 40 + int(max((font.getlength(k) for k in ys), default=0))
-    canvas = _Canvas(480, 240, left, right, title, 46)
-    box = [(left, canvas.top), (left + canvas.width, canvas.top + canvas.height)]
-    marks = np.geomspace(low, high, 5) if log else np.linspace(low, high, 5)
-    for value in marks:
-        y = canvas.top + (1 - float(place(value))) * canvas.height
+    marks = [(m, number(m)) for m in axis.ticks()]
+    left = 16 + int(max((font.getlength(text) for _, text in marks), default=0))
+    right = 46 + int(max((font.getlength(k) for k in ys), default=0))
+    canvas = _Canvas(480, max(240, 17 * len(ys) + 8), left, right, title, 54)
+    for m, text in marks:
+        y = canvas.top + (1 - float(axis.place(m))) * canvas.height
         canvas.draw.line([(left, y), (left + canvas.width, y)], RULE)
-        canvas.text(left - 6, y, number(float(value)), "rm")
-    canvas.draw.rectangle(box, outline=INK)
-    start, end = float(xs.min()), float(xs.max())
-    span = end - start or 1.0
+        canvas.text(left - 6, y, text, "rm")
+    canvas.draw.rectangle([(left, canvas.top), (left + canvas.width, canvas.top + canvas.height)], outline=INK)
+    start, end = (float(xs.min()), float(xs.max())) if xs.size else (0.0, 1.0)
+    if start == end:
+        start, end = start - 0.5, end + 0.5
     for i, (label, line) in enumerate(ys.items()):
         colour = LINES[i % len(LINES)]
         points = [
-            (left + (a - start) / span * canvas.width, canvas.top + (1 - b) * canvas.height)
-            for a, b in zip(xs, place(line), strict=True)
+            (left + (a - start) / (end - start) * canvas.width, canvas.top + (1 - b) * canvas.height)
+            for a, b in zip(xs, axis.place(line), strict=True)
             if math.isfinite(b)
         ]
-        canvas.draw.line(points, colour, 2)
-        y = canvas.top + 8 + 15 * i
-        canvas.draw.line([(left + canvas.width + 10, y), (left + canvas.width + 26, y)], colour, 3)
-        canvas.text(left + canvas.width + 30, y, label, "lm")
-    canvas.ticks([(canvas.width * k / 4, number(start + span * k / 4)) for k in range(5)], across)
-    canvas.text(left, canvas.top - 4, up, "lb")
+        if joined:
+            canvas.draw.line(points, colour, 2)
+        for a, b in points if len(xs) <= 30 or not joined else ():
+            canvas.draw.ellipse([(a - 3, b - 3), (a + 3, b + 3)], colour)
+        y = canvas.top + 10 + 17 * i
+        canvas.draw.line([(left + canvas.width + 10, y), (left + canvas.width + 28, y)], colour, 3)
+        canvas.text(left + canvas.width + 33, y, label, "lm")
+    below = sorted({float(v) for v in xs}) if len(xs) == 1 else _round(start, end, 6)
+    canvas.ticks([((v - start) / (end - start) * canvas.width, number(v)) for v in below], across)
+    canvas.text(left, canvas.top - 5, up + bend, "lb")
     return canvas.done()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim.core import layout
-from lightning_optim.diagnostics import view
+from lightning_optim.diagnostics import figures, view
 from lightning_optim.diagnostics.report import Pace, Report, over_ranks
 
 HISTORY = 120
@@ -54,19 +57,30 @@ class Probe:
     seen by hooks of the optimizer. Nothing that training depends on is changed: weights, gradients, state, modes and
     random numbers are as without the probe.
 
+    What is measured is scalars where `charts` shows it (at most 60 tags of all probes together); otherwise what has a
+    value per role is curves in a picture, and the rest is the table `<name>/measures`. Both come with every
+    `picture_every`-th measurement, the first of them with the second one, their numbers with them as arrays.
+
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
+        detail: whether everything measured becomes a scalar, too.
     """
 
     name: ClassVar[str]
     charts: ClassVar[Mapping[str, Sequence[str]]] = {}
-    """Title of a chart to patterns of tags, for a dashboard."""
+    """Title of a chart to patterns of tags, for a dashboard; these tags are scalars."""
+    curves: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Start of tags that end in a role to title and vertical axis of a picture."""
 
-    def __init__(self, every: int, max_overhead: float) -> None:
+    def __init__(self, every: int, max_overhead: float, detail: bool = False) -> None:
         if every < 1 or not max_overhead > 0:
             raise ValueError(f"{self.name}: needs every >= 1 and max_overhead > 0, got {every}, {max_overhead}")
         self.pace = Pace(every, max_overhead)
+        self.detail, self.picture_every = detail, 1
+        self.filled: set[str] = set()
+        self._lines: dict[str, Lines] = {}
+        self._reports, self._interval = 0, 0
         self.run: Run | None = None
         self.step = 0
         self._handles: list[Any] = []
@@ -141,8 +155,26 @@ class Probe:
             return None
         with self._timed():
             self.finish(self.run, report)
+            self._show(report)
         self._judge(report)
         return report
+
+    def draws(self) -> bool:
+        """Whether the measurement under way comes with pictures.
+
+        Returns:
+            True every `picture_every` measurements.
+        """
+        number = self._reports + 1
+        return number == min(2, self.picture_every) or number % self.picture_every == 0
+
+    def layout(self) -> dict[str, Sequence[str]]:
+        """Charts that have something to show by now.
+
+        Returns:
+            Title to patterns of tags.
+        """
+        return {title: patterns for title, patterns in self._charts().items() if title in self.filled}
 
     def state_dict(self) -> dict[str, Any]:
         """What continues in a resumed run.
@@ -150,7 +182,7 @@ class Probe:
         Returns:
             Plain values.
         """
-        return {"pace": self.pace.state_dict()}
+        return {"pace": self.pace.state_dict(), "filled": sorted(self.filled)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue.
@@ -159,6 +191,7 @@ class Probe:
             state: from `state_dict`.
         """
         self.pace.load_state_dict(state["pace"])
+        self.filled = set(state["filled"])
 
     # -- overridden by probes -------------------------------------------------------------------------------------
 
@@ -236,7 +269,48 @@ class Probe:
         self.pace.note(seconds)
         self._cost = 0.0
         report.scalars[f"diagnostics/share/{self.name}"] = self.pace.share
-        report.scalars[f"diagnostics/interval/{self.name}"] = float(self.pace.every)
+        if self.detail:
+            report.scalars[f"diagnostics/interval/{self.name}"] = float(self.pace.every)
+        if self._interval != self.pace.every:
+            known = self._interval > 0
+            self._interval = self.pace.every
+            why = f": it took {self.pace.recent * 2:.2%} of training, more than {self.pace.limit:.2%}" if known else ""
+            report.texts[f"diagnostics/interval/{self.name}"] = f"every {self.pace.every} steps{why}"
+
+    def _charts(self) -> dict[str, Sequence[str]]:
+        more = {title: [f"{re.escape(start)}/.*"] for start, (title, _) in self.curves.items()} if self.detail else {}
+        return {**self.charts, **more}
+
+    def _show(self, report: Report) -> None:
+        """Move what no chart shows from the scalars to pictures and a table."""
+        patterns = {title: re.compile("|".join(p)) for title, p in self._charts().items()}
+        rest: dict[str, float] = {}
+        by_start: defaultdict[str, dict[str, float]] = defaultdict(dict)
+        for tag, value in report.finite().items():
+            titles = {title for title, pattern in patterns.items() if pattern.fullmatch(tag)}
+            self.filled |= titles
+            start, _, role = tag.rpartition("/")
+            if start in self.curves:
+                by_start[start][role] = value
+            elif not titles:
+                rest[tag] = value
+            if not titles and not self.detail:
+                del report.scalars[tag]
+        for start, values in by_start.items():
+            self._lines.setdefault(start, Lines()).add(self.step, values)
+        drawn = self.draws()
+        self._reports += 1
+        if not drawn:
+            return
+        for start in by_start:
+            title, up = self.curves[start]
+            steps, lines = self._lines[start].table()
+            report.images[start] = figures.curves(steps, lines, title, across="optimizer step", up=up, scale=None)
+            report.arrays |= {f"{start}/steps": steps} | {f"{start}/{role}": line for role, line in lines.items()}
+        if rest:
+            rows = [f"| {tag.removeprefix(self.name + '/')} | {figures.number(x)} |" for tag, x in rest.items()]
+            report.texts[f"{self.name}/measures"] = "\n".join(["| measure | value |", "|---|---|", *rows])
+            report.arrays |= rest
 
     def generator(self, device: torch.device, salt: int = 0) -> torch.Generator:
         """Random numbers of this step, the same on every rank and apart from the training's.
@@ -315,6 +389,36 @@ class History:
             Rows.
         """
         return [list(row) for row in zip(*self.columns, strict=True)]
+
+
+class Lines:
+    """Curves over time, one per role."""
+
+    def __init__(self, limit: int = HISTORY) -> None:
+        self.limit = limit
+        self.steps: list[int] = []
+        self.values: list[dict[str, float]] = []
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to every curve.
+
+        Args:
+            step: when.
+            values: by role.
+        """
+        self.steps.append(step)
+        self.values.append(dict(values))
+        if len(self.steps) > self.limit:
+            self.steps, self.values = self.steps[::2], self.values[::2]
+
+    def table(self) -> tuple[list[int], dict[str, list[float]]]:
+        """The curves.
+
+        Returns:
+            (steps, values by role, NaN where a role had none).
+        """
+        roles = dict.fromkeys(role for values in self.values for role in values)
+        return self.steps, {role: [values.get(role, math.nan) for values in self.values] for role in roles}
 
 
 def found_entries(run: Run) -> list[view.Entry]:

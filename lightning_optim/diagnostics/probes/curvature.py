@@ -18,7 +18,7 @@ from lightning_optim.diagnostics.hessian import Hessian
 from lightning_optim.diagnostics.probes.base import Probe, Run, found_entries
 from lightning_optim.diagnostics.report import Report
 
-EXACT_LIMIT, AUTO_LIMIT = 512, 128
+EXACT_LIMIT, AUTO_LIMIT = 512, 64
 """Most weights of a block whose entries are computed, on request and by default; each costs a product."""
 TOLERANCE = 0.1
 """Relative difference above which second derivatives are not believed; differences are off by 1e-3."""
@@ -42,7 +42,8 @@ class HessianBlocks(Probe):
     * once: the entries of a few weights of four neurons (`hessian/entries/<role>`), their diagonal dominance
       `hessian/tau` and Adam's effect on their condition number `hessian/r`.
 
-    Sharded parameters (FSDP2) are not supported: nothing is logged then.
+    Of the scalars by role, the largest eigenvalue is one by default; the others are curves and tables (`detail`).
+    Sharded parameters (FSDP2) are not supported: one warning says so, and nothing is logged.
 
     Args:
         every: steps between measurements.
@@ -53,35 +54,41 @@ class HessianBlocks(Probe):
         starts: random start vectors per role, for spectral densities.
         coupling_every: measurements between coupling tables, the first of which comes with the first measurement.
         coupling_probes: random vectors per role for those.
-        exact: patterns of parameters whose first four rows' entries are computed, 512 at most; `"auto"` is 128 of the
+        exact: patterns of parameters whose first four rows' entries are computed, 512 at most; `"auto"` is 64 of the
             first MLP matrix, () none.
         method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
+        detail: whether everything measured becomes a scalar, too, not only what the charts show.
     """
 
     name = "hessian"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "Hessian trace by role": [r"hessian/trace/.*"],
-        "largest eigenvalue by role": [r"hessian/lambda_max/.*"],
-        "smallest eigenvalue by role": [r"hessian/lambda_min/.*"],
-        "Frobenius norm by role": [r"hessian/frobenius/.*"],
+        "largest eigenvalue of the Hessian, by role": [r"hessian/lambda_max/.*"],
         "preconditioned sharpness / stability threshold": ["hessian/sharpness_ratio"],
-        "heterogeneity of the roles' spectra": [r"hessian/js_.*"],
+        "share of the Hessian's squared norm within roles": ["hessian/block_diagonal_share"],
+        "heterogeneity of the roles' spectra (Jensen-Shannon distance)": ["hessian/js_shape"],
+        "change of the loss / quadratic model's prediction": ["hessian/model_ratio"],
+    }
+    curves: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "hessian/trace": ("trace of the Hessian, by role", "trace"),
+        "hessian/lambda_min": ("smallest eigenvalue of the Hessian, by role", "eigenvalue"),
+        "hessian/frobenius": ("Frobenius norm of the Hessian's diagonal blocks, by role", "norm"),
     }
 
     def __init__(
         self,
-        every: int = 500,
+        every: int = 1000,
         max_overhead: float = 0.02,
         sequences: int = 1,
         probes: int = 10,
         steps: int = 10,
         starts: int = 1,
-        coupling_every: int = 4,
+        coupling_every: int = 2,
         coupling_probes: int = 4,
         exact: Sequence[str] | Literal["auto"] = "auto",
         method: Literal["auto", "exact", "difference"] = "auto",
+        detail: bool = False,
     ) -> None:
-        super().__init__(every, max_overhead)
+        super().__init__(every, max_overhead, detail)
         counts = {"sequences": sequences, "probes": probes, "steps": steps, "starts": starts}
         for key, value in (counts | {"coupling_every": coupling_every, "coupling_probes": coupling_probes}).items():
             if value < 1:
@@ -117,7 +124,7 @@ class HessianBlocks(Probe):
         unusable = run.loss is None or self._batch is None or any(view.is_cut(p) for p in params)
         if unusable or len(start) != len(params):
             if not self._warned:
-                warnings.warn("HessianBlocks: no loss of a batch to differentiate, or sharded weights", stacklevel=2)
+                warnings.warn(self._missing(run, params), stacklevel=2)
                 self._warned = True
             return
         loss: Callable[[], Tensor] = lambda: run.loss(self._batch)  # type: ignore[misc]  # noqa: E731
@@ -136,6 +143,16 @@ class HessianBlocks(Probe):
         self.measured += 1
         report.scalars["hessian/products"] = float(full.products)
         report.scalars = report.finite()
+
+    def _missing(self, run: Run, params: Sequence[Tensor]) -> str:
+        if any(view.is_cut(p) for p in params):
+            return (
+                "HessianBlocks logs nothing: the weights lie in shards (FSDP2), of which no second derivatives are "
+                "taken; watch the curvature in a run of the same model on one device or under DDP"
+            )
+        if run.loss is None or self._batch is None:
+            return "HessianBlocks logs nothing: it has seen no batch, or knows no loss; give it loss="
+        return "HessianBlocks logs nothing of a step in which parameters were frozen or unfrozen"
 
     def _hessian(self, loss: Callable[[], Tensor], params: Sequence[Tensor]) -> Hessian:
         """The exact one unless that fails, or differs from differences of gradients by more than they can be off."""
@@ -203,7 +220,7 @@ class HessianBlocks(Probe):
             f"spectral density of the Hessian's diagonal blocks, step {self.step}",
             across="eigenvalue",
             up="density",
-            log=True,
+            scale="log",
         )
         report.images["hessian/js_distance"] = figures.heat_map(
             shape.numpy(),
@@ -306,7 +323,7 @@ class HessianBlocks(Probe):
             labels = [str(k) for k in range(0, len(block), every)]
             report.images[f"hessian/entries/{e.role}"] = figures.heat_map(
                 size.log10().numpy(),
-                f"|h_ij|: {width} weights each of {rows} rows of {e.name}, step {self.step}",
+                f"Hessian entries |h_ij|: {width} weights of each of {rows} rows of {e.name}, step {self.step}",
                 rows=labels,
                 columns=labels,
                 across="weight; lines: rows",

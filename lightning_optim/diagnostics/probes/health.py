@@ -37,24 +37,31 @@ class Health(Probe):
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
         image_every: measurements between pictures; the first comes with the second measurement.
+        detail: whether everything measured becomes a scalar, too, not only what the charts show.
     """
 
     name = "health"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "update / weight": [r"health/update_to_weight/.*"],
-        "gradient RMS": [r"health/gradient_rms/.*"],
-        "update RMS": [r"health/update_rms/.*"],
-        "weight RMS": [r"health/weight_rms/.*"],
+        "RMS of update / RMS of weight, by role": [r"health/update_to_weight/.*"],
         "gradient norm": ["health/gradient_norm"],
         "effective learning rate": ["health/effective_lr"],
+        "share of clipped steps": ["health/clip_rate"],
+        "skipped and non-finite steps": [r"health/(skipped|nonfinite)_steps"],
+        "loss scale": [r"health/loss_scale(_drops)?"],
+    }
+    curves: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "health/gradient_rms": ("RMS of the gradient, by role", "RMS"),
+        "health/update_rms": ("RMS of the update, by role", "RMS"),
+        "health/weight_rms": ("RMS of the weights, by role", "RMS"),
     }
 
-    def __init__(self, every: int = 10, max_overhead: float = 0.01, image_every: int = 10) -> None:
-        super().__init__(every, max_overhead)
-        self.image_every = image_every
+    def __init__(
+        self, every: int = 10, max_overhead: float = 0.01, image_every: int = 10, detail: bool = False
+    ) -> None:
+        super().__init__(every, max_overhead, detail)
+        self.picture_every = image_every
         self.skipped = self.nonfinite = self.clipped = self.measured = self.drops = 0
         self.history = History()
-        self.drawn = 0
         self._samples: dict[int, Tensor] = {}
         self._scale: float | None = None
 
@@ -126,15 +133,14 @@ class Health(Probe):
 
     def _draw(self, found: list[view.Entry], ratios: Tensor, report: Report) -> None:
         self.history.add(self.step, ratios.clamp(min=1e-12).log10().tolist())
-        self.drawn += 1
-        if self.drawn == 2 or self.drawn % self.image_every == 0:
+        if self.draws():
             report.images["health/update_to_weight_by_layer"] = figures.heat_map(
                 self.history.table(),
-                "RMS of update / RMS of weight",
-                rows=[e.name for e in found],
+                "RMS of update / RMS of weight, by layer",
+                rows=figures.short([e.name for e in found]),
                 columns=[str(s) for s in self.history.steps],
-                across="step",
-                unit="log10",
+                across="optimizer step",
+                unit="log10 of ratio",
             )
 
 

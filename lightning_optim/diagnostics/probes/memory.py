@@ -35,6 +35,7 @@ class Memory(Probe):
         temporary: whether the step's temporaries are tracked operation by operation where the allocator has no peak
             counter; such a step is about 15 % slower.
         snapshot: file for the allocator's history when training runs out of memory (CUDA).
+        detail: whether everything measured becomes a scalar, too, not only what the charts show.
     """
 
     name = "memory"
@@ -42,8 +43,7 @@ class Memory(Probe):
         "memory by category (MiB)": [
             r"memory/(parameters|gradients|state|activations|temporary|communication|unattributed)"
         ],
-        "peaks (MiB)": [r"memory/(peak_.*|resident.*|allocated|reserved)"],
-        "optimizer state, predicted and measured (MiB)": [r"memory/state.*"],
+        "peaks (MiB)": [r"memory/(peak_.*|resident_peak)"],
     }
 
     def __init__(
@@ -53,8 +53,9 @@ class Memory(Probe):
         touch_peak: bool = True,
         temporary: bool = True,
         snapshot: Path | str | None = None,
+        detail: bool = False,
     ) -> None:
-        super().__init__(every, max_overhead)
+        super().__init__(every, max_overhead, detail)
         self.touch_peak, self.temporary = touch_peak, temporary
         self.snapshot = None if snapshot is None else Path(snapshot)
         self._saved: memory.SavedActivations | None = None

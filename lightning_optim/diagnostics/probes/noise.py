@@ -31,16 +31,20 @@ class GradientNoiseScale(Probe):
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
         beta: of the averages over measurements.
+        detail: whether everything measured becomes a scalar, too, not only what the charts show.
     """
 
     name = "noise"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "noise scale, in sequences": ["noise/scale_sequences", "noise/batch_sequences"],
-        "noise scale by role, in sequences": [r"noise/scale_sequences/.*"],
+        "noise scale and batch, in sequences": ["noise/(scale|batch)_sequences"],
+        "noise scale, in tokens": ["noise/scale_tokens"],
+    }
+    curves: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "noise/scale_sequences": ("gradient noise scale, by role", "sequences"),
     }
 
-    def __init__(self, every: int = 20, max_overhead: float = 0.01, beta: float = 0.9) -> None:
-        super().__init__(every, max_overhead)
+    def __init__(self, every: int = 20, max_overhead: float = 0.01, beta: float = 0.9, detail: bool = False) -> None:
+        super().__init__(every, max_overhead, detail)
         if not 0 <= beta < 1:
             raise ValueError(f"noise: beta must lie in [0, 1), got {beta}")
         self.beta = beta

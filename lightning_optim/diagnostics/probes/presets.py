@@ -37,7 +37,7 @@ USUAL: Mapping[type[Probe], int] = {
     PreconditionerRefresh: 25,
     GradientRank: 100,
     GradientNoiseScale: 20,
-    HessianBlocks: 500,
+    HessianBlocks: 1000,
 }
 """Steps between measurements; fewer in a run that is too short for a dozen of them."""
 
@@ -67,12 +67,17 @@ def preset(name: str, steps: int | None = None) -> list[tuple[type[Probe], dict[
 
 
 def layout_of(probes: Sequence[Probe]) -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's custom scalars: charts by probe.
+    """TensorBoard's custom scalars: charts by probe, those that have something to show.
+
+    Args:
+        probes: of one trainer.
 
     Returns:
         What `SummaryWriter.add_custom_scalars` takes.
     """
-    return {p.name: {title: ["Multiline", list(tags)] for title, tags in p.charts.items()} for p in probes if p.charts}
+    found = {p.name: p.layout() for p in probes if p.layout()}
+    found["diagnostics"] = {"share of training time, by callback": ["diagnostics/share/.*"]}
+    return {name: {title: ["Multiline", list(tags)] for title, tags in own.items()} for name, own in found.items()}
 
 
 def write(report: Any, writer: Any, step: int, folder: Path | None, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -20,7 +21,13 @@ MEASURES = (
     "stable_rank", "stable_rank_vs_gaussian", "eff_rank", "participation", "nuc_rank", "rank@90", "rank@99", "cond",
     "spec", "rms",
 )  # fmt: skip
-SCALARS = ("gradient.rank@90", "gradient.stable_rank_vs_gaussian", "update.stable_rank", "gradient.captured")
+SHOWN = {
+    "gradient.rank@90": ("rank that holds 90 % of the gradient's energy, by role", "rank"),
+    "gradient.stable_rank_vs_gaussian": ("stable rank of the gradient / of a Gaussian matrix, by role", "ratio"),
+    "update.stable_rank": ("stable rank of the update, by role", "rank"),
+    "gradient.captured": ("gradient's energy captured by the optimizer's basis, by role", "share"),
+}
+"""Measures that are curves, and scalars on request."""
 BASIS = 32
 """Leading columns of a full basis whose captured energy and drift are followed."""
 
@@ -28,13 +35,16 @@ BASIS = 32
 class GradientRank(Probe):
     """Rank measures of every matrix, whole under DDP and FSDP2.
 
-    Scalars by role, `rank/<kind>_<measure>/<role>`, are means over the layers; `scalars` chooses them out of the
-    kinds gradient, momentum, update and weight and the measures of `diagnostics.spectrum`. All of them are in the
-    table `rank/table`, layer by layer in the pictures and, with singular values' energies, in the arrays.
+    Means over the layers of a role, `rank/<kind>_<measure>/<role>`, are curves of four measures and scalars on
+    request; `scalars` chooses out of the kinds gradient, momentum, update and weight and the measures of
+    `diagnostics.spectrum`. All of them are in the table `rank/table`, layer by layer in the pictures and, with
+    singular values' energies, in the arrays.
 
     * `captured`: share of the gradient's energy in the optimizer's own basis (the 32 leading columns of a full one);
       `captured_at_refresh` and `rank/residual_gap`, what a basis of the present gradient would hold more.
-    * `rank/overlap`: chance-adjusted overlap of a basis with the one before its last change.
+    * `rank/overlap`: chance-adjusted overlap of a basis with that of the measurement before its last change; the
+      picture `rank/basis_cosines` has |u_i^T v_i| of its leading columns, by descending eigenvalue, one by one (mean
+      over the matrices; where eigenvalues are close columns pair wrongly, so read it beside the overlap).
     * `rank/orthogonality_error`, `singular_min`, `singular_max`, `outside_band`: of updates of rules that
       orthogonalise, without learning rate and shape scale; an error of 0.35 to 0.65 is normal for Newton-Schulz.
     * `rank/suggested`: the least multiple of 8 that holds 90 % of the gradient's energy in three of four matrices.
@@ -45,26 +55,30 @@ class GradientRank(Probe):
         scalars: `kind.measure` pairs that become scalars.
         ranks: of the energies.
         limit: longest small side of which the whole spectrum is computed.
+        detail: whether everything measured becomes a scalar, too, not only what the charts show.
     """
 
     name = "rank"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "gradient: rank that holds 90 % of the energy": [r"rank/gradient_rank@90/.*"],
-        "gradient: stable rank / that of a Gaussian matrix": [r"rank/gradient_stable_rank_vs_gaussian/.*"],
-        "update: stable rank": [r"rank/update_stable_rank/.*"],
-        "gradient: energy captured by the optimizer's basis": [r"rank/gradient_captured/.*"],
         "suggested rank": ["rank/suggested"],
+        "energy that a new basis would hold more": ["rank/residual_gap"],
+        "overlap of a basis with the one before": ["rank/overlap"],
+        "updates' distance from orthogonality, largest singular value": [r"rank/(orthogonality_error|singular_max)"],
+    }
+    curves: ClassVar[Mapping[str, tuple[str, str]]] = {
+        f"rank/{pair.replace('.', '_', 1)}": shown for pair, shown in SHOWN.items()
     }
 
     def __init__(
         self,
         every: int = 100,
         max_overhead: float = 0.02,
-        scalars: Sequence[str] = SCALARS,
+        scalars: Sequence[str] = (),
         ranks: Sequence[int] = (8, 32, 128),
         limit: int = spectrum.LIMIT,
+        detail: bool = False,
     ) -> None:
-        super().__init__(every, max_overhead)
+        super().__init__(every, max_overhead, detail)
         known = {*MEASURES, "captured", *(f"energy@{r}" for r in ranks)}
         for text in scalars:
             kind, _, measure = text.partition(".")
@@ -73,9 +87,13 @@ class GradientRank(Probe):
                     f"rank: no scalar {text!r}; kinds: {', '.join(KINDS)}; measures: {', '.join(sorted(known))}"
                 )
         self.scalars, self.ranks, self.limit = tuple(scalars), tuple(ranks), limit
-        self.history = History()
+        self.history, self.cosines = History(), History()
         self._start: dict[int, Tensor] = {}
         self._bases: dict[tuple[str, str], tuple[Tensor, float, float]] = {}
+
+    def _charts(self) -> dict[str, Sequence[str]]:
+        own = {f"{text}, by role": [re.escape("rank/" + text.replace(".", "_", 1)) + "/.*"] for text in self.scalars}
+        return {**super()._charts(), **own}
 
     def clear(self) -> None:  # noqa: D102
         self._start, self._bases = {}, {}
@@ -89,6 +107,7 @@ class GradientRank(Probe):
             return None
         keys = [f"{kind}.{m}" for kind in KINDS for m in (*MEASURES, *(f"energy@{r}" for r in self.ranks))]
         keys += ["gradient.captured", "at_refresh", "gap", "overlap", "orth", "smin", "smax", "outside"]
+        keys += [f"cosine@{i}" for i in range(1, BASIS + 1)]
         place = {k: i for i, k in enumerate(keys)}
         device = found[0].param.device
         table = torch.full((len(found), len(keys)), math.nan, dtype=torch.float64, device=device)
@@ -153,16 +172,19 @@ class GradientRank(Probe):
             g = (gradient if side == "left" else gradient.mT).to(q.dtype)
             held = float(subspace.captured(q, g).mean())
             seen = self._bases.get((e.name, side))
-            overlap, at_refresh = math.nan, held
+            overlap, at_refresh, cosines = math.nan, held, None
             if seen is not None and seen[0].shape == q.shape:
                 if torch.equal(seen[0], q):
                     _, overlap, at_refresh = seen
                 else:
                     overlap = float(subspace.adjusted_overlap(seen[0], q).mean())
+                    cosines = subspace.column_cosines(seen[0], q).flatten(0, -2).mean(0)
             self._bases[e.name, side] = q.clone(), overlap, at_refresh
             if held < out.get("gradient.captured", math.inf):
                 best = torch.stack([spectrum.energy(spectrum.singular_values(x), r) for x in g]).mean()
                 out = {"gradient.captured": held, "at_refresh": at_refresh, "gap": best - held, "overlap": overlap}
+                if cosines is not None:
+                    out |= {f"cosine@{i}": c for i, c in enumerate(cosines[:BASIS], start=1)}
         return out
 
     def _report(self, found: list[view.Entry], table: Tensor, place: dict[str, int]) -> Report:
@@ -173,7 +195,7 @@ class GradientRank(Probe):
             column = table[:, place[key]] if members is None else table[list(members), place[key]]
             return float(column.nanmean())
 
-        for text in self.scalars:
+        for text in {**SHOWN, **dict.fromkeys(self.scalars)}:
             tag = "rank/" + text.replace(".", "_", 1)
             report.scalars |= {f"{tag}/{role}": mean(text, members) for role, members in roles.items()}
         names = {
@@ -205,23 +227,35 @@ class GradientRank(Probe):
 
     def _draw(self, found: list[view.Entry], table: Tensor, place: dict[str, int], report: Report) -> None:
         self.history.add(self.step, table[:, place["gradient.rank@90"]].tolist())
-        names = [e.name for e in found]
+        names = figures.short([e.name for e in found])
         if any(not math.isnan(x) for x in self.history.columns[-1]):
             report.images["rank/gradient_rank@90_by_layer"] = figures.heat_map(
                 self.history.table(),
-                "rank that holds 90 % of the gradient's energy",
+                "rank that holds 90 % of the gradient's energy, by layer",
                 rows=names,
                 columns=[str(s) for s in self.history.steps],
-                across="step",
+                across="optimizer step",
                 unit="rank",
+            )
+        cosines = torch.stack([table[:, place[f"cosine@{i}"]].nanmean() for i in range(1, BASIS + 1)])
+        if not cosines.isnan().all():
+            self.cosines.add(self.step, cosines.tolist())
+            report.images["rank/basis_cosines"] = figures.heat_map(
+                self.cosines.table(),
+                "|cosine| of a column of the optimizer's basis with the same one of the measurement before",
+                rows=[str(i) for i in range(1, BASIS + 1)],
+                columns=[str(s) for s in self.cosines.steps],
+                across="optimizer step; rows: columns of the basis by descending eigenvalue",
+                unit="mean |cosine|",
+                bounds=(0.0, 1.0),
             )
         columns = [k for k in KINDS if not table[:, place[f"{k}.stable_rank_vs_gaussian"]].isnan().all()]
         report.images["rank/stable_rank_by_layer"] = figures.heat_map(
             torch.stack([table[:, place[f"{k}.stable_rank_vs_gaussian"]] for k in columns], 1).numpy(),
-            f"stable rank / that of a Gaussian matrix, step {self.step}",
+            f"stable rank / that of a Gaussian matrix, by layer, step {self.step}",
             rows=names,
             columns=columns,
-            across="kind",
+            across="of what",
             unit="ratio",
         )
 

@@ -36,14 +36,19 @@ class PreconditionerRefresh(Probe):
         schedule: step to policy: from that optimizer step on it replaces the one before.
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
+        detail: whether everything measured becomes a scalar, too, not only what the charts show.
     """
 
     name = "refresh"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "share of step time": ["refresh/share_of_step"],
-        "age of costly state (steps)": [r"refresh/age_.*"],
-        "staleness": [r"refresh/staleness_.*"],
-        "reasons": [r"refresh/reason/.*"],
+        "share of training time that refreshes take": ["refresh/share_of_step"],
+        "refreshes since the last measurement": ["refresh/count"],
+        "age of the oldest costly state (steps)": ["refresh/age_max"],
+        "mean staleness of costly state": ["refresh/staleness_mean"],
+        "drift: 1 - overlap of new and replaced state": ["refresh/drift"],
+    }
+    curves: ClassVar[Mapping[str, tuple[str, str]]] = {
+        "refresh/reason": ("refreshes since the last measurement, by reason", "number"),
     }
 
     def __init__(
@@ -52,8 +57,9 @@ class PreconditionerRefresh(Probe):
         schedule: Mapping[int, str] | None = None,
         every: int = 25,
         max_overhead: float = 0.01,
+        detail: bool = False,
     ) -> None:
-        super().__init__(every, max_overhead)
+        super().__init__(every, max_overhead, detail)
         self.schedule = dict(sorted((int(step), text) for step, text in (schedule or {}).items()))
         if policy is not None:
             self.schedule = {0: policy} | self.schedule
@@ -179,11 +185,11 @@ class PreconditionerRefresh(Probe):
         if len(self.history.steps) > 1:
             report.images["refresh/raster"] = figures.heat_map(
                 self.history.table(),
-                "refreshes: age of the replaced state (grey: none)",
-                rows=names,
+                "refreshes: age of the state that was replaced",
+                rows=figures.short(names),
                 columns=[str(x) for x in self.history.steps],
-                across="step",
-                unit="steps",
+                across="optimizer step",
+                unit="steps of age",
             )
         report.arrays = {"names": names, "age": age, "staleness": staleness, "refreshed_at_age": marks}
         report.scalars = report.finite()

@@ -1,0 +1,56 @@
+"""Who owns what, kept true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_optim.core.executor import Executor
+from lightning_optim.plan import Owners
+
+
+class RoleTable(Callback):
+    """Writes what every parameter is, which rule has it, why, and how much state that takes.
+
+    The table is the text `roles` in TensorBoard and `roles.md` in the trainer's `log_dir`, beside the checkpoints, and
+    is written anew as soon as parameters are frozen, unfrozen or added. A trainer without logger and checkpoints gets
+    no file. Of an optimizer that is not ours it says nothing. `HybridOptimizer` does the same by itself.
+    """
+
+    def __init__(self) -> None:
+        self._table = Owners()
+        self._folder: Path | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out where the table is to be written, on all ranks.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+        """
+        folder = trainer.log_dir if trainer.loggers or trainer.checkpoint_callbacks else None
+        self._folder, self._table = Path(folder) if folder else None, Owners()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Write the table if it is no longer true.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+            batch: not looked at.
+            batch_idx: not looked at.
+        """
+        optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        if self._folder is None or not trainer.is_global_zero or not isinstance(optimizer, Executor):
+            return
+        text = self._table.news(pl_module, optimizer, trainer.global_step)
+        if text is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / "roles.md").write_text(text, encoding="utf-8")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("roles", text, trainer.global_step)
