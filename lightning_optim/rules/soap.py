@@ -46,6 +46,7 @@ class SOAP(Rule):
 
     name: ClassVar = "soap"
     source: ClassVar = "Vyas et al. 2024, arXiv:2409.11321, Alg. 3; order of operations of the authors' code"
+    search: ClassVar = Rule.search | {"betas": ((0.95, 0.95), (0.9, 0.95))}
     decay: ClassVar = "after"
     costly: ClassVar = ("basis_left", "basis_right")
 
