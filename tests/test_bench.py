@@ -81,7 +81,8 @@ def test_every_search_space_can_be_searched(name: str) -> None:
         trial = trial_at(Setup(), name, point, centre=2e-3, size=(128, 256))
         seen.add(trial.key)
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.config["settings"].items()}
-        rule(lr=trial.lr, weight_decay=decay(rule, 0.1), **settings).validate()
+        settings |= {"lr": trial.lr, "weight_decay": decay(rule, 0.1)}
+        rule(**settings).validate()
     assert len(seen) == len(losses) == math.prod(map(len, rule.search.values())) >= 6
 
 
@@ -202,7 +203,7 @@ def test_a_second_run_of_the_same_command_does_nothing(tmp_path: Path, cache: Pa
 
 
 def test_a_killed_run_loses_the_trial_in_progress_at_most(tmp_path: Path, cache: Path) -> None:
-    words = command(tmp_path, cache, "--tokens", "32768", "--trials", "3", "--optim", "adamw")
+    words = command(tmp_path, cache, "--tokens", "16384", "--trials", "3", "--optim", "adamw")
     path = tmp_path / "trials.jsonl"
     process = subprocess.Popen([sys.executable, "-m", "lightning_optim", "bench", *words], cwd=ROOT)
     deadline = time.monotonic() + 120
@@ -246,7 +247,7 @@ def test_what_an_optimizer_raises_is_a_result(tmp_path: Path, cache: Path, monke
 
 def test_others_search_around_adamws_best(tmp_path: Path, cache: Path) -> None:
     queue = Queue(workspace(tmp_path, cache))
-    setup = dataclasses.replace(TOY, tokens=16 * 4 * 64)
+    setup = dataclasses.replace(TOY, tokens=6 * 4 * 64)
     assert search(queue, setup, ["adamw", "lion", "sgd"], 3, 0, 1e-3)
     tuned = best(queue.workspace.ledger, setup, "adamw", 0)
     assert tuned is not None
@@ -367,6 +368,7 @@ def test_functions_become_prompts_and_completions() -> None:
     assert put["prompt"] == 'def put(self, x):\n    """Put x in."""\n' and put["completion"] == "    self.x = x"
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing\\w*. is deprecated:FutureWarning")  # by peft and trl
 @pytest.mark.parametrize("regime", ["continue", "full", "lora", "dpo"])
 def test_regimes_go_on_from_a_pretraining(tmp_path: Path, cache: Path, regime: str, capsys: Any) -> None:
     start = command(tmp_path, cache, "--tokens", "4096", "--trials", "1", "--optim", "adamw")
@@ -585,7 +587,9 @@ def test_what_was_not_measured_says_so(ledger: Ledger, tmp_path: Path) -> None:
     rows = list(report.claims([], []).rows)
     assert len(rows) == len(CLAIMS) and {row[3] for row in rows} == {"not measured"} and all(map(all, rows))
     measured = {row[1]: row[3] for row in report.claims(studies(ledger), []).rows}
-    assert measured["Muon needs about half of AdamW's FLOPs for the same loss"].startswith("1.556 ± 0.222 times fewer")
+    assert str(measured["Muon needs about half of AdamW's FLOPs for the same loss"]).startswith(
+        "1.556 ± 0.222 times fewer"
+    )
     empty = page.markdown(report.build(Ledger(tmp_path / "none.jsonl")))
     assert "weights and runs" not in empty and "not measured" in empty
 

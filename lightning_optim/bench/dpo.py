@@ -39,7 +39,8 @@ def train_dpo(
     """
     try:
         from datasets import Dataset
-        from trl import DPOConfig, DPOTrainer
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
     except ImportError as e:
         raise ValueError(f"--regime dpo needs TRL (pip install trl): {e}") from e
     from lightning_optim.bench.trial import schedule
@@ -57,7 +58,7 @@ def train_dpo(
             gradient_accumulation_steps=max(1, setup.batch // (setup.microbatch or setup.batch)),
             per_device_eval_batch_size=32,
             max_length=task.facts["context"],
-            max_grad_norm=setup.clip or None,
+            max_grad_norm=setup.clip,
             bf16=setup.precision == "autocast",
             gradient_checkpointing=False,
             seed=trial.seed,

@@ -161,7 +161,7 @@ def precision(module: nn.Module, optim: Executor, config: Setup) -> dict[str, An
                 state.setdefault(slot, set()).add(dtype_name(value.dtype))
     rules = {rule_of(g).name: rule_of(g) for g in optim.param_groups}
     costly = {slot for rule in rules.values() for slot in rule.costly}
-    iterations = {getattr(r, "ns_dtype", None) for r in rules.values()} - {None}
+    iterations: set[str] = {r.ns_dtype for r in rules.values() if hasattr(r, "ns_dtype")}  # pyright: ignore
     rounding = {g["param_rounding"] for g in optim.param_groups}
     return {
         "weights": " and ".join(weights),

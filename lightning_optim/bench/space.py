@@ -121,7 +121,7 @@ def read_trial(config: Mapping[str, Any]) -> Trial:
         The trial.
     """
     names = {f.name for f in dataclasses.fields(Setup)}
-    shared = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
+    shared: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
     return Trial(Setup(**shared), config["optimizer"], config["lr"], config["settings"], config["seed"])
 
 
@@ -334,7 +334,7 @@ def ablation_trials(
     for optimizer, variants in chosen.variants.items():
         shared = fitted(lookup(optimizer), size)
         for label, given in variants.items():
-            settings = shared | given
+            settings = {**shared, **given}
             if "leading" in settings and "rank" in given:  # Alice's, in proportion
                 settings["leading"] = max(1, given["rank"] * shared["leading"] // shared["rank"])
             out.append((optimizer, label, Trial(setup, optimizer, lr[optimizer], settings, seed)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torchmetrics.functional.regression import kendall_rank_corrcoef
@@ -61,7 +62,7 @@ def reaches(curve: Sequence[Mapping[str, float]], target: float, axis: str) -> f
     return None
 
 
-def tau(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> float:
+def tau(first: Mapping[str, float], second: Mapping[str, float]) -> float:
     """Kendall's tau-b between two orders of the same things.
 
     Args:
@@ -74,8 +75,8 @@ def tau(first: Mapping[Hashable, float], second: Mapping[Hashable, float]) -> fl
     both = [key for key in first if key in second]
     if len(both) < 2:
         return math.nan
-    columns = (torch.tensor([values[key] for key in both], dtype=torch.float64) for values in (first, second))
-    return float(kendall_rank_corrcoef(*columns))
+    a, b = (torch.tensor([values[key] for key in both], dtype=torch.float64) for values in (first, second))
+    return float(cast("torch.Tensor", kendall_rank_corrcoef(a, b)))
 
 
 def kept(

@@ -255,7 +255,7 @@ def build(model: nn.Module, trial: Trial) -> Executor:
     Returns:
         With the groups that `build_optimizer` makes.
     """
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.settings.items()}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.settings.items()}
     rate = decay(lookup(trial.optimizer), trial.setup.weight_decay)
     return build_optimizer(model, trial.optimizer, lr=trial.lr, weight_decay=rate, seed=trial.seed, **given)
 
