@@ -28,7 +28,6 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, get_peft_model
 from records import Row, collate, pack, read_records, samples, stream
-from text import standard_library
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -42,6 +41,7 @@ from transformers import (
 )
 
 from hf_integration import Consolidate, KeepSchedule, RoleTable, TrainingArguments, diagnostics, last_checkpoint
+from lightning_optim.bench.text import standard_library
 
 PRETRAINED = "runs/pretrain/model"
 MAX_BLOCK = 1024

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import time
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,72 +25,20 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQ
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from text import read, standard_library, unigram_entropy
-from tokens import EOS, PAD, Batches, encode, shuffled, train_tokenizer
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lightning_optim import configure_optimizers
+from lightning_optim.bench.models import PRESETS, build_model
+from lightning_optim.bench.text import texts, unigram_entropy
+from lightning_optim.bench.tokens import Batches, encode, shuffled, train_tokenizer
 from lightning_optim.callbacks import RoleTable, diagnostics
 from lightning_optim.lightning import SCHEDULES
 from lightning_optim.optimizers import CLASSES
 
-
-@dataclass(frozen=True)
-class Preset:
-    """The shape of a model."""
-
-    vocabulary: int
-    context: int
-    width: int
-    inner: int
-    """Width of the MLP."""
-    layers: int
-    heads: int
-    tied: bool = False
-    """Whether the output layer is the embedding."""
-
-
-PRESETS = {
-    "tiny": Preset(1024, 64, 128, 352, 2, 4, tied=True),
-    "small": Preset(4096, 256, 384, 1056, 6, 6, tied=True),
-    # The shapes of Zhao et al. 2024, arXiv:2403.03507 (GaLore). From 60m on they are Table 10 of Gong et al. 2025,
-    # arXiv:2502.07752 (RACS, Alice), whose last row is wrong: the memory it reports is that of this 1b.
-    "9m": Preset(32_000, 256, 128, 352, 4, 4),
-    "60m": Preset(32_000, 256, 512, 1376, 8, 8),
-    "130m": Preset(32_000, 256, 768, 2048, 12, 12),
-    "350m": Preset(32_000, 256, 1024, 2736, 24, 16),
-    "1b": Preset(32_000, 256, 2048, 5461, 24, 32),
-}
 VALIDATION_TOKENS = 2**15
-
-
-def texts(files: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Texts to train on and texts held out: other files of the standard library, or the end of each user's file."""
-    if not files:
-        return read(standard_library("pretrain")), read(standard_library("validation"))
-    found = read(Path(file) for file in files)
-    return [t[: len(t) * 19 // 20] for t in found], [t[len(t) * 19 // 20 :] for t in found]
-
-
-def build_model(vocabulary: int, preset: Preset) -> LlamaForCausalLM:
-    """A new model of this shape."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=preset.width,
-        intermediate_size=preset.inner,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.heads,
-        max_position_embeddings=preset.context,
-        tie_word_embeddings=preset.tied,
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    return LlamaForCausalLM(config)
 
 
 class Pretraining(L.LightningModule):

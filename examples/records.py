@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from text import blocks
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+
+from lightning_optim.bench.text import blocks
 
 IGNORE = -100
 """Label of a token without a loss."""

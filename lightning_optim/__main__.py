@@ -1,9 +1,10 @@
-"""Command line: `python -m lightning_optim list | recipes | plan`."""
+"""Command line: `python -m lightning_optim list | recipes | plan | bench`."""
 
 from __future__ import annotations
 
 import argparse
 import ast
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,18 @@ from lightning_optim.recipes import PRESETS, RECIPES, find
 
 def main() -> None:
     """Parse the command line and run a command."""
+    if sys.argv[1:2] == ["bench"]:
+        from lightning_optim.bench.__main__ import main as bench  # needs more than torch
+
+        bench(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m lightning_optim", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="print the optimizers, what they work on and their state")
     listing.set_defaults(run=list_optimizers)
     listing = commands.add_parser("recipes", help="print the named recipes, their settings and where they are from")
     listing.set_defaults(run=list_recipes)
+    commands.add_parser("bench", help="benchmark optimizers with equal tuning budgets", add_help=False)
     planning = commands.add_parser(
         "plan",
         help="print which rule every parameter of a model gets, why, and its state",

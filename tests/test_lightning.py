@@ -317,6 +317,7 @@ def test_presets_have_the_published_sizes(monkeypatch: pytest.MonkeyPatch) -> No
             model = example.build_model(preset.vocabulary, preset)
         found[name] = sum(p.numel() for p in model.parameters())
     assert found == {
+        "micro": 166_208,
         "tiny": 533_120,
         "small": 12_415_872,
         "9m": 8_995_968,

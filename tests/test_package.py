@@ -55,7 +55,8 @@ ALLOWED = {
     "docs": {"core", "optimizers"},
     "lightning": {"core", "factory", "partition", "recipes", "schedule"},
     "plan": {"core", "factory", "partition"},
-    "__main__": {"core", "docs", "factory", "partition", "plan", "recipes"},
+    "bench": {"bench", "core", "diagnostics", "factory", "optimizers", "refresh"},
+    "__main__": {"bench.__main__", "core", "docs", "factory", "partition", "plan", "recipes"},
 }
 
 
@@ -72,8 +73,9 @@ def test_imports_go_one_way() -> None:
             if home in ("ops", "rules"):
                 assert not name.startswith("torch.distributed"), f"{path.name} imports {name}"
                 assert "executor" not in name and "layout" not in name, f"{path.name} imports {name}"
-            if home not in ("lightning", "__main__"):
+            if home not in ("lightning", "bench", "__main__"):
                 assert name.split(".")[0] not in ("lightning", "transformers", "peft"), f"{path.name} imports {name}"
+            assert home in ("bench", "__main__") or not name.startswith("lightning_optim.bench"), f"{path.name}: {name}"
     leaves = [p for d in ("hf_integration", "callbacks", "examples") for p in (ROOT / d).rglob("*.py")]
     for path in [*package.rglob("*.py"), *leaves]:
         assert not any(n.split(".")[0] in ("examples", "callbacks") for n in imported(path)), path

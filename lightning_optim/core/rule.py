@@ -144,6 +144,9 @@ class Rule:
     """Hyperparameters that `lr_convention="adamw"` sets so that `rms` is known."""
     signed: ClassVar[frozenset[str]] = frozenset()
     """Hyperparameters that may be negative."""
+    search: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (1.0, 2.0, 0.5, 4.0, 0.25, 8.0, 0.125)}
+    """What `python -m lightning_optim bench` tries, likeliest first: under `lr` factors of AdamW's tuned learning rate
+    (of the default of `lr`, where `rms` gives no scale), and at most one more hyperparameter."""
 
     def __init_subclass__(cls) -> None:
         """Register the rule under its name.

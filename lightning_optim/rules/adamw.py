@@ -40,6 +40,7 @@ class AdamW(Rule):
 
     name: ClassVar = "adamw"
     source: ClassVar = "Loshchilov & Hutter 2019, arXiv:1711.05101, Alg. 2"
+    search: ClassVar = Rule.search | {"betas": ((0.9, 0.999), (0.9, 0.95))}
     state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
     elementwise: ClassVar = True
 

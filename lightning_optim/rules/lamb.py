@@ -42,6 +42,7 @@ class LAMB(Rule):
 
     name: ClassVar = "lamb"
     source: ClassVar = "You et al. 2020, arXiv:1904.00962, Alg. 2"
+    search: ClassVar = {"lr": (10.0, 20.0, 5.0, 40.0, 2.5, 80.0, 1.25)}
     state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
     reduces: ClassVar = True
     reads_param: ClassVar = True

@@ -32,6 +32,7 @@ class LOMO(Rule):
 
     name: ClassVar = "lomo"
     source: ClassVar = "Lv et al. 2023, arXiv:2306.09782, Alg. 1"
+    search: ClassVar = {"lr": (300.0, 1000.0, 100.0, 3000.0, 30.0, 10_000.0, 10.0)}
     elementwise: ClassVar = True
 
     def validate(self) -> None:

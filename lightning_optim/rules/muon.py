@@ -61,6 +61,7 @@ class Muon(Rule):
 
     name: ClassVar = "muon"
     source: ClassVar = "Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982"
+    search: ClassVar = Rule.search | {"momentum": (0.95, 0.9)}
     state: ClassVar = {"momentum_buffer": zeros("mn")}
     vectors: ClassVar = False
     signed: ClassVar = frozenset({"ns_coefficients"})

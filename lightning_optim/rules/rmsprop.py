@@ -36,6 +36,7 @@ class RMSprop(Rule):
 
     name: ClassVar = "rmsprop"
     source: ClassVar = "Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, arXiv:1308.0850; as in torch"
+    search: ClassVar = {"lr": (0.1, 0.2, 0.05, 0.4, 0.025, 0.8, 1.0)}
     elementwise: ClassVar = True
     decay: ClassVar = "coupled"
 

@@ -30,6 +30,7 @@ class SGD(Rule):
 
     name: ClassVar = "sgd"
     source: ClassVar = "Sutskever et al. 2013, On the importance of initialization and momentum; as torch.optim.SGD"
+    search: ClassVar = {"lr": (300.0, 100.0, 1000.0, 30.0, 3000.0), "momentum": (0.9, 0.0)}
     elementwise: ClassVar = True
     decay: ClassVar = "coupled"
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
 from lightning_optim.ops.moments import adam_moments, bias_corrections
 from lightning_optim.ops.norms import rms
 from lightning_optim.ops.projection import lift, project
@@ -46,6 +46,7 @@ class SOAP(Rotated):
 
     name: ClassVar = "soap"
     source: ClassVar = "Vyas et al. 2024, arXiv:2409.11321, Alg. 3; order of operations of the authors' code"
+    search: ClassVar = Rule.search | {"betas": ((0.95, 0.95), (0.9, 0.95))}
     decay: ClassVar = "after"
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102

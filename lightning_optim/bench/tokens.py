@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from text import blocks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+
+from lightning_optim.bench.text import blocks
 
 SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
 EOS, PAD = 0, 1  # their ids: a trainer of tokenizers numbers the special ones first

@@ -45,6 +45,22 @@ def read(paths: Iterable[Path]) -> list[str]:
     return [t for t in texts if t.strip()]
 
 
+def texts(files: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Texts to train on and texts held out.
+
+    Args:
+        files: text files, of which the last twentieth is held out; none for files of the standard library, some of
+            which are held out whole.
+
+    Returns:
+        Both.
+    """
+    if not files:
+        return read(standard_library("pretrain")), read(standard_library("validation"))
+    found = read(Path(file) for file in files)
+    return [t[: len(t) * 19 // 20] for t in found], [t[len(t) * 19 // 20 :] for t in found]
+
+
 def blocks(token_ids: Sequence[int], length: int) -> Tensor:
     """Cut a stream of tokens into rows.
 

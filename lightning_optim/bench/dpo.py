@@ -1,0 +1,102 @@
+"""Preference tuning of a trial, by TRL's `DPOTrainer` with our optimizer and schedule."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback
+
+from lightning_optim.bench.models import size_of
+from lightning_optim.bench.space import Trial
+from lightning_optim.core.executor import Executor
+
+if TYPE_CHECKING:
+    from lightning_optim.bench.tasks import Task
+    from lightning_optim.bench.trial import Run, Stopwatch
+
+
+def train_dpo(
+    trial: Trial, model: nn.Module, optimizer: Executor, task: Task, run: Run, total: Stopwatch, stepping: Stopwatch
+) -> None:
+    """Train on preferences; the score is the share of held-out pairs in which the chosen one is preferred.
+
+    Args:
+        trial: what to run.
+        model: trained; the reference is a copy of it.
+        optimizer: of the model.
+        task: with preferences.
+        run: filled with what is found.
+        total: measures training without evaluation.
+        stepping: measures the optimizer.
+
+    Raises:
+        ValueError: TRL is not installed.
+    """
+    try:
+        from datasets import Dataset
+        from trl.trainer.dpo_config import DPOConfig
+        from trl.trainer.dpo_trainer import DPOTrainer
+    except ImportError as e:
+        raise ValueError(f"--regime dpo needs TRL (pip install trl): {e}") from e
+    from lightning_optim.bench.trial import schedule
+
+    setup, steps = trial.setup, size_of(trial.setup)[1]
+    optimizer.register_step_pre_hook(stepping.start)
+    optimizer.register_step_post_hook(stepping.stop)
+    scheduler = LambdaLR(optimizer, lambda step: schedule(setup, (step + 1) / steps))
+    train, held_out = (Dataset.from_list(part) for part in task.preferences)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = DPOConfig(
+            folder,
+            max_steps=steps,
+            per_device_train_batch_size=setup.microbatch or setup.batch,
+            gradient_accumulation_steps=max(1, setup.batch // (setup.microbatch or setup.batch)),
+            per_device_eval_batch_size=32,
+            max_length=task.facts["context"],
+            max_grad_norm=setup.clip,
+            bf16=setup.precision == "autocast",
+            gradient_checkpointing=False,
+            seed=trial.seed,
+            data_seed=trial.seed,
+            use_cpu=setup.device == "cpu",
+            dataloader_pin_memory=setup.device != "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = DPOTrainer(
+            model,  # pyright: ignore[reportArgumentType]
+            ref_model=copy.deepcopy(model),  # pyright: ignore[reportArgumentType]
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=held_out.select(range(min(len(held_out), 128))),
+            processing_class=task.tokenizer,
+            optimizers=(optimizer, scheduler),
+        )
+        trainer.remove_callback(PrinterCallback)
+
+        def look() -> None:
+            found: dict[str, Any] = trainer.evaluate()
+            point = {"step": run.steps, "tokens": run.tokens, "loss": found["eval_loss"]}
+            if not math.isfinite(point["loss"]):
+                return run.diverged(f"evaluation loss not finite after {run.steps} steps")
+            point |= {"score": found["eval_rewards/accuracies"]}
+            run.curve.append(point | {"seconds": total.seconds, "cpu_seconds": total.cpu_seconds})
+            return None
+
+        look()
+        try:
+            with total.running():
+                trainer.train()
+        except FloatingPointError as e:
+            return run.diverged(str(e).split(";")[0])
+        run.steps = trainer.state.global_step
+        run.tokens = run.steps * setup.batch * task.facts["context"]
+        look()
+    return None

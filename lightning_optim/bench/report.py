@@ -1,0 +1,575 @@
+"""The report: from the ledger's lines to `report.md` and `report.html`. What was not measured is said not to be."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import cast
+
+from lightning_optim.bench.claims import CLAIMS
+from lightning_optim.bench.ledger import Ledger
+from lightning_optim.bench.page import NOTHING, Block, Cell, Chart, Heading, Table, Text, markdown, page
+from lightning_optim.bench.run import SEARCH
+from lightning_optim.bench.space import REGIMES, TRACKS, follows_adamw
+from lightning_optim.bench.statistics import front, kept, power_law, spread, tau
+from lightning_optim.bench.studies import BASELINE, Study, Variant, studies, tuned_besides, variants
+from lightning_optim.core.rule import REGISTRY
+
+MIB = 2**20
+SHOWN = 10
+"""Lines in a chart: AdamW's and the best."""
+NEIGHBOURS = (0.25, 0.5, 2.0, 4.0)
+"""Multiples of the best learning rate at which sensitivity is shown."""
+
+
+def build(ledger: Ledger) -> list[Block]:
+    """The whole report.
+
+    Args:
+        ledger: all trials.
+
+    Returns:
+        Blocks in order.
+    """
+    found, forms = studies(ledger), variants(ledger)
+    compared = [s for s in found if s.searched]
+    pretrained = [s for s in compared if s.setup.regime == "pretrain" and s.setup.track == "model"]
+    blocks: list[Block] = [Heading("Optimizers compared", 1), *limits(ledger, compared), *which(compared)]
+    for study in pretrained:
+        blocks += comparison(study)
+    blocks += [Heading("Over model sizes"), *sizes(pretrained)]
+    blocks += [Heading("With the same memory or time"), *resources(compared)]
+    blocks += [Heading("Fine-tuning"), *finetuning(compared)]
+    blocks += [Heading("Learning rate taken over from AdamW"), *transfer(pretrained)]
+    blocks += [Heading("Ablations"), *ablated(forms)]
+    blocks += [Heading("What papers claim, and what was measured here"), claims(found, forms)]
+    blocks += [Heading("Search spaces"), *spaces(compared), Heading("Precision"), *precision(compared)]
+    return [*blocks, Heading("Runs that did not end well"), failures(ledger)]
+
+
+def title(study: Study) -> str:
+    """What a study is, in a line.
+
+    Args:
+        study: any.
+
+    Returns:
+        Regime, model, tokens and what else differs from the usual.
+    """
+    s = study.setup
+    words = [REGIMES[s.regime].capitalize(), s.model + (" with an output layer of its own" if s.untied else "")]
+    words += [f"pretrained with {s.start.partition('@')[0]}"] if s.start else []
+    words += [f"{s.tokens:,} tokens"] if s.track != "seconds" else []
+    words += [TRACKS[s.track]] if s.track != "model" else []
+    return ", ".join([*words, *([s.precision] if s.precision != "float32" else [])])
+
+
+def limits(ledger: Ledger, compared: Sequence[Study]) -> list[Block]:
+    """How far the evidence goes.
+
+    Args:
+        ledger: all trials.
+        compared: studies with a search.
+
+    Returns:
+        Blocks.
+    """
+    lines = [line for line in ledger if "model" in line]
+    if not lines:
+        return [Text(NOTHING)]
+    parameters = sorted({line["model"]["parameters"] for line in lines})
+    tokens = sorted({line["tokens"] for line in lines if line["status"] == "ok"})
+    machines = sorted({f"{line['setup']['hardware']}, {line['setup']['threads']} thread(s)" for line in lines})
+    seconds = sum(line["time"]["cpu_seconds"] for line in lines)
+    seeds = max((study.loss(n).count for study in compared for n in study.tuned), default=0)
+    versions = sorted({", ".join(f"{k} {v}" for k, v in line["versions"].items()) for line in lines})
+    said = [
+        f"{len(lines)} runs, {seconds / 3600:.2f} processor hours of training on {'; '.join(machines)}.",
+        f"Everything below holds at this scale: models of {parameters[0]:,} to {parameters[-1]:,} weights"
+        f" and runs of at most {max(tokens, default=0):,} tokens, one corpus, one batch size, one schedule.",
+        "Orders at this scale are not those of large models: there, noise, batch and length of training differ.",
+        f"At most {seeds} seed(s) per number. The seed that a learning rate was chosen on is among them, which flatters"
+        " every optimizer alike. An optimizer's trials differ in learning rate and at most one more hyperparameter;"
+        " weight decay, warm-up, schedule, clipping and batch are shared and were not tuned.",
+        "Crossings of a target are read off curves of one schedule length, where the learning rate is still high; runs"
+        " of that length with their own schedule would cross earlier.",
+        "On a CPU time is processor time of the process; it says what an implementation costs on this machine, not what"
+        " an algorithm costs on an accelerator. Peak memory is measured over two steps: weights, gradients, state,"
+        " activations and what operations return; what a fused kernel allocates inside itself is not seen. Predicted is"
+        " the sum of weights, state, and the larger of gradients and what autograd keeps.",
+    ]
+    return [Text(" ".join(said)), Text("Versions: " + "; ".join(versions) + ".")]
+
+
+def which(compared: Sequence[Study]) -> list[Block]:
+    """One line per study: what to take.
+
+    Args:
+        compared: studies with a search.
+
+    Returns:
+        Blocks.
+    """
+    rows: list[list[Cell]] = []
+    for study in compared:
+        names = study.tuned
+        if len(names) < 2:
+            continue
+        best = min(names, key=lambda n: study.loss(n).mean)
+        ties = [n for n in names if n != best and _tied(study, best, n)]
+        times = {n: t for n in names if (t := _mean(study.to_target(n, study.clock))) is not None}
+        fastest = min(times, key=lambda n: times[n])
+        no_worse = [n for n in names if study.loss(n).mean <= study.loss(BASELINE).mean]
+        leanest = min(no_worse, key=lambda n: (_memory(study, n, "state"), study.loss(n).mean))
+        rows.append([
+            title(study),
+            f"{best} ({study.loss(best)})",
+            ", ".join(ties) or ("none" if study.loss(best).count > 1 else "unknown: one seed"),
+            f"{fastest} ({times[fastest]:.2f} of AdamW's time)",
+            f"{leanest} ({_memory(study, leanest, 'state') / _memory(study, BASELINE, 'state'):.0%} of AdamW's state)",
+        ])
+    head = [
+        "regime",
+        "lowest loss",
+        "not told from it",
+        "first at AdamW's last loss",
+        "least state, no worse than AdamW",
+    ]
+    said = (
+        "At this scale, and by the mean over the seeds there are. Not told from it: less than two standard errors away."
+    )
+    return [Heading("Which one"), Text(said), Table(head, rows)]
+
+
+def comparison(study: Study) -> list[Block]:
+    """Everything about one pretraining.
+
+    Args:
+        study: of one model and number of tokens.
+
+    Returns:
+        Blocks.
+    """
+    names = study.tuned
+    blocks: list[Block] = [Heading(title(study))]
+    if study.unfinished:
+        blocks.append(Text("Left out: " + "; ".join(study.unfinished) + "."))
+    if not names:
+        return [*blocks, Text(NOTHING)]
+    budget = len(study.searched[BASELINE])
+    blocks += [
+        Text(
+            f"{budget} trials per optimizer, AdamW included; the one with the lowest validation loss was chosen and"
+            " run on the other seeds. Mean ± standard error over seeds. Tokens and time are what is needed to AdamW's"
+            " last loss on the same seed, AdamW's own need being 1."
+        ),
+        _losses(study, names),
+        _costs(study, names),
+    ]
+    top = [BASELINE, *[n for n in names if n != BASELINE][: SHOWN - 1]]
+    for axis, label, unit in (("tokens", "tokens", 1e3), (study.clock, "seconds of training", 1.0)):
+        lines = {n: [(p[axis] / unit, p["loss"]) for p in _first(study, n)["curve"][1:]] for n in top}
+        blocks.append(
+            Chart(f"Validation loss, {title(study)}", f"thousand {label}" if unit > 1 else label, "loss", lines)
+        )
+    return [*blocks, *_sensitivity(study, names, top), *_fronts(study, names), *_order(study, names)]
+
+
+def _losses(study: Study, names: Sequence[str]) -> Table:
+    rows: list[list[Cell]] = []
+    for name in names:
+        chosen, search = _first(study, name), study.searched[name]
+        besides = ", ".join(f"{k}={v}" for k, v in tuned_besides(chosen, search).items())
+        ended = sum(line["status"] == "ok" for line in search)
+        edge = " (edge of the grid)" if study.at_edge(name) else ""
+        rows.append([
+            name,
+            f"{study.loss(name)} ({study.loss(name).count})",
+            _apart(study, name),
+            f"{chosen['config']['lr']:g}{edge}",
+            besides,
+            f"{ended} of {len(search)}",
+            _ratio(study.to_target(name, "tokens")),
+            _ratio(study.to_target(name, study.clock)),
+        ])
+    head = ["optimizer", "loss (seeds)", "below AdamW", "learning rate", "besides", "ended well", "tokens", "time"]
+    return Table(head, rows)
+
+
+def _costs(study: Study, names: Sequence[str]) -> Table:
+    rows: list[list[Cell]] = []
+    for name in names:
+        line = _first(study, name)
+        memory, weights = line["memory"], line["model"]["parameters"]
+        speed, clock = study.throughput(name), study.clock
+        effective = study.effective_throughput(name)
+        rows.append([
+            name,
+            f"{speed.mean:.0f}" if speed else None,
+            None if effective is None else f"{effective:.0f}",
+            f"{line['time'][f'optimizer_{clock}'] / line['time'][clock]:.1%}",
+            None if memory["state_predicted"] is None else memory["state_predicted"] / weights,
+            memory["state"] / weights,
+            *(memory[key] / MIB if key in memory else None for key in ("peak_predicted", "peak")),
+            f"{line['clipped_steps'] / max(1, line['steps']):.0%}",
+        ])
+    head = ["optimizer", "tokens/s", "effective tokens/s", "optimizer's share of time", "state B/weight, predicted"]
+    return Table([*head, "measured", "peak MiB, predicted", "measured", "steps clipped"], rows)
+
+
+def _sensitivity(study: Study, names: Sequence[str], top: Sequence[str]) -> list[Block]:
+    """Loss by learning rate, all else as in the best trial."""
+    rows: list[list[Cell]] = []
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name in names:
+        chosen, search = _first(study, name), study.searched[name]
+        alike = [x for x in search if x["config"]["settings"] == chosen["config"]["settings"]]
+        rate, loss = chosen["config"]["lr"], chosen["final"]["loss"]
+        cells: list[Cell] = [name, loss]
+        for factor in NEIGHBOURS:
+            at = next((x for x in alike if math.isclose(x["config"]["lr"], rate * factor, rel_tol=1e-3)), None)
+            cells.append(None if at is None else f"+{at['final']['loss'] - loss:.3f}" if at["final"] else at["status"])
+        rows.append(cells)
+        if name in top:
+            lines[name] = [(x["config"]["lr"], x["final"]["loss"]) for x in alike if x["final"]]
+    chart = Chart(f"Sensitivity, {title(study)}", "learning rate", "loss", lines, log_x=True)
+    head = ["optimizer", "best loss", *(f"at {factor:g} times the best learning rate" for factor in NEIGHBOURS)]
+    return [Text("Sensitivity to the learning rate, on the seed of the search:"), Table(head, rows), chart]
+
+
+def _fronts(study: Study, names: Sequence[str]) -> list[Block]:
+    out: list[Block] = []
+    kinds = {
+        "peak MiB": lambda n: _memory(study, n, "peak") / MIB,
+        "seconds": lambda n: _first(study, n)["time"][study.clock],
+    }
+    for axis, measure in kinds.items():
+        points = {n: (measure(n), study.loss(n).mean) for n in names if not math.isnan(measure(n))}
+        best = front(points)
+        out.append(Text(f"Pareto front of loss and {axis}: {', '.join(best) or NOTHING}."))
+        shown = [BASELINE, *(n for n in points if n != BASELINE and (n in best or n in names[:SHOWN]))]
+        lines = {n: [points[n]] for n in shown if n in points}
+        out.append(Chart(f"Loss and {axis}, {title(study)}", axis, "loss", lines, points=True))
+    return out
+
+
+def _order(study: Study, names: Sequence[str]) -> list[Block]:
+    losses = {n: {seed: line["final"]["loss"] for seed, line in study.runs(n).items()} for n in names}
+    seeds = sorted({seed for found in losses.values() for seed in found})
+    if len(seeds) < 3:
+        return [Text(f"Order on another seed: {NOTHING} (three seeds are needed, {len(seeds)} there).")]
+    last = seeds[-1]
+    pairs, same = kept(losses, last)
+    both = {n: found for n, found in losses.items() if last in found and len(found) > 1}
+    before = {n: spread([x for seed, x in found.items() if seed != last]).mean for n, found in both.items()}
+    lost = [f"{a} and {b}" for a, b in pairs if (a, b) not in same]
+    said = (
+        f"Order on another seed: of {len(pairs)} pairs more than two standard errors apart on the other seeds,"
+        f" {len(same)} keep their order on seed {last}. Kendall's tau between their mean and seed {last}:"
+        f" {tau(before, {n: found[last] for n, found in both.items()}):.2f}, {len(both)} optimizers."
+    )
+    return [Text(said + (f" Not kept: {', '.join(lost)}." if lost else ""))]
+
+
+def sizes(pretrained: Sequence[Study]) -> list[Block]:
+    """Power laws over model sizes, for setups that differ in the model alone.
+
+    Args:
+        pretrained: pretrainings of a fixed model.
+
+    Returns:
+        Blocks.
+    """
+    rows: list[list[Cell]] = []
+    for name in sorted({n for s in pretrained for n in s.tuned}):
+        by_size: dict[int, Study] = {}
+        for study in (s for s in pretrained if name in s.tuned and not s.setup.untied):
+            by_size.setdefault(_first(study, name)["model"]["parameters"], study)
+        if len(by_size) < 2:
+            continue
+        rates = [(n, _first(s, name)["config"]["lr"]) for n, s in by_size.items()]
+        losses = [(n, s.loss(name).mean) for n, s in by_size.items()]
+        rate, loss = power_law(rates), power_law(losses)
+        found = "; ".join(f"{n:,}: {lr:g}, {x:.3f}" for (n, lr), (_, x) in sorted(zip(rates, losses, strict=True)))
+        rows.append([name, found, rate and f"{rate[1]:+.2f}", loss and f"{loss[1]:+.3f}"])
+    head = ["optimizer", "weights: learning rate, loss", "exponent of the learning rate", "exponent of the loss"]
+    said = (
+        "Least squares on logarithms of weights. With two sizes the line goes through both points, which it describes;"
+    )
+    return [Table(head, rows), *([Text(said + " it predicts nothing.")] if rows else [])]
+
+
+def resources(compared: Sequence[Study]) -> list[Block]:
+    """The tracks with a budget.
+
+    Args:
+        compared: studies with a search.
+
+    Returns:
+        Blocks.
+    """
+    rows: list[list[Cell]] = []
+    for study in (s for s in compared if s.setup.track != "model"):
+        s = study.setup
+        budget = f"{s.budget / MIB:.2f} MiB" if s.track == "memory" else f"{s.budget:g} s"
+        for name in study.tuned:
+            line = _first(study, name)
+            rows.append([
+                title(study),
+                budget,
+                name,
+                line["model"]["parameters"],
+                line["tokens"],
+                str(study.loss(name)),
+            ])
+    return [Table(["track", "budget", "optimizer", "weights", "tokens", "loss"], rows)]
+
+
+def finetuning(compared: Sequence[Study]) -> list[Block]:
+    """Models that were pretrained with one optimizer and trained on with others.
+
+    Args:
+        compared: studies with a search.
+
+    Returns:
+        Blocks.
+    """
+    rows: list[list[Cell]] = []
+    for study in (s for s in compared if s.setup.regime != "pretrain"):
+        for name in study.tuned:
+            chosen, score = _first(study, name), study.over_seeds(name, "score")
+            before = chosen["curve"][0]
+            rows.append([
+                REGIMES[study.setup.regime],
+                study.setup.start.partition("@")[0],
+                name,
+                f"{chosen['config']['lr']:g}",
+                f"{before['loss']:.3f}",
+                str(study.loss(name)),
+                before.get("score"),
+                str(score) if score else None,
+            ])
+    said = (
+        "Score: share of held-out completion tokens that are predicted right (of all tokens for continued pretraining),"
+        " or of pairs in which the chosen completion is preferred for DPO."
+    )
+    head = ["regime", "pretrained with", "optimizer", "learning rate", "loss before", "loss", "score before", "score"]
+    return [*([Text(said)] if rows else []), Table(head, rows)]
+
+
+def transfer(pretrained: Sequence[Study]) -> list[Block]:
+    """Loss at AdamW's tuned learning rate against each optimizer's own best.
+
+    Args:
+        pretrained: pretrainings of a fixed model.
+
+    Returns:
+        Blocks.
+    """
+    blocks: list[Block] = []
+    for study in pretrained:
+        baseline = study.best(BASELINE)
+        rows: list[list[Cell]] = []
+        for name in study.tuned if baseline else []:
+            if name == BASELINE or not follows_adamw(REGISTRY[name]) or baseline is None:
+                continue
+            rate, own = baseline["config"]["lr"], _first(study, name)
+            same = study.at_lr(name, rate)
+            ended = same["final"]["loss"] if same and same["final"] else None
+            cells: list[Cell] = [name, same["status"] if same and ended is None else ended, own["final"]["loss"]]
+            rows.append([*cells, own["config"]["lr"] / rate, None if ended is None else ended - own["final"]["loss"]])
+        rows.sort(key=lambda row: (isinstance(row[-1], float), row[-1] or 0.0), reverse=True)
+        head = ["optimizer", "loss at AdamW's learning rate", "own best", "its learning rate / AdamW's", "lost"]
+        told = f", AdamW's learning rate {baseline['config']['lr']:g}" if baseline else ""
+        blocks += [Text(f"{title(study)}{told}; the seed of the search:"), Table(head, rows)]
+    return blocks or [Text(NOTHING)]
+
+
+def ablated(forms: Sequence[Variant]) -> list[Block]:
+    """One table over all ablations.
+
+    Args:
+        forms: with their trials.
+
+    Returns:
+        Blocks.
+    """
+    rows: list[list[Cell]] = []
+    for form in forms:
+        ended = [line for line in form.lines if line["status"] == "ok"]
+        clock = "cpu_seconds" if form.setup.device == "cpu" else "seconds"
+        memory = [line["memory"]["state"] / line["model"]["parameters"] for line in ended]
+        time = [line["time"][f"optimizer_{clock}"] / line["steps"] * 1e3 for line in ended]
+        told = f"{form.loss} ({form.loss.count})" if form.loss else form.lines[0]["status"]
+        cells: list[Cell] = [form.ablation, form.optimizer, form.label, told]
+        rows.append([*cells, memory[0] if memory else None, spread(time).mean if time else None])
+    head = ["ablation", "optimizer", "form", "loss (seeds)", "state B/weight", "optimizer ms per step"]
+    return [Table(head, rows)]
+
+
+def claims(found: Sequence[Study], forms: Sequence[Variant]) -> Table:
+    """The papers' claims.
+
+    Args:
+        found: all studies.
+        forms: all ablations.
+
+    Returns:
+        A table; what was not measured says so.
+    """
+    rows: list[list[Cell]] = [
+        [c.source, c.text, c.published, c.measure(found, forms) or NOTHING, c.differences] for c in CLAIMS
+    ]
+    return Table(["source", "claim", "published", "measured here, at this scale", "differences in setting"], rows)
+
+
+def spaces(compared: Sequence[Study]) -> list[Block]:
+    """What was tried.
+
+    Args:
+        compared: studies with a search.
+
+    Returns:
+        Blocks.
+    """
+    rows: list[list[Cell]] = []
+    names = sorted({n for s in compared for n in s.searched})
+    for name in (n for n in names if n in REGISTRY):
+        rule = REGISTRY[name]
+        study = next(s for s in compared if name in s.searched)
+        lines = study.searched[name]
+        scale = "AdamW's" if follows_adamw(rule) else "its own default"
+        others = {k: v for k, v in rule.search.items() if k != "lr"}
+        besides = tuned_besides(lines[0], lines)
+        shared = {k: v for k, v in lines[0]["config"]["settings"].items() if k not in besides}
+        rows.append([
+            name,
+            f"{', '.join(f'{x:g}' for x in sorted(rule.search['lr']))} times {scale}",
+            "; ".join(f"{k}: {', '.join(map(str, v))}" for k, v in others.items()) or "-",
+            "; ".join(f"{k}={v}" for k, v in shared.items()) or "-",
+            len(lines),
+            ", ".join(sorted({f"{line['config']['lr']:g}" for line in lines}, key=float)),
+        ])
+    said = "Trials are taken from the space likeliest first, as many for every optimizer, chosen by validation loss."
+    head = ["optimizer", "learning rates", "besides", "fitted to the model", "trials", "learning rates tried"]
+    return [Text(said), Table(head, rows)]
+
+
+def precision(compared: Sequence[Study]) -> list[Block]:
+    """The precision of everything in the best trials.
+
+    Args:
+        compared: studies with a search.
+
+    Returns:
+        Blocks.
+    """
+    rows: dict[tuple[Cell, ...], list[str]] = {}
+    for study in compared:
+        for name in study.tuned:
+            p = _first(study, name)["precision"]
+            state = ", ".join(f"{k} {v}" for k, v in p["state"].items() if k != "step") or "none"
+            basis = p["preconditioners"]
+            told = basis if isinstance(basis, str) else ", ".join(f"{k} {v}" for k, v in basis.items())
+            key = (p["weights"], p["computation"], p["gradients"], state, p["master_weights"], told)
+            rows.setdefault((*key, p["orthogonalisation"], p["loss_scaling"], p["clipping"]), []).append(name)
+    head = ["weights", "computation", "gradients", "state", "master weights", "preconditioners", "orthogonalisation"]
+    body = [[", ".join(sorted(set(names))), *cells] for cells, names in rows.items()]
+    return [Table(["optimizers", *head, "loss scaling", "clipping"], body)]
+
+
+def failures(ledger: Ledger) -> Table:
+    """Runs that diverged, ran out of memory or raised.
+
+    Args:
+        ledger: all trials.
+
+    Returns:
+        A table.
+    """
+    bad = [line for line in ledger if line.get("status", "ok") != "ok"]
+    rows: list[list[Cell]] = [
+        [c["optimizer"], f"{c['lr']:g}", c["seed"], ", ".join(line["why"]), f"{line['status']}: {line['reason']}"]
+        for line in sorted(bad, key=lambda line: line["config"]["optimizer"])
+        if (c := line["config"])
+    ]
+    if not rows and any(SEARCH in line["why"] for line in ledger):
+        rows = [["none", None, None, None, None]]
+    return Table(["optimizer", "learning rate", "seed", "run for", "how it ended"], rows)
+
+
+def _first(study: Study, name: str) -> dict:
+    return cast("dict", study.best(name))
+
+
+def _memory(study: Study, name: str, what: str) -> float:
+    return float(_first(study, name)["memory"].get(what, math.nan))
+
+
+def _tied(study: Study, best: str, other: str) -> bool:
+    """Whether paired differences to the best are within two standard errors of zero."""
+    gaps = _gaps(study, best, other)
+    return len(gaps) > 1 and abs(spread(gaps).mean) <= 2 * spread(gaps).error
+
+
+def _gaps(study: Study, one: str, other: str) -> list[float]:
+    a, b = study.runs(one), study.runs(other)
+    return [b[seed]["final"]["loss"] - a[seed]["final"]["loss"] for seed in sorted(a.keys() & b.keys())]
+
+
+def _apart(study: Study, name: str) -> str | None:
+    gaps = [] if name == BASELINE else _gaps(study, name, BASELINE)
+    return str(spread(gaps)) if gaps else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean, or None where one is missing."""
+    there = [x for x in values if x is not None]
+    return spread(there).mean if there and len(there) == len(values) else None
+
+
+def _ratio(values: Sequence[float | None]) -> str | None:
+    there = [x for x in values if x is not None]
+    if not values:
+        return None
+    if len(there) < len(values):
+        return f"not reached on {len(values) - len(there)} of {len(values)} seeds"
+    return str(spread(there))
+
+
+def report_command(args: argparse.Namespace) -> bool:
+    """Write `report.md` and `report.html` beside the ledger.
+
+    Args:
+        args: with `out`.
+
+    Returns:
+        True.
+    """
+    blocks = build(_ledger(args))
+    for name, text in (("report.md", markdown(blocks)), ("report.html", page(blocks))):
+        (args.out / name).write_text(text, encoding="utf-8")
+        print(args.out / name)
+    return True
+
+
+def transfer_command(args: argparse.Namespace) -> bool:
+    """Print the section on the learning-rate convention.
+
+    Args:
+        args: with `out`.
+
+    Returns:
+        True.
+    """
+    pretrained = [s for s in studies(_ledger(args)) if s.searched and s.setup.regime == "pretrain"]
+    print(markdown(transfer([s for s in pretrained if s.setup.track == "model"])), end="")
+    return True
+
+
+def _ledger(args: argparse.Namespace) -> Ledger:
+    ledger = Ledger(args.out / "trials.jsonl")
+    if not ledger.lines:
+        raise ValueError(f"{ledger.path} has no trials; `bench run --out {args.out}` makes them")
+    return ledger
