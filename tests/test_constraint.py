@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from typing import Any
 
 import pytest
@@ -361,3 +362,20 @@ def test_two_ranks_equal_one_process(pool: Pool, name: str, given: dict[str, Any
                 moved = (p.detach().float() - start[key]).norm()
                 rounded = 1e-2 if dtype == torch.bfloat16 else 1e-5
                 assert (found[key].float() - p.detach().float()).norm() <= rounded * moved + 1e-6, (key, dtype, turned)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", ["hsdp", "tp", "fsdp2+tp", "mixed", "shared"])
+def test_every_layout_equals_one_process(pool: Pool, layout: str) -> None:
+    """Norms of matrices that are cut by columns, both ways, or not at all, and of rows that are cut."""
+    for names, given in itertools.product([["adamw", "adafactor"], ["muon"]], [BALL, RECORD]):
+        settings = {**given, "weight_decay": 0.0, **narrow_dtype(names[0])}
+        job = {"layout": layout, "names": names, "steps": 4, "settings": settings}
+        for found in pool.run("tests.jobs:laid_out", jobs.LAYOUTS[layout], **job):
+            for name in names:
+                torch.set_num_threads(1)
+                model, start = jobs.Model(name), dict(jobs.Model(name).named_parameters())
+                jobs.take_steps(model, make(name, model.parameters(), **settings), range(1, 5))
+                torch.set_num_threads(2)
+                for key, p in model.named_parameters():
+                    assert (found[name][key] - p).norm() <= 1e-5 * (p - start[key]).norm() + 1e-6, (name, key)

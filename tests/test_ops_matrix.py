@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.ops import orthogonal as orthogonal_ops
-from lightning_optim.ops.eigenbasis import eigenbasis
+from lightning_optim.ops.eigenbasis import average_kl_, eigenbasis
 from lightning_optim.ops.lapack import LinAlgError, complement, eigh, orthonormal
 from lightning_optim.ops.lowrank import follow_subspace, leading_basis, range_basis, switch
 from lightning_optim.ops.moments import rank_one
@@ -254,3 +254,15 @@ def test_gram_form_of_wide_matrices_is_as_accurate_as_the_plain_one(
 
 def test_orthogonalizing_zero_gives_zero_in_the_gram_form() -> None:
     assert not orthogonalize(torch.zeros(1, GRAM_ROWS, GRAM_ASPECT * GRAM_ROWS)).any()
+
+
+def test_kl_factors_with_eigenvalues_of_one_are_soaps_by_size() -> None:
+    """Whatever the bases: a rotation alone whitens nothing."""
+    x, w = draw(2, 5, 8), 0.3
+    factors = {"left": draw(2, 5, 5), "right": draw(2, 8, 8)}
+    expected = {"left": factors["left"].lerp(x @ x.mT / 8, w), "right": factors["right"].lerp(x.mT @ x / 5, w)}
+    bases = {side: torch.linalg.qr(f).Q for side, f in factors.items()}
+    ones = {"left": torch.ones(2, 5, 1, dtype=F64), "right": torch.ones(2, 1, 8, dtype=F64)}
+    average_kl_(factors, bases, ones, x, w)
+    for side, factor in factors.items():
+        torch.testing.assert_close(factor, expected[side], rtol=1e-12, atol=1e-12)

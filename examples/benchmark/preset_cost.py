@@ -79,9 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if k >= 3:
                 times[label].append(took)
     base = statistics.median(times["muon"])
-    print(
-        f"{s.layers} layers of width {s.width}, vocabulary {s.vocabulary}, {s.device}, {torch.get_num_threads()} threads"
-    )
+    print(f"{s.layers} layers of width {s.width}, vocabulary {s.vocabulary}, {s.device}")
     print("| optimizer | step / muon | state bytes per weight |\n|---|---|---|")
     for label, (model, optimizer) in made.items():
         held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
