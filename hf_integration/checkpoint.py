@@ -60,7 +60,8 @@ class KeepSchedule(TrainerCallback):
       optimizer, which takes AdamW's `optimizer.pt` by itself; this is for `scheduler.pt`.
     * An optimizer built with `schedule=` or a preset follows that, whatever `--lr_scheduler_type` says.
     * A wrapped optimizer shows the weights to evaluate to what is saved, and at the end of the run; a resumed run has
-      those to train, bit for bit. (The Trainer itself does so for evaluations.)
+      those to train, bit for bit. (The Trainer itself does so for evaluations.) Under FSDP2 checkpoints have those to
+      train.
 
     `attach` and `register` add it. Where nothing of this is asked for, it changes nothing.
     """
@@ -103,8 +104,14 @@ class KeepSchedule(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show what is to be saved."""
         optimizer = _ours(kwargs["optimizer"])
-        if optimizer is not None and control.should_save:
+        if optimizer is not None and control.should_save and not optimizer.is_sharded():
             optimizer.eval()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Train on, where a checkpoint that follows could not hold both kinds of weights (FSDP2)."""
+        optimizer = _ours(kwargs["optimizer"])
+        if optimizer is not None and optimizer.is_sharded():
+            optimizer.train()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show what is to be saved."""

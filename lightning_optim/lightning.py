@@ -10,7 +10,6 @@ from typing import Any, Literal
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_optim.core.executor import Executor
-from lightning_optim.core.layout import cut_of
 from lightning_optim.core.rule import lookup
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import Override
@@ -159,6 +158,17 @@ class AveragedWeights(Callback):
         for optimizer in _wrapped(trainer):
             optimizer.eval()
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Train on, where a checkpoint that follows could not hold both.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+        """
+        for optimizer in _wrapped(trainer):
+            if optimizer.is_sharded():
+                optimizer.train()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the weights to evaluate behind.
 
@@ -176,7 +186,7 @@ class AveragedWeights(Callback):
             pl_module: its module.
             checkpoint: with the weights to train, and the state that belongs to them.
         """
-        if any(cut_of(p) is not None for p in pl_module.parameters()) or not _wrapped(trainer):
+        if not _wrapped(trainer) or any(optimizer.is_sharded() for optimizer in _wrapped(trainer)):
             return
         self.on_validation_start(trainer, pl_module)
         checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()

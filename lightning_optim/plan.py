@@ -176,6 +176,10 @@ def describe(model: nn.Module, optimizer: Executor) -> Plan:
             away = sum(form.nbytes for form in forms.values() if form.kind == "host")
             if storage.compensated(p.dtype, group):
                 state[storage.COMPENSATION] = p.numel() * p.dtype.itemsize
+            if storage.keeps_radius(p.dtype, group):
+                state[storage.RADIUS] = 4 * sum(part.dims[0] for part in parts)
+            if optimizer.averages is not None:
+                state |= dict.fromkeys(optimizer.averages.keys, p.numel() * storage.work_dtype(p.dtype).itemsize)
             trait = traits[label]
             rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state, away))
     owned = {row.name for row in rows}

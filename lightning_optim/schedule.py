@@ -86,7 +86,8 @@ class Curve:
             elif hints[f.name] is int and isinstance(value, int) and value < 0:
                 raise ValueError(f"{f.name} must be >= 0, got {value}")
             else:
-                check_value(f"schedule: {f.name}", value, hints[f.name])
+                later = f.name in ("momentum_start", "momentum_end")  # `Schedule` knows what they must lie below
+                check_value(f"schedule: {f.name}", value, hints[f.name], signed=later)
         for key, most in (("cooldown", 1.0), ("horizon", 10.0)):
             value = getattr(self, key)
             if isinstance(value, float) and value > most:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lightning_optim import EMANesterov, Executor, MuLoCo, TailEMA, build_optimizer
+from lightning_optim import EMANesterov, Executor, MuLoCo, TailEMA, build_optimizer, plan
 from tests.pool import Pool
 from tests.rules import assert_equal, give, gradient, make, params, run
 
@@ -250,6 +250,10 @@ def test_what_cannot_be_is_named() -> None:
     with pytest.raises(ValueError, match="wrap this one alike"):
         make("adamw", params("adamw")).load_state_dict(wrapped.state_dict())
     wrapped.eval()
+    saved = wrapped.state_dict()
+    cut = {i: {k: v for k, v in slots.items() if k != "train_weight"} for i, slots in saved["state"].items()}
+    with pytest.raises(ValueError, match=r"made after optimizer.eval\(\)"):
+        make("adamw", params("adamw")).wrap(TailEMA()).load_state_dict({**saved, "state": cut})
     with pytest.raises(RuntimeError, match=r"call optimizer.train\(\)"):
         wrapped.step()
     model = nn.Linear(3, 3)
@@ -270,6 +274,16 @@ def test_bfloat16_weights_have_a_float32_average() -> None:
     optimizer.eval()
     optimizer.train()
     assert torch.equal(before, p)
+
+
+def test_plan_prices_the_averages() -> None:
+    model = nn.Sequential(nn.Linear(6, 4, bias=False))
+    found = plan(model, "muon", lr=0.1, wrap={"muloco": {}, "tail_ema": {}}).rows[0].state_bytes
+    assert {k: found[k] for k in ("outer_momentum", "outer_anchor", "tail")} == dict.fromkeys(
+        ("outer_momentum", "outer_anchor", "tail"), 96
+    )
+    narrow = plan(model.bfloat16(), "muon", lr=0.1, constraint="hyperball").rows[0].state_bytes
+    assert narrow["radius"] == 4
 
 
 @pytest.mark.dist

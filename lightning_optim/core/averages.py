@@ -10,7 +10,7 @@ Lightning's and Transformers' doors make the two calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_type_hints
 
@@ -294,6 +294,23 @@ class Averages:
                     )
         for key, value in COUNTERS.items():
             group.setdefault(key, value)
+
+    def check_loaded(self, groups: Sequence[Mapping[str, Any]], states: Iterable[Mapping[str, Any]]) -> None:
+        """Check that a checkpoint has the weights to train.
+
+        Args:
+            groups: of the checkpoint.
+            states: of its parameters.
+
+        Raises:
+            ValueError: it was made after `eval()`, and only the weights to evaluate are in it.
+        """
+        shown = [g for g in groups if not g.get("train_mode", True)]
+        if any(g["average_count"] or g["average_shift"] for g in shown) and not any(TRAINED in s for s in states):
+            raise ValueError(
+                "the checkpoint was made after optimizer.eval(), by torch.distributed.checkpoint, which leaves out the "
+                "weights to train; call optimizer.train() before such a checkpoint is made"
+            )
 
     @property
     def keys(self) -> list[str]:

@@ -245,6 +245,14 @@ class Executor(torch.optim.Optimizer):
             with torch.inference_mode(False), torch.no_grad():
                 self.averages.eval(self)
 
+    def is_sharded(self) -> bool:
+        """Whether a rank holds parts of parameters only: checkpoints of that kind are to be made after `train()`.
+
+        Returns:
+            True under FSDP2 and tensor parallelism.
+        """
+        return any(layout.cut_of(p) is not None for group in self.param_groups for p in group["params"])
+
     def train(self) -> None:
         """Put the weights to train back, bit for bit."""
         if self.averages is not None:
@@ -692,6 +700,8 @@ class Executor(torch.optim.Optimizer):
             ids.extend(chain.from_iterable(group["params"] for group in saved["param_groups"]))
             loaded.update({i: _present(slots) for i, slots in saved["state"].items()})
             groups = self._completed(saved["param_groups"])
+            if self.averages is not None:
+                self.averages.check_loaded(groups, loaded.values())
             self._check_fits(loaded, ids, groups)
             return {**saved, "state": {}, "param_groups": groups}
 
