@@ -16,8 +16,8 @@ class OptimizerFactory:
     Trainer(..., optimizer_cls_and_kwargs=(OptimizerFactory, {"name": "muon", "lr": 2e-5}))
 
     The Trainer calls `OptimizerFactory()(model, **kwargs)` once the model is placed; its own learning-rate and decay
-    groups are not used, so the keyword arguments are those of `build_optimizer`. With `preset`, `schedule` or `wrap` give
-    the Trainer `callbacks=[KeepSchedule()]`, too, which follows them; `attach` and `register` do.
+    groups are not used, so the keyword arguments are those of `build_optimizer`. With `preset`, `schedule` or `wrap`
+    give the Trainer `callbacks=[KeepSchedule()]`, too, which follows them; `attach` and `register` do.
     """
 
     def __call__(self, model: nn.Module, *, name: str, lr: float | None = None, **settings: Any) -> Executor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_optim.core.executor import Executor
@@ -147,6 +148,9 @@ class AveragedWeights(Callback):
         """
         for optimizer in _wrapped(trainer):
             optimizer.train()
+            if optimizer.averages is not None:  # accumulated gradients come before the closure of the step
+                with torch.no_grad():
+                    optimizer.averages.look_ahead(optimizer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate.

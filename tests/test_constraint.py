@@ -331,8 +331,11 @@ def test_settings_that_cannot_be(given: dict[str, Any], said: str) -> None:
 
 
 def test_what_a_constraint_cannot_take_is_named() -> None:
-    with pytest.raises(ValueError, match="parameter 1 of group 'muon': all zero"):
+    with pytest.raises(ValueError, match="parameter 1 of group 'muon': a matrix of zeros"):
         make("muon", [matrix(4, 3), Parameter(torch.zeros(4, 3))], constraint="hyperball")
+    some = Parameter(torch.stack([matrix(4, 3).detach(), torch.zeros(4, 3)]))
+    with pytest.raises(ValueError, match="parameter 0: a matrix of zeros"):
+        steps([some], make("muon", [some], constraint="hyperball"), range(1, 2))
     with pytest.raises(ValueError, match="adam applies weight_decay itself"):
         make("adam", [matrix(4, 3)], weight_decay=0.1, cautious_decay=True)
 

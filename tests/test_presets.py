@@ -265,6 +265,34 @@ def test_lightning_validates_saves_and_resumes(tmp_path: Path, name: str) -> Non
     assert torch.equal(before, whole.hidden.weight) == (not tail)
 
 
+def test_lightning_takes_accumulated_gradients_at_one_point(tmp_path: Path) -> None:
+    """Ahead of where the weights are, which validation sees."""
+
+    class Watched(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.at = [*getattr(self, "at", []), self.hidden.weight.detach().clone()]
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.after = [*getattr(self, "after", []), self.hidden.weight.detach().clone()]
+
+    net = Watched("muon", wrap={"ema_nesterov": {"step_size": 2.0, "beta": 0.5, "start": 1}})
+    trainer(tmp_path, max_steps=STEPS // 2, accumulate_grad_batches=2).fit(net, Rows(STEPS))
+    for k in range(2, STEPS, 2):
+        assert torch.equal(net.at[k], net.at[k + 1])
+        assert not torch.equal(net.after[k - 1], net.at[k])
+    ahead, b, before = net.after[1], torch.zeros(12, 8), build_start(Net("muon"))
+    for k in range(1, STEPS, 2):
+        b, before = b.lerp(net.after[k] - before, 0.5), net.after[k]
+        ahead = before + 2.0 * b
+        if k + 1 < STEPS:
+            torch.testing.assert_close(net.at[k + 1], ahead)
+
+
+def build_start(net: Net) -> Tensor:
+    return net.hidden.weight.detach().clone()
+
+
 @every_preset
 def test_the_flag_follows_the_schedule_saves_and_resumes(tmp_path: Path, name: str) -> None:
     """`attach`, as the flag does: learning rates by role, the averaged weights in the checkpoint, an exact resume."""

@@ -370,7 +370,15 @@ class Averages:
         if not optimizer.param_groups[0]["train_mode"]:
             raise RuntimeError("after optimizer.eval() call optimizer.train() before the gradients of a step are taken")
         if closure:
-            self._shift(optimizer, self._wanted(optimizer))
+            self.look_ahead(optimizer)
+
+    def look_ahead(self, optimizer: Executor) -> None:
+        """Put the weights where the next gradient is to be taken; for gradients that a closure takes only in part.
+
+        Args:
+            optimizer: whose weights they are.
+        """
+        self._shift(optimizer, self._wanted(optimizer))
 
     def end(self, optimizer: Executor, *, taken: bool, closure: bool) -> None:
         """After a step.

@@ -32,6 +32,10 @@ OPTIONS = ("constraint", "uw_floor", "uw_floor_by", "radial_damping", "pin")
 """Settings of a group that are about its matrices; `lightning_optim.core.executor.Executor` explains them."""
 TINY = 1e-8
 """Norms are taken for at least this where they divide; 1e-10 and, squared, 1e-12 where the published code has that."""
+_ZERO = (
+    "a matrix of zeros, and constraint='hyperball' keeps the norm; initialise it with random numbers, or leave it out "
+    "by an override ('NAME', None, {'constraint': 'none'})"
+)
 
 
 def shapes_step(group: Mapping[str, Any]) -> bool:
@@ -80,10 +84,7 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
         ValueError: it is zero, and would stay so.
     """
     if group["constraint"] == "hyperball" and p.device.type != "meta" and layout.cut_of(p) is None and not p.any():
-        raise ValueError(
-            f"{name}: all zero, and constraint='hyperball' keeps the norm; initialise it with random numbers, "
-            "or leave it out by an override ('NAME', None, {'constraint': 'none'})"
-        )
+        raise ValueError(f"{name}: {_ZERO}")
 
 
 class Step(NamedTuple):
@@ -122,11 +123,16 @@ def factors(group: Mapping[str, Any], w: Work, d: Tensor, step: Step, carried: T
 
     Returns:
         The factors, in the dtype of the arithmetic.
+
+    Raises:
+        ValueError: in the first step, a matrix of zeros under hyperball.
     """
     rows = _Rows(w, d, carried, each=group["uw_floor"] > 0 and group["uw_floor_by"] == "row")
     total, spread = rows.total, rows.spread
     ww, dw, dd = rows.sums(lambda x, d, _: (x * x, d * x, d * d))
     norm = total(ww).sqrt()
+    if group["constraint"] == "hyperball" and w.t == 1 and not norm.all():
+        raise ValueError(f"{w.name}: {_ZERO}")
     brake = spread((1 - group["radial_damping"]) * total(dw).clamp(max=0) / total(ww).clamp(min=1e-12))
     inner, square = dw - brake * ww, (dd - 2 * brake * dw + brake.square() * ww).clamp(min=0)
     grown = step.factor * torch.ones_like(ww)
