@@ -133,14 +133,15 @@ def factors(group: Mapping[str, Any], w: Work, d: Tensor, step: Step, carried: T
     norm = total(ww).sqrt()
     if group["constraint"] == "hyperball" and w.t == 1 and not norm.all():
         raise ValueError(f"{w.name}: {_ZERO}")
-    brake = spread((1 - group["radial_damping"]) * total(dw).clamp(max=0) / total(ww).clamp(min=1e-12))
-    inner, square = dw - brake * ww, (dd - 2 * brake * dw + brake.square() * ww).clamp(min=0)
-    grown = step.factor * torch.ones_like(ww)
+    brake, inner, square = torch.zeros_like(ww), dw, dd
+    if damped := group["radial_damping"] != 1:
+        brake = spread((1 - group["radial_damping"]) * total(dw).clamp(max=0) / total(ww).clamp(min=1e-12))
+        inner, square = dw - brake * ww, (dd - 2 * brake * dw + brake.square() * ww).clamp(min=0)
+    grown = torch.full_like(ww, step.factor)
     if group["uw_floor"]:
         least = group["uw_floor"] * ww.sqrt().clamp(min=TINY)
         grown = (least / (step.factor * square.sqrt()).clamp(min=TINY)).clamp(min=1) * step.factor
-    keep, length = step.keep, step.lr * grown
-    radius = norm
+    keep, length, radius = step.keep, step.lr * grown, norm
     if group["constraint"] == "hyperball":
         radius = rows.radius(norm)
         wanted = step.lr * (radius if group["lr_convention"] == "native" else ADAMW_RMS * rows.sizes.sqrt())
@@ -148,22 +149,22 @@ def factors(group: Mapping[str, Any], w: Work, d: Tensor, step: Step, carried: T
     elif group["pin"]:
         moved = norm - step.lr * total(grown * inner) / norm.clamp(min=1e-12)
         radius = moved.clamp(min=TINY)
-    length = length * (step.keep if step.late else 1.0)
-    kept = keep + length * brake
+    length = length * keep if step.late else length
+    lift = length * brake if damped else brake
+    kept: Any = keep + lift if damped else keep
     scale = torch.ones_like(ww)
     if group["constraint"] == "hyperball" or group["pin"]:
-        after = kept.square() * ww - 2 * kept * length * dw + length.square() * dd
+        after = kept**2 * ww - 2 * kept * length * dw + length.square() * dd
         if step.held != 1:  # of the elements that decay before the step, of which only their signs tell
             local = rows.local(brake)
             some, other = rows.sums(lambda x, d, k: _agreeing(x, d, k), local)
-            less = keep * step.held + length * brake
-            after = after + (less.square() - kept.square()) * some - 2 * (less - kept) * length * other
+            less: Any = keep * step.held + lift
+            after = after + (less**2 - kept**2) * some - 2 * (less - kept) * length * other
         scale = radius / total(after).clamp(min=0).sqrt().clamp(min=1e-10)
         if group["pin"]:
             scale = torch.where(norm > 0, scale, 1.0)
         scale = spread(scale)
-    found = scale * keep, scale * length * brake, scale * length, brake
-    return Factors(*(rows.local(x) for x in found))
+    return Factors(*(rows.local(x) for x in (scale * keep, scale * lift, scale * length, brake)))
 
 
 def _agreeing(x: Tensor, d: Tensor, brake: Tensor | None) -> Sequence[Tensor]:
@@ -177,6 +178,8 @@ class _Rows:
 
     def __init__(self, w: Work, d: Tensor, carried: Tensor | None, *, each: bool):
         self.w, self.each = w, each
+        self.single = not each and len(w.parts) == w.parts[0].dims[0] == 1
+        """Whether the level is one number."""
         self.x, self.d = (chunks.turned(t, w.transposed) for t in (layout.local(w.param), d))
         self.carried = None if carried is None else chunks.turned(carried, w.transposed)
         self.dtype = storage.work_dtype(w.param.dtype)
@@ -209,7 +212,10 @@ class _Rows:
             if self.carried is not None:
                 x = x + (self.carried[at] if self.lead else self.carried)
             k = None if rows is None else rows[at] if self.lead else rows
-            found.append(torch.stack([t.sum(over) if over else t for t in terms(x, d, k)]))
+            reduced = [t.sum() if self.single else t.sum(over) if over else t for t in terms(x, d, k)]
+            found.append(torch.stack(reduced))
+        if self.single:
+            return layout.add_up(torch.stack(found, 1).sum(1, keepdim=True, dtype=torch.float64), self.w.param)
         part = torch.cat(found, 1) if self.lead else found[0]
         out = part.new_zeros((part.shape[0], *self.whole), dtype=torch.float64)
         out[(slice(None), *self.here)] = part.double()
@@ -247,6 +253,8 @@ class _Rows:
 
     def local(self, x: Tensor) -> Tensor:
         """One value per row of this rank's part, shaped to broadcast over it."""
+        if self.single:
+            return x.to(self.dtype).view([1] * self.x.ndim)
         rows = (x.view(self.whole) if self.each else self._by_row(x))[self.here]
         rows = rows.reshape(*rows.shape, *[1] * (self.x.ndim - self.lead))
         return chunks.turned(rows, self.w.transposed).to(self.dtype)
