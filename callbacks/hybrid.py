@@ -26,8 +26,8 @@ class HybridOptimizer(RoleTable):
 
     Args:
         name: of the main rule, `python -m lightning_optim list` prints them.
-        lr: peak learning rate; with the default convention, AdamW's. Needed unless a `recipe` is given.
-        schedule: `"constant"`, `"linear"` or `"cosine"` decay after the warm-up.
+        lr: peak learning rate; with the default convention, AdamW's. Needed unless a `recipe` or `preset` is given.
+        schedule: `"constant"`, if not given, `"linear"`, `"cosine"` or `"power"` decay after the warm-up.
         warmup_steps: optimizer steps of linear warm-up.
         **settings: the other arguments of `lightning_optim.configure_optimizers`.
 
@@ -36,7 +36,13 @@ class HybridOptimizer(RoleTable):
     """
 
     def __init__(
-        self, name: str, *, lr: float | None = None, schedule: str = "constant", warmup_steps: int = 0, **settings: Any
+        self,
+        name: str,
+        *,
+        lr: float | None = None,
+        schedule: str | None = None,
+        warmup_steps: int | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__()
         self._name = lookup(name).name

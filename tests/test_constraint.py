@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim import AdamW, Executor, Muon
-from lightning_optim.core.rule import REGISTRY
+from lightning_optim.core.rule import REGISTRY, hyperparameters
 from tests import jobs
 from tests.pool import Pool
 from tests.references import constraint as naive
-from tests.rules import gradient, make, params, reference, run, settings_of, strict, tensors
+from tests.rules import NAMES, gradient, make, params, reference, run, settings_of, strict, tensors
 
 CONVERGED: dict[str, Any] = {"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 12}
 SETTINGS: list[dict[str, Any]] = [
@@ -267,6 +267,20 @@ def test_hyperball_in_adamws_convention_steps_as_far_as_adamw() -> None:
     steps([p], optimizer, range(1, 2))
     moved = (p - start).norm().item()
     assert 0.9 * 0.2e-3 * 240**0.5 < moved <= 0.2e-3 * 240**0.5 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_rule_takes_them(name: str) -> None:
+    """Hyperball keeps the norms, the record's settings keep everything finite and away from the plain step."""
+    given = {"lr": 0.02, "weight_decay": 0.0} if "weight_decay" in hyperparameters(REGISTRY[name]) else {"lr": 0.02}
+    ball, record, plain = params(name), params(name), params(name)
+    run(name, ball, range(1, 5), **given, constraint="hyperball")
+    run(name, record, range(1, 5), **{**RECORD, **given, "uw_floor": 2.0})
+    run(name, plain, range(1, 5), **given)
+    for key, p in params(name).items():
+        torch.testing.assert_close(ball[key].norm(), p.norm(), rtol=2e-6, atol=1e-7)
+        assert record[key].isfinite().all() and not torch.equal(ball[key], p) or p.ndim == 0, key
+    assert not torch.equal(record["wide"], plain["wide"])
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -256,7 +256,7 @@ class _Rows:
         if self.single:
             return x.to(self.dtype).view([1] * self.x.ndim)
         rows = (x.view(self.whole) if self.each else self._by_row(x))[self.here]
-        rows = rows.reshape(*rows.shape, *[1] * (self.x.ndim - self.lead))
+        rows = rows.reshape((*rows.shape, *[1] * (self.x.ndim - self.lead)))
         return chunks.turned(rows, self.w.transposed).to(self.dtype)
 
     def radius(self, norm: Tensor) -> Tensor:
