@@ -82,6 +82,8 @@ class ReLoRA:
         if not self.adapters:
             raise ValueError("ReLoRA: the model has no LoRA adapter; wrap it by peft.get_peft_model first")
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if getattr(self.optimizer, "averages", None) is not None:
+            raise ValueError("ReLoRA: averages cannot follow adapters that begin anew; leave out wrap")
         self._scheduled: list[Any] | None = None
         hooks = self.optimizer.register_step_pre_hook, self.optimizer.register_step_post_hook
         self._handles = [hooks[0](self._before), hooks[1](self._after)]

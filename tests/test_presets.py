@@ -13,15 +13,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import Trainer
 
-from hf_integration import attach
+from hf_integration import KeepSchedule, attach
 from lightning_optim import Executor, Schedule, build_optimizer, plan
+from lightning_optim.callbacks import HybridOptimizer
 from lightning_optim.core import constraint
 from lightning_optim.core.rule import REGISTRY, hyperparameters
 from lightning_optim.recipes import PRESETS
 from tests import jobs
 from tests.pool import Pool
-from tests.test_hf import arguments, gpt2, llama, trainer_of, weights
+from tests.test_hf import Tokens, arguments, gpt2, llama, trainer_of, weights
 from tests.test_lightning import STEPS, Net, Rows, assert_same, trainer
 
 pytestmark = [
@@ -265,6 +267,14 @@ def test_lightning_validates_saves_and_resumes(tmp_path: Path, name: str) -> Non
     assert torch.equal(before, whole.hidden.weight) == (not tail)
 
 
+def test_the_callback_takes_a_preset_with_its_schedule(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_steps=2, callbacks=[HybridOptimizer("muon", preset="muon_h")])
+    fit.fit(Net("adamw"), Rows(STEPS))
+    optimizer = fit.optimizers[0]
+    assert isinstance(optimizer, Executor)
+    assert optimizer.curve.schedule == "power" and optimizer.param_groups[0]["constraint"] == "hyperball"
+
+
 def test_lightning_takes_accumulated_gradients_at_one_point(tmp_path: Path) -> None:
     """Ahead of where the weights are, which validation sees."""
 
@@ -295,15 +305,15 @@ def build_start(net: Net) -> Tensor:
 
 @every_preset
 def test_the_flag_follows_the_schedule_saves_and_resumes(tmp_path: Path, name: str) -> None:
-    """`attach`, as the flag does: learning rates by role, the averaged weights in the checkpoint, an exact resume."""
+    """Learning rates by role, the averaged weights in the checkpoint, an exact resume; by `attach` it is the same."""
 
-    def run(**settings: Any) -> Any:
-        args = arguments(tmp_path, optim="adamw_torch", max_steps=8, save_strategy="steps", save_steps=5, **settings)
-        made = trainer_of(llama(tied=False), args)
-        made.args.learning_rate = 5e-5
-        return attach(made, rule_of(name), preset=name, wrap=early(name))
+    def args(**settings: Any) -> Any:
+        steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5, "learning_rate": 5e-5}  # its default
+        return arguments(tmp_path, **steps, **settings)
 
-    whole = run()
+    wrap = f", wrap={early(name)}" if early(name) else ""
+    flagged = args(optim=rule_of(name), optim_args=f"preset={name}{wrap}")
+    whole = trainer_of(llama(tied=False), flagged, KeepSchedule())
     whole.train()
     optimizer = whole.optimizer.optimizer
     shutil.rmtree(tmp_path / "checkpoint-8", ignore_errors=True)
@@ -312,7 +322,8 @@ def test_the_flag_follows_the_schedule_saves_and_resumes(tmp_path: Path, name: s
     for group in optimizer.param_groups:
         factor = optimizer.curve.factor(8, lambda: 8, group)
         assert rates[group["name"]] == pytest.approx(group["initial_lr"] * factor)
-    again = run()
+    plain = Trainer(llama(tied=False), args(optim="adamw_torch"), train_dataset=Tokens())
+    again = attach(plain, rule_of(name), preset=name, wrap=early(name))
     again.train(str(tmp_path / "checkpoint-5"))
     assert_same(weights(whole.model), weights(again.model))
     assert_same_state(whole, again)
