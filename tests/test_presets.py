@@ -176,7 +176,7 @@ def started(name: str, model: nn.Module) -> tuple[Executor, Schedule]:
 def early(name: str) -> dict[str, Any] | None:
     """The preset's averages, at work in a run of eight steps."""
     given = PRESETS[name].settings.get("wrap")
-    soon = {"ema_nesterov": {"start": 2, "stop": 7}, "tail_ema": {"start": 4}}
+    soon = {"ema_nesterov": {"start": 2, "stop": 7}, "tail_ema": {"start": 3}}
     return None if given is None else {k: {**v, **soon[k]} for k, v in given.items()}
 
 
@@ -250,7 +250,7 @@ def test_lightning_validates_saves_and_resumes(tmp_path: Path, name: str) -> Non
     whole, resumed, save = net(), net(), Save()
     settings: dict[str, Any] = {"max_steps": STEPS, "val_check_interval": 3, "num_sanity_val_steps": 1}
     first, second = trainer(tmp_path, callbacks=[save], **settings), trainer(tmp_path, **settings)
-    validation = torch.utils.data.DataLoader(torch.zeros(4, 6, dtype=torch.long), batch_size=4)
+    validation = [torch.zeros(4, 6, dtype=torch.long)]
     first.fit(whole, Rows(STEPS), validation)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     second.fit(resumed, Rows(STEPS), validation, ckpt_path=tmp_path / "last.ckpt")
@@ -283,7 +283,7 @@ def test_lightning_takes_accumulated_gradients_at_one_point(tmp_path: Path) -> N
             self.at = [*getattr(self, "at", []), self.hidden.weight.detach().clone()]
             return super().training_step(batch, batch_idx)
 
-        def on_train_batch_end(self, *_: Any) -> None:
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             self.after = [*getattr(self, "after", []), self.hidden.weight.detach().clone()]
 
     net = Watched("muon", wrap={"ema_nesterov": {"step_size": 2.0, "beta": 0.5, "start": 1}})
@@ -313,7 +313,7 @@ def test_the_flag_follows_the_schedule_saves_and_resumes(tmp_path: Path, name: s
 
     wrap = f", wrap={early(name)}" if early(name) else ""
     flagged = args(optim=rule_of(name), optim_args=f"preset={name}{wrap}")
-    whole = trainer_of(llama(tied=False), flagged, KeepSchedule())
+    whole: Any = trainer_of(llama(tied=False), flagged, KeepSchedule())
     whole.train()
     optimizer = whole.optimizer.optimizer
     shutil.rmtree(tmp_path / "checkpoint-8", ignore_errors=True)
@@ -322,7 +322,7 @@ def test_the_flag_follows_the_schedule_saves_and_resumes(tmp_path: Path, name: s
     for group in optimizer.param_groups:
         factor = optimizer.curve.factor(8, lambda: 8, group)
         assert rates[group["name"]] == pytest.approx(group["initial_lr"] * factor)
-    plain = Trainer(llama(tied=False), args(optim="adamw_torch"), train_dataset=Tokens())
+    plain: Any = Trainer(llama(tied=False), args(optim="adamw_torch"), train_dataset=Tokens())
     again = attach(plain, rule_of(name), preset=name, wrap=early(name))
     again.train(str(tmp_path / "checkpoint-5"))
     assert_same(weights(whole.model), weights(again.model))

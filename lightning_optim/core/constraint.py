@@ -157,7 +157,7 @@ def factors(group: Mapping[str, Any], w: Work, d: Tensor, step: Step, carried: T
         after = kept**2 * ww - 2 * kept * length * dw + length.square() * dd
         if step.held != 1:  # of the elements that decay before the step, of which only their signs tell
             local = rows.local(brake)
-            some, other = rows.sums(lambda x, d, k: _agreeing(x, d, k), local)
+            some, other = rows.sums(_agreeing, local)
             less: Any = keep * step.held + lift
             after = after + (less**2 - kept**2) * some - 2 * (less - kept) * length * other
         scale = radius / total(after).clamp(min=0).sqrt().clamp(min=1e-10)
@@ -167,7 +167,7 @@ def factors(group: Mapping[str, Any], w: Work, d: Tensor, step: Step, carried: T
     return Factors(*(rows.local(x) for x in (scale * keep, scale * lift, scale * length, brake)))
 
 
-def _agreeing(x: Tensor, d: Tensor, brake: Tensor | None) -> Sequence[Tensor]:
+def _agreeing(x: Tensor, d: Tensor, brake: Tensor) -> Sequence[Tensor]:
     """Terms of <W, W> and <d, W> of the elements that the step moves towards zero, or not at all."""
     held = (d - brake * x) * x >= 0
     return held * x * x, held * d * x

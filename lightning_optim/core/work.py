@@ -581,6 +581,7 @@ class _Write:
         d: Tensor,
         index: Callable[[], Tensor] | None = None,
         carried: Tensor | None = None,
+        *,
         rows: Factors | None = None,
     ) -> None:
         """Write one block.
