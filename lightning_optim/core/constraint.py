@@ -8,9 +8,15 @@ one matrix, in this order:
     hyperball:  W' = W - lr |W| O / |O|;  W <- W' |W| / |W'|
     pin:        W' = W - lr O;            W <- W' (|W| - lr <O, W> / |W|) / |W'|
 
+Norms, k and the signs of cautious decay are those before the step. Decay comes where the rule has it, before or after
+W - lr O, and in any case before the norm is set; cautious decay before W - lr O, or after all of this
+(`cautious_when="after_pin"`). That is the order of modded-nanogpt, track 3, pull request 328.
+
 Hyperball (arXiv:2606.16899) makes lr an angle. With `lr_convention="adamw"` lr |W| becomes lr 0.2 sqrt(mn), the step
 that AdamW would take. Everything follows from three sums over each row, <W, W>, <O, W> and <O, O>, so a parameter is
 read once before it is written, and shards exchange a few numbers per matrix, or per row where a floor is one of rows.
+
+Differs: a matrix of zeros is not pinned in its first step, where the published code would hold it at 1e-8.
 """
 
 from __future__ import annotations
