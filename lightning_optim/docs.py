@@ -127,10 +127,12 @@ def stub() -> str:
             "        self,",
             "        params: ParamsT,",
         ]
-        for f in dataclasses.fields(rule):  # pyright: ignore[reportArgumentType]
-            spelled = "float | Tensor" if f.name == "lr" else _spell(hints[f.name])
-            lines.append(f"        {f.name}: {spelled} = {f.default!r},".replace("'", '"'))
+        fields = dataclasses.fields(rule)  # pyright: ignore[reportArgumentType]
+        spelled = {f.name: "float | Tensor" if f.name == "lr" else _spell(hints[f.name]) for f in fields}
+        written = {f.name: f"        {f.name}: {spelled[f.name]} = {f.default!r},".replace("'", '"') for f in fields}
+        lines += [written[f.name] for f in fields if not f.kw_only]
         lines.append("        *,")
+        lines += [written[f.name] for f in fields if f.kw_only]
         lines += [f"        {k}: {_spell(OPTION_TYPES[k])} = {v!r},".replace("'", '"') for k, v in OPTIONS.items()]
         lines += ["        max_temp_bytes: int = ...,", "    ) -> None: ..."]
     return "\n".join(lines) + "\n"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import typing
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import lightning_optim.rules  # noqa: F401  (fills the registry)
 from lightning_optim.core.executor import Executor, ParamsT
 from lightning_optim.core.groups import OPTION_TYPES, OPTIONS
-from lightning_optim.core.rule import REGISTRY, Rule, hyperparameters
+from lightning_optim.core.rule import REGISTRY, Rule
 
 
 def signature(rule: type[Rule]) -> inspect.Signature:
@@ -22,8 +23,11 @@ def signature(rule: type[Rule]) -> inspect.Signature:
         `params`, the hyperparameters, then keyword-only options.
     """
     kind, hints = inspect.Parameter, typing.get_type_hints(rule)
+    fields = dataclasses.fields(rule)  # pyright: ignore[reportArgumentType]
     named = [
-        kind(k, kind.POSITIONAL_OR_KEYWORD, default=v, annotation=hints[k]) for k, v in hyperparameters(rule).items()
+        kind(f.name, kind.KEYWORD_ONLY if f.kw_only else kind.POSITIONAL_OR_KEYWORD, default=f.default, annotation=hint)
+        for f in sorted(fields, key=lambda f: f.kw_only)
+        for hint in [hints[f.name]]
     ]
     options = [kind(k, kind.KEYWORD_ONLY, default=v, annotation=OPTION_TYPES[k]) for k, v in OPTIONS.items()]
     options.append(kind("max_temp_bytes", kind.KEYWORD_ONLY, default=2**25, annotation=int))

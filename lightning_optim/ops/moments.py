@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,18 +21,51 @@ def gram(x: Tensor, *, left: bool) -> Tensor:
     return x @ x.mT if left else x.mT @ x
 
 
-def adam_moments(m: Tensor, v: Tensor, first: Tensor, second: Tensor, betas: tuple[float, float]) -> None:
-    """Adam's averages, in place: m <- b1 m + (1 - b1) first;  v <- b2 v + (1 - b2) second^2.
+def average_square_(v: Tensor, x: Tensor, beta: float) -> None:
+    """V <- beta v + (1 - beta) x^2.
 
     Args:
-        m: first moment, written.
         v: second moment, written.
-        first: gradient in the basis of m.
-        second: gradient in the basis of v; the same one, where m and v share a basis.
-        betas: (b1, b2).
+        x: gradient in the basis of v.
+        beta: of the mean.
     """
-    m.lerp_(first, 1 - betas[0])
-    v.mul_(betas[1]).addcmul_(second, second, value=1 - betas[1])
+    v.mul_(beta).addcmul_(x, x, value=1 - beta)
+
+
+BI_MAXWELL = ((0.85, 0.4385), (0.98, 0.5615))
+"""A young and an old mean, of mean age 30; from step 1000 of 2635 on in modded-nanogpt, track 3, pull request 339."""
+
+
+def k_maxwell() -> tuple[tuple[float, float, float], ...]:
+    """Eight means whose mean age falls from 58 to 26 steps (modded-nanogpt, track 3, pull request 357).
+
+        beta_k = tau_k / (tau_k + 1), tau_k = 3 (64 / 3)^(k / 7);  weights proportional to k + 1, but for the last
+
+    Published between the steps 1000 and 3250.
+
+    Returns:
+        (beta, weight, last weight) of each, the youngest first.
+    """
+    taus = [3 * (64 / 3) ** (k / 7) for k in range(8)]
+    starts, ends = ([w * (k + 1) for k in range(7)] for w in (0.005094, 0.0322618))
+    pairs = zip([*starts, 1 - sum(starts)], [*ends, 1 - sum(ends)], strict=True)
+    return tuple((tau / (tau + 1), *pair) for tau, pair in zip(taus, pairs, strict=True))
+
+
+def weighted_sum(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Sum_k w_k x_k.
+
+    Args:
+        parts: tensors of one shape, at least one.
+        weights: one each.
+
+    Returns:
+        A new tensor.
+    """
+    total = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total.add_(part, alpha=weight)
+    return total
 
 
 def rank_one(a: Tensor, iterations: int = 5) -> tuple[Tensor, Tensor]:
@@ -57,15 +92,6 @@ def rank_one(a: Tensor, iterations: int = 5) -> tuple[Tensor, Tensor]:
         unit = s / top
         q = a @ (unit / (unit * unit).sum(-1, keepdim=True).clamp(min=tiny) / top).mT
     return q, s
-
-
-def bias_corrections(betas: tuple[float, float], t: int) -> tuple[float, float]:
-    """What a mean and a root of running means from zero are divided by after t steps.
-
-    Returns:
-        (1 - b1^t, sqrt(1 - b2^t)).
-    """
-    return 1 - betas[0] ** t, (1 - betas[1] ** t) ** 0.5
 
 
 def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float) -> Tensor:

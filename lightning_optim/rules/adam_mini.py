@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, Slot, zeros
 
 
 @dataclass(frozen=True)
-class AdamMini(Rule):
+class AdamMini(Averaging):
     """Adam-mini: one second moment per row, head or matrix instead of one per element.
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) mean_block(g^2);  d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -55,8 +55,8 @@ class AdamMini(Rule):
         v = s.exp_avg_sq
         dims = [d for d in (-2, -1) if v.shape[d] != g.shape[d]]
         v.lerp_(self._of_block(g, dims) if dims else g * g, 1 - b2)
-        s.exp_avg.lerp_(g, 1 - b1)
-        return s.exp_avg / ((v / (1 - b2**t)).sqrt_().add_(self.eps).mul_(1 - b1**t))
+        m = self.averaged(s, g, b1, t)
+        return m / ((v / (1 - b2**t)).sqrt_().add_(self.eps).mul_(self.mass(b1, t)))
 
     def _of_block(self, g: Tensor, dims: list[int]) -> Tensor:
         """The statistic of g^2 over blocks, without squares."""

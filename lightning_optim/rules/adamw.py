@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
-from lightning_optim.ops.moments import adam_moments, adam_ratio, bias_corrections
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, Rule, Slot, zeros
+from lightning_optim.ops.moments import adam_ratio, average_square_
 
 
 @dataclass(frozen=True)
-class AdamW(Rule):
+class AdamW(Averaging):
     """AdamW: Adam with decoupled weight decay.
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -70,18 +70,20 @@ class AdamW(Rule):
         return ADAMW_RMS
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        adam_moments(s.exp_avg, s.exp_avg_sq, g, g, self.betas)
+        b1, b2 = self.betas
+        m = self.averaged(s, g, b1, t)
+        average_square_(s.exp_avg_sq, g, b2)
         v = s.exp_avg_sq
         if self.amsgrad:
             v = torch.maximum(s.max_exp_avg_sq, v, out=s.max_exp_avg_sq)
-        mean, root = bias_corrections(self.betas, t) if self.correct_bias else (1.0, 1.0)
+        mean, root = (self.mass(b1, t), (1 - b2**t) ** 0.5) if self.correct_bias else (1.0, 1.0)
         eps = self.eps if self.eps_mode == "corrected" else self.eps / root
-        return adam_ratio(s.exp_avg, v, mean, root, eps)
+        return adam_ratio(m, v, mean, root, eps)
 
     def kernel(  # noqa: D102
         self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int
     ) -> Literal[True] | None:
-        if self.eps_mode != "corrected":
+        if self.eps_mode != "corrected" or self.momentum_kernel is not None:
             return None
         step = float(t) if self.correct_bias else math.inf  # where both corrections are one
         fused = torch.ops.aten._fused_adamw_ if self.decay == "before" else torch.ops.aten._fused_adam_

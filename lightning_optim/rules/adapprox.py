@@ -11,13 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, Slot, zeros
 from lightning_optim.ops.lowrank import range_basis
 from lightning_optim.ops.norms import clip_rms_
 
 
 @dataclass(frozen=True)
-class Adapprox(Rule):
+class Adapprox(Averaging):
     """Adapprox: a second moment of low rank, found anew at every step by a random sketch.
 
     V = b2 max(Q U^T, 0) + (1 - b2) g^2;  Q = leading left singular vectors of V;  U = V^T Q
@@ -67,7 +67,7 @@ class Adapprox(Rule):
         s.factor_left = range_basis(v, self._sketch(g, s), s.factor_left.shape[-1], power=self.iterations - 1)
         s.factor_right = v.mT @ s.factor_left
         u = clip_rms_(torch.div(g, v.sqrt_().add_(self.eps), out=v), self.clip_threshold)
-        return s.exp_avg.lerp_(u, 1 - b1) if b1 else u
+        return self.averaged(s, u, b1, t) if b1 else u
 
     def _sketch(self, g: Tensor, s: SimpleNamespace) -> Tensor:
         rank = s.factor_left.shape[-1]

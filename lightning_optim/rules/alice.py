@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_optim.core.rule import Rule, Slot, zeros
+from lightning_optim.core.rule import Averaging, Slot, zeros
 from lightning_optim.ops.eigenbasis import unaligned
 from lightning_optim.ops.lowrank import follow_subspace, leading_basis, switch
-from lightning_optim.ops.moments import adam_moments, gram
+from lightning_optim.ops.moments import average_square_, gram
 from lightning_optim.ops.norms import growth_factor, norm, normalized
 from lightning_optim.ops.projection import lift, project
 
 
 @dataclass(frozen=True)
-class Alice(Rule):
+class Alice(Averaging):
     """Alice: Adam in a leading subspace that is tracked, switched and compensated.
 
     For m <= n (wide; tall matrices through their transpose), U [m, r] with orthonormal columns:
@@ -98,8 +98,9 @@ class Alice(Rule):
         inner = project(x, s.basis)
         if b3:
             s.factor.lerp_(gram(inner, left=True), 1 - b3)
-        adam_moments(s.exp_avg, s.exp_avg_sq, inner, inner, (b1, b2))
-        w = s.exp_avg / (s.exp_avg_sq.sqrt().add_(self.eps))
+        m = self.averaged(s, inner, b1, t)
+        average_square_(s.exp_avg_sq, inner, b2)
+        w = m / (s.exp_avg_sq.sqrt().add_(self.eps))
         d = lift(w, s.basis)
         if self.compensation != "none" and s.basis.shape[-1] < x.shape[-2]:
             rest = self._compensation(x, inner, w, s)

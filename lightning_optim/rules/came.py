@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Rule, zeros
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, zeros
 from lightning_optim.ops.factored import over_root, update_means_
 from lightning_optim.ops.norms import clip_rms_
 
 
 @dataclass(frozen=True)
-class CAME(Rule):
+class CAME(Averaging):
     """CAME: Adafactor with momentum, divided by the root of how far the momentum is from the steps.
 
     r <- b2 r + (1 - b2) mean_cols(g^2 + eps1), c likewise;  u = g / sqrt(r c / mean(r)), clipped to RMS clip_threshold
@@ -57,9 +57,9 @@ class CAME(Rule):
         else:
             update_means_(s.exp_avg_sq_row, s.exp_avg_sq_col, u, 1 - b2, self.eps[0])
             over_root(g, s.exp_avg_sq_row, s.exp_avg_sq_col, out=u)
-        s.exp_avg.lerp_(clip_rms_(u, self.clip_threshold), 1 - b1)
+        m = self.averaged(s, clip_rms_(u, self.clip_threshold), b1, t)
         if whole:
-            return s.exp_avg
-        residual = u.sub_(s.exp_avg).square_()
+            return m
+        residual = u.sub_(m).square_()
         update_means_(s.exp_avg_res_row, s.exp_avg_res_col, residual, 1 - b3, self.eps[1])
-        return over_root(s.exp_avg, s.exp_avg_res_row, s.exp_avg_res_col, out=u)
+        return over_root(m, s.exp_avg_res_row, s.exp_avg_res_col, out=u)

@@ -9,14 +9,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, eye, zeros
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, Slot, eye, zeros
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal
-from lightning_optim.ops.moments import adam_moments, bias_corrections, gram
+from lightning_optim.ops.moments import average_square_, gram
 from lightning_optim.ops.projection import lift, project
 
 
 @dataclass(frozen=True)
-class EigenAdam(Rule):
+class EigenAdam(Averaging):
     """Eigen-Adam: Adam in the eigenbasis of the Gram matrix of the shorter side.
 
     Q <- b3 Q + (1 - b3) G G^T;  M <- b1 M + (1 - b1) G;  when due U = eigenvectors(Q)
@@ -59,10 +59,10 @@ class EigenAdam(Rule):
         s.factor.lerp_(gram(g, left=left), 1 - b3)
         s.refresh(g)
         sides = (s.basis, None) if left else (None, s.basis)
-        adam_moments(s.exp_avg, s.exp_avg_sq, g, project(g, *sides), (b1, b2))
-        d = lift(project(s.exp_avg, *sides).div_(s.exp_avg_sq.sqrt().add_(self.eps)), *sides)
-        mean, root = bias_corrections((b1, b2), t)
-        return d.mul_(root / mean) if self.correct_bias else d
+        m = self.averaged(s, g, b1, t)
+        average_square_(s.exp_avg_sq, project(g, *sides), b2)
+        d = lift(project(m, *sides).div_(s.exp_avg_sq.sqrt().add_(self.eps)), *sides)
+        return d.mul_((1 - b2**t) ** 0.5 / self.mass(b1, t)) if self.correct_bias else d
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         s.basis = eigenbasis(s.factor)

@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Rule, zeros
-from lightning_optim.ops.moments import adam_moments, adam_ratio, bias_corrections
+from lightning_optim.core.rule import Averaging, zeros
+from lightning_optim.ops.moments import adam_ratio, average_square_
 from lightning_optim.ops.norms import norm, quotient
 
 
 @dataclass(frozen=True)
-class LAMB(Rule):
+class LAMB(Averaging):
     """LAMB: Adam whose every layer moves by a fixed fraction of its norm, for large batches.
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
@@ -60,9 +60,11 @@ class LAMB(Rule):
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         assert p is not None
-        adam_moments(s.exp_avg, s.exp_avg_sq, g, g, self.betas)
-        mean, root = bias_corrections(self.betas, t) if self.correct_bias else (1.0, 1.0)
-        u = adam_ratio(s.exp_avg, s.exp_avg_sq, mean, root, self.eps)
+        b1, b2 = self.betas
+        m = self.averaged(s, g, b1, t)
+        average_square_(s.exp_avg_sq, g, b2)
+        mean, root = (self.mass(b1, t), (1 - b2**t) ** 0.5) if self.correct_bias else (1.0, 1.0)
+        u = adam_ratio(m, s.exp_avg_sq, mean, root, self.eps)
         if self.exclude_vectors and s.vector:
             return u
         if self.weight_decay:

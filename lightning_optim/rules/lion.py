@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Rule, zeros
+from lightning_optim.core.rule import Averaging, Rule, zeros
 
 
 @dataclass(frozen=True)
-class Lion(Rule):
+class Lion(Averaging):
     """Lion: the sign of an interpolated momentum.
 
     d = sign(b1 m + (1 - b1) g);  m <- b2 m + (1 - b2) g
@@ -35,6 +35,6 @@ class Lion(Rule):
         return 1.0
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        d = s.exp_avg.lerp(g, 1 - self.betas[0]).sign_()
-        s.exp_avg.lerp_(g, 1 - self.betas[1])
+        d = self.blended(s, t - 1).lerp(g, 1 - self.betas[0]).sign_()
+        self.averaged(s, g, self.betas[1], t)
         return d

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Rule, nearest, zeros
+from lightning_optim.core.rule import Averaging, Rule, nearest, zeros
 from lightning_optim.ops.maps import Size, aurora, contra
 from lightning_optim.ops.orthogonal import DTYPES, SCHEDULES, SOFT_WEIGHTS, Divisor, IterationDtype, orthogonalize
 
@@ -25,7 +25,7 @@ Scale = Literal["original", "match_rms_adamw", "spectral", "none"]
 
 
 @dataclass(frozen=True)
-class Muon(Rule):
+class Muon(Averaging):
     """Muon: momentum, orthogonalised by Newton-Schulz, for hidden matrices.
 
     m <- momentum m + (1 - momentum) g;  x = (1 - momentum) g + momentum m, or m without nesterov
@@ -63,6 +63,7 @@ class Muon(Rule):
     source: ClassVar = "Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982"
     search: ClassVar = Rule.search | {"momentum": (0.95, 0.9)}
     state: ClassVar = {"momentum_buffer": zeros("mn")}
+    first_moment: ClassVar = "momentum_buffer"
     vectors: ClassVar = False
     signed: ClassVar = frozenset({"ns_coefficients"})
 
@@ -99,14 +100,14 @@ class Muon(Rule):
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return SCALES[self.scale](m, n) / max(m, n) ** 0.5
 
-    def filtered(self, g: Tensor, s: SimpleNamespace) -> Tensor:
+    def filtered(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         """The momentum.
 
         Returns:
             `[b, m, n]`; the state itself without nesterov.
         """
-        s.momentum_buffer.lerp_(g, 1 - self.momentum)
-        return g.lerp(s.momentum_buffer, self.momentum) if self.nesterov else s.momentum_buffer
+        m = self.averaged(s, g, self.momentum, t)
+        return g.lerp(m, self.momentum) if self.nesterov else m
 
     def polar(self, x: Tensor) -> Tensor:
         """Orthogonalise, with the maps that are asked for.
@@ -118,15 +119,15 @@ class Muon(Rule):
         iterate = functools.partial(orthogonalize, steps=self.ns_steps, coefficients=self.ns_coefficients, **settings)
         return contra(aurora(x, iterate, self.aurora) if self.aurora else iterate(x), x, self.contra, self.contra_size)
 
-    def orthogonal(self, g: Tensor, s: SimpleNamespace) -> Tensor:
+    def orthogonal(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         """The orthogonalised momentum.
 
         Returns:
             `[b, m, n]`, without a shape scale.
         """
-        return self.polar(self.filtered(g, s))
+        return self.polar(self.filtered(g, s, t))
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         scale = SCALES[self.scale](*g.shape[-2:])
-        d = self.orthogonal(g, s)
+        d = self.orthogonal(g, s, t)
         return d if scale == 1 else d.mul_(scale)

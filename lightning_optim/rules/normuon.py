@@ -42,5 +42,5 @@ class NorMuon(Muon):
         return {**self.state, "second_momentum": zeros(letters)}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        o = self.orthogonal(g, s)
+        o = self.orthogonal(g, s, t)
         return o.mul_(variance_factor(o, s.second_momentum, self.beta2) * SCALES[self.scale](*g.shape[-2:]))

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Rule, Slot, zeros
-from lightning_optim.ops.moments import adam_moments, bias_corrections
+from lightning_optim.core.rule import Averaging, Rule, Slot, zeros
+from lightning_optim.ops.moments import average_square_
 from lightning_optim.ops.norms import growth_factor, norm
 from lightning_optim.ops.projection import OVERSAMPLING, Method, Side, leading_vectors, left_out, project, sides
 from lightning_optim.rules.adafactor import AdafactorHF
@@ -106,7 +106,7 @@ class Subspace(Rule):
 
 
 @dataclass(frozen=True)
-class Projected(Subspace):
+class Projected(Averaging, Subspace):
     """Base of rules that take a projected gradient into Adam's moments.
 
     x = P^T g, or g P where the columns are projected;  m <- b1 m + (1 - b1) x;  v <- b2 v + (1 - b2) x^2
@@ -130,9 +130,11 @@ class Projected(Subspace):
         Returns:
             (u, c) of the formulae above.
         """
-        adam_moments(s.exp_avg, s.exp_avg_sq, x, x, self.betas)
-        mean, root = bias_corrections(self.betas, t)
-        return s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), root / mean if self.correct_bias else 1.0
+        b1, b2 = self.betas
+        m = self.averaged(s, x, b1, t)
+        average_square_(s.exp_avg_sq, x, b2)
+        correction = (1 - b2**t) ** 0.5 / self.mass(b1, t) if self.correct_bias else 1.0
+        return m / s.exp_avg_sq.sqrt().add_(self.eps), correction
 
     def projected(
         self, g: Tensor, s: SimpleNamespace, t: int

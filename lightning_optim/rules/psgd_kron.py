@@ -10,14 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Rule, Slot, zeros
+from lightning_optim.core.rule import Averaging, Slot, zeros
 from lightning_optim.ops.moments import gram
 from lightning_optim.ops.norms import normalized, rms
 from lightning_optim.ops.spectral import norm_lower_bound
 
 
 @dataclass(frozen=True)
-class PSGDKron(Rule):
+class PSGDKron(Averaging):
     """PSGD: a Kronecker-factored preconditioner, fitted by gradient descent on a Lie group.
 
     M <- b M + (1 - b) G;  m = M / (1 - b^t)
@@ -47,6 +47,7 @@ class PSGDKron(Rule):
 
     name: ClassVar = "psgd_kron"
     source: ClassVar = "Li 2018, arXiv:1512.04202; Li 2024, arXiv:2402.04553; order of operations of kron_torch"
+    first_moment: ClassVar = "momentum_buffer"
     vectors: ClassVar = False
     costly: ClassVar = ("left", "right")
     never_stale: ClassVar = "a fit is one step along a noisy gradient, and one chosen by its noise is biased"
@@ -71,8 +72,7 @@ class PSGDKron(Rule):
         return 1.0 if self.normalize else None
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        s.momentum_buffer.lerp_(g, 1 - self.momentum)
-        m = s.momentum_buffer / (1 - self.momentum**t)
+        m = self.averaged(s, g, self.momentum, t) / self.mass(self.momentum, t)
         if t == 1:
             s.left, s.right = _one(s.left), _one(s.right)
         if t >= self.start:

@@ -59,7 +59,7 @@ class Rotated(Rule):
             letters, line = ("mm", "m1") if side == "left" else ("nn", "1n")
             out |= {f"factor_{side}": zeros(letters), f"basis_{side}": eye(letters)}
             if self.factors == "kl":
-                out[f"root_{side}"] = Slot(line, INITIAL_ROOT)
+                out[f"root_{side}"] = zeros(line)
         return out
 
     def observe(self, x: Tensor, s: SimpleNamespace, weight: float, t: int) -> None:
@@ -76,7 +76,9 @@ class Rotated(Rule):
             for side, factor in factors.items():
                 factor.lerp_(gram(x, left=side == "left"), weight)
         elif t == 1:
-            average_kl_(factors, bases, {side: torch.ones_like(r) for side, r in by_side(s, "root").items()}, x, 1.0)
+            average_kl_(factors, bases, {side: r.fill_(1.0) for side, r in by_side(s, "root").items()}, x, 1.0)
+            for root in by_side(s, "root").values():
+                root.fill_(INITIAL_ROOT)
         else:
             for side, root in average_kl_(factors, bases, by_side(s, "root"), x, weight).items():
                 setattr(s, f"root_{side}", root)

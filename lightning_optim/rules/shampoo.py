@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, Slot, zeros
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal
 from lightning_optim.ops.moments import gram
 from lightning_optim.ops.norms import norm
@@ -20,7 +20,7 @@ from lightning_optim.ops.tiles import filled, joined, tiles
 
 
 @dataclass(frozen=True)
-class Shampoo(Rule):
+class Shampoo(Averaging):
     """Shampoo: inverse roots of Kronecker factors of the gradient's second moment.
 
     L <- b2 L + (1 - b2) G G^T;  R <- b2 R + (1 - b2) G^T G, or sums
@@ -171,9 +171,9 @@ class Shampoo(Rule):
         b1, b3 = self.betas[0], self.betas[0] if self.beta3 is None else self.beta3
         if not hasattr(s, "exp_avg"):
             return g
-        n = g.lerp(s.exp_avg, b3)
-        s.exp_avg.lerp_(g, 1 - b1)
-        return n / (1 - b3 * b1 ** (t - 1)) if self.correct_bias else n
+        n = g.lerp(self.blended(s, t - 1), b3)
+        self.averaged(s, g, b1, t)
+        return n / (1 - b3 * (1 - self.mass(b1, t - 1))) if self.correct_bias else n
 
     def _grafted(self, n: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         if not hasattr(s, "graft_sq"):

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Rule, zeros
+from lightning_optim.core.rule import Averaging, Rule, zeros
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SignSGD(Rule):
 
 
 @dataclass(frozen=True)
-class Signum(SignSGD):
+class Signum(Averaging, SignSGD):
     """Signum: the sign of a running mean of the gradients.
 
     m <- momentum m + (1 - momentum) g;  d = sign(m)
@@ -49,6 +49,7 @@ class Signum(SignSGD):
     name: ClassVar = "signum"
     source: ClassVar = "Bernstein et al. 2018, arXiv:1802.04434, Alg. 2"
     state: ClassVar = {"momentum_buffer": zeros("mn")}
+    first_moment: ClassVar = "momentum_buffer"
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -61,4 +62,4 @@ class Signum(SignSGD):
             raise ValueError(f"signum: momentum must be below 1, got {self.momentum}")
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        return s.momentum_buffer.lerp_(g, 1 - self.momentum).sign()
+        return self.averaged(s, g, self.momentum, t).sign()

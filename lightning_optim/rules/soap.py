@@ -9,15 +9,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
-from lightning_optim.ops.moments import adam_moments, bias_corrections
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, Rule, Slot, zeros
+from lightning_optim.ops.moments import average_square_
 from lightning_optim.ops.norms import rms
 from lightning_optim.ops.projection import lift, project
 from lightning_optim.rules.rotated import Factors, Rotated, by_side
 
 
 @dataclass(frozen=True)
-class SOAP(Rotated):
+class SOAP(Averaging, Rotated):
     """SOAP: Adam in the eigenbasis of Shampoo's factors.
 
     G' = Q_L^T G Q_R;  M <- b1 M + (1 - b1) G';  V <- b2 V + (1 - b2) G'^2
@@ -71,18 +71,20 @@ class SOAP(Rotated):
             return g
         bases = by_side(s, "basis")
         turned = project(g, **bases)
-        adam_moments(s.exp_avg, s.exp_avg_sq, turned, turned, self.betas)
-        d = lift(s.exp_avg / s.exp_avg_sq.sqrt().add_(self.eps), **bases)
+        b1, b2 = self.betas
+        m = self.averaged(s, turned, b1, t - 1)
+        average_square_(s.exp_avg_sq, turned, b2)
+        d = lift(m / s.exp_avg_sq.sqrt().add_(self.eps), **bases)
         if self.normalize_grads:
             d = d / (rms(d) + 1e-30)
         if self.correct_bias:
-            mean, root = bias_corrections(self.betas, t - 1)
-            d = d * (root / mean)
+            d = d * ((1 - b2 ** (t - 1)) ** 0.5 / self.mass(b1, t - 1))
         self.observe(g, s, weight, t)
         s.refresh(g)
         return d
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
-        m = lift(s.exp_avg, **by_side(s, "basis"))
+        outside = {name: lift(getattr(s, name), **by_side(s, "basis")) for name in self.means()}
         super().rebuild(g, s, t)
-        s.exp_avg = project(m, **by_side(s, "basis"))
+        for name, m in outside.items():
+            setattr(s, name, project(m, **by_side(s, "basis")))

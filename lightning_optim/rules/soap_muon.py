@@ -99,7 +99,7 @@ class SOAPMuon(Rotated, Muon):
         return None if self.sinkhorn or self.restore != "none" else SCALES[self.scale](m, n) * direct
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        u = self.filtered(g, s)
+        u = self.filtered(g, s, t)
         if self.refresh_first:
             self._turn(g, u, s, t)
         x, (m, n) = self._preconditioned(g, u, s, t), g.shape[-2:]

@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Observable, Rule, zeros
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, Observable, zeros
 
 
 @dataclass(frozen=True)
-class SophiaH(Rule):
+class SophiaH(Averaging):
     """Sophia-H: momentum over Hutchinson's estimate of the Hessian's diagonal, clipped.
 
     m <- b1 m + (1 - b1) g;  d = clip(m / max(rho h, eps), 1);  h <- b2 h + (1 - b2) u * (H u), every k steps
@@ -46,8 +46,7 @@ class SophiaH(Rule):
         return ADAMW_RMS
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        s.exp_avg.lerp_(g, 1 - self.betas[0])
-        return (s.exp_avg / self._scale(s.hessian)).clamp_(-1, 1)
+        return (self.averaged(s, g, self.betas[0], t) / self._scale(s.hessian)).clamp_(-1, 1)
 
     def observe(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
         s.hessian.lerp_(self._estimate(seen).to(s.hessian.dtype), 1 - self.betas[1])

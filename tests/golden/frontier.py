@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_optim import KLSOAP, AdamW, Executor, Muon, MuonSq, NorMuon, SinkSOAP
+from lightning_optim import KLSOAP, AdamW, Executor, Muon, MuonSq, Muown, NorMuon, SinkSOAP
 from tests.golden.common import Case, Params, injected
 
 POLAR: dict[str, Any] = {"ns_steps": 12, "ns_coefficients": "converged", "ns_dtype": "float32"}
@@ -114,12 +114,28 @@ def _sink_soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
     )
 
 
+def _muown(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return Muown(
+        params.items(),
+        lr=h["lr"],
+        momentum=h["momentum"],
+        betas=tuple(h["betas"]),
+        eps=h.get("adam_eps", 1e-8),
+        ns_steps=h["ns_steps"],
+        ns_dtype="float32",
+        schedule_steps=h["v_norm_schedule_steps"],
+        length=h["v_norm_target_scale"],
+        direction_scale=h["direction_scale"],
+    )
+
+
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "AdamH": _adam_h,
     "ContraMuon": _contra_muon,
     "KLSOAPH": _kl_soap_h,
     "MuonH": _muon_h,
     "MuonSq": _muon_sq,
+    "Muown": _muown,
     "NorMuonH": _nor_muon_h,
     "SOAPMuon-PR278": _soap_muon_278,
     "SOAPMuon-PR321": _soap_muon_321,
