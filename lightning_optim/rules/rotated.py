@@ -11,9 +11,9 @@ from torch import Tensor
 from lightning_optim.core.rule import Rule, Slot, eye, zeros
 from lightning_optim.ops.eigenbasis import INITIAL_ROOT, average_kl_, eigenbasis, follow_eigenbasis, off_diagonal
 from lightning_optim.ops.lapack import orthonormal
-from lightning_optim.ops.moments import gram
+from lightning_optim.ops.moments import gram, gram_sides
 
-Sides = Literal["both", "short", "none"]
+Sides = Literal["both", "left", "right", "short", "none"]
 Factors = Literal["gram", "kl"]
 Decomposition = Literal["qr", "eigh"]
 
@@ -43,8 +43,7 @@ class Rotated(Rule):
         Returns:
             `"left"`, `"right"`, both or none.
         """
-        short = ("left",) if m <= n else ("right",)
-        chosen = {"both": ("left", "right"), "short": short, "none": ()}[self.sides]
+        chosen = () if self.sides == "none" else gram_sides(m, n, self.sides)
         fits = {"left": m <= self.max_precond_dim, "right": n <= self.max_precond_dim}
         return () if vector else tuple(side for side in chosen if fits[side])
 
