@@ -15,7 +15,7 @@ def sides(p, h):
     if p.ndim < 2:
         return []
     short = 0 if p.shape[0] <= p.shape[1] else 1
-    chosen = {"both": [0, 1], "left": [0], "right": [1], "short": [short]}[h["sides"]]
+    chosen = {"both": [0, 1], "left": [0], "right": [1], "short": [short], "none": []}[h["sides"]]
     return [k for k in chosen if p.shape[k] <= h["max_precond_dim"]]
 
 
