@@ -75,7 +75,9 @@ class Rotated(Rule):
             for side, factor in factors.items():
                 factor.lerp_(gram(x, left=side == "left"), weight)
         elif t == 1:
-            average_kl_(factors, bases, {side: torch.ones_like(r) for side, r in by_side(s, "root").items()}, x, 1.0)
+            for side, factor in factors.items():
+                factor.copy_(gram(x, left=side == "left") / x.shape[-1 if side == "left" else -2])
+                getattr(s, f"root_{side}").fill_(INITIAL_ROOT)
         else:
             for side, root in average_kl_(factors, bases, by_side(s, "root"), x, weight).items():
                 setattr(s, f"root_{side}", root)
