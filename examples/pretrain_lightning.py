@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_integration.arguments import literals
 from lightning_optim import configure_optimizers
 from lightning_optim.bench.models import PRESETS, build_model
 from lightning_optim.bench.text import texts, unigram_entropy
@@ -75,6 +76,7 @@ class Pretraining(L.LightningModule):
             momentum_warmup_steps=s.momentum_warmup_steps,
             total_steps=s.max_steps,
             share_work=s.share_work,
+            **literals(s.optim_args),
         )
 
 
@@ -155,6 +157,7 @@ def arguments() -> argparse.Namespace:
     add("--preset", choices=PRESETS, default="tiny", help="size of the model, the tokenizer included")
     add("--data", nargs="+", default=[], metavar="FILE", help="text files; default: the standard library's sources")
     add("--optim", choices=CLASSES, default="adamw", metavar="NAME", help="python -m lightning_optim list")
+    add("--optim_args", default="", help='its settings: "rank=32, refresh=fixed:10"')
     add("--learning_rate", type=float, default=3e-3, help="AdamW's, whatever the optimizer (default %(default)s)")
     add("--weight_decay", type=float, default=0.1, help="default %(default)s")
     add("--schedule", choices=SCHEDULES, default="cosine", help="after the warm-up")

@@ -52,7 +52,7 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(f"unknown optimizer {name!r}; {nearest(name, [*REGISTRY, *theirs])}")
         lookup(self.rest_optim)
         if name in REGISTRY:
-            _literals(self.optim_args)
+            literals(self.optim_args)
             self.optim = OptimizerNames.ADAMW_TORCH  # the parent takes its own names only
         super().__post_init__()
         if name in REGISTRY:
@@ -72,14 +72,24 @@ class TrainingArguments(transformers.TrainingArguments):
             "rest_lr": self.rest_learning_rate,
             "lr_convention": self.lr_convention,
         }
-        literals = _literals(self.optim_args)
-        if literals.get("recipe") or literals.get("preset"):  # what is not set by a flag is the recipe's
+        given = literals(self.optim_args)
+        if given.get("recipe") or given.get("preset"):  # what is not set by a flag is the recipe's
             settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}
-        return OptimizerFactory, with_flags(self, name, settings | literals)
+        return OptimizerFactory, with_flags(self, name, settings | given)
 
 
-def _literals(text: str | None) -> dict[str, Any]:
-    """Read `momentum=0.9, betas=(0.9, 0.95), recipe=alice-130m, refresh=fixed:10`; a bare word is a string."""
+def literals(text: str | None) -> dict[str, Any]:
+    """Read settings as `--optim_args` takes them.
+
+    Args:
+        text: `momentum=0.9, betas=(0.9, 0.95), recipe=alice-130m, refresh=fixed:10`; a bare word is a string.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        ValueError: text that is not of this form, or values that are not plain.
+    """
     try:
         quoted = re.sub(r"=\s*([A-Za-z]\w*(?:[-:][\w.]+)+)", r"='\1'", text or "")
         call = ast.parse(f"dict({quoted})", mode="eval").body

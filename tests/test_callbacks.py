@@ -317,6 +317,12 @@ def test_refresh_says_nothing_of_rules_without_costly_state(tmp_path: Path) -> N
     assert not of(scalars(tmp_path), "refresh/")
 
 
+def test_refresh_of_rules_whose_state_tells_no_age_has_no_staleness(tmp_path: Path) -> None:
+    fit(tmp_path, Module("flora", rank=2), PreconditionerRefresh(every=1, max_overhead=1e6), steps=2)
+    found = scalars(tmp_path)
+    assert found["refresh/count"][0] > 0 and "refresh/staleness_mean" not in found
+
+
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 

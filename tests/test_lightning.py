@@ -332,6 +332,23 @@ def test_presets_have_the_published_sizes(monkeypatch: pytest.MonkeyPatch) -> No
         assert found[name] * 3 * 2 / 2**30 == pytest.approx(size, abs=0.01), name
 
 
+def test_optim_args_of_the_example_reach_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import pretrain_lightning as example
+
+    given = ["--optim", "alice", "--optim_args", "rank=8, leading=4, refresh=fixed:5, switch=False"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_lightning.py", *given])
+    module = example.Pretraining(example.build_model(64, example.PRESETS["tiny"]), example.arguments())
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    (matrices,) = [g for g in groups if g["rule"] == "alice"]
+    assert {k: matrices[k] for k in ("rank", "leading", "refresh", "switch")} == {
+        "rank": 8,
+        "leading": 4,
+        "refresh": "fixed:5",
+        "switch": False,
+    }
+
+
 def scalars(directory: Path) -> dict[tuple[str, int], list[float]]:
     """Values of every event file under a directory by tag and step; what a resumed run repeats is there twice."""
     found = defaultdict(list)

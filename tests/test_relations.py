@@ -84,6 +84,39 @@ def test_soap_without_a_rotated_side_is_adam_from_its_second_step(shape: tuple[i
         same(soap[t], p.detach())
 
 
+@pytest.mark.parametrize("shape", [(4, 7), (7, 4)])
+def test_soap_of_the_shorter_side_that_keeps_its_first_step_is_eigen_adam(shape: tuple[int, int]) -> None:
+    """Within one basis, for SOAP's second moment follows a later one."""
+    soap = path(SOAP, shape, sides="short", skip_first=False, betas=(0.9, 0.95), refresh="fixed:100")
+    # SOAP's eps is added to the uncorrected root, as here
+    eigen = path(EigenAdam, shape, betas=(0.9, 0.95, 0.99), correct_bias=True, refresh="fixed:100")
+    same(soap, eigen)
+
+
+@pytest.mark.parametrize("settings", [{"refresh": "fixed:1"}, {"refresh": "fixed:3", "skip_first": False}])
+def test_soap_of_rank_deficient_gradients_is_finite_and_reproducible(settings: dict[str, Any]) -> None:
+    """Rank 2 on both sides. In the missing directions M and V are rounding; `floor` keeps their ratio small."""
+    grads = [draw(8, 2) @ draw(2, 2, seed=t) @ draw(2, 12) for t in range(12)]
+
+    def end(dtype: torch.dtype, *, among: int = 1, **more: Any) -> Tensor:
+        ps = [Parameter(torch.zeros(8, 12, dtype=dtype)) for _ in range(among)]
+        optimizer = SOAP(ps, lr=0.1, weight_decay=0.0, **settings, **more)
+        for g in grads:
+            for i, p in enumerate(ps):
+                p.grad = g.to(dtype) * (i + 1)
+            optimizer.step()
+        return ps[0].detach()
+
+    loose = end(torch.float32)
+    assert loose.isfinite().all()
+    assert torch.equal(loose, end(torch.float32)) and torch.equal(loose, end(torch.float32, among=3))
+    exact = end(torch.float64)
+    assert (loose - exact).norm() > exact.norm()  # steps of rounding
+    for floor, error in ((1e-3, 0.3), (1e-2, 0.03)):
+        exact = end(torch.float64, floor=floor)
+        assert (end(torch.float32, floor=floor) - exact).norm() < error * exact.norm()
+
+
 def test_eigen_adam_of_orthogonal_rows_is_adam() -> None:
     """Eigenvectors of a diagonal Gram matrix are axes, whatever their order and signs."""
     p, q = (Parameter(torch.zeros(3, 6, dtype=F64)) for _ in range(2))
@@ -180,6 +213,47 @@ def test_shampoo_of_a_vector_of_one_is_adagrad() -> None:
         a.step()
         b.step()
     same(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("settings", [{}, {"graft": "none", "sides": "short"}, {"max_dim": 4, "start": 3}])
+def test_shampoo_of_a_tensor_is_that_of_its_matrices(settings: dict[str, Any]) -> None:
+    """Experts are a matrix each, a convolution is the matrix it applies to patches, a small matrix may be a vector."""
+    settings = {"eps": 1e-3, "refresh": "fixed:2", **settings}
+    grads = [draw(3, 4, 5, seed=t) for t in range(STEPS)]
+
+    def ends(*views: Any, **more: Any) -> list[Tensor]:
+        ps = [Parameter(torch.zeros(view(grads[0]).shape, dtype=F64)) for view in views]
+        optimizer = Shampoo(ps, lr=0.1, **settings, **more)
+        for g in grads:
+            for p, view in zip(ps, views, strict=True):
+                p.grad = view(g).clone()
+            optimizer.step()
+        return [p.detach() for p in ps]
+
+    (experts,) = ends(lambda g: g)
+    for expert, alone in zip(experts, ends(*(lambda g, i=i: g[i] for i in range(3))), strict=True):
+        same(expert, alone)
+    kernel, matrix = ends(lambda g: g.view(3, 4, 5, 1), lambda g: g.view(3, 20))
+    same(kernel.view(3, 20), matrix)
+    if "max_dim" not in settings:
+        small, vector = ends(lambda g: g[0], lambda g: g[0].flatten(), target_dims=1)
+        same(small.flatten(), vector)
+
+
+@pytest.mark.parametrize("settings", [{}, {"root": "newton"}, {"preconditioner": "eigenvalue"}])
+def test_shampoo_keeps_its_last_good_roots(settings: dict[str, Any]) -> None:
+    """A gradient that is finite where its factors are not."""
+    p = Parameter(torch.zeros(4, 6))
+    optimizer = Shampoo([p], graft="none", eps=1e-3, refresh="fixed:1", **settings)
+    for t in range(3):
+        p.grad = draw(4, 6, seed=t).float()
+        optimizer.step()
+    good = {k: optimizer.state[p][k].clone() for k in ("root_left", "root_right")}
+    p.grad = torch.full((4, 6), 1e20)
+    with pytest.warns(RuntimeWarning, match="last good one is kept"):
+        optimizer.step()
+    assert all(torch.equal(optimizer.state[p][k], x) for k, x in good.items())
+    assert p.isfinite().all()
 
 
 def test_racs_scales_by_the_principal_singular_pair_of_the_squared_gradient() -> None:

@@ -194,9 +194,12 @@ def displacement(ps: list[Parameter], others: list[Parameter], start: list[Tenso
     return max(((a - b).norm() / (b - c).norm()).item() for a, b, c in zip(ps, others, start, strict=True))
 
 
-@pytest.mark.parametrize(("storage", "limit"), [("int8", 0.0165), ("fp8", 0.038), ("bf16", 0.005), ("host", 0.0)])
+@pytest.mark.parametrize(
+    ("storage", "limit"), [("int8", 0.0157), ("int8_grid", 0.0157), ("fp8", 0.038), ("bf16", 0.005), ("host", 0.0)]
+)
 def test_follows_float32_as_published_implementations_do(storage: Any, limit: float) -> None:
-    """Measured on this workload: bitsandbytes 0.50 and torchao 0.18 in 8 bits 0.0153, torchao's fp8 0.035."""
+    """Measured on this workload (examples/benchmark/eight_bit.py): bitsandbytes 0.50 and torchao 0.18 in 8 bits 0.0153
+    +- 0.0002 over seeds, as here; torchao's fp8 0.035."""
     made = torch.Generator().manual_seed(0)
     start = torch.randn(64, 128, generator=made)
     grads = [torch.randn(64, 128, generator=made) * 0.1 for _ in range(20)]

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Sides = Literal["both", "left", "right", "short"]
+
+
+def gram_sides(m: int, n: int, sides: Sides = "both") -> tuple[str, ...]:
+    """Which Gram matrices of an m x n matrix are kept.
+
+    Args:
+        m: rows.
+        n: columns.
+        sides: `"left"` that of the rows, `"right"` of the columns, `"short"` of the shorter side (of a square, the
+            rows).
+
+    Returns:
+        `("left",)`, `("right",)` or both.
+    """
+    chosen = ("left" if m <= n else "right") if sides == "short" else sides
+    return ("left", "right") if chosen == "both" else (chosen,)
 
 
 def gram(x: Tensor, *, left: bool) -> Tensor:

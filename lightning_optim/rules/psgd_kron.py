@@ -25,19 +25,24 @@ class PSGDKron(Averaging):
       L <- L - step triu(A A^T - B B^T) L / |A A^T + B B^T|;  R <- R - step triu(A^T A - B^T B) R / |A^T A + B^T B|
     d = L^T L m R^T R, made shorter where its RMS exceeds `max_rms`
 
-    L and R are upper triangular; at their fixed point L^T L and R^T R whiten m. A side above `max_triangular`, or of
-    one element, has a diagonal factor. The norm is a lower bound of the spectral one. Before step `start` nothing is
-    fitted. `normalize` gives d an RMS of 1; the adamw learning-rate convention sets it, for d starts at the size of m.
+    L and R are upper triangular; at their fixed point L^T L and R^T R whiten m. They start as `init_scale` I, or, if
+    None, as RMS(m)^(-1/4) I, where A and B are of one size: from I, fits of a few percent each take a hundred steps to
+    get there. A side above `max_triangular`, or of one element, has a diagonal factor. The norm is a lower bound of the
+    spectral one. Before step `start` nothing is fitted. `normalize` gives d an RMS of 1; the adamw learning-rate
+    convention sets it.
 
-    Differs: L and R are balanced (|L| = |R|) at every fit, not at random ones, which changes no direction. The
-    published probability of a fit falls from 1 after 500 steps to 1 / 33: the default refresh does so in one step.
     Policies that measure staleness are refused: L and R are an average over many fits, each a step of bounded length
     along a gradient that is mostly noise, and the average is right only if the noise does not choose the fits.
+
+    Differs: kron_torch starts from 1. L and R are balanced (|L| = |R|) at every fit, not at random ones, which changes
+    no direction. The published probability of a fit falls from 1 after 500 steps to 1 / 33: the default refresh does so
+    in one step.
     """
 
     lr: float = 1e-3
     momentum: float = 0.9
     step_size: float = 0.1
+    init_scale: float | None = None
     max_rms: float = 1.1
     max_triangular: int = 8192
     weight_decay: float = 0.0
@@ -57,11 +62,13 @@ class PSGDKron(Averaging):
         """Check the hyperparameters.
 
         Raises:
-            ValueError: a momentum of 1 or more, or what `Rule.validate` raises.
+            ValueError: a momentum of 1 or more, an init_scale of 0, or what `Rule.validate` raises.
         """
         super().validate()
-        if self.momentum >= 1:
-            raise ValueError(f"psgd_kron: momentum must lie in [0, 1), got {self.momentum}")
+        if self.momentum >= 1 or self.init_scale == 0:
+            raise ValueError(
+                f"psgd_kron: needs momentum < 1 and init_scale > 0 or None, got {self.momentum}, {self.init_scale}"
+            )
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         left = zeros("mm" if 1 < m <= self.max_triangular else "1m")
@@ -74,7 +81,9 @@ class PSGDKron(Averaging):
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         m = self.averaged(s, g, self.momentum, t) / self.mass(self.momentum, t)
         if t == 1:
-            s.left, s.right = _one(s.left), _one(s.right)
+            size = rms(m)
+            scale = size.pow(-0.25).where(size > 0, 1.0) if self.init_scale is None else self.init_scale
+            s.left, s.right = _one(s.left) * scale, _one(s.right) * scale
         if t >= self.start:
             s.refresh(m)
         d = _times(_times(m, s.left), s.left, transposed=True)

@@ -11,9 +11,9 @@ from torch import Tensor
 from lightning_optim.core.rule import Rule, Slot, eye, zeros
 from lightning_optim.ops.eigenbasis import INITIAL_ROOT, average_kl_, eigenbasis, follow_eigenbasis, off_diagonal
 from lightning_optim.ops.lapack import orthonormal
-from lightning_optim.ops.moments import gram
+from lightning_optim.ops.moments import gram, gram_sides
 
-Sides = Literal["both", "short", "none"]
+Sides = Literal["both", "left", "right", "short", "none"]
 Factors = Literal["gram", "kl"]
 Decomposition = Literal["qr", "eigh"]
 
@@ -43,8 +43,7 @@ class Rotated(Rule):
         Returns:
             `"left"`, `"right"`, both or none.
         """
-        short = ("left",) if m <= n else ("right",)
-        chosen = {"both": ("left", "right"), "short": short, "none": ()}[self.sides]
+        chosen = () if self.sides == "none" else gram_sides(m, n, self.sides)
         fits = {"left": m <= self.max_precond_dim, "right": n <= self.max_precond_dim}
         return () if vector else tuple(side for side in chosen if fits[side])
 
@@ -62,7 +61,7 @@ class Rotated(Rule):
                 out[f"root_{side}"] = zeros(line)
         return out
 
-    def observe(self, x: Tensor, s: SimpleNamespace, weight: float, t: int) -> None:
+    def accumulate(self, x: Tensor, s: SimpleNamespace, weight: float, t: int) -> None:
         """Take a matrix into the factors.
 
         Args:
@@ -76,9 +75,9 @@ class Rotated(Rule):
             for side, factor in factors.items():
                 factor.lerp_(gram(x, left=side == "left"), weight)
         elif t == 1:
-            average_kl_(factors, bases, {side: r.fill_(1.0) for side, r in by_side(s, "root").items()}, x, 1.0)
-            for root in by_side(s, "root").values():
-                root.fill_(INITIAL_ROOT)
+            for side, factor in factors.items():
+                factor.copy_(gram(x, left=side == "left") / x.shape[-1 if side == "left" else -2])
+                getattr(s, f"root_{side}").fill_(INITIAL_ROOT)
         else:
             for side, root in average_kl_(factors, bases, by_side(s, "root"), x, weight).items():
                 setattr(s, f"root_{side}", root)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Averaging, Slot, zeros
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal
-from lightning_optim.ops.moments import gram
+from lightning_optim.ops.moments import Sides, gram, gram_sides
 from lightning_optim.ops.norms import norm
 from lightning_optim.ops.projection import lift, project
 from lightning_optim.ops.roots import Method, inverse_root, root_error
@@ -37,7 +37,9 @@ class Shampoo(Averaging):
     by them, with eps beside the root of V. `beta3` None is b1. A root that cannot be computed stays what it was, with a
     warning.
 
-    Differs: tensors of three and more dimensions are stacks of matrices, or flattened convolutions, and so of order 2.
+    Differs: vectors are of order 1 (one factor, e = 1 / 2), all else of order 2: experts are a matrix each, and a
+    convolution is the matrix (out, in x kernel) that it applies to patches, which is also what Distributed Shampoo's
+    merging of small dimensions to two makes of it. The paper's form with a factor per dimension is not offered.
     The published epsilon of 1e-12 is below float32's rounding of the factors.
     """
 
@@ -50,7 +52,7 @@ class Shampoo(Averaging):
     start: int = 1
     accumulate: Literal["average", "sum"] = "average"
     correct_bias: bool = True
-    sides: Literal["both", "left", "right", "short"] = "both"
+    sides: Sides = "both"
     exponent: float | None = None
     root: Method = "eigh"
     preconditioner: Literal["root", "eigenvalue"] = "root"
@@ -198,13 +200,12 @@ class Shampoo(Averaging):
         rows, columns = (min(x, self.max_dim or x) for x in (m, n))
         return rows, columns, -(-m // rows) * -(-n // columns)
 
-    def _sides(self, m: int, n: int) -> list[str]:
+    def _sides(self, m: int, n: int) -> tuple[str, ...]:
         """Which sides have factors; one of a single row or column has none."""
         m, n = self._merged(m, n)
         if m == 1 or n == 1:
-            return ["right"] if m == 1 else ["left"]
-        chosen = ("left" if m <= n else "right") if self.sides == "short" else self.sides
-        return ["left", "right"] if chosen == "both" else [chosen]
+            return ("right",) if m == 1 else ("left",)
+        return gram_sides(m, n, self.sides)
 
     def _cut(self, x: Tensor) -> Tensor:
         m, n = x.shape[-2:]

@@ -117,7 +117,7 @@ class SOAPMuon(Rotated, Muon):
     def _turn(self, g: Tensor, u: Tensor, s: SimpleNamespace, t: int) -> None:
         if by_side(s, "basis"):
             weight = 1 - (self.beta2 if self.shampoo_beta is None else self.shampoo_beta)
-            self.observe(g if self.factors_of == "gradient" else u, s, weight, t)
+            self.accumulate(g if self.factors_of == "gradient" else u, s, weight, t)
             s.refresh(g)
 
     def _preconditioned(self, g: Tensor, u: Tensor, s: SimpleNamespace, t: int) -> Tensor:

@@ -96,7 +96,7 @@ def _psgd_kron(params: Params, h: dict[str, Any], case: Case) -> Executor:
     """Of pytorch_optimizer: an update counter, so a probability of 0.2 fits at steps 5, 10, 15."""
     interval = round(1 / h.pop("pre_conditioner_update_probability"))
     h.pop("balance_prob", None)
-    optimizer = PSGDKron(params.items(), refresh=_multiples(interval), start=interval, **h)
+    optimizer = PSGDKron(params.items(), refresh=_multiples(interval), start=interval, init_scale=1.0, **h)
     return _injected(optimizer, params, lambda name, t: case["inject"].get(f"probe_{t}/{name}"))
 
 

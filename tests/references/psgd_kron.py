@@ -4,7 +4,7 @@ from tests.references import due, noise
 
 SETTINGS = [
     {"lr": 0.01, "refresh": "fixed:2:2", "start": 2, "weight_decay": 0.1},
-    {"lr": 0.01, "momentum": 0.5, "step_size": 0.3, "max_triangular": 8},
+    {"lr": 0.01, "init_scale": 1.0, "momentum": 0.5, "step_size": 0.3, "max_triangular": 8},
     {"lr": 0.01, "normalize": True, "max_triangular": 1},
 ]
 
@@ -24,9 +24,11 @@ def fitted(q, up, down, h):
 
 def step(p, g, state, t, h):
     rows, columns = p.shape
-    left, right = state.get("factors", (torch.eye(rows, dtype=g.dtype), torch.eye(columns, dtype=g.dtype)))
     state["m"] = h["momentum"] * state.get("m", 0) + (1 - h["momentum"]) * g
     m = state["m"] / (1 - h["momentum"] ** t)
+    scale = float(m.square().mean() ** -0.125) if h["init_scale"] is None else h["init_scale"]
+    start = tuple(scale * torch.eye(n, dtype=g.dtype) for n in (rows, columns))
+    left, right = state.get("factors", start)
     if due(h, t) and t >= h["start"]:
         a = left @ m @ right.T
         b = torch.linalg.inv(left).T @ noise(p.shape, t) @ torch.linalg.inv(right)

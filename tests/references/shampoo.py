@@ -9,6 +9,7 @@ SETTINGS = [
     {"lr": 0.02, "sides": "short", "root": "newton", "graft": "sgd", "betas": (0.0, 0.9), "decay": "coupled"},
     {"lr": 0.02, "sides": "left", "exponent": 0.5, "graft": "adagrad", "correct_bias": False, "weight_decay": 0.1},
     {"lr": 0.02, "max_dim": 70, "target_dims": 1, "start": 3, "early": "decay", "weight_decay": 0.1},
+    {"lr": 0.02, "sides": "right", "betas": (0.5, 0.9), "exponent": 0.3, "graft": "adam", "start": 2},
     {"lr": 0.02, "preconditioner": "eigenvalue", "graft": "none", "sides": "short", "start": 4, "max_dim": 3},
 ]
 

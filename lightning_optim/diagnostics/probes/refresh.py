@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_optim.core import layout, work
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import rule_of
-from lightning_optim.core.rule import Rule
 from lightning_optim.diagnostics import figures
 from lightning_optim.diagnostics.probes.base import History, Probe, Run
 from lightning_optim.diagnostics.report import Report, over_ranks
@@ -133,7 +132,7 @@ class PreconditionerRefresh(Probe):
                 if all(layout.local(t).numel() for t in kept):  # empty on ranks that do not own the matrix
                     ages[w.name] = max(float(record[:, 0].amax()) for record in w.records)
                     whole = layout.cut_of(w.param) is None
-                    if whole and w.has_gradient and type(job.rule).staleness is not Rule.staleness:
+                    if whole and w.has_gradient and job.rule.goes_stale():
                         w.cost = work.refresh_cost(job.rule, w.parts, vector=w.param.ndim < 2)
                         stale[w.name] = work.staleness(job, w, w.gradient())
         if not names:
