@@ -653,3 +653,23 @@ def average_(tensors: Sequence[Tensor]) -> None:
         for t in tensors:
             dist.all_reduce(t)
             t /= dist.get_world_size()
+
+
+def replicas() -> int:
+    """Number of processes that train together.
+
+    Returns:
+        1 for a process that is alone.
+    """
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors that are whole on every rank by their sum over all ranks, in place.
+
+    Args:
+        tensors: of the same shapes on every rank.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for t in tensors:
+            dist.all_reduce(t)
