@@ -261,7 +261,8 @@ def test_lightning_with_clipping_accumulation_and_scaler(tmp_path: Path, precisi
         run.fit(net, Rows(8))
         out.append(weights(net) | {"rng": torch.get_rng_state(), "loss": run.callback_metrics["loss"]})
     assert_same(*out)
-    assert len(callback.calls) == 6
+    overflows = 1 if precision == "16-mixed" else 0  # at the first scale, which is then halved
+    assert 6 - 2 * overflows <= len(callback.calls) <= 6
 
 
 def test_transformers_with_clipping_and_accumulation(tmp_path: Path) -> None:

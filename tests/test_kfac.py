@@ -203,14 +203,10 @@ def test_lightning_installs_the_feed_and_resumes_bitwise(tmp_path: Path) -> None
 def test_transformers_attach_installs_the_feed_and_resumes_bitwise(tmp_path: Path, checkpointing: bool) -> None:
     def make() -> tuple[nn.Module, Trainer]:
         model = test_hf.gpt2()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         args = test_hf.arguments(
-            tmp_path,
-            max_steps=6,
-            save_strategy="steps",
-            save_steps=3,
-            gradient_accumulation_steps=2,
-            gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+            tmp_path, max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2
         )
         return model, hf_integration.attach(Trainer(model, args, train_dataset=test_hf.Tokens()), "kfac", **SETTINGS)
 
