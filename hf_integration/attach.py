@@ -44,5 +44,6 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
     trainer.optimizer_cls_and_kwargs = (OptimizerFactory, with_flags(trainer.args, name, given))  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(KeepSchedule())
     trainer.add_callback(Consolidate())
-    trainer.add_callback(CurvatureFeed())
+    if not any(isinstance(callback, CurvatureFeed) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(CurvatureFeed())
     return trainer

@@ -90,7 +90,7 @@ class Feed:
         """Of this step, within the backward pass."""
         self._due: dict[str, list[Tensor]] | None = None
         self._batches: list[Any] = []
-        _check_params(optimizer)
+        _check_params(model, optimizer)
         self._layers = _layers(model, optimizer)
         self._hooks = [x.module.register_forward_hook(functools.partial(self._forward, x)) for x in self._layers]
         optimizer.mates.update({x.weight: x.bias for x in self._layers if x.bias is not None})
@@ -367,7 +367,7 @@ def observes(optimizer: Any) -> bool:
     return isinstance(optimizer, Executor) and any(REGISTRY[g["rule"]].observes for g in optimizer.param_groups)
 
 
-def _check_params(optimizer: Executor) -> None:
+def _check_params(model: nn.Module, optimizer: Executor) -> None:
     for job in optimizer._jobs():
         if job.rule.observes:
             for w in job.works:
@@ -380,6 +380,11 @@ def _check_params(optimizer: Executor) -> None:
                     raise ValueError(
                         f"{w.name}: {job.rule.name} needs a double backward pass, which FSDP2 does not support; "
                         "use DDP, or sophia_g"
+                    )
+                if layout.is_tensor_parallel(w.param, model):
+                    raise ValueError(
+                        f"{w.name}: {job.rule.name} counts the labels of all ranks, which see the same batches under "
+                        "tensor parallelism; use DDP or FSDP2 alone"
                     )
 
 

@@ -655,6 +655,24 @@ def average_(tensors: Sequence[Tensor]) -> None:
             t /= dist.get_world_size()
 
 
+def is_tensor_parallel(p: Tensor, model: torch.nn.Module) -> bool:
+    """Whether ranks that hold parts of a parameter see the same batches.
+
+    Args:
+        p: of the model.
+        model: the model.
+
+    Returns:
+        True for a DTensor that is cut over more than the ranks of `fully_shard`.
+    """
+    if not isinstance(p, DTensor):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # only here, as it takes time to import
+
+    cut = sum(not isinstance(x, Replicate) for x in p.placements)
+    return cut > 1 or (cut == 1 and not any(isinstance(m, FSDPModule) for m in model.modules()))
+
+
 def replicas() -> int:
     """Number of processes that train together.
 

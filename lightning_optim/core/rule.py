@@ -229,11 +229,13 @@ class Rule:
         """Take in what was measured of one parameter, before the step it is due in.
 
         Args:
-            seen: `t`, the number of the coming step, and what was measured, in float32 or wider. `"gauss_newton"`:
-                `value`, shaped like the parameter, the gradient of the mean loss under labels drawn from the model's
-                own predictions, and `count`, over how many labels that mean was. `"hutchinson"`: `value`, an estimate
-                of the Hessian's diagonal, and `count`. `"factors"`: `inputs` and `outputs`, the mean outer products of a
-                layer's inputs, with a one if its bias has the same rule, and of the gradients by its outputs.
+            seen: `t`, the number of the coming step, and what was measured, in float32 or wider.
+
+                `"gauss_newton"`: `value`, shaped like the parameter, the gradient of the mean loss under labels drawn
+                from the model's own predictions, and `count`, over how many labels that mean was. `"hutchinson"`:
+                `value`, an estimate of the Hessian's diagonal, and `count`. `"factors"`: `inputs` and `outputs`, the
+                mean outer products of a layer's inputs, with a one if its bias has the same rule, and of the gradients
+                by its outputs.
             s: state by slot name, as it rests on this rank; mutate in place or assign.
 
         Returns:
