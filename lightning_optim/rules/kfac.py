@@ -54,6 +54,7 @@ class KFAC(Rule):
     observes: ClassVar[Observable] = "factors"
     observed_by: ClassVar = "factors"
     joint: ClassVar = True
+    search: ClassVar = {"lr": (1.0, 0.3, 3.0, 0.1, 0.03), "damping": (1e-3, 1e-2)}
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:
         """Momentum, factors, and their eigenbases and values, or inverses; on the input side with room for a bias.
