@@ -50,10 +50,7 @@ class Diagnostic(Callback):
         Returns:
             A scalar.
         """
-        with _silent(module):
-            step = module.training_step
-            out = step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
-        return out if isinstance(out, Tensor) else out["loss"]  # pyright: ignore[reportReturnType,reportCallIssue,reportArgumentType,reportOptionalSubscript]
+        return training_loss(module, batch)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the probe.
@@ -68,10 +65,10 @@ class Diagnostic(Callback):
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call
         run = Run(
             model=pl_module,
-            optimizer=_unwrapped(trainer.optimizers[0]),
+            optimizer=unwrapped(trainer.optimizers[0]),
             loss=lambda batch: self.loss(pl_module, batch),
             clip=_clip(trainer),
-            loss_scale=_loss_scale(trainer),
+            loss_scale=loss_scale(trainer),
             step=trainer.global_step,
             ranks=trainer.world_size,
             rank=trainer.global_rank,
@@ -260,6 +257,22 @@ def diagnostics(preset: str, steps: int | None = None) -> list[Diagnostic]:
     return [CALLBACKS[kind](**settings) for kind, settings in presets.preset(preset, steps)]
 
 
+def training_loss(module: LightningModule, batch: Any) -> Tensor:
+    """What `training_step` returns for a batch, without logging.
+
+    Args:
+        module: the module.
+        batch: what `training_step` takes.
+
+    Returns:
+        A scalar.
+    """
+    with _silent(module):
+        step = module.training_step
+        out = step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
+    return out if isinstance(out, Tensor) else out["loss"]  # pyright: ignore[reportReturnType,reportCallIssue,reportArgumentType,reportOptionalSubscript]
+
+
 @contextmanager
 def _silent(module: LightningModule) -> Iterator[None]:
     """Let `self.log` do nothing."""
@@ -274,7 +287,12 @@ def _silent(module: LightningModule) -> Iterator[None]:
             module.__dict__["log"] = own
 
 
-def _unwrapped(optimizer: Any) -> Optimizer:
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer inside a framework's wrappers.
+
+    Returns:
+        torch's or ours.
+    """
     while not isinstance(optimizer, Optimizer):
         optimizer = optimizer.optimizer
     return optimizer
@@ -284,7 +302,12 @@ def _clip(trainer: Trainer) -> float | None:
     return trainer.gradient_clip_val if trainer.gradient_clip_algorithm in (None, "norm") else None  # pyright: ignore[reportReturnType]
 
 
-def _loss_scale(trainer: Trainer) -> Callable[[], float | None]:
+def loss_scale(trainer: Trainer) -> Callable[[], float | None]:
+    """The present factor of mixed precision.
+
+    Returns:
+        A function that gives it, or None without.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return lambda: None if scaler is None else scaler.get_scale()
 

@@ -40,7 +40,15 @@ from transformers import (
     set_seed,
 )
 
-from hf_integration import Consolidate, KeepSchedule, RoleTable, TrainingArguments, diagnostics, last_checkpoint
+from hf_integration import (
+    Consolidate,
+    CurvatureFeed,
+    KeepSchedule,
+    RoleTable,
+    TrainingArguments,
+    diagnostics,
+    last_checkpoint,
+)
 from lightning_optim.bench.text import standard_library
 
 PRETRAINED = "runs/pretrain/model"
@@ -257,7 +265,13 @@ def main() -> None:
         train_dataset=cast("Dataset[Row]", train),
         eval_dataset=cast("Dataset[Row]", evaluation),
         processing_class=tokenizer,
-        callbacks=[PrintGroups(), KeepSchedule(), Consolidate(), *shown(ours.diagnostics, args.max_steps)],
+        callbacks=[
+            PrintGroups(),
+            KeepSchedule(),
+            Consolidate(),
+            CurvatureFeed(),
+            *shown(ours.diagnostics, args.max_steps),
+        ],
         optimizer_cls_and_kwargs=args.optimizer_cls_and_kwargs(),
     )
     before = trainer.evaluate()["eval_loss"]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from transformers import Trainer
 
 from hf_integration.checkpoint import Consolidate, KeepSchedule
+from hf_integration.curvature import CurvatureFeed
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import check_settings, with_flags
 
@@ -43,4 +44,6 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
     trainer.optimizer_cls_and_kwargs = (OptimizerFactory, with_flags(trainer.args, name, given))  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(KeepSchedule())
     trainer.add_callback(Consolidate())
+    if not any(isinstance(callback, CurvatureFeed) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(CurvatureFeed())
     return trainer

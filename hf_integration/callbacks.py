@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -178,23 +178,16 @@ class Diagnostic(TrainerCallback, ExportableState):
         report: Report,
         kwargs: dict[str, Any],
     ) -> None:
-        scalars, step = report.finite(), state.global_step
         writers, charts = writers_of(self._siblings, state), self.probe.layout()
         if charts != self._charts:  # the dashboard gets a chart as soon as there is something to show in it
             self._charts = charts
             for writer in writers:
                 others = [c.probe for c in self._siblings if isinstance(c, Diagnostic)]
                 writer.add_custom_scalars(presets.layout_of(others))
-        for writer in writers:
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, step)
-        loggers = tuple(INTEGRATION_TO_CALLBACK.values())
-        for other in self._siblings:
-            if isinstance(other, loggers) and not isinstance(other, TensorBoardCallback):
-                other.on_log(args, state, control, logs=dict(scalars), **kwargs)
+        log_scalars(self._siblings, args, state, control, report.finite(), kwargs)
         writer = writers[0] if writers else None
         folder = Path(writer.log_dir if writer is not None else args.output_dir or ".")
-        presets.write(report, writer, step, folder, self.probe.name)
+        presets.write(report, writer, state.global_step, folder, self.probe.name)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -272,6 +265,33 @@ def diagnostics(preset: str, steps: int | None = None) -> list[Diagnostic]:
         ValueError: an unknown preset.
     """
     return [CALLBACKS[kind](**settings) for kind, settings in presets.preset(preset, steps)]
+
+
+def log_scalars(
+    others: Sequence[TrainerCallback],
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+    scalars: Mapping[str, float],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Write numbers to all loggers of the trainer.
+
+    Args:
+        others: the trainer's callbacks.
+        args: of the trainer.
+        state: of the trainer.
+        control: of the trainer.
+        scalars: by tag.
+        kwargs: passed on to the loggers.
+    """
+    for writer in writers_of(others, state):
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, state.global_step)
+    loggers = tuple(INTEGRATION_TO_CALLBACK.values())
+    for other in others:
+        if isinstance(other, loggers) and not isinstance(other, TensorBoardCallback):
+            other.on_log(args, state, control, logs=dict(scalars), **kwargs)
 
 
 def siblings() -> Sequence[TrainerCallback]:

@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import lookup
+from lightning_optim.curvature import observes
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import Override
 from lightning_optim.recipes import find
@@ -115,6 +116,7 @@ def configure_optimizers(
         overrides=overrides,
         **settings,
     )
+    _feed(module, optimizer)
     groups = optimizer.param_groups
     known = {"momentum": any("momentum" in g for g in groups), "betas": all("betas" in g for g in groups)}
     for key in (k for k, there in known.items() if there):  # LearningRateMonitor looks for these in the defaults
@@ -315,6 +317,16 @@ def _refuse_what_needs_gradients(module: LightningModule) -> None:
     for what, there in wrong.items():
         if there:
             raise ValueError(f"fused_backward does not work with {what}")
+
+
+def _feed(module: LightningModule, optimizer: Executor) -> None:
+    """Have the trainer measure what the optimizer needs beside gradients."""
+    trainer = getattr(module, "_trainer", None)
+    if trainer is not None and observes(optimizer):
+        from lightning_optim.callbacks import CurvatureFeed
+
+        if not any(isinstance(callback, CurvatureFeed) for callback in trainer.callbacks):
+            trainer.callbacks.insert(0, CurvatureFeed())
 
 
 def _total_steps(module: LightningModule) -> int:

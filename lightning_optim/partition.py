@@ -123,7 +123,12 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, stored either way.
+
+    Returns:
+        True for `nn.Linear` and Transformers' Conv1D.
+    """
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
@@ -143,7 +148,7 @@ def _linear_layers(model: nn.Module) -> Found:
                 yield p, Trait("hidden", f"input projection of {kind}", heads=heads)
         elif isinstance(module, nn.modules.conv._ConvNd):
             yield module.weight, Trait("conv", f"weight of {kind}")
-        elif _is_linear(module) and getattr(module.weight, "ndim", 0) == 2:
+        elif is_linear(module) and getattr(module.weight, "ndim", 0) == 2:
             yield module.weight, Trait("hidden", f"weight of {kind}", transposed=_is_conv1d(module))
 
 
@@ -172,7 +177,7 @@ def _head_size(module: nn.Module, outputs: int) -> int | None:
 
 
 def _children(parent: nn.Module) -> list[nn.Module]:
-    return [m for m in parent.children() if _is_linear(m) and getattr(m.weight, "ndim", 0) == 2]
+    return [m for m in parent.children() if is_linear(m) and getattr(m.weight, "ndim", 0) == 2]
 
 
 def _attention_layers(model: nn.Module) -> Found:
@@ -221,7 +226,7 @@ def _fused_layers(model: nn.Module) -> Found:
 def _kinds(model: nn.Module) -> Iterator[tuple[Any, str]]:
     """Vectors by what their module is: a layer's bias, that of an attention's output layer, the gain of a norm."""
     for parent in model.modules():
-        if _is_linear(parent) or isinstance(parent, nn.modules.conv._ConvNd):
+        if is_linear(parent) or isinstance(parent, nn.modules.conv._ConvNd):
             yield parent.bias, "bias"
         own = dict(parent.named_parameters(recurse=False))
         if own and all(p.ndim == 1 for p in own.values()) and set(own) <= {"weight", "bias"} and "weight" in own:
@@ -300,7 +305,7 @@ def _heads(model: nn.Module) -> Found:
         base = getattr(module, "base_model", None)
         if head is None and hasattr(module, "base_model_prefix") and isinstance(base, nn.Module) and base is not module:
             inside = {id(m) for m in base.modules()}
-            outer = [m for m in module.modules() if _is_linear(m) and id(m) not in inside]
+            outer = [m for m in module.modules() if is_linear(m) and id(m) not in inside]
             head = outer[-1] if outer else None
         for layer in getattr(head, "modules_to_save", nn.ModuleDict()).values() if head is not None else ():
             yield getattr(layer, "weight", None), Trait("head", "output layer, trained whole beside adapters")

@@ -114,8 +114,9 @@ def settings_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def refreshing(name: str) -> dict[str, Any]:
-    """A policy that does not ask which other parameters there are, and is due in any run of three steps."""
-    return {"refresh": "fixed:2"} if REGISTRY[name].costly else {}
+    """Settings under which parameters do not ask for each other, and costly state is due in any run of three steps."""
+    alone = getattr(reference(name), "ALONE", {}) if REGISTRY[name].joint else {}
+    return ({"refresh": "fixed:2"} if REGISTRY[name].costly else {}) | alone
 
 
 def tensors(optimizer: Executor) -> list[Tensor]:
@@ -151,8 +152,18 @@ def _feed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     still = all(float(g["lr"]) == 0 for g, _ in groups) and not any(g.any() for _, g in given)
     if (still and not optimizer.state) or not all(g.isfinite().all() for _, g in given):
         return
+    joint = any(REGISTRY[group["rule"]].joint for group in optimizer.param_groups)
     t = {p: 1 + int(optimizer.state[p].get("step", 0) if p in optimizer.state else 0) for p, _ in given}
-    optimizer.observe({p: SimpleNamespace(value=shown(g, t[p]), count=16.0) for p, g in given if t[p] % 2})
+    optimizer.observe({p: seen(g, t[p]) for p, g in given if t[p] % 2 and (g.ndim > 1 or not joint)})
+
+
+def seen(g: Tensor, t: int) -> SimpleNamespace:
+    """All that rules observe."""
+    x = shown(g, t)
+    if g.ndim < 2:
+        return SimpleNamespace(value=x, count=16.0)
+    m, n = g.shape[-2:]
+    return SimpleNamespace(value=x, count=16.0, inputs=x.mT @ x / m, outputs=x @ x.mT / n)
 
 
 def shown(g: Tensor, t: int) -> Tensor:

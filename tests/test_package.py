@@ -53,9 +53,10 @@ ALLOWED = {
     "factory": {"core", "optimizers", "partition", "recipes", "schedule", "factory"},
     "optimizers": {"core", "rules", "optimizers"},
     "docs": {"core", "optimizers"},
-    "lightning": {"core", "factory", "partition", "recipes", "schedule"},
+    "curvature": {"core", "diagnostics", "ops", "partition"},
+    "lightning": {"callbacks", "core", "curvature", "factory", "partition", "recipes", "schedule"},
     "plan": {"core", "factory", "partition"},
-    "bench": {"bench", "core", "diagnostics", "factory", "optimizers", "refresh"},
+    "bench": {"bench", "core", "curvature", "diagnostics", "factory", "optimizers", "refresh"},
     "__main__": {"bench.__main__", "core", "docs", "factory", "partition", "plan", "recipes"},
 }
 

@@ -23,6 +23,7 @@ from lightning_optim.bench.space import Setup, Trial, decay, read_trial
 from lightning_optim.bench.tokens import shuffled
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import lookup
+from lightning_optim.curvature import Feed, observes
 from lightning_optim.diagnostics.memory import LiveStorages, SavedActivations, predicted_state
 from lightning_optim.factory import build_optimizer
 
@@ -305,6 +306,7 @@ def train(
     def progress(step: int) -> float:
         return max(total.spent / setup.budget, 1e-3) if timed else (step + 1) / steps
 
+    feed = feed_of(model, optimizer, setup)
     scheduler = LambdaLR(optimizer, lambda step: schedule(setup, progress(step)))
     optimizer.register_step_pre_hook(stepping.start)
     optimizer.register_step_post_hook(stepping.stop)
@@ -326,7 +328,7 @@ def train(
     for chosen in rows.split(setup.batch):
         with total.running():
             try:
-                loss, clipped = step(model, optimizer, trial, task.train, chosen)
+                loss, clipped = step(model, optimizer, trial, task.train, chosen, feed)
             except FloatingPointError as e:
                 loss, clipped, run.why = math.nan, False, str(e).split(";")[0]
             scheduler.step()
@@ -354,8 +356,42 @@ def autocasts(setup: Setup) -> bool:
     return setup.precision == "autocast"
 
 
+def loss_of(model: nn.Module, setup: Setup, batch: Any) -> torch.Tensor:
+    """The mean loss of rows.
+
+    Args:
+        model: any.
+        setup: gives the precision.
+        batch: what `Rows.take` gives.
+
+    Returns:
+        A scalar.
+    """
+    with torch.autocast(setup.device, torch.bfloat16, enabled=autocasts(setup)):
+        return model(**batch).loss
+
+
+def feed_of(model: nn.Module, optimizer: Executor, setup: Setup) -> Feed | None:
+    """What measures curvature for an optimizer that asks for it.
+
+    Args:
+        model: trained.
+        optimizer: of the model.
+        setup: of the trial.
+
+    Returns:
+        None where gradients are enough.
+    """
+    return Feed(model, optimizer, lambda batch: loss_of(model, setup, batch)) if observes(optimizer) else None
+
+
 def step(
-    model: nn.Module, optimizer: Executor, trial: Trial, rows: tasks.Rows, chosen: torch.Tensor
+    model: nn.Module,
+    optimizer: Executor,
+    trial: Trial,
+    rows: tasks.Rows,
+    chosen: torch.Tensor,
+    feed: Feed | None = None,
 ) -> tuple[float, bool]:
     """One optimizer step.
 
@@ -365,6 +401,7 @@ def step(
         trial: how.
         rows: to choose from.
         chosen: indices, `[batch]`.
+        feed: of `feed_of`.
 
     Returns:
         The mean training loss, and whether the gradient was clipped.
@@ -373,11 +410,15 @@ def step(
     optimizer.zero_grad()
     parts = chosen.split(setup.microbatch or len(chosen))
     for part in parts:
-        with torch.autocast(setup.device, torch.bfloat16, enabled=autocasts(setup)):
-            out = model(**rows.take(part, setup.device)).loss
+        batch = rows.take(part, setup.device)
+        if feed is not None:
+            feed.see(batch)
+        out = loss_of(model, setup, batch)
         (out / len(parts)).backward()
         loss += float(out.detach()) / len(parts)
     norm = clip_grad_norm_(model.parameters(), setup.clip) if setup.clip else torch.tensor(0.0)
+    if feed is not None:
+        feed.ready()
     optimizer.step()
     return loss, bool(norm > setup.clip)
 
@@ -397,6 +438,7 @@ def peak_bytes(model: nn.Module, trial: Trial, task: tasks.Task) -> dict[str, in
     """
     other = copy.deepcopy(model)
     optimizer = build(other, trial)
+    feed = feed_of(other, optimizer, trial.setup)
     chosen = torch.arange(min(trial.setup.batch, len(task.train)))
     device, before = trial.setup.device, 0
     weights = sum(x.numel() * x.itemsize for x in {*other.parameters(), *other.buffers()})
@@ -412,7 +454,7 @@ def peak_bytes(model: nn.Module, trial: Trial, task: tasks.Task) -> dict[str, in
     with LiveStorages() as live:
         try:
             for _ in range(2):
-                step(other, optimizer, trial, task.train, chosen)
+                step(other, optimizer, trial, task.train, chosen, feed)
         except FloatingPointError:
             pass  # the run itself will tell
     peak = live.peak if device == "cpu" else torch.accelerator.max_memory_allocated() - before

@@ -16,8 +16,20 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_optim.core import averages, checkpoint, chunks, constraint, fused, layout, observing, storage, travel
+from lightning_optim.core import (
+    averages,
+    checkpoint,
+    chunks,
+    constraint,
+    fused,
+    joint,
+    layout,
+    observing,
+    storage,
+    travel,
+)
 from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
 from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
@@ -110,6 +122,9 @@ class Executor(torch.optim.Optimizer):
     fed: bool
     """Whether somebody measures what rules with `observes` need; they refuse to step otherwise."""
 
+    mates: WeakTensorKeyDictionary
+    """The bias of a layer by its weight, for rules with `joint`; told by the curvature feed."""
+
     _step_supports_amp_scaling: bool
     """Of GradScaler; set while the backward pass is fused."""
 
@@ -130,6 +145,7 @@ class Executor(torch.optim.Optimizer):
         self.curve: Any = None
         self.total_steps: int | None = None
         self.fed = False
+        self.mates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickled or copied optimizer."""
@@ -333,11 +349,15 @@ class Executor(torch.optim.Optimizer):
         trips = [trip for job in jobs for trip in self._trips(job)]
         for trip in trips:
             next(trip)
+        joint.prepare(jobs, self.mates, self._decide)
         for job in jobs:
             self._run(job)
         for trip in (*trips, *trips):
             next(trip, None)
         return True
+
+    def _decide(self, job: Job, works: Sequence[Work]) -> None:
+        self._refreshes.decide(job, works, lambda w: w.gradient(), self.on_refresh)
 
     def _jobs(self, *, frozen: bool = False) -> Iterator[Job]:
         """Rule, settings and trainable (or also frozen) parameters of every group, read afresh."""
@@ -356,7 +376,7 @@ class Executor(torch.optim.Optimizer):
 
     def _team(self, rule: Rule, p: Tensor, parts: Sequence[chunks.Part], turned: bool, name: str) -> travel.Team | None:
         """Ranks of which one works on a parameter; None where each works on what it has."""
-        if rule.elementwise:
+        if rule.elementwise or rule.joint:
             return None
         cut = layout.cut_of(p, name)
         if cut is None:
@@ -372,7 +392,8 @@ class Executor(torch.optim.Optimizer):
         elif job.rule.reduces:
             self._reduces(job, present)
         else:
-            self._refreshes.decide(job, present, lambda w: w.gradient(), self.on_refresh)
+            if not job.rule.joint:
+                self._decide(job, present)
             self._whole(job, present)
 
     def _trips(self, job: Job) -> Iterator[Iterator[None]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.core import chunks, constraint
+from lightning_optim.core import chunks, constraint, layout
 from lightning_optim.core.rule import Rule, check_value, hyperparameters, lookup
 from lightning_optim.core.storage import Storage
 from lightning_optim.ops.quantize import PIECE
@@ -97,6 +97,7 @@ def parts_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tupl
     """
     blind = rule.elementwise and not constraint.shapes_step(group)
     blocks, transposed = (None, False) if blind else (group["blocks"], group["transposed"])
+    blocks = None if rule.joint else blocks  # a layer has one input, whatever its rows are
     return chunks.parts(shape, blocks, conv=not rule.last_two, transposed=transposed), transposed
 
 
@@ -256,6 +257,8 @@ def check_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> N
             f"{name}: {rule.name} needs whole matrices, which FSDP1 and ZeRO hide in flat parameters; "
             "use FSDP2 (fully_shard, Lightning's ModelParallelStrategy, accelerate fsdp_version 2) or DDP"
         )
+    if rule.joint and layout.local(p) is not p:
+        raise ValueError(f"{name}: {rule.name} needs whole parameters and hooks, which FSDP2 does not support; use DDP")
     if p.ndim < 2 and not rule.vectors:
         raise ValueError(
             f"{name}: {rule.name} needs a matrix, got shape {shape}; give it to an elementwise rule such as adamw "

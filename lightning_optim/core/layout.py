@@ -653,3 +653,41 @@ def average_(tensors: Sequence[Tensor]) -> None:
         for t in tensors:
             dist.all_reduce(t)
             t /= dist.get_world_size()
+
+
+def is_tensor_parallel(p: Tensor, model: torch.nn.Module) -> bool:
+    """Whether ranks that hold parts of a parameter see the same batches.
+
+    Args:
+        p: of the model.
+        model: the model.
+
+    Returns:
+        True for a DTensor that is cut over more than the ranks of `fully_shard`.
+    """
+    if not isinstance(p, DTensor):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # only here, as it takes time to import
+
+    cut = sum(not isinstance(x, Replicate) for x in p.placements)
+    return cut > 1 or (cut == 1 and not any(isinstance(m, FSDPModule) for m in model.modules()))
+
+
+def replicas() -> int:
+    """Number of processes that train together.
+
+    Returns:
+        1 for a process that is alone.
+    """
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors that are whole on every rank by their sum over all ranks, in place.
+
+    Args:
+        tensors: of the same shapes on every rank.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for t in tensors:
+            dist.all_reduce(t)

@@ -71,7 +71,7 @@ def _observe(job: Job, w: Work, seen: Seen) -> Mapping[str, Tensor]:
     values = {k: layout.local(t) for k, t in with_values(w, kept).state.items() if k in w.forms}
     s = SimpleNamespace(**values)
     here = {k: layout.local(x) if isinstance(x, Tensor) else x for k, x in vars(seen).items()}
-    said = job.rule.observe(SimpleNamespace(**here), s)
+    said = job.rule.observe(SimpleNamespace(**here, t=-w.t), s)
     for key, value in storage.untangled(values, vars(s)).items():
         if value is not values[key]:
             values[key].copy_(value)

@@ -138,6 +138,8 @@ class Rule:
 
     never_stale: ClassVar[str] = ""
     """Why `staleness` cannot be asked, where there is costly state and `goes_stale` is False; ends an error message."""
+    joint: ClassVar[bool] = False
+    """`prepare` sees the gradients of all parameters of the rule at once. Only for parameters that are whole."""
 
     decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "before"
     """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
@@ -228,13 +230,27 @@ class Rule:
         """Take in what was measured of one parameter, before the step it is due in.
 
         Args:
-            seen: what the trainer measured, float32 or wider. `"gauss_newton"`: `value`, shaped like the parameter, the
-                gradient of the mean loss under labels drawn from the model's own predictions, and `count`, over how
-                many labels that mean was. `"hutchinson"`: `value`, an estimate of the Hessian's diagonal, and `count`.
+            seen: `t`, the number of the coming step, and what was measured, in float32 or wider.
+
+                `"gauss_newton"`: `value`, shaped like the parameter, the gradient of the mean loss under labels drawn
+                from the model's own predictions, and `count`, over how many labels that mean was. `"hutchinson"`:
+                `value`, an estimate of the Hessian's diagonal, and `count`. `"factors"`: `inputs` and `outputs`, the
+                mean outer products of a layer's inputs, with a one if its bias has the same rule, and of the gradients
+                by its outputs.
             s: state by slot name, as it rests on this rank; mutate in place or assign.
 
         Returns:
             Numbers to be logged: tensors whose mean over the elements of all parameters tells something.
+        """
+        raise NotImplementedError
+
+    def prepare(self, members: Sequence[SimpleNamespace]) -> None:
+        """Replace the gradients of all parameters of a rule with `joint`, before `update` sees each.
+
+        Args:
+            members: one per parameter with a gradient: `g` `[b, m, n]`, to be assigned and never written; `s`, its
+                state as in `update`; `rule`, with the settings of its group; `lr`; `t`; and `mate`, the member of the
+                bias of this layer, or None.
         """
         raise NotImplementedError
 

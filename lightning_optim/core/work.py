@@ -54,6 +54,8 @@ class Work:
     """Is told about a refresh."""
     forms: Mapping[str, Form] = field(default_factory=dict)
     """How its slots rest."""
+    prepared: Tensor | None = None
+    """What a joint rule has put in the gradient's place."""
 
     @property
     def dims(self) -> Dims:
@@ -101,7 +103,7 @@ class Work:
 
     def unclipped(self) -> Tensor:
         """The gradient on this rank as it came."""
-        g = layout.local_gradient(self.param)
+        g = layout.local_gradient(self.param) if self.prepared is None else self.prepared
         return torch.zeros_like(layout.local(self.param)) if g is None else g
 
 

@@ -20,6 +20,9 @@ Block = Sequence[int]
 """Indices of the parameters that form a block."""
 Method = Literal["exact", "difference"]
 
+DIFFERENTIATED_TWICE = ("not implemented", "differentiate twice", "double backward", "once_differentiable")
+"""What the error of a kernel without a second derivative may say."""
+
 _active = 0
 
 
@@ -33,7 +36,7 @@ def measuring() -> bool:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
     """Make a model's loss a fixed, twice differentiable function, and put everything back.
 
     No module is in training mode (dropout), random numbers are restored, autocast is off, attention has a second
@@ -41,6 +44,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: any module.
+        twice: whether there are to be second derivatives; without, kernels, autocast and Transformers' activation
+            checkpointing stay as they are.
 
     Yields:
         Nothing.
@@ -53,15 +58,16 @@ def frozen(model: nn.Module) -> Iterator[None]:
     kinds = {p.device.type for p in model.parameters()} | {"cpu"}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.enable_grad())
-        for kind in sorted(kinds):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        if twice:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            for kind in sorted(kinds):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             _active += 1
-            for m, _ in flags:
-                m.training = False
-            for c, _ in fused:
+            for m, flag in flags:
+                m.training = flag and not twice and getattr(m, "gradient_checkpointing", False) is True
+            for c, _ in fused if twice else ():
                 c._attn_implementation = "eager"
             yield
         finally:
@@ -151,7 +157,7 @@ class Hessian:
         try:
             found = torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
         except (RuntimeError, NotImplementedError) as error:
-            if "not implemented" not in str(error) or "backward" not in str(error):
+            if not any(words in str(error) for words in DIFFERENTIATED_TWICE):
                 raise
             raise RuntimeError(
                 "a kernel of the model has no second derivative (flash attention, say); compute the loss inside "

@@ -212,7 +212,8 @@ def bases_of(e: Entry, state: dict[str, Any]) -> list[tuple[str, Tensor]]:
         q = whole(value)
         q = q.reshape(b, *q.shape[-2:])
         q = q.mT if turned else q
-        if side is not None and q.shape[-1] <= q.shape[-2] and _orthonormal(q):
+        rows = {"left": m, "right": n}.get(side or "")  # K-FAC's have room for a bias
+        if side is not None and q.shape[-1] <= q.shape[-2] == rows and _orthonormal(q):
             out.append((side, q))
     return out
 

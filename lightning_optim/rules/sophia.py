@@ -41,6 +41,7 @@ class SophiaH(Averaging):
     state: ClassVar = {"exp_avg": zeros("mn"), "hessian": zeros("mn")}
     elementwise: ClassVar = True
     observes: ClassVar[Observable] = "hutchinson"
+    search: ClassVar = Rule.search | {"rho": (0.01, 0.1)}
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return ADAMW_RMS
@@ -87,6 +88,7 @@ class SophiaG(SophiaH):
     source: ClassVar = "Liu et al. 2023, arXiv:2305.14342, Alg. 3 with Alg. 2; step as in the authors' code"
     state: ClassVar = {"exp_avg": zeros("mn"), "hessian": zeros("mn", nonnegative=True)}
     observes: ClassVar[Observable] = "gauss_newton"
+    search: ClassVar = Rule.search | {"rho": (0.04, 0.1)}
 
     def _scale(self, h: Tensor) -> Tensor:
         return (self.rho * h).add_(self.eps) if self.form == "reference" else super()._scale(h)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_optim import Executor, SophiaG, SophiaH
+from lightning_optim import KFAC, Executor, SophiaG, SophiaH
+from lightning_optim.curvature import Feed
+from tests.golden import replay
 from tests.golden.common import Case, Params
 
 
@@ -24,6 +26,47 @@ def _sophia_paper(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return _shown(SophiaH(params.items(), **h), params)
 
 
+def _kfac(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    """Of kfac-pytorch and torch's SGD. The feed needs the passes through a module, so they are taken in the step."""
+    given, sgd = dict(h["kfac"]), dict(h["sgd"])
+    optimizer = KFAC(
+        params.items(),
+        lr=sgd["lr"],
+        momentum=sgd.get("momentum", 0.0),
+        weight_decay=sgd.get("weight_decay", 0.0),
+        beta=given.get("factor_decay", 0.95),
+        damping=given.get("damping", 1e-3),
+        kl_clip=given.get("kl_clip", 1e-3),
+        mode=given.get("compute_method", "eigen").lower(),
+        factors=f"fixed:{given.get('factor_update_steps', 1)}",
+        refresh=f"fixed:{given.get('inv_update_steps', 1)}",
+    )
+    model = nn.Sequential(_linear(params["w1"], params["b1"]), nn.Tanh(), _linear(params["w2"], params["b2"]))
+    problem = replay.load_case(case)[2]
+    x, y = (problem[key].to(params["w1"].dtype) for key in "xy")
+
+    def loss(batch: Any) -> Tensor:
+        return 0.5 * (model(x) - y).square().sum(1).mean()
+
+    feed, step = Feed(model, optimizer, loss), optimizer.step
+
+    def passing(closure: Any = None) -> Any:
+        optimizer.zero_grad()
+        feed.see(x)
+        loss(x).backward()
+        feed.ready()
+        return step(closure)
+
+    optimizer.step = passing
+    return optimizer
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight, layer.bias = weight, bias  # pyright: ignore[reportAttributeAccessIssue]
+    return layer
+
+
 def _shown(optimizer: Executor, params: Params) -> Executor:
     optimizer.fed = True
 
@@ -35,6 +78,7 @@ def _shown(optimizer: Executor, params: Params) -> Executor:
 
 
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+    "KFAC": _kfac,
     "Sophia-G": _sophia_g,
     "Sophia-paper": _sophia_paper,
 }

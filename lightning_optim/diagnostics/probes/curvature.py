@@ -22,7 +22,6 @@ EXACT_LIMIT, AUTO_LIMIT = 512, 64
 """Most weights of a block whose entries are computed, on request and by default; each costs a product."""
 TOLERANCE = 0.1
 """Relative difference above which second derivatives are not believed; differences are off by 1e-3."""
-DIFFERENTIATED_TWICE = ("not implemented", "differentiate twice", "double backward", "once_differentiable")
 
 
 class HessianBlocks(Probe):
@@ -167,7 +166,7 @@ class HessianBlocks(Probe):
             found = full.product(z, every) if self.measured == 0 else []
         except (RuntimeError, NotImplementedError) as error:
             text = f"{error} {error.__cause__}"
-            if self.method == "exact" or not any(x in text for x in DIFFERENTIATED_TWICE):
+            if self.method == "exact" or not any(x in text for x in hessian.DIFFERENTIATED_TWICE):
                 raise
             return self._fall_back(loss, params, str(error))
         size = sum(float(x.double().square().sum()) for x in near)

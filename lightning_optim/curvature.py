@@ -1,0 +1,517 @@
+"""A curvature feed: it measures for an optimizer what its rules observe beside gradients.
+
+A trainer, or your own loop, shows it every batch and tells it when the optimizer is about to step; in the steps that a
+rule's policy names it takes extra passes over a part of the same batches, with the weights the gradient was taken at.
+Training does not notice: gradients, modes, random numbers and logs are as without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_optim.core import layout
+from lightning_optim.core.executor import Executor
+from lightning_optim.core.groups import is_flat
+from lightning_optim.core.observing import Seen
+from lightning_optim.core.rule import REGISTRY
+from lightning_optim.diagnostics.hessian import Hessian, Method, frozen, hutchinson, measuring, signs
+from lightning_optim.ops.rounding import hash_key
+from lightning_optim.partition import is_linear
+
+SHARE = {"gauss_newton": 0.5, "hutchinson": 0.125}
+"""Of the rows of a batch that are measured; a product with the Hessian costs as much as three or four gradients."""
+CHUNK = 2**22
+NO_SECOND_DERIVATIVE = (
+    "a kernel of the model has no second derivative, or a false one (its own attention, say): give the curvature feed "
+    "method='difference', or load the model with attn_implementation='sdpa' or 'eager'"
+)
+
+
+class Feed:
+    """Measures what the rules of an optimizer observe.
+
+        feed = Feed(model, optimizer, lambda batch: loss_of(model, batch))
+        for batch in data:
+            feed.see(batch)  # every micro-batch, where gradients are accumulated
+            loss_of(model, batch).backward()
+            feed.ready()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Over micro-batches and data-parallel ranks the estimate is that of one large batch. The loss is taken without
+    dropout; labels are drawn anew wherever it calls torch's `cross_entropy`, `nll_loss`,
+    `binary_cross_entropy_with_logits` or `mse_loss`.
+
+    Args:
+        model: the plain module, inside DDP or a compiled wrapper.
+        optimizer: ours; one whose rules observe nothing is left alone.
+        loss: the mean training loss of a batch, without side effects.
+        share: of the rows of every batch that is measured, in (0, 1]; half for labels drawn anew, an eighth for
+            products with the Hessian, if not given.
+        method: of those products: `"exact"`, or `"difference"` of gradients for models with kernels that have no
+            second derivative.
+        loss_scale: the present factor of mixed precision; None without.
+        rank: of this process among those that train together.
+
+    Raises:
+        ValueError: a share out of range, or parameters whose curvature cannot be measured where they are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Executor,
+        loss: Callable[[Any], Tensor],
+        *,
+        share: float | None = None,
+        method: Method = "exact",
+        loss_scale: Callable[[], float | None] = lambda: None,
+        rank: int = 0,
+    ) -> None:
+        check_settings(share, method)
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.share, self.method, self.loss_scale, self.rank = share, method, loss_scale, rank
+        self.seconds = 0.0
+        """Spent on measurements so far."""
+        self._believed = False
+        """Whether second derivatives have been compared with differences of first ones."""
+        self._hooked = 0.0
+        """Of this step, within the backward pass."""
+        self._due: dict[str, list[Tensor]] | None = None
+        self._batches: list[Any] = []
+        _check_params(model, optimizer)
+        self._layers = _layers(model, optimizer)
+        self._hooks = [x.module.register_forward_hook(functools.partial(self._forward, x)) for x in self._layers]
+        optimizer.mates.update({x.weight: x.bias for x in self._layers if x.bias is not None})
+        optimizer.fed = True
+
+    def see(self, batch: Any) -> None:
+        """A batch is about to be trained on.
+
+        Args:
+            batch: what `loss` takes: tensors, in any nesting, rows first.
+        """
+        if self._due is None:
+            self._due = self.optimizer.awaits()
+        if self._due:
+            self._batches.append(batch)
+
+    def ready(self) -> dict[str, float]:
+        """The optimizer is about to step: measure what is due, and show it.
+
+        Returns:
+            Numbers to be logged, such as Sophia's `win_rate`; empty if nothing was due.
+
+        Raises:
+            ValueError: a loss that the feed cannot draw labels for.
+            RuntimeError: no batch was seen, or a kernel or a way of checkpointing stands in the way; the message says
+                what to change.
+        """
+        due, batches = self._due or {}, self._batches
+        self._due, self._batches = None, []
+        if not due:
+            return {}
+        if not batches:
+            raise RuntimeError("the curvature feed saw no batch of this step; call see(batch) before the forward pass")
+        started = time.perf_counter()
+        said: dict[str, float] = {}
+        if "factors" in due:
+            self._show_factors()
+        for kind, params in ((k, v) for k, v in due.items() if k != "factors"):
+            measure = {"gauss_newton": self._gauss_newton, "hutchinson": self._hutchinson}[kind]
+            rows = [first_rows(batch, self.share or SHARE[kind]) for batch in batches]
+            try:
+                values, count = measure(params, rows)
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "the curvature feed cannot work with reentrant activation checkpointing; give checkpoint() "
+                    "use_reentrant=False (Transformers: gradient_checkpointing_kwargs={'use_reentrant': False})"
+                ) from error
+            broken = not all(bool(x.isfinite().all()) for x in values)  # by a loss scale that is too large, say
+            if not layout.agree_max([float(broken)], params)[0]:
+                seen = {p: Seen(value=x, count=count) for p, x in zip(params, values, strict=True)}
+                said |= self.optimizer.observe(seen)
+        spent = time.perf_counter() - started + self._hooked
+        self.seconds += spent
+        self._hooked = 0.0
+        return {f"curvature/{key}": value for key, value in {**said, "seconds": spent}.items()}
+
+    def close(self) -> None:
+        """Stop; the rules then refuse to step."""
+        for hook in self._hooks:
+            hook.remove()
+        self.optimizer.fed = False
+        self._due, self._batches = None, []
+
+    # -- factors, in hooks of the training's own passes -----------------------------------------------------------
+
+    def _forward(self, layer: Layer, module: nn.Module, args: Any, out: Any) -> None:
+        """Have the gradient by a layer's output come with the inputs it belongs to.
+
+        What is recomputed for activation checkpointing gets no gradient, or is the only one that does.
+        """
+        wanted = self._due is not None and "factors" in self._due and module.training and not measuring()
+        if wanted and torch.is_grad_enabled() and out.requires_grad:
+            inputs = args[0].detach()
+            out.register_hook(lambda g: self._backward(layer, inputs, g.detach()))
+
+    def _backward(self, layer: Layer, inputs: Tensor, g: Tensor) -> None:
+        started = time.perf_counter()
+        with torch.no_grad():
+            layer.add(inputs, g)
+        self._hooked += time.perf_counter() - started
+
+    def _show_factors(self) -> None:
+        """Over micro-batches and ranks, the factors of one large batch, of whose mean loss each had a part."""
+        scale = (self.loss_scale() or 1.0) * layout.replicas()
+        used = [x for x in self._layers if x.rows]
+        counts = [torch.tensor([float(x.rows)], dtype=torch.float64, device=x.weight.device) for x in used]
+        layout.sum_([*(t for x in used for t in (x.inputs, x.outputs)), *counts])
+        seen = {}
+        for x, n in zip(used, counts, strict=True):
+            seen[x.weight] = Seen(inputs=x.inputs / float(n), outputs=x.outputs / (float(n) * scale**2))
+            x.clear()
+        broken = not all(bool(t.isfinite().all()) for one in seen.values() for t in vars(one).values())
+        if seen and not broken:
+            self.optimizer.observe(seen)
+
+    # -- estimates ------------------------------------------------------------------------------------------------
+
+    def _gauss_newton(self, params: Sequence[Tensor], batches: Sequence[Any]) -> tuple[list[Tensor], float]:
+        """The gradient under labels drawn from the model, and over how many of them it is the mean."""
+
+        def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
+            scale = self.loss_scale() or 1.0
+            owned = list(self.model.parameters())  # under FSDP2, others between forward and backward pass
+            with frozen(self.model, twice=False):
+                with Labels(self._seed(i)) as labels:
+                    loss = self.loss(batch)
+                if not labels.count:
+                    raise ValueError(
+                        "the loss calls none of torch's cross_entropy, nll_loss, binary_cross_entropy_with_logits and "
+                        "mse_loss, so no labels can be drawn for the Gauss-Newton-Bartlett estimate; use one of these "
+                        "(no fused loss kernel), or sophia_h"
+                    )
+                found = _gradients(loss * scale, params, owned)
+            return [x / scale for x in found], float(labels.count)
+
+        return self._averaged(measure, params, batches)
+
+    def _hutchinson(self, params: Sequence[Tensor], batches: Sequence[Any]) -> tuple[list[Tensor], float]:
+        """U * (H u) with the same random signs u for every micro-batch and rank."""
+        draw = torch.Generator(params[0].device).manual_seed(self._seed(0, everywhere=True))
+        u = [signs(p.detach(), draw) for p in params]
+
+        def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
+            scale = self.loss_scale() or 1.0
+            with frozen(self.model):
+                with Labels() as labels:
+                    hessian = Hessian(lambda: self.loss(batch) * scale, params, self.method)
+                try:
+                    found = hutchinson(hessian, [range(len(params))], [u])[2]
+                except RuntimeError as error:
+                    if "second derivative" not in str(error):
+                        raise
+                    raise RuntimeError(NO_SECOND_DERIVATIVE) from error
+                narrow = labels.autocast or any(p.dtype.itemsize < 4 for p in params)
+                if not (self._believed or self.method == "difference" or narrow):
+                    self._compare(found, hessian, u)
+            return [x / scale for x in found], float(labels.count or 1)
+
+        return self._averaged(measure, params, batches)
+
+    def _compare(self, found: Sequence[Tensor], hessian: Hessian, u: Sequence[Tensor]) -> None:
+        """Once, with differences of gradients: a kernel may leave its second derivative out without a word."""
+        near = hutchinson(Hessian(hessian.loss, hessian.params, "difference"), [range(len(u))], [u])[2]
+        off = sum(float((a - b).double().square().sum()) for a, b in zip(found, near, strict=True))
+        if off > 0.01 * sum(float(x.double().square().sum()) for x in near):
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        self._believed = True
+
+    def _averaged(
+        self,
+        measure: Callable[[Any, int], tuple[list[Tensor], float]],
+        params: Sequence[Tensor],
+        batches: Sequence[Any],
+    ) -> tuple[list[Tensor], float]:
+        """The mean over micro-batches and ranks, each weighted by its number of labels, and that number of all."""
+        sharded = any(layout.local(p) is not p for p in params)
+        sums = [torch.zeros_like(layout.local(p), dtype=_wide(p.dtype)) for p in params]
+        total = torch.zeros(1, dtype=torch.float64, device=sums[0].device)
+        for i, batch in enumerate(batches):
+            found, count = measure(batch, i)
+            n = torch.full_like(total, count)
+            if sharded:  # their gradients are means over ranks already
+                layout.sum_([n])
+            for x, g in zip(sums, found, strict=True):
+                x.add_(g, alpha=float(n))
+            total += n
+        if not sharded:
+            layout.sum_([*sums, total])
+        count = float(total)
+        return [x / count for x in sums], count
+
+    def _seed(self, i: int, *, everywhere: bool = False) -> int:
+        """Of the random numbers of micro-batch i in the coming step: a resumed run draws the same."""
+        steps = [int(s["step"]) for s in self.optimizer.state.values() if "step" in s]
+        seed = self.optimizer.param_groups[0]["seed"]
+        return hash_key(seed, max(steps, default=0), i, 0 if everywhere else 1 + self.rank)
+
+
+class Layer:
+    """Sums of outer products of a layer's inputs and output gradients.
+
+    Args:
+        module: `nn.Linear`, `nn.Conv2d` or Transformers' Conv1D.
+        bias: of the module, if it is to be part of the inputs' factor.
+        reduce: whether positions are summed, rather than rows of their own.
+    """
+
+    def __init__(self, module: nn.Module, bias: Tensor | None, reduce: bool) -> None:
+        self.module, self.bias, self.reduce = module, bias, reduce
+        self.weight: Tensor = module.weight  # pyright: ignore[reportAttributeAccessIssue]
+        self.clear()
+
+    def clear(self) -> None:
+        """Start anew."""
+        self.rows = 0
+        self.inputs = self.outputs = torch.empty(0)
+
+    def add(self, inputs: Tensor, g: Tensor) -> None:
+        """Add one pass through the layer.
+
+        Args:
+            inputs: of the layer.
+            g: gradient by its output.
+        """
+        if isinstance(self.module, nn.Conv2d):
+            c: Any = self.module
+            inputs = F.unfold(inputs, c.kernel_size, c.dilation, c.padding, c.stride).mT
+            g = g.flatten(2).mT
+        dtype = _wide(g.dtype)
+        if self.reduce and g.ndim > 2:
+            positions = tuple(range(1, g.ndim - 1))
+            inputs, g = inputs.to(dtype).mean(positions), g.to(dtype).sum(positions)
+        a, q = inputs.reshape(-1, inputs.shape[-1]).to(dtype), g.reshape(-1, g.shape[-1]).to(dtype)
+        if self.bias is not None:
+            a = torch.cat([a, a.new_ones(len(a), 1)], -1)
+        if not self.rows:
+            self.inputs, self.outputs = a.mT @ a, q.mT @ q
+        else:
+            self.inputs.addmm_(a.mT, a)
+            self.outputs.addmm_(q.mT, q)
+        self.rows += len(a)
+
+
+def _layers(model: nn.Module, optimizer: Executor) -> list[Layer]:
+    """The layers whose factors a rule observes."""
+    jobs = [job for job in optimizer._jobs() if job.rule.observes == "factors"]
+    wanted = {id(w.param): (job.rule, w) for job in jobs for w in job.works}
+    out: dict[int, Layer] = {}
+    for module in model.modules() if wanted else ():
+        if id(getattr(module, "weight", None)) in wanted and _has_factors(module):
+            rule: Any = wanted[id(module.weight)][0]
+            bias: Any = getattr(module, "bias", None)
+            bias = bias if id(bias) in wanted else None
+            out[id(module.weight)] = Layer(module, bias, rule.sequence == "reduce")
+    for key, (rule, w) in wanted.items():
+        if w.param.ndim > 1 and key not in out:
+            raise ValueError(
+                f"{w.name}: {rule.name} needs the weight of an nn.Linear, an nn.Conv2d (one group, padded by zeros) or "
+                "Transformers' Conv1D; give it to another rule (overrides)"
+            )
+    return list(out.values())
+
+
+def _has_factors(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return is_linear(module)
+
+
+def check_settings(share: float | None, method: str) -> None:
+    """Check the settings of a feed.
+
+    Args:
+        share: see `Feed`.
+        method: see `Feed`.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share}")
+    if method not in ("exact", "difference"):
+        raise ValueError(f"method must be 'exact' or 'difference', got {method!r}")
+
+
+def observes(optimizer: Any) -> bool:
+    """Whether an optimizer needs a feed.
+
+    Returns:
+        True for ours with such a rule.
+    """
+    return isinstance(optimizer, Executor) and any(REGISTRY[g["rule"]].observes for g in optimizer.param_groups)
+
+
+def _check_params(model: nn.Module, optimizer: Executor) -> None:
+    for job in optimizer._jobs():
+        if job.rule.observes:
+            for w in job.works:
+                if is_flat(w.param):
+                    raise ValueError(
+                        f"{w.name}: {job.rule.name} cannot be measured in the flat parameters of FSDP1 and ZeRO; "
+                        f"use DDP{' or FSDP2 (fully_shard)' if job.rule.observes == 'gauss_newton' else ''}"
+                    )
+                if job.rule.observes != "gauss_newton" and layout.local(w.param) is not w.param:
+                    raise ValueError(
+                        f"{w.name}: {job.rule.name} needs a double backward pass, which FSDP2 does not support; "
+                        "use DDP, or sophia_g"
+                    )
+                if layout.is_tensor_parallel(w.param, model):
+                    raise ValueError(
+                        f"{w.name}: {job.rule.name} counts the labels of all ranks, which see the same batches under "
+                        "tensor parallelism; use DDP or FSDP2 alone"
+                    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _gradients(loss: Tensor, params: Sequence[Tensor], owned: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of a loss on this rank, no `.grad` touched."""
+    if any(layout.local(p) is not p for p in params):  # FSDP2 reduces in hooks of an ordinary backward pass
+        kept = [(p, p.grad) for p in owned]
+        try:
+            for p, _ in kept:
+                p.grad = None
+            loss.backward()
+            found = [layout.local_gradient(p) for p in params]
+        finally:
+            for p, g in kept:
+                p.grad = g
+        return [torch.zeros_like(layout.local(p)) if g is None else g for p, g in zip(params, found, strict=True)]
+    found = torch.autograd.grad(loss, params, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+
+def first_rows(batch: Any, share: float) -> Any:
+    """The first rows of a batch.
+
+    Args:
+        batch: tensors in any nesting; those with as many rows as the first one are cut.
+        share: of the rows, rounded up.
+
+    Returns:
+        The same nesting of views.
+    """
+    sizes = [len(t) for t in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch) if _has_rows(t)]
+    if share == 1 or not sizes:
+        return batch
+    rows, count = sizes[0], math.ceil(sizes[0] * share)
+
+    def cut(t: Any) -> Any:
+        return t[:count] if _has_rows(t) and len(t) == rows else t
+
+    return tree_map(cut, dict(batch) if isinstance(batch, Mapping) else batch)
+
+
+def _has_rows(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.ndim > 0
+
+
+class Labels(TorchFunctionMode):
+    """Counts the labels that losses within the block are given, and draws them anew from the predictions.
+
+    For a mean of squared differences the predictions are those of a normal distribution of variance one half, whose
+    negative log-likelihood the square is.
+
+    Args:
+        seed: of the draws; labels stay as they are if not given.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        self.seed, self.count, self.autocast = seed, 0, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Change the labels of a loss; everything else goes on as it is.
+
+        Args:
+            func: of torch.
+            types: not looked at.
+            args: of the function.
+            kwargs: of the function.
+
+        Returns:
+            What the function returns.
+        """
+        kwargs = kwargs or {}
+        if func not in (F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.mse_loss):
+            return func(*args, **kwargs)
+        bound = inspect.signature(func).bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        x, y = given["input"].detach(), given["target"]
+        self.autocast |= torch.is_autocast_enabled(x.device.type)
+        if func in (F.cross_entropy, F.nll_loss):
+            by_index = not y.is_floating_point()
+            counted = y != given["ignore_index"] if by_index else torch.ones(y.movedim(_classes(x), -1).shape[:-1])
+            self.count += int(counted.sum())
+            if self.seed is not None:
+                drawn = categorical(x.movedim(_classes(x), -1), self._generator(x))
+                given["target"] = torch.where(counted, drawn, y) if by_index else drawn
+        else:
+            self.count += y.numel()
+            if self.seed is not None and func is F.mse_loss:
+                noise = torch.randn(x.shape, generator=self._generator(x), device=x.device, dtype=_wide(x.dtype))
+                given["target"] = x + (0.5**0.5 * noise).to(x.dtype)
+            elif self.seed is not None:
+                given["target"] = torch.bernoulli(x.sigmoid(), generator=self._generator(x))
+        if self.seed is not None and "label_smoothing" in given:
+            given["label_smoothing"] = 0.0
+        return func(*bound.args, **bound.kwargs)
+
+    def _generator(self, like: Tensor) -> torch.Generator:
+        """New numbers for every loss of the block."""
+        assert self.seed is not None
+        return torch.Generator(like.device).manual_seed(hash_key(self.seed, self.count))
+
+
+def _classes(x: Tensor) -> int:
+    return 0 if x.ndim == 1 else 1
+
+
+def categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw from softmax(logits), by the inverse of the distribution function.
+
+    Args:
+        logits: `[..., classes]`.
+        generator: on their device.
+
+    Returns:
+        Indices, int64, `[...]`.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    out = []
+    for part in flat.split(max(1, CHUNK // flat.shape[-1])):
+        below = part.to(_wide(part.dtype)).softmax(-1).cumsum_(-1)
+        u = torch.rand(len(part), 1, generator=generator, device=part.device, dtype=below.dtype) * below[:, -1:]
+        out.append(torch.searchsorted(below, u, right=True).clamp_(max=flat.shape[-1] - 1))
+    return (
+        torch.cat(out).view(logits.shape[:-1]) if out else flat.new_empty(0, dtype=torch.int64).view(logits.shape[:-1])
+    )

@@ -1,0 +1,161 @@
+"""K-FAC: natural gradient with Kronecker factors of a layer's inputs and output gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.rule import Observable, Rule, Slot, eye, zeros
+from lightning_optim.ops.lapack import eigh
+
+
+@dataclass(frozen=True)
+class KFAC(Rule):
+    """K-FAC: the gradient of a layer, divided by Kronecker factors of its inputs and output gradients.
+
+    A <- b A + (1 - b) mean(a a^T);  G <- b G + (1 - b) mean(q q^T);  D = (G + damping I)^-1 g (A + damping I)^-1
+    nu = min(1, sqrt(kl_clip / |sum lr^2 D * g|)) over all layers;  buf <- momentum buf + nu D;  d = buf
+
+    a are a layer's inputs, with a one if its bias is trained by this rule, too (g is then [dW | db]), q the gradients
+    of the mean loss by its outputs. `mode="eigen"`, the default, divides by `d_G d_A^T + damping` in the eigenbases
+    instead of inverting both. `pi=True` damps A by sqrt(damping) pi and G by sqrt(damping) / pi, pi^2 the ratio of
+    their mean eigenvalues. `sequence="expand"` takes every position of a sequence (or a convolution) for a
+    row of its own, `"reduce"` sums over positions first (Eschenhagen et al. 2023, arXiv:2311.00636).
+
+    `factors` says at which steps A and G are measured, `refresh` when they are decomposed; 10 and 100 are usual for
+    language models. For weights of `nn.Linear`, `nn.Conv2d` and Transformers' Conv1D; embeddings, the head and vectors
+    stay with `rest`. Needs a curvature feed; under DDP, not FSDP2. The direction has no fixed scale: lr is K-FAC's own.
+
+    Differs from kfac-pytorch: over accumulated batches and ranks the factors are those of one large batch; a
+    convolution's positions are rows, not divided by their number. Its clipping and momentum (SGD's) are the same.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    beta: float = 0.95
+    damping: float = 1e-3
+    kl_clip: float | None = 1e-3
+    weight_decay: float = 0.0
+    mode: Literal["eigen", "inverse"] = "eigen"
+    pi: bool = False
+    sequence: Literal["expand", "reduce"] = "expand"
+    factors: str = "fixed:10"
+    refresh: str = "fixed:100"
+
+    name: ClassVar = "kfac"
+    source: ClassVar = "Martens & Grosse 2015, arXiv:1503.05671; as in kfac-pytorch 0.4.2 (Pauloski et al. 2020)"
+    vector_state: ClassVar = {"momentum_buffer": zeros("mn")}
+    costly: ClassVar = ("input_basis", "output_basis")
+    observes: ClassVar[Observable] = "factors"
+    observed_by: ClassVar = "factors"
+    joint: ClassVar = True
+    search: ClassVar = {"lr": (1.0, 0.3, 3.0, 0.1, 0.03), "damping": (1e-3, 1e-2)}
+
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:
+        """Momentum, factors, and their eigenbases and values, or inverses; on the input side with room for a bias.
+
+        Args:
+            m: rows.
+            n: columns.
+            vector: whether the parameter has fewer than two dimensions.
+
+        Returns:
+            Slot declarations by name.
+        """
+        if vector:
+            return self.vector_state
+        inner = replace(eye("nn"), size=(n + 1, n + 1))
+        found = {"input_factor": inner, "output_factor": eye("mm"), "input_basis": inner, "output_basis": eye("mm")}
+        if self.mode == "eigen":
+            found |= {"input_values": replace(zeros("1n"), size=(1, n + 1)), "output_values": zeros("1m")}
+        return {"momentum_buffer": zeros("mn"), **found}
+
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: no damping, or an average of nothing but the past.
+        """
+        super().validate()
+        if not self.damping > 0 or self.kl_clip == 0:
+            raise ValueError(f"kfac: damping and kl_clip must be positive, got {self.damping} and {self.kl_clip}")
+        if not self.beta < 1:
+            raise ValueError(f"kfac: beta must lie in [0, 1), got {self.beta}")
+
+    def observe(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
+        k = seen.inputs.shape[-1]
+        for x, new in ((s.input_factor, seen.inputs), (s.output_factor, seen.outputs)):
+            factor = x.view(-1, *x.shape[-1:] * 2)  # [b, n + 1, n + 1]
+            if seen.t == 1:
+                factor.copy_(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
+            factor = factor[:, :k, :k] if x is s.input_factor else factor
+            factor.lerp_(new.to(x.dtype), 1 - self.beta)
+        return {}
+
+    def prepare(self, members: Sequence[SimpleNamespace]) -> None:  # noqa: D102
+        layers = [x for x in members if not x.s.vector]
+        total: Tensor | float = 0.0
+        for x in layers:
+            g = x.g if x.mate is None else torch.cat([x.g, x.mate.g.mT], -1)
+            x.s.refresh(g)
+            x.d = x.rule._divided(g, x.s)
+            total = total + x.lr**2 * (x.d * g).sum(dtype=torch.float64)
+        size = abs(float(total))
+        nu = 1.0 if self.kl_clip is None or size == 0 else min(1.0, (self.kl_clip / size) ** 0.5)
+        for x in layers:
+            n = x.g.shape[-1]
+            if x.mate is not None:
+                x.mate.g = nu * x.d[..., n:].mT
+            x.g = x.d[..., :n].mul_(nu)
+
+    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+        k = g.shape[-1]
+        a, b = s.input_factor[..., :k, :k], s.output_factor
+        if self.mode == "eigen":
+            (values, basis), (s.output_values, s.output_basis) = eigh(a), eigh(b)
+            s.output_values = s.output_values.clamp_(min=0).unsqueeze(-2)
+            s.input_values[..., :k], s.input_basis[..., :k, :k] = values.clamp_(min=0).unsqueeze(-2), basis
+        else:
+            da, db = self._dampings(_mean_eigenvalue(a), _mean_eigenvalue(b))
+            s.input_basis[..., :k, :k] = _inverse(a, da)
+            s.output_basis = _inverse(b, db)
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        return s.momentum_buffer.mul_(self.momentum).add_(g)
+
+    def _divided(self, g: Tensor, s: SimpleNamespace) -> Tensor:
+        k = g.shape[-1]
+        left, right = s.output_basis, s.input_basis[..., :k, :k]
+        if self.mode == "inverse":
+            return left @ g @ right
+        a, b = s.input_values[..., :k], s.output_values.mT
+        if self.pi:
+            da, db = self._dampings(a.mean(-1, keepdim=True), b.mean(-2, keepdim=True))
+            scale = (b + db) * (a + da)
+        else:
+            scale = b * a + self.damping
+        return left @ ((left.mT @ g @ right) / scale) @ right.mT
+
+    def _dampings(self, a: Tensor, b: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """What is added to the factors, given their mean eigenvalues."""
+        if not self.pi:
+            return self.damping, self.damping
+        pi = (a / b).sqrt()
+        usable = pi.isfinite() & (pi > 0)
+        pi = torch.where(usable, pi, 1.0)
+        return self.damping**0.5 * pi, self.damping**0.5 / pi
+
+
+def _mean_eigenvalue(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+
+
+def _inverse(x: Tensor, damping: Tensor | float) -> Tensor:
+    """(x + damping I)^-1 of symmetric positive matrices."""
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return torch.linalg.inv(x + damping * eye)

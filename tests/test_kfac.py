@@ -1,0 +1,259 @@
+"""K-FAC: exact where it must be, its factors those of the whole batch, training left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer
+from transformers.pytorch_utils import Conv1D
+
+import hf_integration
+from lightning_optim import KFAC, Executor, build_optimizer
+from lightning_optim.curvature import Feed
+from tests import rules, test_hf
+from tests.pool import Pool
+from tests.test_curvature import Keep
+from tests.test_lightning import Net, Rows, assert_same, trainer, weights
+from tests.test_lightning import pytestmark as lightning_warnings
+
+pytestmark = lightning_warnings
+
+
+@pytest.fixture(autouse=True)
+def nothing_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No numbers made of gradients here."""
+    monkeypatch.setattr(rules, "feeding", False)
+
+
+def test_a_deep_linear_network_gets_the_analytic_natural_gradient() -> None:
+    """Whose Fisher blocks are Kronecker products exactly: they are built here from Jacobians, without factors."""
+    made = torch.Generator().manual_seed(0)
+    sizes, damping = (4, 5, 3, 2), 1e-4
+    model = nn.Sequential(*(nn.Linear(a, b, bias=False, dtype=torch.float64) for a, b in zip(sizes, sizes[1:])))  # noqa: B905
+    x = torch.randn(20, 4, generator=made, dtype=torch.float64)
+    y = torch.randn(20, 2, generator=made, dtype=torch.float64)
+    params: list[Tensor] = [layer.weight for layer in model]  # pyright: ignore
+    optimizer = KFAC(params, lr=1.0, momentum=0.0, beta=0.0, damping=damping, kl_clip=None)
+    (0.5 * (model(x) - y).square().sum(1).mean()).backward()
+    expected = []
+    for i, p in enumerate(params):
+
+        def out(w: Tensor, i: int = i) -> Tensor:
+            return torch.func.functional_call(model, {f"{i}.weight": w}, (x,))
+
+        jacobian: Any = torch.autograd.functional.jacobian(out, p.detach())
+        j = jacobian.reshape(20, 2, -1)
+        fisher = torch.einsum("bki,bkj->ij", j, j) / 20
+        assert p.grad is not None
+        step = torch.linalg.solve(fisher + damping * torch.eye(len(fisher)), p.grad.flatten()).view_as(p)
+        expected.append(p.detach() - step)
+    with torch.no_grad():
+        for i, p in enumerate(params):
+            a = model[:i](x)
+            above = torch.eye(len(p), dtype=torch.float64)
+            for later in params[i + 1 :]:
+                above = later @ above
+            optimizer.observe({p: SimpleNamespace(inputs=a.mT @ a / 20, outputs=above.mT @ above)})
+    optimizer.step()
+    for p, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), e, rtol=1e-8, atol=1e-8)
+
+
+class Layers(nn.Module):
+    """Every kind of layer, over sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 3, 3, padding=1, stride=2)
+        self.linear = nn.Linear(3, 4, bias=False)
+        self.turned = Conv1D(5, 4)
+        self.norm = nn.LayerNorm(5)
+        self.out = nn.Linear(5, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x).flatten(2).mT  # [rows, positions, 3]
+        return self.out(self.norm(torch.tanh(self.turned(torch.tanh(self.linear(h))))))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return self(batch).square().mean()
+
+
+def data(rows: int = 4) -> Tensor:
+    return torch.randn(rows, 2, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def own(model: Layers, **settings: Any) -> Executor:
+    matrices = [(n, p) for n, p in model.named_parameters() if "norm" not in n]
+    turned = [x for x in matrices if x[0] == "turned.weight"]
+    rest = [x for x in matrices if x[0] != "turned.weight"]
+    groups = [{"params": rest}, {"params": turned, "transposed": True, "name": "turned"}]
+    return KFAC(groups, **settings)
+
+
+def factors(model: Layers, some: list[Tensor], sequence: Any = "expand", scale: float = 1.0) -> dict[str, Any]:
+    """What the feed shows for batches that are accumulated."""
+    optimizer = own(model, sequence=sequence)
+    seen: dict[Tensor, Any] = {}
+    optimizer.observe = lambda found: seen.update(found) or {}  # pyright: ignore
+    feed = Feed(model, optimizer, model.loss, loss_scale=lambda: scale)
+    for batch in some:
+        feed.see(batch)
+        (model.loss(batch) * scale * len(batch) / sum(map(len, some))).backward()
+    feed.ready()
+    feed.close()
+    return {name: seen[p] for name, p in model.named_parameters() if p in seen}
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+def test_factors_are_means_of_outer_products(sequence: str) -> None:
+    model, x = Layers(), data()
+    found = factors(model, [x], sequence)
+    assert set(found) == {"conv.weight", "linear.weight", "turned.weight", "out.weight"}
+    h = F.conv2d(x, model.conv.weight, model.conv.bias, stride=2, padding=1).flatten(2).mT
+    h1 = torch.tanh(model.linear(h))
+    turned = model.turned(h1)
+    out = model.out(model.norm(torch.tanh(turned)))
+    q = torch.autograd.grad(out.square().mean(), turned)[0]
+    patches = F.unfold(x, 3, padding=1, stride=2).mT
+    for name, a, bias in (("turned.weight", h1.detach(), True), ("linear.weight", h.detach(), False),
+                          ("conv.weight", patches, True)):  # fmt: skip
+        a = a.mean(1) if sequence == "reduce" else a.flatten(0, 1)
+        a = torch.cat([a, torch.ones(len(a), 1)], 1) if bias else a
+        torch.testing.assert_close(found[name].inputs, a.T @ a / len(a), rtol=1e-12, atol=1e-14)
+    q = q.sum(1) if sequence == "reduce" else q.flatten(0, 1)
+    torch.testing.assert_close(found["turned.weight"].outputs, q.T @ q / len(q), rtol=1e-12, atol=1e-16)
+
+
+def assert_alike(a: dict[str, Any], b: dict[str, Any]) -> None:
+    for name in a:
+        torch.testing.assert_close(a[name].inputs, b[name].inputs, rtol=1e-11, atol=1e-14)
+        torch.testing.assert_close(a[name].outputs, b[name].outputs, rtol=1e-11, atol=1e-16)
+
+
+@pytest.mark.parametrize("sequence", ["expand", "reduce"])
+def test_micro_batches_and_a_loss_scale_change_nothing(sequence: str) -> None:
+    whole = factors(Layers(), [data(6)], sequence)
+    assert_alike(whole, factors(Layers(), list(data(6).split([4, 2])), sequence, scale=1024.0))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_counts_every_row_once(reentrant: bool) -> None:
+    model = Layers()
+    inner = model.linear.forward
+    kept = model.turned.forward
+    model.linear.register_forward_pre_hook(lambda m, x: (x[0].requires_grad_() if x[0].is_leaf else x[0],))
+    block = nn.Sequential(model.linear, nn.Tanh(), model.turned)
+    assert inner and kept
+
+    def forward(x: Tensor) -> Tensor:
+        h = checkpoint(block, model.conv(x).flatten(2).mT, use_reentrant=reentrant)
+        return model.out(model.norm(torch.tanh(h)))  # pyright: ignore[reportArgumentType]
+
+    model.forward = forward
+    assert_alike(factors(Layers(), [data()]), factors(model, [data()]))
+
+
+def test_gradients_are_those_of_training_without_a_feed() -> None:
+    plain, watched = Layers(), Layers()
+    plain.loss(data()).backward()
+    factors(watched, [data()])
+    for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
+    assert not any(m._forward_hooks for m in watched.modules())
+
+
+def test_layers_that_have_no_factors_are_named() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
+    optimizer = KFAC(model.named_parameters())
+    with pytest.raises(ValueError, match=r"0\.weight: kfac needs the weight of an nn\.Linear"):
+        Feed(model, optimizer, lambda batch: model(batch).sum())
+    built = build_optimizer(model, "kfac", lr=0.1)
+    assert {g["rule"]: g["param_names"] for g in built.param_groups}["kfac"] == ["1.weight"]
+    Feed(model, built, lambda batch: model(batch).sum())
+    with pytest.raises(ValueError, match="damping"):
+        KFAC([nn.Parameter(torch.ones(2, 2))], damping=0.0)
+
+
+# -- doors ------------------------------------------------------------------------------------------------------------
+
+SETTINGS = {"factors": "fixed:2", "refresh": "fixed:4"}
+
+
+def test_lightning_installs_the_feed_and_resumes_bitwise(tmp_path: Path) -> None:
+    whole = Net("kfac", **SETTINGS)
+    trainer(tmp_path, max_steps=6, callbacks=[Keep(tmp_path / "a.ckpt")]).fit(whole, Rows(6))
+    optimizer: Any = whole.optimizers(use_pl_optimizer=False)
+    kept = optimizer.state[whole.hidden.weight]["output_factor"]
+    assert (kept - torch.diag(kept.diagonal())).any()
+    resumed = Net("kfac", **SETTINGS)
+    trainer(tmp_path, max_steps=6).fit(resumed, Rows(6), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert_same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_transformers_attach_installs_the_feed_and_resumes_bitwise(tmp_path: Path, checkpointing: bool) -> None:
+    def make() -> tuple[nn.Module, Trainer]:
+        model = test_hf.gpt2()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        args = test_hf.arguments(
+            tmp_path, max_steps=6, save_strategy="steps", save_steps=3, gradient_accumulation_steps=2
+        )
+        return model, hf_integration.attach(Trainer(model, args, train_dataset=test_hf.Tokens()), "kfac", **SETTINGS)
+
+    whole, run = make()
+    run.train()
+    resumed, run = make()
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    test_hf.assert_same(test_hf.weights(whole), test_hf.weights(resumed))
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def train(rank: int, world: int, kind: str) -> dict[str, Tensor]:
+    """Three steps on the rank's rows; the weights."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    rules.feeding = False
+    model = Layers()
+    if kind == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    try:
+        optimizer = build_optimizer(model, "kfac", lr=1e-2, **SETTINGS)
+        feed = Feed(model, optimizer, model.loss, rank=rank)
+    except ValueError as error:
+        return {"error": torch.tensor(list(str(error).encode()))}
+    finally:
+        rules.feeding = True
+    outer: Any = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
+    for _ in range(3):
+        mine = data().chunk(world)[rank]
+        feed.see(mine)
+        outer(mine).square().mean().backward()
+        feed.ready()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.dist
+def test_two_processes_equal_one(pool: Pool) -> None:
+    alone, start = train(0, 1, ""), weights(Layers())
+    for one in pool.run("tests.test_kfac:train", 2, kind="ddp"):
+        for key, p in alone.items():
+            assert (one[key] - p).norm() <= 1e-9 * (p - start[key]).norm(), key
+    refused = pool.run("tests.test_kfac:train", 2, kind="fsdp2")[0]["error"]
+    assert (
+        "kfac needs a double backward pass or hooks, which FSDP2 does not support" in bytes(refused.tolist()).decode()
+    )
