@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
@@ -347,8 +347,9 @@ def trained_by_loss(rank: int, world: int, offload: bool, reduce_dtype: torch.dt
     """Whole weights after steps of muon with the gradients of a loss; every rank has its share of the batch."""
     model, mesh = Deep(), init_device_mesh("cpu", (world,))
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    where = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
     for part in (*model.layers, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy, **({"offload_policy": CPUOffloadPolicy()} if offload else {}))
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=where)
     optimizer = build_optimizer(model, "muon", lr=1e-2)
     for t in range(4):
         model(batch(t).chunk(world)[rank]).square().mean().backward()
