@@ -60,7 +60,7 @@ def whole(t: Tensor) -> Tensor:
     Returns:
         A plain tensor.
     """
-    return layout.place(t.detach(), None, None)
+    return layout.place(t.detach(), None)
 
 
 def entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Entry]:
