@@ -273,8 +273,13 @@ def counted() -> Iterator[dict[str, int]]:
         dist.all_to_all_single, dist.broadcast = exchange, broadcast
 
 
-def priced(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
-    """Bytes of state here, bytes sent in a step, and what `spread` says of both for all ranks."""
+def priced(rank: int, world: int, layout: str, cases: Sequence[Any]) -> list[Any]:
+    """`price` of several rules with settings, in both precisions."""
+    return [price(rank, world, layout, name, dtype, given) for name, given, dtype in cases]
+
+
+def price(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
+    """Bytes of state here, bytes sent in a step, and what `spread` says of both."""
     whole = make(name, Model(name, dtype).parameters(), **settings)
     strategy = {"fsdp2": "fsdp2", "hsdp": "hsdp", "shared": "ddp", "ddp": "ddp"}[layout]
     said = spread(whole, strategy, world, node_size=world // 2, share_work=layout == "shared")
@@ -287,7 +292,7 @@ def priced(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, se
         take_steps(model, optimizer, range(3, 4))
     held = [t.to_local() if isinstance(t, DTensor) else t for s in optimizer.state.values() for t in s.values()]
     at = rank % len(said.state)
-    return sum(t.nbytes for t in held), said.state[at], sum(sent.values()), said.sent[at], said.imbalance
+    return sum(t.nbytes for t in held), said.state[at], sum(sent.values()), said.sent[at]
 
 
 def groups_differ(rank: int, world: int, layout: str) -> Any:

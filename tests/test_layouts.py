@@ -75,29 +75,26 @@ def test_a_checkpoint_goes_on_under_another_strategy(
     compare(name, jobs.weights(model), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+CODES: dict[str, Any] = {"state_storage": "int8", "storage_min": 1, "storage_block": 16}
+PRICED: list[tuple[str, dict[str, Any]]] = [
+    ("muon", {}),
+    ("soap", {}),
+    ("shampoo", {"weight_decay": 0.1}),
+    ("muon", {"traffic": "bf16"}),
+    ("lion", CODES),
+    ("muon", CODES),
+    ("adafactor", {}),
+    ("adam_mini", {}),
+    ("lion", {"param_rounding": "kahan"}),
+]
+
+
 @pytest.mark.parametrize(("layout", "world"), [("ddp", 2), ("shared", 3), ("fsdp2", 2), ("fsdp2", 3), ("hsdp", 4)])
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("muon", {}),
-        ("soap", {}),
-        ("shampoo", {"weight_decay": 0.1}),
-        ("muon", {"traffic": "bf16"}),
-        ("lion", {"state_storage": "int8", "storage_min": 1, "storage_block": 16}),
-        ("muon", {"state_storage": "int8", "storage_min": 1, "storage_block": 16}),
-        ("adafactor", {}),
-        ("adam_mini", {}),
-        ("lion", {"param_rounding": "kahan"}),
-    ],
-    ids=str,
-)
-def test_plan_prices_what_every_rank_holds_and_sends(
-    pool: Pool, layout: str, world: int, name: str, settings: dict[str, Any], dtype: torch.dtype
-) -> None:
-    job = {"layout": layout, "name": name, "settings": settings, "dtype": dtype}
-    for held, said, sent, price, _ in pool.run("tests.jobs:priced", world, **job):
-        assert (held, sent) == (said, price)
+def test_plan_prices_what_every_rank_holds_and_sends(pool: Pool, layout: str, world: int) -> None:
+    cases = [(name, settings, dtype) for name, settings in PRICED for dtype in (torch.float32, torch.bfloat16)]
+    for results in pool.run("tests.jobs:priced", world, layout=layout, cases=cases):
+        for case, (held, said, sent, price) in zip(cases, results, strict=True):
+            assert (held, sent) == (said, price), case
 
 
 @pytest.mark.parametrize(("layout", "world"), [("fsdp2", 3), ("shared", 2)])
@@ -124,8 +121,8 @@ def test_shared_work_is_collected_before_one_rank_saves(pool: Pool, name: str) -
 @pytest.mark.parametrize(("layout", "world", "share"), [("fsdp2", 2, 0.5), ("shared", 2, 0.5)])
 def test_narrow_traffic(pool: Pool, layout: str, world: int, share: float) -> None:
     """Half the bytes; what bfloat16 rounds of a gradient, 2^-9, grows by the matrix's condition (measured: 2 %)."""
-    job = {"layout": layout, "name": "muon", "dtype": torch.float32, "settings": {}}
-    exact = [sent for _, _, sent, _, _ in pool.run("tests.jobs:priced", world, **job)]
+    cases = [("muon", {}, torch.float32)]
+    exact = [sent for [(_, _, sent, _)] in pool.run("tests.jobs:priced", world, layout=layout, cases=cases)]
     results = pool.run("tests.jobs:narrow_traffic", world, layout=layout)
     expected = straight("muon", 4)
     start = jobs.Model("muon")

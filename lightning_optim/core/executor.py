@@ -520,8 +520,7 @@ class Executor(torch.optim.Optimizer):
     def _compare(self, jobs: Sequence[Job]) -> None:
         """Check that all ranks that train together have the same groups."""
         ranks = set(layout.ranks_of(w.param for job in jobs for w in job.works))
-        replicas = self.replicas or self.compressing
-        ranks.update(replicas.ranks if replicas is not None else ())
+        ranks.update(() if self.process_group is None else travel.Replicas(self.process_group).ranks)
         if len(ranks) > 1:
             lines: list[str] = []
             for _, group, works in jobs:
