@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_optim.core.chunks import bucket
@@ -102,20 +103,13 @@ def leave_gradients(module: Any) -> Replicas:
     if found.size > 127:
         raise ValueError(f"compress counts votes in a byte: at most 127 ranks, got {found.size}")
     if module not in _left:
-        module.register_comm_hook(None, _unreduced)
+        module.register_comm_hook(None, noop_hook)
         _left.add(module)
     return found
 
 
 _left: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 """Modules that leave gradients already; they take one hook."""
-
-
-def _unreduced(state: object, gradients: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    del state
-    done: torch.futures.Future[Tensor] = torch.futures.Future()
-    done.set_result(gradients.buffer())
-    return done
 
 
 Team = Cut | Replicas
