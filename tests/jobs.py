@@ -419,10 +419,12 @@ def owners(rank: int, world: int, name: str) -> Any:
     return owned, parts, tight
 
 
-def disagree(rank: int, world: int, name: str) -> Any:
+def disagree(rank: int, world: int, name: str, layout: str = "fsdp2") -> Any:
     """One rank has no gradient for one matrix: every rank raises, nothing moves, and the next step works."""
-    model = sharded(name, world)
+    model = lay_out(Model(name), layout, world)
     optimizer = make(name, model.parameters())
+    if layout == "shared":
+        optimizer.share_work()
     take_steps(model, optimizer, range(1, 3))
     before = weights(model)
     take = dict(model.named_parameters())
@@ -440,15 +442,17 @@ def disagree(rank: int, world: int, name: str) -> Any:
     return message, same, weights(model)
 
 
-def not_finite(rank: int, world: int, name: str) -> Any:
+def not_finite(rank: int, world: int, name: str, layout: str = "fsdp2") -> Any:
     """A NaN in one rank's shard is agreed by all."""
-    model = sharded(name, world)
+    model = lay_out(Model(name), layout, world)
     optimizer = make(name, model.parameters(), on_nonfinite="raise")
+    if layout == "shared":
+        optimizer.share_work()
     take_steps(model, optimizer, range(1, 3))
     before = weights(model)
     for key, p in model.named_parameters():
         whole = gradient(torch.empty(p.shape), key, 3)
-        if key == "odd":
+        if key == "odd" and (rank == 0 or layout != "shared"):
             whole[0, 0] = math.nan  # on rank 0
         p.grad = placed(whole, p)
     try:

@@ -105,6 +105,18 @@ def test_groups_that_differ_are_told_on_every_rank(pool: Pool, layout: str, worl
     assert "0.03" in results[1][0] and "0.02" in results[1][0]
 
 
+@pytest.mark.parametrize(("layout", "world"), [("tp", 2), ("fsdp2+tp", 4), ("shared", 3), ("mixed", 2)])
+def test_ranks_raise_together(pool: Pool, layout: str, world: int) -> None:
+    """A gradient that one rank lacks, and a NaN that only one can see."""
+    for message, same, found in pool.run("tests.jobs:disagree", world, name="muon", layout=layout):
+        assert "disagree" in message and same
+        compare("muon", found, straight("muon", 4))
+    (first, same), *others = pool.run("tests.jobs:not_finite", world, name="muon", layout=layout)
+    assert "parameter 0" in first and same
+    assert all("not finite" in message and also for message, also in others)
+    assert any("another rank" in message for message, _ in others)
+
+
 @pytest.mark.parametrize("name", ["muon", "soap"])
 def test_shared_work_is_collected_before_one_rank_saves(pool: Pool, name: str) -> None:
     expected = straight(name, 6)
