@@ -281,7 +281,7 @@ def priced(rank: int, world: int, layout: str, cases: Sequence[Any]) -> list[Any
 def price(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
     """Bytes of state here, bytes sent in a step, and what `spread` says of both."""
     whole = make(name, Model(name, dtype).parameters(), **settings)
-    strategy = {"fsdp2": "fsdp2", "hsdp": "hsdp", "shared": "ddp", "ddp": "ddp"}[layout]
+    strategy: Any = "ddp" if layout == "shared" else layout
     said = spread(whole, strategy, world, node_size=world // 2, share_work=layout == "shared")
     model = lay_out(Model(name, dtype), layout, world)
     optimizer = make(name, model.parameters(), **settings)

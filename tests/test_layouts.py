@@ -28,8 +28,7 @@ SETTINGS: list[dict[str, Any]] = [{}, {"transposed": True}, {"state_storage": "b
 
 def check(pool: Pool, layout: str, world: int, steps: int, **kwargs: Any) -> None:
     """Every rule equals one process, unless it refuses the mesh by name."""
-    job = {"layout": layout, "names": NAMES, "steps": steps, **kwargs}
-    results = pool.run("tests.jobs:laid_out", world, **job)
+    results = pool.run("tests.jobs:laid_out", world, layout=layout, names=NAMES, steps=steps, **kwargs)
     for name in NAMES:
         settings, dtype = kwargs.get("settings", {}), kwargs.get("dtype", torch.float32)
         expected = straight(name, steps, dtype, kwargs.get("missing"), **settings)
@@ -62,7 +61,8 @@ CHAIN = [("fsdp2+tp", 4, "shared", 2), ("tp", 2, "fsdp2", 3), ("shared", 3, "tp"
 def test_a_checkpoint_goes_on_under_another_strategy(
     pool: Pool, tmp_path: Path, name: str, layout: str, world: int, other: str, ranks: int
 ) -> None:
-    common = {"name": name, "folder": str(tmp_path / "checkpoint"), "steps": 3, "dtype": torch.float32}
+    folder = str(tmp_path / "checkpoint")
+    common: dict[str, Any] = {"name": name, "folder": folder, "steps": 3, "dtype": torch.float32}
     expected = straight(name, 6)
     for found in pool.run("tests.jobs:save", world, layout=layout, **common):
         compare(name, found, expected)
@@ -70,7 +70,7 @@ def test_a_checkpoint_goes_on_under_another_strategy(
         compare(name, found, expected)
     model = jobs.Model(name)
     optimizer = make(name, model.parameters(), lr=77.0)
-    jobs.load_into(model, optimizer, common["folder"])
+    jobs.load_into(model, optimizer, folder)
     jobs.take_steps(model, optimizer, range(4, 7))
     compare(name, jobs.weights(model), expected)
 
@@ -191,8 +191,8 @@ def test_signum_votes_with_one_byte_per_weight(pool: Pool) -> None:
             for k, g in zip(momenta[rank], gradients, strict=True):
                 momenta[rank][k].mul_(0.9).add_(g, alpha=1 - 0.9)
         for k, p in model.named_parameters():
-            votes = sum(m[k].sign() for m in momenta)
-            p.data -= 1e-2 * 0.2 * torch.as_tensor(votes).sign()
+            votes = torch.stack([m[k].sign() for m in momenta]).sum(0)
+            p.data -= 1e-2 * 0.2 * votes.sign()
         if t == 1:
             for k in momenta[0]:
                 mean = torch.stack([m[k] for m in momenta]).mean(0)

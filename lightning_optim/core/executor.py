@@ -404,7 +404,7 @@ class Executor(torch.optim.Optimizer):
         travelling = [(w, w.team) for w in job.works if w.team is not None]
         for run in chunks.bucket(travelling, lambda x: (x[1].ranks, x[0].param.dtype)):
             if any(w.has_gradient for w, _ in run):  # on every rank, or on none
-                yield self._travel(job, *map(list, zip(*run, strict=True)))
+                yield self._travel(job, [w for w, _ in run], [team for _, team in run])
 
     def _without_kernel(self, job: Job, works: list[Work]) -> list[Work]:
         """Step what a torch kernel of the rule can take; return the rest."""
