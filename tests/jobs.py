@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
@@ -273,10 +273,15 @@ def counted() -> Iterator[dict[str, int]]:
         dist.all_to_all_single, dist.broadcast = exchange, broadcast
 
 
-def priced(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
-    """Bytes of state here, bytes sent in a step, and what `spread` says of both for all ranks."""
+def priced(rank: int, world: int, layout: str, cases: Sequence[Any]) -> list[Any]:
+    """`price` of several rules with settings, in both precisions."""
+    return [price(rank, world, layout, name, dtype, given) for name, given, dtype in cases]
+
+
+def price(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
+    """Bytes of state here, bytes sent in a step, and what `spread` says of both."""
     whole = make(name, Model(name, dtype).parameters(), **settings)
-    strategy = {"fsdp2": "fsdp2", "hsdp": "hsdp", "shared": "ddp", "ddp": "ddp"}[layout]
+    strategy: Any = "ddp" if layout == "shared" else layout
     said = spread(whole, strategy, world, node_size=world // 2, share_work=layout == "shared")
     model = lay_out(Model(name, dtype), layout, world)
     optimizer = make(name, model.parameters(), **settings)
@@ -287,7 +292,7 @@ def priced(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, se
         take_steps(model, optimizer, range(3, 4))
     held = [t.to_local() if isinstance(t, DTensor) else t for s in optimizer.state.values() for t in s.values()]
     at = rank % len(said.state)
-    return sum(t.nbytes for t in held), said.state[at], sum(sent.values()), said.sent[at], said.imbalance
+    return sum(t.nbytes for t in held), said.state[at], sum(sent.values()), said.sent[at]
 
 
 def groups_differ(rank: int, world: int, layout: str) -> Any:
@@ -347,14 +352,48 @@ def trained_by_loss(rank: int, world: int, offload: bool, reduce_dtype: torch.dt
     """Whole weights after steps of muon with the gradients of a loss; every rank has its share of the batch."""
     model, mesh = Deep(), init_device_mesh("cpu", (world,))
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    where = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
     for part in (*model.layers, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy, **({"offload_policy": CPUOffloadPolicy()} if offload else {}))
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=where)
     optimizer = build_optimizer(model, "muon", lr=1e-2)
     for t in range(4):
         model(batch(t).chunk(world)[rank]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     return weights(model)
+
+
+def compressed(rank: int, world: int, name: str, steps: int) -> Any:
+    """DDP whose optimizer reduces gradients itself: whole weights, bytes sent per step, what a lone state_dict says."""
+    model, sent = Deep(), []
+    module = nn.parallel.DistributedDataParallel(model)
+    optimizer = build_optimizer(model, name, lr=1e-2, rest="lion" if name != "signum" else None)
+    optimizer.compress(module)
+    reduce = dist.all_reduce
+
+    def counting(t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if t.dtype != torch.float64:  # what ranks agree on
+            sent.append(t.nbytes)
+        return reduce(t, *args, **kwargs)
+
+    said = ""
+    for t in range(steps):
+        module(batch(t).chunk(world)[rank]).square().mean().backward()
+        dist.all_reduce, _ = counting, sent.clear()
+        optimizer.step()
+        dist.all_reduce = reduce
+        optimizer.zero_grad()
+        if t == 1:  # as if resumed
+            try:
+                optimizer.state_dict()
+            except RuntimeError as error:
+                said = str(error)
+            optimizer.consolidate()
+            saved = optimizer.state_dict()
+            optimizer = build_optimizer(model, name, lr=77.0, rest="lion" if name != "signum" else None)
+            optimizer.compress(module)
+            optimizer.load_state_dict(saved)
+    return weights(model), sum(sent), said
 
 
 def batch(t: int) -> Tensor:
@@ -380,10 +419,12 @@ def owners(rank: int, world: int, name: str) -> Any:
     return owned, parts, tight
 
 
-def disagree(rank: int, world: int, name: str) -> Any:
+def disagree(rank: int, world: int, name: str, layout: str = "fsdp2") -> Any:
     """One rank has no gradient for one matrix: every rank raises, nothing moves, and the next step works."""
-    model = sharded(name, world)
+    model = lay_out(Model(name), layout, world)
     optimizer = make(name, model.parameters())
+    if layout == "shared":
+        optimizer.share_work()
     take_steps(model, optimizer, range(1, 3))
     before = weights(model)
     take = dict(model.named_parameters())
@@ -401,15 +442,17 @@ def disagree(rank: int, world: int, name: str) -> Any:
     return message, same, weights(model)
 
 
-def not_finite(rank: int, world: int, name: str) -> Any:
+def not_finite(rank: int, world: int, name: str, layout: str = "fsdp2") -> Any:
     """A NaN in one rank's shard is agreed by all."""
-    model = sharded(name, world)
+    model = lay_out(Model(name), layout, world)
     optimizer = make(name, model.parameters(), on_nonfinite="raise")
+    if layout == "shared":
+        optimizer.share_work()
     take_steps(model, optimizer, range(1, 3))
     before = weights(model)
     for key, p in model.named_parameters():
         whole = gradient(torch.empty(p.shape), key, 3)
-        if key == "odd":
+        if key == "odd" and (rank == 0 or layout != "shared"):
             whole[0, 0] = math.nan  # on rank 0
         p.grad = placed(whole, p)
     try:

@@ -140,6 +140,8 @@ class Executor(torch.optim.Optimizer):
         self.on_refresh: Callable[[Refresh], None] | None = None
         self.process_group: Any = None
         self.replicas: travel.Replicas | None = None
+        self.compressing: travel.Replicas | None = None
+        self._averaged = False
         self.fused: fused.FusedBackward | None = None
         self.averages: averages.Averages | None = None
         self.curve: Any = None
@@ -334,14 +336,45 @@ class Executor(torch.optim.Optimizer):
         if replicas is not None:
             self.replicas, self.process_group = replicas, replicas.group
 
+    def compress(self, module: Any) -> None:
+        """From now on, reduce the gradients of a DistributedDataParallel module here, where a rule can send less.
+
+        `dion` sends its low-rank factors, `signum` and `signsgd` vote on signs, one byte per element; the gradients of
+        other rules are averaged in the step. To be called on all ranks before the first backward pass. What replicas
+        then keep of their own gradients is averaged by `consolidate`, which has to precede `state_dict` on every rank,
+        also where all of them call it.
+
+        Args:
+            module: of the parameters.
+
+        Raises:
+            ValueError: a module of another kind, more than 127 ranks, `share_work`, a fused backward pass, or a group
+                of such a rule with `clip_norm`, for which no rank has the gradient, or with narrow state.
+        """
+        if self.replicas is not None or self.fused is not None:
+            raise ValueError("compress does not work with share_work or fused_backward")
+        for group in self.param_groups:
+            rule = lookup(group["rule"])
+            wrong = group["clip_norm"] is not None or group["state_storage"] not in ("fp32", "host")
+            if (wrong or group.get("momentum_kernel")) and (rule.compresses or rule.votes):
+                raise ValueError(
+                    f"group {group['name']!r}: compress needs clip_norm=None, momentum_kernel=None and "
+                    "state_storage='fp32'"
+                )
+        self.compressing = travel.leave_gradients(module)
+        self.process_group = self.compressing.group
+
     def _take(self, jobs: Sequence[Job], clip: Callable[[Sequence[Job]], None]) -> bool:
         """Step the parameters that have a gradient; whether the step was taken."""
         if not self.fed:
             observing.check_fed(jobs)
         if not self._gradients_usable(jobs):
             return False
+        if self.compressing is not None:
+            reduced = [w for job in jobs for w in job.works if w.has_gradient and w.replicas is None]
+            self.compressing.average_([w.gradient() for w in reduced])
         clip(jobs)
-        self._gathered = {}
+        self._gathered, self._averaged = {}, False
         self._materialise(jobs)
         for w in (w for job in jobs for w in job.works):
             if w.has_gradient:
@@ -365,12 +398,14 @@ class Executor(torch.optim.Optimizer):
         for group in self.param_groups:
             rule = rule_of(group)
             names, works = group.get("param_names", []), []
+            own = self.compressing if rule.compresses or rule.votes else None
             for i, p in enumerate(group["params"]):
                 if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
                     parts, turned = parts_of(rule, group, p.shape)
                     state = self.state[p] if p in self.state else {}
-                    works.append(Work(p, name, index, parts, state, turned, self._team(rule, p, parts, turned, name)))
+                    team = self._team(rule, p, parts, turned, name)
+                    works.append(Work(p, name, index, parts, state, turned, team, own))
                 index += 1
             yield Job(rule, group, works)
 
@@ -401,7 +436,7 @@ class Executor(torch.optim.Optimizer):
         travelling = [(w, w.team) for w in job.works if w.team is not None]
         for run in chunks.bucket(travelling, lambda x: (x[1].ranks, x[0].param.dtype)):
             if any(w.has_gradient for w, _ in run):  # on every rank, or on none
-                yield self._travel(job, *map(list, zip(*run, strict=True)))
+                yield self._travel(job, [w for w, _ in run], [team for _, team in run])
 
     def _without_kernel(self, job: Job, works: list[Work]) -> list[Work]:
         """Step what a torch kernel of the rule can take; return the rest."""
@@ -491,7 +526,8 @@ class Executor(torch.optim.Optimizer):
                         raise RuntimeError(f"{w.name}: sparse gradients are not supported; use sparse=False")
                     if group["on_nonfinite"] != "off":
                         asked[group["on_nonfinite"]].append((w.name, w.gradient()))
-            if not rule.elementwise or group["on_nonfinite"] != "off" or constraint.shapes_step(group):
+            free = rule.elementwise and group["on_nonfinite"] == "off" and not constraint.shapes_step(group)
+            if not free or self.compressing is not None:
                 talking += works
         if not talking:
             return True
@@ -509,13 +545,14 @@ class Executor(torch.optim.Optimizer):
         return not skip
 
     def _agree_max(self, values: Sequence[float], works: Sequence[Work]) -> list[float]:
-        group = None if self.replicas is None else self.replicas.group
+        replicas = self.replicas or self.compressing
+        group = None if replicas is None else replicas.group
         return layout.agree_max(values, [w.param for w in works], group)
 
     def _compare(self, jobs: Sequence[Job]) -> None:
         """Check that all ranks that train together have the same groups."""
         ranks = set(layout.ranks_of(w.param for job in jobs for w in job.works))
-        ranks.update(self.replicas.ranks if self.replicas is not None else ())
+        ranks.update(() if self.process_group is None else travel.Replicas(self.process_group).ranks)
         if len(ranks) > 1:
             lines: list[str] = []
             for _, group, works in jobs:
@@ -655,11 +692,16 @@ class Executor(torch.optim.Optimizer):
     def consolidate(self) -> None:
         """Collect the state that replicas share out (`share_work`), for calls of `state_dict` until the next step.
 
-        A collective call, to be made on every rank before one of them saves. Without shared work it does nothing.
+        What each has of its own gradients (`compress`) is averaged, here too, so that going on and resuming are the
+        same. A collective call, to be made on every rank before one of them saves; without either it does nothing.
 
         Raises:
             RuntimeError: some rank does not make this call.
         """
+        if self.compressing is not None:
+            works = [(w, job.rule.compresses) for job in self._jobs(frozen=True) for w in job.works]
+            self.compressing.average_([w.state[k] for w, slots in works for k in slots if k in w.state])
+            self._averaged = True
         if self.replicas is None or not self.state:
             return
         self._gathered, saved = {}, self._saved()
@@ -671,6 +713,10 @@ class Executor(torch.optim.Optimizer):
 
     def _saved(self) -> defaultdict[Tensor, dict[str, Tensor]]:
         """State as it rests in a checkpoint."""
+        if self.compressing is not None and not self._averaged:
+            raise RuntimeError(
+                "replicas have momenta of their own: call consolidate() on all ranks before state_dict()"
+            )
         trained, jobs = self.state, list(self._jobs(frozen=True))
         self._materialise([Job(r, g, [w for w in ws if _is_trained(w.param)]) for r, g, ws in jobs])
         entries = [e for e in self._entries(jobs, lambda p, key: p in trained) if e.param not in self._gathered]

@@ -247,7 +247,7 @@ def first_element(p: Tensor) -> int | None:
         return 0
     if any(local(p).shape[d] != p.shape[d] for d in range(1, p.ndim)):
         return None
-    return start_of(p)
+    return _first(p)
 
 
 def start_of(p: Tensor, name: str = "parameter") -> int:
@@ -269,6 +269,10 @@ def start_of(p: Tensor, name: str = "parameter") -> int:
             f"{name}: state in 8 bits is cut by rows (dimension 0), the parameter is {cut.placements}; "
             "choose state_storage='bf16' or 'fp32' for it"
         )
+    return _first(p)
+
+
+def _first(p: Tensor) -> int:
     return box_of(p)[0][0] * math.prod(p.shape[1:]) if p.ndim else 0
 
 

@@ -130,6 +130,11 @@ class Rule:
     costly: ClassVar[tuple[str, ...]] = ()
     """Slots that `rebuild` computes anew where `update` says `s.refresh(g)` and the policy in the field `refresh`
     (`lightning_optim.refresh`) says that this step is due. Only for rules that need whole matrices."""
+    compresses: ClassVar[tuple[str, ...]] = ()
+    """Slots that differ between replicas where `Executor.compress` leaves gradients unreduced: `update` reduces what is
+    smaller itself, by `s.mean` or `s.vote`. Their mean over the replicas is as good, which is what a checkpoint has."""
+    votes: ClassVar[bool] = False
+    """Whether `update` calls `s.vote`, so that replicas may vote on signs."""
     observes: ClassVar[Observable | None] = None
     """What a trainer measures beside the gradient and hands to `observe` (`lightning_optim.curvature`)."""
     observed_by: ClassVar[str] = "refresh"
@@ -207,7 +212,9 @@ class Rule:
             s: state by slot name; mutate in place or assign. In a stack also `s.vector`, whether these parameters have
                 fewer than two dimensions or the role `vector`. For whole matrices also `s.refresh(g)`, which calls
                 `rebuild` if this step is due, and `s.noise("nr", stream=0)`: standard normal numbers `[b, n, r]`
-                that depend on the seed, the step and the matrix only.
+                that depend on the seed, the step and the matrix only, and `s.mean(x)`, the mean over replicas that
+                have gradients of their own (`x` itself, where there are none). For single elements also `s.vote(x)`:
+                the sign that most replicas have (the sign of `x`, where there are none).
             p: parameters like `g`, before decay, if `reads_param`; else None.
             t: number of this step for these parameters, from 1.
 

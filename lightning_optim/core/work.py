@@ -18,7 +18,7 @@ from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.constraint import Factors
 from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
-from lightning_optim.core.travel import Team
+from lightning_optim.core.travel import Replicas, Team
 from lightning_optim.ops.eigenbasis import overlap
 from lightning_optim.ops.noise import normal
 from lightning_optim.ops.rounding import hash_key, indices, stochastic_round
@@ -37,6 +37,8 @@ class Work:
     transposed: bool = False
     team: Team | None = None
     """Ranks of which one works on its matrices, if they travel."""
+    replicas: Replicas | None = None
+    """Ranks with gradients of their own, for a rule that reduces what it needs of them."""
     t: int = 0
     scale: float = 1.0
     """The gradient is clipped by this factor."""
@@ -340,8 +342,9 @@ def update_elementwise(job: Job, w: Work) -> None:
             if rule.decay == "coupled" and rule.weight_decay:
                 gb = gb.add(pb, alpha=rule.weight_decay)
             s = SimpleNamespace(**views)
+            s.vote = torch.sign if w.replicas is None else w.replicas.vote
             d = rule.update(gb, s, pb.to(dtype) if rule.reads_param else None, w.t)
-            for key, value in storage.untangled(views, vars(s)).items():
+            for key, value in storage.untangled(views, {k: getattr(s, k) for k in views}).items():
                 if value is not views[key]:
                     views[key].copy_(value)
             if shaped:
@@ -426,6 +429,7 @@ def _directions(
     s = SimpleNamespace(**{k: wrap(before[k], slot.letters) for k, slot in slots.items()})
     s.vector = first.param.ndim < 2 or job.group.get("role") == "vector"
     s.noise = lambda letters, stream=0: wrap(_noise(job, chunk, frame, letters, stream), letters)
+    s.mean = _as_is if first.replicas is None else first.replicas.mean
     s.refresh = functools.partial(_refresh, job, chunk, s)
     d = rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t)
     if "refreshed" in slots:

@@ -24,6 +24,9 @@ class Dion(Rule):
     normalised, not orthogonalised, so full rank is not Muon. For hidden matrices; the published runs use a
     rank of a quarter of the shorter side and more.
 
+    Replicas need only exchange M Q and M^T P, (m + n) rank numbers instead of m n (`Executor.compress`, Sec. 3.2 of the
+    paper): both are linear in M, so that every replica may keep the M of its own gradients.
+
     Differs: P comes from Householder QR (the distributed code uses a randomised Cholesky QR).
     """
 
@@ -37,6 +40,7 @@ class Dion(Rule):
     source: ClassVar = "Ahn et al. 2025, arXiv:2504.05295, Alg. 1; order of operations of the authors' dion_simple"
     state: ClassVar = {"momentum_buffer": zeros("mn"), "basis": zeros("nr", exact=True)}
     vectors: ClassVar = False
+    compresses: ClassVar = ("momentum_buffer",)
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -55,8 +59,8 @@ class Dion(Rule):
         m, n = g.shape[-2:]
         q = s.noise("nr") if t == 1 else s.basis
         s.momentum_buffer.add_(g)
-        left = orthonormal(s.momentum_buffer @ q)
-        r = s.momentum_buffer.mT @ left
+        left = orthonormal(s.mean(s.momentum_buffer @ q))
+        r = s.mean(s.momentum_buffer.mT @ left)
         s.momentum_buffer.baddbmm_(left, r.mT, alpha=self.momentum - 1)
         length = vector_norm(r, dim=-2, keepdim=True)
         s.basis = (r / (length + self.eps)).where(length > 0, q)

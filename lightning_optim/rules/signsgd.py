@@ -18,7 +18,7 @@ class SignSGD(Rule):
     d = sign(g)
 
     With `lr_convention="native"` use a learning rate like Lion's, 3 to 10 times below AdamW's. Ranks average their
-    gradients first, as for every rule: there is no majority vote of their signs.
+    gradients first, as for every rule, or vote on the signs, one byte per element (`Executor.compress`, Alg. 3).
     """
 
     lr: float = 1e-4
@@ -27,12 +27,13 @@ class SignSGD(Rule):
     name: ClassVar = "signsgd"
     source: ClassVar = "Bernstein et al. 2018, arXiv:1802.04434, Alg. 1"
     elementwise: ClassVar = True
+    votes: ClassVar = True
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return 1.0
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        return g.sign()
+        return s.vote(g)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Signum(Averaging, SignSGD):
 
     m <- momentum m + (1 - momentum) g;  d = sign(m)
 
-    Lion with equal betas. Learning rate as for SignSGD.
+    Lion with equal betas. Learning rate as for SignSGD. Where ranks vote, each has the momentum of its own gradients,
+    and a checkpoint their mean.
     """
 
     momentum: float = 0.9
@@ -50,6 +52,7 @@ class Signum(Averaging, SignSGD):
     source: ClassVar = "Bernstein et al. 2018, arXiv:1802.04434, Alg. 2"
     state: ClassVar = {"momentum_buffer": zeros("mn")}
     first_moment: ClassVar = "momentum_buffer"
+    compresses: ClassVar = ("momentum_buffer",)
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -62,4 +65,4 @@ class Signum(Averaging, SignSGD):
             raise ValueError(f"signum: momentum must be below 1, got {self.momentum}")
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        return self.averaged(s, g, self.momentum, t).sign()
+        return s.vote(self.averaged(s, g, self.momentum, t))
