@@ -55,7 +55,7 @@ ALLOWED = {
     "docs": {"core", "optimizers"},
     "lightning": {"core", "factory", "partition", "recipes", "schedule"},
     "plan": {"core", "factory", "partition"},
-    "bench": {"bench", "core", "diagnostics", "factory", "optimizers", "refresh"},
+    "bench": {"bench", "core", "diagnostics", "factory", "optimizers", "refresh", "schedule"},
     "__main__": {"bench.__main__", "core", "docs", "factory", "partition", "plan", "recipes"},
 }
 
