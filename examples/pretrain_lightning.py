@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQ
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tokens import Batches
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -34,7 +35,7 @@ from hf_integration.arguments import literals
 from lightning_optim import configure_optimizers
 from lightning_optim.bench.models import PRESETS, build_model
 from lightning_optim.bench.text import texts, unigram_entropy
-from lightning_optim.bench.tokens import Batches, encode, shuffled, train_tokenizer
+from lightning_optim.bench.tokens import encode, shuffled, train_tokenizer
 from lightning_optim.callbacks import RoleTable, diagnostics
 from lightning_optim.lightning import SCHEDULES
 from lightning_optim.optimizers import CLASSES

@@ -32,13 +32,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lightning_optim.bench.models import PRESETS, build_model
+from lightning_optim.bench.text import read, standard_library
+from lightning_optim.bench.tokens import encode
 from lightning_optim.diagnostics import figures, hessian
 
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
-from pretrain_lightning import PRESETS, build_model, newest  # noqa: E402
-from text import read, standard_library  # noqa: E402
-from tokens import encode  # noqa: E402
+from pretrain_lightning import newest  # noqa: E402
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEADS = ("q_proj", "k_proj", "v_proj")

@@ -10,6 +10,8 @@ import ast
 import functools
 import hashlib
 import json
+import os
+import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,6 +143,19 @@ def evaluate(model: nn.Module, rows: Rows, device: str, precision: str) -> dict[
     return found if accuracy is None else found | {"score": float(accuracy.compute())}
 
 
+def write(value: Any, path: Path) -> None:
+    """Save, so that no other process ever sees half a file.
+
+    Args:
+        value: what `torch.save` takes.
+        path: of the file; its directory is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}-{os.getpid()}")
+    torch.save(value, part)
+    part.replace(path)
+
+
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -178,7 +193,12 @@ def _other_texts(files: tuple[str, ...]) -> tuple[list[str], list[str]]:
 def _tokenizer(corpus: tuple[str, ...], vocabulary: int, cache: Path) -> PreTrainedTokenizerFast:
     folder = cache / "tokenizers" / f"{_digest(*corpus)}-{vocabulary}"
     if not (folder / "tokenizer.json").is_file():
-        train_tokenizer(corpus, vocabulary).save_pretrained(folder)
+        made = folder.with_name(f"{folder.name}-{os.getpid()}")
+        train_tokenizer(corpus, vocabulary).save_pretrained(made)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(made)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -192,8 +212,7 @@ def _streams(
 def _stream(corpus: tuple[str, ...], tokenizer: PreTrainedTokenizerFast, context: int, cache: Path) -> Rows:
     path = cache / "tokens" / f"{_digest(*corpus, tokenizer.backend_tokenizer.to_str())}-{context}.pt"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(encode(tokenizer, corpus, context).to(torch.int32), path)
+        write(encode(tokenizer, corpus, context).to(torch.int32), path)
     ids = torch.load(path).long()
     return Rows(ids, ids)
 

@@ -26,6 +26,7 @@ from lightning_optim.core.rule import lookup
 from lightning_optim.curvature import Feed, observes
 from lightning_optim.diagnostics.memory import LiveStorages, SavedActivations, predicted_state
 from lightning_optim.factory import build_optimizer
+from lightning_optim.schedule import SCHEDULES
 
 GIVEN_UP = 1.5
 """A run whose validation loss exceeds its first by this factor has diverged."""
@@ -143,7 +144,6 @@ class Workspace:
         """
         path = self.cache / "models" / f"{trial.key}.pt"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
             execute(trial, self, save=path)
         return torch.load(path)
 
@@ -168,6 +168,7 @@ def execute(trial: Trial, workspace: Workspace, save: Path | None = None) -> Lin
     model = make(first.setup if first else setup, len(task.tokenizer), width)
     if first:
         model.load_state_dict(workspace.weights(first))
+        torch.manual_seed(trial.seed)  # for the adapters, whether or not the pretraining ran just now
     model = prepared(model, trial)
     optimizer = build(model, trial)
     total, stepping, run = Stopwatch(setup.device), Stopwatch(setup.device), Run()
@@ -184,7 +185,7 @@ def execute(trial: Trial, workspace: Workspace, save: Path | None = None) -> Lin
     except torch.OutOfMemoryError as e:
         run.status, run.why = "out of memory", str(e).splitlines()[0]
     if save is not None:
-        torch.save(model.state_dict(), save)
+        tasks.write(model.state_dict(), save)
     curve = [{k: rounded(v) for k, v in point.items()} for point in run.curve]
     return {
         "key": trial.key,
@@ -274,7 +275,7 @@ def schedule(setup: Setup, progress: float) -> float:
     if progress < setup.warmup:
         return progress / setup.warmup
     x = min(1.0, (progress - setup.warmup) / (1 - setup.warmup))
-    return setup.min_lr + (1 - setup.min_lr) * 0.5 * (1 + math.cos(math.pi * x))
+    return setup.min_lr + (1 - setup.min_lr) * SCHEDULES["cosine"](x)
 
 
 def train(
