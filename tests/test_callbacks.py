@@ -443,9 +443,10 @@ def quick(made: Any) -> Any:
 
 
 def test_what_is_no_scalar_is_in_pictures_and_tables(tmp_path: Path) -> None:
+    plain: dict[str, Any] = CURVATURE | {"detail": False}
     own = [
         OptimizerHealth(every=1, max_overhead=1e6, image_every=2),
-        HessianBlocks(**CURVATURE | {"detail": False}),
+        HessianBlocks(**plain),
         GradientRank(every=2, max_overhead=1e6, scalars=["weight.stable_rank"]),
     ]
     fit(tmp_path, Module("soap"), *own, steps=4)
@@ -488,7 +489,7 @@ def test_a_costly_probe_doubles_its_interval() -> None:
 
 def charts_of(folder: Path) -> dict[str, dict[str, list[str]]]:
     """The dashboard that is shown: the last layout."""
-    layout = layout_pb2.Layout()
+    layout: Any = layout_pb2.Layout()  # pyright: ignore[reportAttributeAccessIssue]
     layout.ParseFromString(events(folder).Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     return {x.title: {chart.title: list(chart.multiline.tag) for chart in x.chart} for x in layout.category}
 
