@@ -36,7 +36,6 @@ IMAGES = {
     "hessian/lambda_min",
     "hessian/spectral_density",
     "hessian/trace",
-    "noise/scale_sequences",
     "rank/gradient_captured",
     "rank/gradient_rank@90",
     "rank/gradient_rank@90_by_layer",
@@ -46,6 +45,7 @@ IMAGES = {
     "refresh/raster",
     "refresh/reason",
 }
+"""Beside that of the noise scale, which a short run may not have: the estimate of |G|^2 may be negative."""
 TEXTS = {
     "hessian/measures",
     "hessian/traces",

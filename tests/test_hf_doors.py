@@ -397,7 +397,7 @@ def test_hybrid_optimizer_refuses(tmp_path: Path):
     trainer.add_callback(HybridOptimizer("muon"))
     with pytest.raises(ValueError, match=r"came after the trainer was made.*attach\(trainer, 'muon'\)"):
         trainer.train()
-    pair = (OptimizerFactory, {"name": "lion", "lr": 1e-4})
+    pair: Any = (OptimizerFactory, {"name": "lion", "lr": 1e-4})
     with pytest.raises(ValueError, match="already has an optimizer"):
         Trainer(llama(), stock(tmp_path), optimizer_cls_and_kwargs=pair, callbacks=[HybridOptimizer("muon")])
 

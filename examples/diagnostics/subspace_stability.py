@@ -45,15 +45,13 @@ def main() -> None:
             steps.append(int(path.stem.split("-")[1]) + 1)
             cosines.append([np.nanmean(known[:, i]) for i, c in enumerate(columns) if c.startswith("cosine@")])
             overlaps.append(known[:, columns.index("overlap")])
-    title = (
-        f"SOAP: |cosine| of each eigenvector with itself at the measurement before, mean of {len(overlaps[0])} matrices"
-    )
+    title = f"SOAP: |cosine| of an eigenvector with itself one measurement before, mean of {len(overlaps[0])} matrices"
     picture = figures.heat_map(
         np.array(cosines).T,
         title,
         rows=[str(i) for i in range(1, len(cosines[0]) + 1)],
         columns=[str(s) for s in steps],
-        across="optimizer step; rows: eigenvectors by descending eigenvalue",
+        across="optimizer step (rows: eigenvectors by eigenvalue)",
         unit="|cosine|",
         bounds=(0.0, 1.0),
     )

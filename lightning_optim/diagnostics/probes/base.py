@@ -115,7 +115,7 @@ class Probe:
 
     def begin(self) -> None:
         """A step, or one of its micro-batches, begins."""
-        self._started = time.perf_counter()
+        self._started, self._cost_inside = time.perf_counter(), 0.0
 
     def see(self, batch: Any) -> None:
         """A batch is about to be trained on.
@@ -149,7 +149,6 @@ class Probe:
         if self._started is not None:
             self.pace.train(max(0.0, time.perf_counter() - self._started - self._cost_inside))
             self._started = None
-        self._cost_inside = 0.0
         report, self._made = self._made, None
         if report is None or self.run is None:
             return None

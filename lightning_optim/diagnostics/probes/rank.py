@@ -242,11 +242,11 @@ class GradientRank(Probe):
             self.cosines.add(self.step, cosines.tolist())
             report.images["rank/basis_cosines"] = figures.heat_map(
                 self.cosines.table(),
-                "|cosine| of a column of the optimizer's basis with the same one of the measurement before",
+                "|cosine| of each column of the basis (rows, by eigenvalue) with itself one measurement before",
                 rows=[str(i) for i in range(1, BASIS + 1)],
                 columns=[str(s) for s in self.cosines.steps],
-                across="optimizer step; rows: columns of the basis by descending eigenvalue",
-                unit="mean |cosine|",
+                across="optimizer step",
+                unit="|cosine|",
                 bounds=(0.0, 1.0),
             )
         columns = [k for k in KINDS if not table[:, place[f"{k}.stable_rank_vs_gaussian"]].isnan().all()]
