@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, Observable, zeros
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, Observable, Rule, zeros
 
 
 @dataclass(frozen=True)
