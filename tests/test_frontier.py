@@ -17,7 +17,7 @@ from lightning_optim.ops.eigenbasis import average_kl_
 from lightning_optim.ops.maps import aurora, contra
 from lightning_optim.ops.moments import BI_MAXWELL, k_maxwell
 from lightning_optim.ops.norms import cosine, gram_norm, norm, sinkhorn, variance_factor
-from lightning_optim.ops.orthogonal import orthogonalize
+from lightning_optim.ops.orthogonal import SCHEDULES, orthogonalize
 from lightning_optim.ops.spectral import norm_by_power
 from lightning_optim.optimizers import CLASSES
 
@@ -64,29 +64,22 @@ def test_converged_iterations_give_the_polar_factor(shape: tuple[int, int], divi
     narrow = orthogonalize(stack.float(), 12, coefficients=coefficients, divisor=divisor, dtype=torch.float32)
     assert (narrow[0] - polar).abs().max() < 1e-5
     half = orthogonalize(stack.float(), 12, coefficients=coefficients, divisor=divisor)
-    assert (half[0] - polar).norm() < 0.05 * polar.norm()
+    assert (half[0] - polar).norm() < 0.08 * polar.norm()
 
 
 def test_accuracy_of_converged_iterations_is_as_documented() -> None:
-    """What a singular value becomes; the divisor is 1 because of the largest one."""
+    """What a singular value becomes; the largest one makes the divisor about 1."""
     values = torch.tensor([1.0, 0.01, 1e-3, 3e-4, 1e-4], dtype=F64)
     x, _ = of_values(values, 5, 9)
-    share = values / gram_norm(x)
+    share = values / gram_norm(x).squeeze()
     for name, bounds in {"converged": (1e-15, 5e-6, 0.14, 0.62), "polar_express_long": (1e-14,) * 4}.items():
         found = torch.linalg.svdvals(orthogonalize(x[None], 12, coefficients=name, divisor="gram", dtype=F64))[0]
         exact = share.clone()
         for i in range(12):
-            table = orthogonal_table(name)
-            a, b, c = table[min(i, len(table) - 1)]
+            a, b, c = SCHEDULES[name][min(i, len(SCHEDULES[name]) - 1)]
             exact = a * exact + b * exact**3 + c * exact**5
         torch.testing.assert_close(found, exact.sort(descending=True).values, rtol=0, atol=1e-12)
         assert all((1 - exact[1 + i]).abs() <= bound + 1e-15 for i, bound in enumerate(bounds))
-
-
-def orthogonal_table(name: str) -> tuple[tuple[float, float, float], ...]:
-    from lightning_optim.ops.orthogonal import SCHEDULES
-
-    return SCHEDULES[name]
 
 
 def test_norms_against_svd() -> None:
@@ -124,7 +117,7 @@ def test_soft_takes_singular_values_to_the_power_of_a_tenth() -> None:
     settings: dict[str, Any] = {"coefficients": "converged", "dtype": F64, "divisor": "gram"}
     y = orthogonalize(x[None], 12, soft=1.0, **settings)
     torch.testing.assert_close(gram_norm(y), gram_norm(polar[None]))
-    share = values / gram_norm(x)
+    share = values / gram_norm(x).squeeze()
     found = torch.linalg.svdvals(y)[0]
     ratio = found / found[0] / (share / share[0]) ** 0.1
     assert (ratio - 1)[:4].abs().max() < 1e-3 and (ratio[4] - 1).abs() < 1e-2
@@ -147,7 +140,7 @@ def test_aurora_evens_out_the_longer_lines(shape: tuple[int, int, int]) -> None:
         y = aurora(x, exactly, repeats)
         torch.testing.assert_close(torch.linalg.svdvals(y), torch.ones(2, 32, dtype=F64))
         spread.append((y.norm(dim=lines) * 2 - 1).abs().max().item())
-    assert spread[0] > spread[1] > spread[2] > spread[3] and spread[2] < 0.05
+    assert spread[0] > spread[1] > spread[2] > spread[3] and spread[2] < 0.1
     square = draw(1, 8, 8)
     assert torch.equal(aurora(square, exactly), exactly(square))
     x[0, :3] = 0
@@ -369,7 +362,7 @@ def test_a_kernel_is_saved_and_counted(name: str) -> None:
         (Muon, {"momentum_kernel": ((0.9, 0.5), (1.0, 0.5))}, "momentum_kernel.*below 1"),
         (Muon, {"momentum_kernel": ()}, "momentum_kernel must be"),
         (Muon, {"momentum_kernel": ((0.9,), (0.8,))}, "momentum_kernel must be"),
-        (SOAP, {"momentum_kernel": ((0.9, 1.0, 1.0),)}, "kernel_steps must be"),
+        (SOAP, {"momentum_kernel": ((0.9, 1.0, 1.0),)}, "kernel_steps must say"),
         (Muon, {"soft": 0.5}, "soft.*converged"),
         (Muon, {"soft": 1.5, "ns_steps": 12, "ns_coefficients": "converged"}, "soft must be at most 1"),
         (Muon, {"contra_size": "big"}, "contra_size: unknown value 'big'"),
@@ -398,7 +391,58 @@ def by_hand(cls: Any, steps: int, **settings: Any) -> dict[int, list[float]]:
 
 
 POLAR: dict[str, Any] = {"ns_steps": 12, "ns_coefficients": "converged", **EXACT}
+APPLIED: dict[str, Any] = {"uw_floor": 0.3825, "radial_damping": 0.5, "pin": True, "refresh": "fixed:1", **EXACT}
+CONTRA: dict[str, Any] = {"contra": 0.4, "contra_size": "power", "lines": "longer"}
 HANDS = [
+    pytest.param(
+        SOAPMuon,
+        APPLIED,
+        {
+            1: [0.993824, -0.420061, -0.551264, 0.635985, -1.0033, 0.2831],
+            2: [0.96292, -0.51026, -0.54483, 0.721276, -0.992236, 0.286163],
+            3: [0.911306, -0.55212, -0.614921, 0.798041, -0.969097, 0.234712],
+        },
+        id="soap_muon-floor-brake-pin",
+    ),
+    pytest.param(
+        SOAPMuon,
+        {**APPLIED, "uw_floor_by": "row", "cautious_decay": 0.5, "cautious_when": "after_pin"},
+        {
+            1: [0.944132, -0.420061, -0.523701, 0.635985, -1.0033, 0.2831],
+            3: [0.775252, -0.550845, -0.561511, 0.796197, -0.87185, 0.222279],
+        },
+        id="soap_muon-rows-cautious",
+    ),
+    pytest.param(
+        SOAPMuon,
+        {"uw_floor": 0.35, "refresh": "fixed:10", "restore": "fro", "inner_eps_added": True, **CONTRA, **EXACT},
+        {
+            1: [1.005823, -0.447281, -0.572352, 0.621744, -1.065473, 0.291295],
+            2: [0.996604, -0.560825, -0.578795, 0.704018, -1.075809, 0.301573],
+            4: [0.983463, -0.718993, -0.706652, 0.864273, -1.08999, 0.287736],
+        },
+        id="soap_muon-first",
+    ),
+    pytest.param(
+        KLSOAP,
+        {"betas": (0.95, 0.9), "refresh": "fixed:1", "constraint": "hyperball"},
+        {
+            1: [1, -0.416147, -0.653644, 0.540302, -0.989992, 0.283662],
+            2: [0.946968, -0.491215, -0.627783, 0.646938, -0.960464, 0.282369],
+            3: [0.847068, -0.597482, -0.680488, 0.689382, -0.917466, 0.313593],
+            4: [0.804294, -0.675721, -0.733717, 0.705795, -0.832591, 0.346009],
+        },
+        id="kl_soap-hyperball",
+    ),
+    pytest.param(
+        NorMuon,
+        {"lines": "longer", "constraint": "hyperball", **POLAR},
+        {
+            1: [0.963578, -0.431336, -0.535185, 0.617296, -1.046687, 0.274483],
+            3: [0.874534, -0.62399, -0.543094, 0.743575, -0.955991, 0.192243],
+        },
+        id="normuon-hyperball",
+    ),
     pytest.param(
         SOAPMuon,
         {"beta2": 0.9, "refresh": "fixed:1", **EXACT},
