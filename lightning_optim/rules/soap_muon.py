@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Slot, zeros
+from lightning_optim.ops.moments import average_square_
 from lightning_optim.ops.norms import cosine, gram_norm, norm, normalized, sinkhorn, variance_factor
 from lightning_optim.ops.orthogonal import Divisor
 from lightning_optim.ops.projection import lift, project
@@ -129,7 +130,7 @@ class SOAPMuon(Rotated, Muon):
             y = sinkhorn(y, self.sinkhorn, self.inner_eps)
         else:
             second = y if self.second_moment == "momentum" else project(g, **bases)
-            s.exp_avg_sq.mul_(self.beta2).addcmul_(second, second, value=1 - self.beta2)
+            average_square_(s.exp_avg_sq, second, self.beta2)
             root = s.exp_avg_sq.sqrt()
             y = y / (root.add_(self.inner_eps) if self.inner_eps_added else root.clamp_(min=self.inner_eps))
         x = lift(y, **bases)
