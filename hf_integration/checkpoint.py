@@ -118,9 +118,9 @@ class KeepSchedule(TrainerCallback):
         self.on_step_end(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the weights to evaluate behind."""
+        """Leave the weights to evaluate behind, but for those that `load_best_model_at_end` has just loaded."""
         optimizer = _ours(kwargs["optimizer"])
-        if optimizer is not None:
+        if optimizer is not None and not args.load_best_model_at_end:
             optimizer.eval()
 
 
