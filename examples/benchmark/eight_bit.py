@@ -31,13 +31,13 @@ def contenders() -> dict[str, Make]:
     for storage in ("int8", "int8_grid", "fp8"):
         out[storage] = functools.partial(_ours, storage)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 
         out["bitsandbytes"] = lambda p: AdamW8bit([p], **SETTINGS)
     except ImportError:
         pass
     try:
-        from torchao.optim import AdamW8bit as AdamW8bitAO
+        from torchao.optim import AdamW8bit as AdamW8bitAO  # pyright: ignore[reportMissingImports]
 
         out["torchao"] = lambda p: AdamW8bitAO([p], **SETTINGS)
     except ImportError:
