@@ -186,7 +186,7 @@ def test_layers_that_have_no_factors_are_named() -> None:
 
 # -- doors ------------------------------------------------------------------------------------------------------------
 
-SETTINGS = {"factors": "fixed:2", "refresh": "fixed:4"}
+SETTINGS: dict[str, Any] = {"factors": "fixed:2", "refresh": "fixed:4"}
 
 
 def test_lightning_installs_the_feed_and_resumes_bitwise(tmp_path: Path) -> None:
