@@ -81,7 +81,8 @@ class Feed:
     ) -> None:
         check_settings(share, method)
         self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.share, self.method, self.loss_scale, self.rank = share, method, loss_scale, rank
+        self.share, self.loss_scale, self.rank = share, loss_scale, rank
+        self.method: Method = method
         self.seconds = 0.0
         """Spent on measurements so far."""
         self._believed = False

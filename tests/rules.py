@@ -147,12 +147,13 @@ def _feed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     _shown_here.add(optimizer)
     optimizer.fed = True
-    groups = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in optimizer.param_groups]
+    asked = [g for g in optimizer.param_groups if REGISTRY[g["rule"]].observes]
+    groups = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in asked]
     given = [(p, layout.local(p.grad)) for _, ps in groups for p in ps]
     still = all(float(g["lr"]) == 0 for g, _ in groups) and not any(g.any() for _, g in given)
     if (still and not optimizer.state) or not all(g.isfinite().all() for _, g in given):
         return
-    joint = any(REGISTRY[group["rule"]].joint for group in optimizer.param_groups)
+    joint = any(REGISTRY[group["rule"]].joint for group in asked)
     t = {p: 1 + int(optimizer.state[p].get("step", 0) if p in optimizer.state else 0) for p, _ in given}
     optimizer.observe({p: seen(g, t[p]) for p, g in given if t[p] % 2 and (g.ndim > 1 or not joint)})
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 import hf_integration
+from hf_integration.callbacks import unwrapped
 from lightning_optim import Executor, build_optimizer, curvature
 from lightning_optim.callbacks import CurvatureFeed
 from lightning_optim.curvature import Feed, Labels, categorical, first_rows
@@ -144,7 +145,7 @@ def test_hutchinson_is_the_product_with_random_signs(method: Any) -> None:
     batch = batches()[0]
     found = measured(model, "sophia_h", [batch], method=method)
     params = list(found)
-    name = {p: n for n, p in model.named_parameters()}
+    name: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
 
     def loss(flat: Tensor) -> Tensor:
         parts = [x.view_as(p) for x, p in zip(flat.split([p.numel() for p in params]), params, strict=True)]
@@ -193,8 +194,9 @@ def unused(optimizer: Executor) -> list[dict[str, list[Tensor]]]:
 @pytest.mark.parametrize("measure", [False, True])
 def test_a_plain_loop_with_dropout(measure: bool) -> None:
     model = Small(dropout=0.3, dtype=torch.float32).train()
-    model.norm = nn.BatchNorm1d(3)
-    model.head.register_forward_pre_hook(lambda m, x: (model.norm(x[0].transpose(1, 2)).transpose(1, 2),))
+    norm = nn.BatchNorm1d(3)
+    model.add_module("norm", norm)
+    model.head.register_forward_pre_hook(lambda m, x: (norm(x[0].transpose(1, 2)).transpose(1, 2),))
     optimizer = build_optimizer(model, "adamw", lr=1e-2)
     calls = unused(optimizer)
     feed = Feed(model, optimizer, model.loss)
@@ -295,7 +297,9 @@ class Keep(L.Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == 3:
             trainer.save_checkpoint(self.path)
 
@@ -337,7 +341,7 @@ def test_transformers_attach_installs_the_feed_and_resumes_bitwise(tmp_path: Pat
 
     whole, run = make()
     run.train()
-    optimizer: Any = hf_integration.callbacks.unwrapped(run.optimizer)
+    optimizer: Any = unwrapped(run.optimizer)
     assert all(s["hessian"].any() for s in optimizer.state.values())
     resumed, run = make()
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -371,7 +375,7 @@ class Once(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return 2 * ctx.saved_tensors[0] * grads[0]
 
 

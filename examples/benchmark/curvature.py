@@ -10,16 +10,15 @@ and those that also decompose (K-FAC): a run of a hundred steps has one of these
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from lightning_optim import build_optimizer
+from lightning_optim.bench.models import PRESETS, build_model
 from lightning_optim.curvature import Feed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -51,7 +51,7 @@ class KFAC(Rule):
     source: ClassVar = "Martens & Grosse 2015, arXiv:1503.05671; as in kfac-pytorch 0.4.2 (Pauloski et al. 2020)"
     vector_state: ClassVar = {"momentum_buffer": zeros("mn")}
     costly: ClassVar = ("input_basis", "output_basis")
-    observes: ClassVar[Observable] = "factors"
+    observes: ClassVar[Observable | None] = "factors"
     observed_by: ClassVar = "factors"
     joint: ClassVar = True
     search: ClassVar = {"lr": (1.0, 0.3, 3.0, 0.1, 0.03), "damping": (1e-3, 1e-2)}
@@ -68,7 +68,7 @@ class KFAC(Rule):
             Slot declarations by name.
         """
         if vector:
-            return self.vector_state
+            return {"momentum_buffer": zeros("mn")}
         inner = replace(eye("nn"), size=(n + 1, n + 1))
         found = {"input_factor": inner, "output_factor": eye("mm"), "input_basis": inner, "output_basis": eye("mm")}
         if self.mode == "eigen":

@@ -40,7 +40,7 @@ class SophiaH(Averaging):
     source: ClassVar = "Liu et al. 2023, arXiv:2305.14342, Alg. 3 with Alg. 1"
     state: ClassVar = {"exp_avg": zeros("mn"), "hessian": zeros("mn")}
     elementwise: ClassVar = True
-    observes: ClassVar[Observable] = "hutchinson"
+    observes: ClassVar[Observable | None] = "hutchinson"
     search: ClassVar = Rule.search | {"rho": (0.01, 0.1)}
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
@@ -87,7 +87,7 @@ class SophiaG(SophiaH):
     name: ClassVar = "sophia_g"
     source: ClassVar = "Liu et al. 2023, arXiv:2305.14342, Alg. 3 with Alg. 2; step as in the authors' code"
     state: ClassVar = {"exp_avg": zeros("mn"), "hessian": zeros("mn", nonnegative=True)}
-    observes: ClassVar[Observable] = "gauss_newton"
+    observes: ClassVar[Observable | None] = "gauss_newton"
     search: ClassVar = Rule.search | {"rho": (0.04, 0.1)}
 
     def _scale(self, h: Tensor) -> Tensor:
