@@ -275,6 +275,9 @@ def main() -> None:
         optimizer_cls_and_kwargs=args.optimizer_cls_and_kwargs(),
     )
     before = trainer.evaluate()["eval_loss"]
+    # Accelerate would take the evaluated model for prepared: DDP would not wrap it, and every rank would train alone.
+    trainer.accelerator.free_memory()
+    trainer.model._is_accelerate_prepared = False  # pyright: ignore
     trainer.train(resume)
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()

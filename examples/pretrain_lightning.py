@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from tokens import Batches
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -219,8 +219,7 @@ def main() -> None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "model")
     else:
         tokenizer = train_tokenizer(corpus, preset.vocabulary)
-        if rank_zero_only.rank == 0:
-            tokenizer.save_pretrained(output / "model")
+        rank_zero_only(tokenizer.save_pretrained)(output / "model")
     rows, val_rows = (encode(tokenizer, part, preset.context) for part in (corpus, held_out))
     val_rows = val_rows[:: max(1, val_rows.numel() // VALIDATION_TOKENS)]
     val_rows = val_rows[len(val_rows) % (args.devices * args.nodes) :]  # equal shares of every batch

@@ -120,7 +120,7 @@ def interchange(rank: int, world: int, folder: str, lrs: list[list[float]]) -> A
         rows = Share(6, rank, world)
         for k in range(3, 6) if theirs else range(3):
             for group, lr in zip(optimizer.param_groups, lrs[k], strict=True):
-                group["lr"] = lr
+                group.update(lr=lr, initial_lr=SETTINGS["lr"])  # what a schedule adds
             net.loss(rows.row(k)).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -99,7 +99,7 @@ def leave_gradients(module: Any) -> Replicas:
     """
     if not isinstance(module, DistributedDataParallel):
         raise ValueError(f"compress needs the model in DistributedDataParallel, got {type(module).__name__}")
-    found = Replicas(module.process_group)
+    found = Replicas(cast("dist.ProcessGroup", module.process_group))
     if found.size > 127:
         raise ValueError(f"compress counts votes in a byte: at most 127 ranks, got {found.size}")
     if module not in _left:
@@ -391,7 +391,7 @@ class Meeting:
         there = "" if wrong is None else f", on rank {ranks[0]} {first[wrong : wrong + 1]}"
         raise RuntimeError(f"param groups differ between ranks; nothing was updated: {said}{there}")
 
-    def _gather(self, store: dist.Store, key: str, count: int) -> None:
+    def _gather(self, store: Any, key: str, count: int) -> None:
         """Wait until so many have come."""
         if store.add(key, 1) == count:
             store.set(f"{key}/all", "1")
@@ -402,7 +402,7 @@ class Meeting:
             raise
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
