@@ -641,6 +641,31 @@ def test_pictures_have_titles_scales_and_no_holes() -> None:
     assert table.shape == (256, 3) and (np.diff(table.sum(1).astype(int)) >= -2).all()
 
 
+@pytest.mark.parametrize(
+    ("values", "kind", "ticks"),
+    [
+        ([0.3, 7.0], "log", [0.5, 1, 2, 5]),
+        ([1.0, 3e4], "log", [1, 10, 100, 1e3, 1e4]),
+        ([2.0, 7.0], "linear", [0, 2, 4, 6]),
+        ([-100.0, 0.1, 1000.0], "signed", [-10, 0, 10, 1000]),
+        ([-100.0, -1.0], "signed", [-100, -10, -1, 0]),
+        ([0.0], "linear", [-0.4, -0.2, 0, 0.2, 0.4]),
+    ],
+)
+def test_axes_have_round_numbers(values: list[float], kind: str, ticks: list[float]) -> None:
+    axis = figures._axis(np.array(values), None, 1e-6)
+    assert axis.kind == kind and axis.ticks() == pytest.approx(ticks)
+    places = [float(axis.place(x)) for x in sorted({*values, *ticks})]
+    assert places == sorted(set(places)) and 0 <= places[0] and places[-1] <= 1
+
+
+def test_short_names_tell_layers_apart() -> None:
+    names = [f"model.layers.{i}.{side}.weight" for i in (0, 1) for side in ("q", "norm")]
+    assert figures.short(names) == ["layers.0.q", "layers.0.norm", "layers.1.q", "layers.1.norm"]
+    assert figures.short(["a.b.weight", "a.b.bias"]) == ["weight", "bias"]
+    assert figures.short(["only.weight"]) == ["only"]
+
+
 def test_any_torch_optimizer_can_be_watched(tmp_path: Path) -> None:
     class Plain(Module):
         def configure_optimizers(self) -> Any:

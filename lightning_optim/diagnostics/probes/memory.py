@@ -40,10 +40,8 @@ class Memory(Probe):
 
     name = "memory"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
-        "memory by category (MiB)": [
-            r"memory/(parameters|gradients|state|activations|temporary|communication|unattributed)"
-        ],
-        "peaks (MiB)": [r"memory/(peak_.*|resident_peak)"],
+        "memory by category (MiB)": [r"memory/(parameters|gradients|state|activations|temporary|communication)"],
+        "peaks, and what is in no category (MiB)": [r"memory/(peak_.*|resident_peak|unattributed)"],
     }
 
     def __init__(
