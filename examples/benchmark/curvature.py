@@ -21,9 +21,6 @@ from lightning_optim import build_optimizer
 from lightning_optim.bench.models import PRESETS, build_model
 from lightning_optim.curvature import Feed
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from pretrain_lightning import PRESETS, build_model
-
 
 @dataclass
 class Cost:
