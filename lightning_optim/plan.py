@@ -172,7 +172,7 @@ def describe(model: nn.Module, optimizer: Executor) -> Plan:
                 continue
             parts, _ = parts_of(rule, group, p.shape)
             forms = forms_for(rule, group, p, parts)
-            state = {key: form.nbytes for key, form in forms.items()}
+            state: dict[str, int] = {key: form.nbytes for key, form in forms.items()}
             away = sum(form.nbytes for form in forms.values() if form.kind == "host")
             if storage.compensated(p.dtype, group):
                 state[storage.COMPENSATION] = p.numel() * p.dtype.itemsize

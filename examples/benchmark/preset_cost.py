@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if label in known:
             optimizer = build_optimizer(model, known[label], preset=label)
         else:
-            settings = {"refresh": "fixed:1"} if "," in label else {}
+            settings: dict[str, Any] = {"refresh": "fixed:1"} if "," in label else {}
             optimizer = build_optimizer(model, label.split(",")[0], lr=1e-3, **settings)
         made[label] = model, optimizer
     times: dict[str, list[float]] = {label: [] for label in made}
