@@ -179,7 +179,8 @@ def describe(model: nn.Module, optimizer: Executor) -> Plan:
             if storage.keeps_radius(p.dtype, group):
                 state[storage.RADIUS] = 4 * sum(part.dims[0] for part in parts)
             if optimizer.averages is not None:
-                state |= dict.fromkeys(optimizer.averages.keys, p.numel() * storage.work_dtype(p.dtype).itemsize)
+                width = storage.work_dtype(p.dtype).itemsize
+                state |= {key: p.numel() * width for key in optimizer.averages.keys}
             trait = traits[label]
             rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state, away))
     owned = {row.name for row in rows}
