@@ -26,7 +26,7 @@ def signature(rule: type[Rule]) -> inspect.Signature:
     fields = dataclasses.fields(rule)  # pyright: ignore[reportArgumentType]
     named = [
         kind(f.name, kind.KEYWORD_ONLY if f.kw_only else kind.POSITIONAL_OR_KEYWORD, default=f.default, annotation=hint)
-        for f in sorted(fields, key=lambda f: f.kw_only)
+        for f in sorted(fields, key=lambda f: bool(f.kw_only))
         for hint in [hints[f.name]]
     ]
     options = [kind(k, kind.KEYWORD_ONLY, default=v, annotation=OPTION_TYPES[k]) for k, v in OPTIONS.items()]

@@ -14,7 +14,7 @@ SETTINGS = [
 
 def balanced(a, steps, eps):
     m, n = a.shape
-    e, c = a**2 + eps, torch.ones(a.shape[1], dtype=a.dtype)
+    e, r, c = a**2 + eps, torch.ones(m, dtype=a.dtype), torch.ones(n, dtype=a.dtype)
     for _ in range(steps):
         r = (1 / m) / (e @ c + eps)
         c = (1 / n) / (e.T @ r + eps)

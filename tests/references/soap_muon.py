@@ -58,11 +58,9 @@ def equal_rows(x, h):
     if m == n or not h["aurora"]:
         return orthogonal(x, h)
     scale = 1 / x.norm(dim=1)
-    for i in range(h["aurora"]):
-        o = orthogonal(torch.diag(scale) @ x, h)
-        if i < h["aurora"] - 1:
-            scale = scale * (n / m) ** 0.5 / o.norm(dim=1)
-    return o
+    for _ in range(h["aurora"] - 1):
+        scale = scale * (n / m) ** 0.5 / orthogonal(torch.diag(scale) @ x, h).norm(dim=1)
+    return orthogonal(torch.diag(scale) @ x, h)
 
 
 def spectral(x):
