@@ -59,8 +59,7 @@ def equal_rows(x, h):
         return orthogonal(x, h)
     scale = 1 / x.norm(dim=1)
     for _ in range(h["aurora"] - 1):
-        o = orthogonal(torch.diag(scale) @ x, h)
-        scale = scale * (n / m) ** 0.5 / o.norm(dim=1)
+        scale = scale * (n / m) ** 0.5 / orthogonal(torch.diag(scale) @ x, h).norm(dim=1)
     return orthogonal(torch.diag(scale) @ x, h)
 
 
