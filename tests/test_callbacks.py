@@ -459,13 +459,14 @@ def test_what_is_no_scalar_is_in_pictures_and_tables(tmp_path: Path) -> None:
     found, seen = scalars(tmp_path), events(tmp_path)
     assert not of(found, "health/weight_rms") and not of(found, "hessian/trace") and not of(found, "rank/gradient")
     assert of(found, "rank/weight_stable_rank/") and "diagnostics/interval/health" not in found
-    curves = {
+    measures = (
         "health/gradient_rms",
         "health/weight_rms",
         "hessian/trace",
         "hessian/lambda_min",
         "rank/gradient_rank@90",
-    }
+    )
+    curves = {f"{measure}_by_role" for measure in measures}
     assert curves <= set(seen.Tags()["images"])
     (table,) = (e.tensor_proto.string_val[0].decode() for e in seen.Tensors("hessian/measures/text_summary")[-1:])
     assert {"sharpness", "js_scale", "frobenius_all"} <= {line.split(" | ")[0][2:] for line in table.splitlines()}

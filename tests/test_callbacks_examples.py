@@ -25,25 +25,25 @@ pytestmark = lightning_warnings
 ROOT = Path(__file__).parent.parent
 STEPS, BATCHES = 24, 2
 IMAGES = {
-    "health/gradient_rms",
-    "health/update_rms",
+    "health/gradient_rms_by_role",
+    "health/update_rms_by_role",
     "health/update_to_weight_by_layer",
-    "health/weight_rms",
+    "health/weight_rms_by_role",
     "hessian/coupling",
     "hessian/entries/gate_proj",
-    "hessian/frobenius",
+    "hessian/frobenius_by_role",
     "hessian/js_distance",
-    "hessian/lambda_min",
+    "hessian/lambda_min_by_role",
     "hessian/spectral_density",
-    "hessian/trace",
-    "rank/gradient_captured",
-    "rank/gradient_rank@90",
+    "hessian/trace_by_role",
+    "rank/gradient_captured_by_role",
+    "rank/gradient_rank@90_by_role",
     "rank/gradient_rank@90_by_layer",
-    "rank/gradient_stable_rank_vs_gaussian",
+    "rank/gradient_stable_rank_vs_gaussian_by_role",
     "rank/stable_rank_by_layer",
-    "rank/update_stable_rank",
+    "rank/update_stable_rank_by_role",
     "refresh/raster",
-    "refresh/reason",
+    "refresh/reason_by_role",
 }
 """Beside that of the noise scale, which a short run may not have: the estimate of |G|^2 may be negative."""
 TEXTS = {

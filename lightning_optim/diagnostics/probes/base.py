@@ -58,8 +58,8 @@ class Probe:
     random numbers are as without the probe.
 
     What is measured is scalars where `charts` shows it (at most 60 tags of all probes together); otherwise what has a
-    value per role is curves in a picture, and the rest is the table `<name>/measures`. Both come with every
-    `picture_every`-th measurement, the first of them with the second one, their numbers with them as arrays.
+    value per role is curves in a picture, `<measure>_by_role`, and the rest is the table `<name>/measures`. Both come
+    with every `picture_every`-th measurement, the first of them with the second one, their numbers with them as arrays.
 
     Args:
         every: steps between measurements.
@@ -304,7 +304,10 @@ class Probe:
         for start in by_start:
             title, up = self.curves[start]
             steps, lines = self._lines[start].table()
-            report.images[start] = figures.curves(steps, lines, title, across="optimizer step", up=up, scale=None)
+            # a name of its own: TensorBoard shows neither of a scalar and an image of one name
+            report.images[f"{start}_by_role"] = figures.curves(
+                steps, lines, title, across="optimizer step", up=up, scale=None
+            )
             report.arrays |= {f"{start}/steps": steps} | {f"{start}/{role}": line for role, line in lines.items()}
         if rest:
             rows = [f"| {tag.removeprefix(self.name + '/')} | {figures.number(x)} |" for tag, x in rest.items()]
