@@ -143,10 +143,10 @@ def laid_out(rank: int, world: int, layout: str, names: Sequence[str], steps: in
     out: dict[str, Any] = {}
     for name in names:
         model = lay_out(Model(name, kwargs.get("dtype", torch.float32)), layout, world)
-        optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
-        if layout == "shared":
-            optimizer.share_work()
         try:
+            optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
+            if layout == "shared":
+                optimizer.share_work()
             take_steps(model, optimizer, range(1, steps + 1), kwargs.get("missing"))
             out[name] = weights(model)
         except ValueError as error:

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_optim import build_optimizer
+from lightning_optim import Executor, build_optimizer
 from lightning_optim.callbacks import HybridOptimizer
 from tests.test_lightning import Net, Rows, trainer
 
@@ -105,6 +105,11 @@ def interchange(rank: int, world: int, folder: str, lrs: list[list[float]]) -> A
         Whole weights after six steps, and after three from the start.
     """
     ended = []
+
+    def schedule(optimizer: Executor, step: int) -> None:
+        for group, lr in zip(optimizer.param_groups, lrs[step], strict=True):
+            group.update(lr=lr, initial_lr=SETTINGS["lr"])
+
     for theirs in (True, False):
         net = Sharded("")
         mesh = init_device_mesh("cpu", (world,))
@@ -119,13 +124,13 @@ def interchange(rank: int, world: int, folder: str, lrs: list[list[float]]) -> A
             set_optimizer_state_dict(net, optimizer, state["optimizer_0"])
         rows = Share(6, rank, world)
         for k in range(3, 6) if theirs else range(3):
-            for group, lr in zip(optimizer.param_groups, lrs[k], strict=True):
-                group.update(lr=lr, initial_lr=SETTINGS["lr"])  # what a schedule adds
+            schedule(optimizer, k)
             net.loss(rows.row(k)).backward()
             optimizer.step()
             optimizer.zero_grad()
         ended.append(whole(net))
         if not theirs:
+            schedule(optimizer, 3)
             state = {"state_dict": get_model_state_dict(net), "optimizer_0": get_optimizer_state_dict(net, optimizer)}
             state_dict_saver.save(state, checkpoint_id=f"{folder}/plain.ckpt")
     return ended
