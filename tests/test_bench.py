@@ -282,6 +282,15 @@ def test_precision_table(tmp_path: Path, cache: Path, precision: Any, weights: s
     assert set(table["state"].values()) == {"float32"}
 
 
+@pytest.mark.parametrize("microbatch", [0, 2])
+@pytest.mark.parametrize("name", [name for name in sorted(REGISTRY) if REGISTRY[name].observes])
+def test_rules_that_observe_curvature_are_fed(tmp_path: Path, cache: Path, name: str, microbatch: int) -> None:
+    setup = dataclasses.replace(TOY, microbatch=microbatch)
+    line = execute(Trial(setup, name, 1e-3, fitted(lookup(name), size_of(setup))), workspace(tmp_path, cache))
+    assert line["status"] == "ok" and line["steps"] == 4
+    assert line["final"]["loss"] < line["curve"][0]["loss"]
+
+
 def test_schedule() -> None:
     setup = Setup(warmup=0.1, min_lr=0.1)
     assert [schedule(setup, x) for x in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.5, 1.0, 0.55, 0.1])

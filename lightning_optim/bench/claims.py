@@ -112,7 +112,7 @@ def _speed_up(name: str) -> Measure:
         reached = [1 / x for x in found if x]
         if len(reached) < len(found):
             return f"AdamW's last loss is not reached on {len(found) - len(reached)} of {len(found)} seeds"
-        return f"{spread(reached)} times fewer tokens to AdamW's last loss, {len(reached)} seeds"
+        return f"{spread(reached)} times fewer tokens to AdamW's last loss, over {len(reached)} seed(s)"
 
     return measure
 

@@ -219,13 +219,15 @@ def _costs(study: Study, names: Sequence[str]) -> Table:
 
 
 def _sensitivity(study: Study, names: Sequence[str], top: Sequence[str]) -> list[Block]:
-    """Loss by learning rate, all else as in the best trial."""
+    """Loss by learning rate, all else alike: where most learning rates were tried."""
     rows: list[list[Cell]] = []
     lines: dict[str, list[tuple[float, float]]] = {}
     for name in names:
-        chosen, search = _first(study, name), study.searched[name]
-        alike = [x for x in search if x["config"]["settings"] == chosen["config"]["settings"]]
-        rate, loss = chosen["config"]["lr"], chosen["final"]["loss"]
+        search = study.searched[name]
+        groups = [[x for x in search if x["config"]["settings"] == y["config"]["settings"]] for y in search]
+        alike = max(groups, key=lambda group: (any(x["final"] for x in group), len(group)))
+        lowest = min((x for x in alike if x["final"]), key=lambda x: x["final"]["loss"])
+        rate, loss = lowest["config"]["lr"], lowest["final"]["loss"]
         cells: list[Cell] = [name, loss]
         for factor in NEIGHBOURS:
             at = next((x for x in alike if math.isclose(x["config"]["lr"], rate * factor, rel_tol=1e-3)), None)

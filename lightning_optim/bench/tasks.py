@@ -94,7 +94,9 @@ def load(setup: Setup, start: Setup | None, cache: Path) -> Task:
         records = _records(setup)
         split = max(1, len(records) // 8)
         rows = tuple(_completions(part, tokenizer, context) for part in (records[split:], records[:split]))
-        preferences = (records[split:], records[:split])
+        if setup.regime == "dpo":
+            short = [record | {"prompt": _end(record["prompt"], tokenizer, context // 2)} for record in records]
+            preferences = (short[split:], short[:split])
     if min(map(len, rows)) == 0:
         raise ValueError(f"--data {' '.join(setup.data)}: too little text for rows of {context} tokens")
     step = max(1, len(rows[1]) * context // setup.val_tokens)
@@ -256,6 +258,11 @@ def functions(source: str) -> list[dict[str, str]]:
                 prompt = f'{head}\n    """{said.splitlines()[0]}"""\n'
                 found.append({"prompt": prompt, "completion": textwrap.indent(body, "    ")})
     return found
+
+
+def _end(text: str, tokenizer: PreTrainedTokenizerFast, most: int) -> str:
+    """The last tokens of a text: TRL drops pairs whose prompt leaves no room for an answer."""
+    return cast("str", tokenizer.decode(cast("list[int]", tokenizer(text)["input_ids"])[-most:]))
 
 
 def _completions(records: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerFast, context: int) -> Rows:

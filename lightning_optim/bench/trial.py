@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -329,7 +329,7 @@ def train(
     for chosen in rows.split(setup.batch):
         with total.running():
             try:
-                loss, clipped = step(model, optimizer, trial, task.train, chosen, feed)
+                loss, clipped = step(model, optimizer, trial, task.train.take(chosen, device), stepping, feed)
             except FloatingPointError as e:
                 loss, clipped, run.why = math.nan, False, str(e).split(";")[0]
             scheduler.step()
@@ -390,9 +390,9 @@ def step(
     model: nn.Module,
     optimizer: Executor,
     trial: Trial,
-    rows: tasks.Rows,
-    chosen: torch.Tensor,
-    feed: Feed | None = None,
+    rows: Mapping[str, torch.Tensor],
+    stepping: Stopwatch,
+    feed: Feed | None,
 ) -> tuple[float, bool]:
     """One optimizer step.
 
@@ -400,8 +400,8 @@ def step(
         model: trained.
         optimizer: of the model.
         trial: how.
-        rows: to choose from.
-        chosen: indices, `[batch]`.
+        rows: arguments of the model, `[batch, context]`.
+        stepping: also measures what the feed takes; the step itself is measured by hooks.
         feed: of `feed_of`.
 
     Returns:
@@ -409,9 +409,9 @@ def step(
     """
     setup, loss = trial.setup, 0.0
     optimizer.zero_grad()
-    parts = chosen.split(setup.microbatch or len(chosen))
-    for part in parts:
-        batch = rows.take(part, setup.device)
+    size = setup.microbatch or setup.batch
+    parts = [dict(zip(rows, part, strict=True)) for part in zip(*(x.split(size) for x in rows.values()), strict=True)]
+    for batch in parts:
         if feed is not None:
             feed.see(batch)
         out = loss_of(model, setup, batch)
@@ -419,7 +419,8 @@ def step(
         loss += float(out.detach()) / len(parts)
     norm = clip_grad_norm_(model.parameters(), setup.clip) if setup.clip else torch.tensor(0.0)
     if feed is not None:
-        feed.ready()
+        with stepping.running():
+            feed.ready()
     optimizer.step()
     return loss, bool(norm > setup.clip)
 
@@ -444,9 +445,10 @@ def peak_bytes(model: nn.Module, trial: Trial, task: tasks.Task) -> dict[str, in
     device, before = trial.setup.device, 0
     weights = sum(x.numel() * x.itemsize for x in {*other.parameters(), *other.buffers()})
     gradients = sum(p.numel() * p.itemsize for p in other.parameters() if p.requires_grad)
-    rows = task.train.take(chosen[: trial.setup.microbatch or len(chosen)], device)
+    rows = task.train.take(chosen, device)
+    part = {key: x[: trial.setup.microbatch or len(chosen)] for key, x in rows.items()}
     with SavedActivations(other) as saved, torch.autocast(device, torch.bfloat16, enabled=autocasts(trial.setup)):
-        other(**rows)
+        other(**part)
     activations = saved.bytes
     if device != "cpu":
         torch.accelerator.reset_peak_memory_stats()
@@ -455,7 +457,7 @@ def peak_bytes(model: nn.Module, trial: Trial, task: tasks.Task) -> dict[str, in
     with LiveStorages() as live:
         try:
             for _ in range(2):
-                step(other, optimizer, trial, task.train, chosen, feed)
+                step(other, optimizer, trial, rows, Stopwatch(device), feed)
         except FloatingPointError:
             pass  # the run itself will tell
     peak = live.peak if device == "cpu" else torch.accelerator.max_memory_allocated() - before
