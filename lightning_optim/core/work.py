@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from torch import Tensor
 from lightning_optim.core import chunks, constraint, layout, storage
 from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.constraint import Factors
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
+from lightning_optim.core.rule import ADAMW_RMS, Rows, Rule, Slot
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
 from lightning_optim.core.travel import Replicas, Team
 from lightning_optim.ops.eigenbasis import overlap
 from lightning_optim.ops.noise import normal
 from lightning_optim.ops.rounding import hash_key, indices, stochastic_round
+from lightning_optim.ops.runs import rows_of, runs
 from lightning_optim.refresh import parse
 
 
@@ -343,7 +344,7 @@ def update_elementwise(job: Job, w: Work) -> None:
                 gb = gb.add(pb, alpha=rule.weight_decay)
             s = SimpleNamespace(**views)
             s.vote = torch.sign if w.replicas is None else w.replicas.vote
-            d = rule.update(gb, s, pb.to(dtype) if rule.reads_param else None, w.t)
+            d = cast("Tensor", rule.update(gb, s, pb.to(dtype) if rule.reads_param else None, w.t))
             for key, value in storage.untangled(views, {k: getattr(s, k) for k in views}).items():
                 if value is not views[key]:
                     views[key].copy_(value)
@@ -383,15 +384,36 @@ def update_stack(
     kept = [kept_slots(job, w) for w in chunk]
     opened = [with_values(w, slots) for w, slots in zip(chunk, kept, strict=True)]
     pieces = zip(*(w.pieces(job.rule) for w in opened), strict=True)
-    found = [_directions(job, piece, params, gradients, frame) for piece in pieces]
+    plain = sink is None and (frame is None or frame.cut is None) and not constraint.shapes_step(job.group)
+    by_rows = plain and _goes_by_rows(chunk)
+    found = [_directions(job, piece, params, gradients, frame, by_rows) for piece in pieces]
     for w, slots in zip(opened, kept, strict=True):
         for key, x in slots.items():
             x.close_all(w.state[key])
     if job.rule.rests(chunk[0].t):
         return
     for w, like, *ds in zip(chunk, gradients, *found, strict=True):
-        d = _joined(job, w, ds, like)
-        sink(w, d) if sink else apply(job, w, d)
+        if isinstance(ds[0], Tensor):
+            d = _joined(job, w, cast("list[Tensor]", ds), like)
+            sink(w, d) if sink else apply(job, w, d)
+        else:
+            _apply_rows(job, w, ds[0])
+
+
+def _goes_by_rows(chunk: Sequence[Work]) -> bool:
+    """Whether a stack is one parameter whose memory is that of its matrices."""
+    w, p = chunk[0], layout.local(chunk[0].param)
+    plain = len(chunk) == len(w.parts) == 1 and w.parts[0].rows is None and p.dtype == storage.work_dtype(p.dtype)
+    return plain and (p.ndim < 3 or (p.is_contiguous() and not w.transposed))
+
+
+def _apply_rows(job: Job, w: Work, rows: Rows) -> None:
+    """Take the step of one parameter in runs of rows."""
+    write = _Write(job, w)
+    p = chunks.turned(layout.local(w.param), w.transposed)
+    p = p.view(w.dims)
+    for run in runs(p):
+        write(rows_of(p, run), rows(run))
 
 
 def _joined(job: Job, w: Work, pieces: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -412,8 +434,9 @@ def _directions(
     params: Sequence[Tensor],
     gradients: Sequence[Tensor],
     frame: layout.StackLayout | None,
-) -> Sequence[Tensor]:
-    """Call a rule on one stack and store the state it leaves."""
+    by_rows: bool,
+) -> Sequence[Tensor | Rows]:
+    """Call a rule on one stack and store the state it leaves; directions by rows are the caller's wish."""
     rule, first = job.rule, chunk[0]
     dims = b, m, n = first.dims if frame is None or frame.cut is None else frame.local_dims
     dtype = storage.work_dtype(first.param.dtype)
@@ -438,7 +461,9 @@ def _directions(
     left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
     for k, value in storage.untangled(before, left).items():
         storage.write(entries[k], value)
-    return unwrap(d).split(b)
+    if isinstance(d, Tensor):
+        return unwrap(d).split(b)
+    return [d] if by_rows else unwrap(d(slice(0, m))).split(b)
 
 
 def stacked_state(
