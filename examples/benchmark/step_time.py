@@ -2,7 +2,7 @@
 
     python examples/benchmark/step_time.py --shapes llama60m gpt2 --jsonl step_time.jsonl
     python examples/benchmark/step_time.py --optim soap shampoo --shapes llama60m-layer --jsonl step_time.jsonl --again
-    python examples/benchmark/step_time.py --jsonl step_time.jsonl --tables
+    python examples/benchmark/step_time.py --jsonl step_time.jsonl --tables [--readme README.md]
 
 Contenders share parameters and gradients and take turns, step by step; gradients are copied afresh before every step,
 so that caches are cold for all. Every row is written to the JSONL file as soon as it is measured and is not measured
@@ -92,7 +92,8 @@ PASSES = {"lamb": 40, "lars": 28, "adafactor": 24, "adafactor_hf": 24, "came": 3
 
 lamb: moments and both norms, then the step (24 + 16). lars: norms, then the step (8 + 20). adafactor: means, norm of
 the step, step, norm of the weight (4 + 4 + 12 + 4). came: means, norm, momentum and residuals, step (4 + 4 + 12 + 12).
-racs: columns, five times rows and next columns in one pass, norm, step (4 + 5 x 4 + 4 + 12).
+racs: columns, five times rows and next columns in one pass, norm, step (4 + 5 x 4 + 4 + 12); pytorch_optimizer's takes
+means, not a power iteration.
 """
 
 
@@ -434,6 +435,15 @@ def read(path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["shapes"], row["optim"]): row for row in map(json.loads, lines)}
 
 
+MARKS = "<!-- step_time: generated -->", "<!-- /step_time -->"
+
+
+def between_marks(path: Path, text: str) -> None:
+    """Replace what a file has between its marks."""
+    before, _, rest = path.read_text().partition(MARKS[0])
+    path.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+
+
 def main() -> None:
     """Parse the command line, measure and print."""
     names = [*sorted(REGISTRY), *VARIANTS]
@@ -446,12 +456,14 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure rows that the file has, too")
     parser.add_argument("--alone", action="store_true", help="without peers")
     parser.add_argument("--tables", action="store_true", help="measure nothing, print the file")
+    parser.add_argument("--readme", type=Path, help="with --tables: write them between this file's marks")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # the peers'
     torch.set_num_threads(args.threads)
     rows = read(args.jsonl)
     if args.tables:
-        print(tables(list(rows.values())))
+        text = tables(list(rows.values()))
+        print(text) if args.readme is None else between_marks(args.readme, text)
         return
     for shapes in args.shapes:
         for name in args.optim:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from lightning_optim.ops.runs import squares, swept
+from lightning_optim.ops.runs import RUN, squares, swept
 
 
 def mean(x: Tensor, dim: int) -> Tensor:
@@ -73,6 +74,30 @@ def scaled(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         A new tensor.
     """
     return (x * left).mul_(right)
+
+
+def over_root(x: Tensor, row: Tensor, column: Tensor, least: float, factor: Tensor | None = None) -> Tensor:
+    """X / sqrt(max(row column, least)), times a factor.
+
+    On a CPU, a run of rows of a large matrix in which no entry of V is that small is scaled by rows and columns, which
+    is half the work.
+
+    Args:
+        x: `[..., m, n]`.
+        row: `[..., m, 1]`.
+        column: `[..., 1, n]`.
+        least: the smallest second moment.
+        factor: one per matrix, `[..., 1, 1]`.
+
+    Returns:
+        A new tensor.
+    """
+    alone = x.shape[:-2].numel() == 1 and x.numel() >= RUN // 2 and x.device.type == "cpu" and type(x) is Tensor
+    if alone and not torch.compiler.is_compiling() and bool(row.amin() * column.amin() > least):
+        left = row.rsqrt()
+        return scaled(x, left if factor is None else left * factor, column.rsqrt())
+    out = (row * column).clamp_(min=least).rsqrt_().mul_(x)
+    return out if factor is None else out.mul_(factor)
 
 
 def clipping(x: Callable[..., Tensor], limit: float, *, of: tuple[Tensor, ...]) -> Tensor:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-RUN = 2**16
-"""Elements of a run of rows of one matrix."""
+RUN = 2**18
+"""Elements of a run of rows of one matrix. Shorter ones lie in a cache nearer to the processor, but then Python's time
+per operation counts: with 2^14 to 2^20 a step of `lamb` took 10.4, 7.3, 6.2, 5.3, 5.2, 5.6 and 6.0 steps of fused
+AdamW (one thread, 1 MiB of L2)."""
 
 
 def runs(x: Tensor) -> list[slice]:
@@ -25,10 +27,16 @@ def runs(x: Tensor) -> list[slice]:
         x: `[..., m, n]`.
 
     Returns:
-        Slices of `m`; one of all rows where matrices are small or not on a CPU, and for a DTensor.
+        Slices of `m`; one of all rows where matrices are small or not on a CPU, for a DTensor, and in a graph that is
+        compiled.
     """
     m, n = x.shape[-2:]
-    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or m * n <= RUN:
+    if (
+        torch.compiler.is_compiling()
+        or x.device.type != "cpu"
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or m * n <= RUN
+    ):
         return [slice(0, m)]
     step = max(1, RUN // n)
     return [slice(i, min(i + step, m)) for i in range(0, m, step)]
@@ -45,6 +53,8 @@ def rows_of(x: Tensor, run: slice) -> Tensor:
         A view, or `x` itself.
     """
     m = x.shape[-2]
+    if torch.compiler.is_compiling():
+        return x
     return x if m == 1 or (run.start == 0 and run.stop == m) else x[..., run, :]
 
 
@@ -58,6 +68,8 @@ def swept(step: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> list[Tenso
     Returns:
         The sums of each.
     """
+    if torch.compiler.is_compiling():
+        return list(step(*tensors))
     first, *later = [step(*(rows_of(t, run) for t in tensors)) for run in runs(max(tensors, key=Tensor.numel))]
     out = list(first)
     for found in later:

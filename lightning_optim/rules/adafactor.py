@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Rows, Rule, Slot, zeros
-from lightning_optim.ops.factored import clipping, inverse_roots, mean, scaled, update_means_
+from lightning_optim.ops.factored import clipping, inverse_roots, mean, over_root, scaled, update_means_
 from lightning_optim.ops.norms import clip_rms_, rms
 from lightning_optim.ops.runs import rows_of, swept
 
@@ -44,6 +44,7 @@ class Adafactor(Rule):
     state: ClassVar = {"row_var": zeros("m1"), "col_var": zeros("1n")}
     vector_state: ClassVar = {"variance": zeros("mn", nonnegative=True)}
     reduces: ClassVar = True
+    compiles: ClassVar = False  # its step depends on lr and t by comparisons
     last_two: ClassVar = True
     reads_param: ClassVar = True
     adamw_settings: ClassVar = {"scale_parameter": False}
@@ -71,13 +72,13 @@ class Adafactor(Rule):
             update_means_(s.row_var, s.col_var, lambda g: g, weight, of=(g,))
             of = g, s.row_var / mean(s.row_var, -2).clamp(min=eps1), s.col_var
 
-        def ratio(g: Tensor, row: Tensor, column: Tensor) -> Tensor:
-            return (row * column).clamp_(min=eps1 * eps1).rsqrt_().mul_(g)
+        def ratio(g: Tensor, row: Tensor, column: Tensor, factor: Tensor | None = None) -> Tensor:
+            return over_root(g, row, column, eps1 * eps1, factor)
 
         factor = _relative(self.lr, t) / clipping(ratio, self.d, of=of)
         if self.scale_parameter and p is not None:
             factor = factor * rms(p).clamp(min=self.eps2)
-        return lambda run: ratio(*(rows_of(x, run) for x in of)).mul_(factor)
+        return lambda run: ratio(*(rows_of(x, run) for x in of), factor)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class AdafactorHF(Rule):
     state: ClassVar = Adafactor.state
     vector_state: ClassVar = Adafactor.vector_state
     reduces: ClassVar = True
+    compiles: ClassVar = False  # its step depends on lr and t by comparisons
     last_two: ClassVar = True
     reads_param: ClassVar = True
     decay: ClassVar = "own"

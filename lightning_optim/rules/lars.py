@@ -10,9 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Rows, Rule, Slot, zeros
+from lightning_optim.core.rule import Rule, Slot, zeros
 from lightning_optim.ops.norms import norm, quotient
-from lightning_optim.ops.runs import rows_of, swept
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class LARS(Rule):
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         return {"momentum_buffer": zeros("mn")} if self.momentum else {}
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         assert p is not None
         inside = self.lr if self.lr_in_momentum and self.momentum else 1.0
         if inside == 0:
@@ -70,25 +69,15 @@ class LARS(Rule):
         weight_decay = 0.0 if excluded else self.weight_decay
         rate = g.new_ones(1, 1, 1) if excluded else self._rate(norm(p), norm(g))
 
-        def with_step_(x: Tensor, g: Tensor, p: Tensor) -> Tensor:
+        def with_step_(x: Tensor) -> Tensor:
             x.addcmul_(g, rate, value=inside)
             return x.addcmul_(p, rate, value=inside * weight_decay) if weight_decay else x
 
-        def average(buffer: Tensor, g: Tensor, p: Tensor) -> list[Tensor]:
-            with_step_(buffer.mul_(self.momentum), g, p)
-            return []
-
-        def direction(run: slice) -> Tensor:
-            gradient, weight = rows_of(g, run), rows_of(p, run)
-            if not self.momentum:
-                return with_step_(torch.zeros_like(gradient), gradient, weight)
-            buffer = rows_of(s.momentum_buffer, run)
-            d = with_step_(buffer * self.momentum, gradient, weight) if self.nesterov else buffer
-            return d if inside == 1 else d / inside
-
-        if self.momentum:
-            swept(average, s.momentum_buffer, g, p)
-        return direction
+        if not self.momentum:
+            return with_step_(torch.zeros_like(g))
+        buffer = with_step_(s.momentum_buffer.mul_(self.momentum))
+        d = with_step_(buffer * self.momentum) if self.nesterov else buffer
+        return d if inside == 1 else d / inside
 
     def _rate(self, p: Tensor, g: Tensor) -> Tensor:
         guard = g if self.zero_gradient_rate == "one" else None
