@@ -73,5 +73,5 @@ class AdamMini(Averaging):
         if self.statistic in ("max", "min"):
             order = math.inf if self.statistic == "max" else -math.inf
             return vector_norm(g, order, dim=dims, keepdim=True).square()
-        size = math.prod(g.shape[d] for d in dims) if self.statistic == "mean" else 1
+        size = math.prod([g.shape[d] for d in dims]) if self.statistic == "mean" else 1
         return vector_norm(g, dim=dims, keepdim=True).square() / size
