@@ -25,6 +25,7 @@ class _State:
     """A namespace that can be traced, as SimpleNamespace cannot."""
 
     vector: bool
+    vote: Callable[[Tensor], Tensor]
 
 
 @functools.lru_cache
@@ -35,7 +36,7 @@ def _graph(rule: Rule, keys: tuple[str, ...]) -> Step:
         if rule.decay == "coupled" and rule.weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
         s = _State()
-        s.vector = False
+        s.vector, s.vote = False, torch.sign
         for key, tensor in zip(keys, held, strict=True):
             setattr(s, key, tensor)
         d = rule.update(g, cast("Any", s), p if rule.reads_param else None, cast("Any", t))
