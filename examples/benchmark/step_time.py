@@ -1,31 +1,57 @@
-"""Time of one optimizer step, ours beside the nearest reference, in one run: ratios, never bare times.
+"""Time of one optimizer step, ours beside other packages', in one run: ratios, never bare times.
 
-    python examples/benchmark/step_time.py --optim muon adamw lion adafactor --shapes gpt2
+    python examples/benchmark/step_time.py --shapes llama60m gpt2 --jsonl step_time.jsonl
+    python examples/benchmark/step_time.py --optim soap shampoo --shapes llama60m-layer --jsonl step_time.jsonl --again
+    python examples/benchmark/step_time.py --jsonl step_time.jsonl --tables [--readme README.md]
 
 Contenders share parameters and gradients and take turns, step by step; gradients are copied afresh before every step,
-so that caches are cold for all. The floor is what the machine allows in the same run: for `muon` the products of
-Newton-Schulz at the measured bfloat16 matmul rate, for the others the bytes of one pass over parameters, gradients
-and state at the rate of torch's fused AdamW (28 bytes per parameter), which moves memory as fast as a copy.
+so that caches are cold for all. Every row is written to the JSONL file as soon as it is measured and is not measured
+again in the next run, unless `--again` asks for it; `--tables` prints what the file holds. The clock is the main
+thread's CPU time, which other processes do not lengthen (but for what they do to caches and memory); with more than one
+thread it is wall time.
+
+The floor is what the machine allows in the same run: the bytes of the fewest passes over memory that the algorithm
+needs, at the rate of torch's fused AdamW (28 bytes per parameter), or, where it is longer, the time of its matrix
+products at the measured rate. Temporaries are the most memory that torch has allocated at once within a step beyond
+what was there before. Peers are those of `peers.py` that are installed.
+
+`-layer` is the hidden matrices of one layer, `-hidden` those of all: the cost of matrix rules is linear in layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from peers import LR, known, peers  # pyright: ignore[reportImplicitRelativeImport]
 from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim import Executor
-from lightning_optim.core.rule import REGISTRY
+from lightning_optim.core.rule import REGISTRY, Rule
 from lightning_optim.docs import state_bytes
-from lightning_optim.optimizers import CLASSES
+from lightning_optim.ops.kernels.products import product
 
 Shapes = list[tuple[int, ...]]
+INTERVAL = 10
+POLICIES = (f"fixed:{INTERVAL}", f"staggered:{INTERVAL}")
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw-int8": {"state_storage": "int8"},
+    "adamw-int8_grid": {"state_storage": "int8_grid"},
+    "adamw-fp8": {"state_storage": "fp8"},
+    **{f"{name}-compiled": {"compile": True} for name in ("lion", "signum", "adam_mini", "lamb", "racs", "came")},
+    "shampoo-paper": {"accumulate": "sum", "betas": (0.0, 0.0), "graft": "none", "max_dim": None},
+}
+"""Settings that are measured beside a rule's defaults, as `rule-variant`."""
 
 
 def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> tuple[Shapes, Shapes]:
@@ -50,162 +76,408 @@ def llama60m(layers: int = 8, width: int = 512, mlp: int = 1376, vocabulary: int
 
 
 SETS: dict[str, Callable[[], tuple[Shapes, Shapes]]] = {
-    "gpt2": gpt2,
-    "gpt2-2layers": lambda: gpt2(layers=2, vocabulary=4096),
     "llama60m": llama60m,
+    "gpt2": gpt2,
+    "llama60m-hidden": lambda: (llama60m()[0], []),
+    "gpt2-hidden": lambda: (gpt2()[0], []),
+    "llama60m-layer": lambda: (llama60m(layers=1)[0], []),
+    "gpt2-layer": lambda: (gpt2(layers=1)[0], []),
 }
+LAYERS = {"llama60m-layer": 8, "gpt2-layer": 12}
+"""A step over all hidden matrices takes so many times as long."""
+
+# -- floors -----------------------------------------------------------------------------------------------------------
+
+PASSES = {"lamb": 40, "lars": 28, "adafactor": 24, "adafactor_hf": 24, "came": 32, "racs": 40}
+"""Bytes per parameter of rules that pass over a matrix more than once; `12 + 2 x state` for those that do not.
+
+lamb: moments and both norms, then the step (24 + 16). lars: norms, then the step (8 + 20). adafactor: means, norm of
+the step, step, norm of the weight (4 + 4 + 12 + 4). came: means, norm, momentum and residuals, step (4 + 4 + 12 + 12).
+racs: columns, five times rows and next columns in one pass, norm, step (4 + 5 x 4 + 4 + 12); pytorch_optimizer's takes
+means, not a power iteration.
+"""
 
 
-@dataclass
-class Contender:
-    """One optimizer, or several that make one step together."""
-
-    optimizers: Sequence[torch.optim.Optimizer]
-
-    def step(self) -> None:
-        """Take one step."""
-        for optimizer in self.optimizers:
-            optimizer.step()
+def newton_schulz(s: float, long: float, _: float) -> float:
+    """Operations of five plain quintic iterations."""
+    return 5 * (4 * s * s * long + 2 * s**3)
 
 
-def ours(name: str, hidden: list[Parameter], rest: list[Parameter]) -> Executor:
-    """Our optimizer over all parameters, AdamW for what the rule does not take.
-
-    Returns:
-        The optimizer.
-    """
-    rule = REGISTRY[name]
-    if rule.elementwise or rule.reduces:
-        return CLASSES[name]([*hidden, *rest])
-    groups = [{"params": hidden, "rule": name, "lr": 1e-6}, {"params": rest, "rule": "adamw", "lr": 1e-6}]
-    return Executor(groups)
-
-
-def references(name: str, hidden: list[Parameter], rest: list[Parameter]) -> list[torch.optim.Optimizer]:
-    """What torch has for the same algorithm.
-
-    Returns:
-        Optimizers that make one step together; none if torch has no such algorithm.
-    """
-    everything = [*hidden, *rest]
-    if name == "muon":
-        return [torch.optim.Muon(hidden, lr=1e-6, weight_decay=0.0), torch.optim.AdamW(rest, lr=1e-6, fused=True)]
-    if name == "adafactor":
-        return [torch.optim.Adafactor(everything, lr=1e-6)]
-    fused: dict[str, Callable[[], torch.optim.Optimizer]] = {
-        "adamw": lambda: torch.optim.AdamW(everything, lr=1e-6, fused=True),
-        "adam": lambda: torch.optim.Adam(everything, lr=1e-6, fused=True),
-        "sgd": lambda: torch.optim.SGD(everything, lr=1e-6, fused=True),
-    }
-    return [fused[name]()] if name in fused else []
+PRODUCTS: dict[str, tuple[torch.dtype, Callable[[float, float, float], float], str]] = {
+    "muon": (torch.bfloat16, newton_schulz, "5 (4 s²l + 2 s³)"),
+    "normuon": (torch.bfloat16, newton_schulz, "5 (4 s²l + 2 s³)"),
+    "swan": (torch.float32, lambda s, n, _: 3 * s * s * n + 45 * s**3, "3 s²l + 45 s³"),
+    "soap": (torch.float32, lambda s, n, _: 5 * s * n * (s + n), "5 sl (s + l)"),
+    "shampoo": (torch.float32, lambda s, n, _: 3 * s * n * (s + n), "3 sl (s + l)"),
+    "eigen_adam": (torch.float32, lambda s, n, _: 7 * s * s * n, "7 s²l"),
+    "psgd_kron": (torch.float32, lambda s, n, _: 6 * s * n * (s + n), "6 sl (s + l)"),
+    "galore": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
+    "galore_adafactor": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
+    "fira": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
+    "fira_plus": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
+    "apollo": (torch.float32, lambda s, n, r: 2 * s * n * r, "2 slr"),
+    "apollo_svd": (torch.float32, lambda s, n, r: 2 * s * n * r, "2 slr"),
+    "flora": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
+    "alice": (torch.float32, lambda s, n, r: 4 * s * n * r + n * r * r, "4 slr + lr²"),
+    "alice0": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
+    "dion": (torch.float32, lambda s, n, r: 8 * s * n * r + 4 * n * r * r, "8 slr + 4 lr²"),
+    "cosmos": (torch.float32, lambda s, n, r: newton_schulz(s, n, r) + 10 * s * n * r, "Newton-Schulz + 10 slr"),
+    "adapprox": (torch.float32, lambda s, n, r: 2 * s * n * r + 12 * s * n * (r + 5), "2 slr + 12 sl (r + 5)"),
+}
+"""Dtype and operations of the products of an ordinary step for an s x l matrix, s <= l, of rank r; products that give
+symmetric matrices count half, Newton-Schulz's in full."""
 
 
-def newton_schulz_flops(hidden: list[Parameter], steps: int = 5) -> float:
-    """Operations of the plain quintic iteration: 4 s^2 l + 2 s^3 per step and matrix, s the smaller side.
+class Rates(NamedTuple):
+    """What the machine does, measured."""
 
-    Returns:
-        Floating-point operations.
-    """
-    sides = [sorted(p.shape) for p in hidden]
-    return float(sum(steps * (4 * s * s * long + 2 * s**3) for s, long in sides))
+    bfloat16: float
+    """Operations per second of a matrix product."""
+    float32: float
 
 
-def matmul_rate(size: int = 1536) -> float:
-    """Measured bfloat16 matrix product.
+def matmul_rate(dtype: torch.dtype, size: int = 1024) -> float:
+    """Measured matrix product.
 
     Returns:
         Floating-point operations per second.
     """
-    a = torch.randn(size, size).bfloat16()
+    a, clock = torch.randn(size, size).to(dtype), clock_of(torch.get_num_threads())
     times = []
     for _ in range(7):
-        start = time.perf_counter()
-        _ = a @ a
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times)
+        start = clock()
+        _ = product(a, a)
+        times.append(clock() - start)
+    return 2 * size**3 / min(times)
 
 
-def take_turns(contenders: list[Contender], params: list[Parameter], grads: list[Tensor], rounds: int) -> list[float]:
+def floor(name: str, rule: Rule, matrices: Shapes, rest: Shapes, fused: float, rates: Rates) -> tuple[float, str]:
+    """The time below which a step cannot be.
+
+    Args:
+        name: of the optimizer.
+        rule: with its settings.
+        matrices: shapes the rule works on.
+        rest: shapes AdamW works on.
+        fused: seconds per byte of torch's fused AdamW.
+        rates: of matrix products.
+
+    Returns:
+        (seconds, what was counted).
+    """
+    moved = PASSES.get(rule.name, 12 + 2 * state_bytes(type(rule)))
+    if rule.name in PRODUCTS:
+        shape = matrices[0]
+        shaped = rule.declared(*shape)
+        moved = 12 + 2 * sum(4 * math.prod(x.shape(*shape)) for x in shaped.values()) / math.prod(shape)
+    moved = 16 if name in ("adamw-int8", "adamw-int8_grid", "adamw-fp8") else moved
+    seconds, said = fused * moved * sum(map(math.prod, matrices)), f"{moved:.0f} B"
+    if rule.name in PRODUCTS:
+        dtype, count, formula = PRODUCTS[rule.name]
+        rank = getattr(rule, "rank", 0)
+        done = sum(count(*sorted(s)[:2], min(rank, *s)) for s in matrices)
+        products = done / (rates.bfloat16 if dtype == torch.bfloat16 else rates.float32)
+        if products > seconds:
+            seconds, said = products, f"{done / 1e9:.3g} GFLOP: {formula}, {str(dtype).removeprefix('torch.')}"
+    return seconds + fused * 28 * sum(map(math.prod, rest)), said + (" + AdamW of the rest" if rest else "")
+
+
+# -- contenders -------------------------------------------------------------------------------------------------------
+
+
+def split(rule: Rule, hidden: list[Parameter], rest: list[Parameter]) -> tuple[list[Parameter], ...]:
+    """Which parameters a rule gets, and which AdamW.
+
+    Returns:
+        (the rule's, AdamW's).
+    """
+    if not (rule.elementwise or rule.reduces):
+        return hidden, rest
+    taken = [p for p in [*hidden, *rest] if rule.vectors or p.ndim > 1]
+    return taken, [p for p in rest if not rule.vectors and p.ndim < 2]
+
+
+def ours(name: str, matrices: list[Parameter], rest: list[Parameter], **settings: Any) -> Executor:
+    """Our optimizer, with AdamW for what the rule does not take.
+
+    Returns:
+        The optimizer.
+    """
+    given = {"rule": name.partition("-")[0], "lr": LR, **VARIANTS.get(name, {}), **settings}
+    groups = [{"params": matrices, **given}, {"params": rest, "rule": "adamw", "lr": LR}]
+    return Executor([group for group in groups if group["params"]])
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """What measures: CPU time of this thread where it is the only one."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def take_turns(
+    contenders: dict[str, Sequence[torch.optim.Optimizer]],
+    params: list[Parameter],
+    grads: list[Tensor],
+    steps: int,
+    clock: Callable[[], float],
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time contenders step by step.
 
     Args:
-        contenders: take turns in this order.
+        contenders: optimizers that make one step together, by name; they take turns in this order.
         params: shared by all.
         grads: copied into the parameters' gradients before every step.
-        rounds: timed steps of each, after two untimed ones.
+        steps: of each.
+        clock: gives seconds.
 
     Returns:
-        Median seconds of each contender's step.
+        (seconds of every step of each contender, the error of each peer that cannot take these parameters).
     """
-    times: list[list[float]] = [[] for _ in contenders]
-    for turn in range(rounds + 2):
-        for contender, taken in zip(contenders, times, strict=True):
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    failed: dict[str, str] = {}
+    for _ in range(steps):
+        for name in list(taken):
             for p, g in zip(params, grads, strict=True):
-                p.grad = g.clone()
-            start = time.perf_counter()
-            contender.step()
-            if turn >= 2:
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(t) for t in times]
+                if p.grad is None:  # some peers take it away
+                    p.grad = g.clone()
+                else:
+                    p.grad.copy_(g)
+            start = clock()
+            try:
+                for optimizer in contenders[name]:
+                    optimizer.step()
+            except Exception as error:
+                if name.startswith("ours"):
+                    raise
+                failed[name] = f"{type(error).__name__}: {error}"
+                del taken[name]
+                continue
+            taken[name].append(clock() - start)
+    return taken, failed
 
 
-def profile_adamw(params: list[Parameter], grads: list[Tensor]) -> None:
-    """Print every operation of an `adamw` step that touches as much memory as a parameter.
+def temporary_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """The most memory a step allocates at once.
+
+    Returns:
+        Bytes.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer.step()
+    inner = profile.profiler
+    assert inner is not None and inner.kineto_results is not None
+    events = sorted((e.start_ns(), e.nbytes()) for e in inner.kineto_results.events() if e.name() == "[memory]")
+    level = highest = 0
+    for _, change in events:
+        level += change
+        highest = max(highest, level)
+    return highest
+
+
+def measure(name: str, shapes: str, threads: int, rounds: int, *, alone: bool = False) -> dict[str, Any]:
+    """One row: an optimizer beside torch's fused AdamW and its peers.
 
     Args:
-        params: any.
-        grads: one per parameter.
+        name: `rule` or `rule-variant`.
+        shapes: of `SETS`.
+        threads: of torch.
+        rounds: timed steps of each contender, after two untimed ones; two intervals where state is refreshed.
+        alone: leave the peers out.
+
+    Returns:
+        What `--jsonl` keeps.
     """
-    optimizer = CLASSES["adamw"](params)
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g.clone()
-    optimizer.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-        optimizer.step()
-    events = [e for e in profile.events() or [] if e.name.startswith("aten::")]
-    sized = [e for e in events if "_fused_adamw_" in e.name or any(s and len(s) > 1 for s in e.input_shapes)]
-    count = {name: sum(e.name == name for e in sized) for name in {e.name for e in sized}}
-    print(f"\noperations of an adamw step over parameter-sized memory, by profile: {count}")
+    torch.manual_seed(0)
+    hidden, others = ([Parameter(0.02 * torch.randn(s)) for s in part] for part in SETS[shapes]())
+    params = [*hidden, *others]
+    grads = [1e-3 * torch.randn_like(p) for p in params]
+    plain = REGISTRY[name.partition("-")[0]]()
+    matrices, rest = split(plain, hidden, others)
+    policies = POLICIES if plain.costly else ("",)
+    made = {p: ours(name, matrices, rest, **({"refresh": p} if p else {})) for p in policies}
+    contenders: dict[str, Sequence[torch.optim.Optimizer]] = {f"ours {p}".strip(): [x] for p, x in made.items()}
+    contenders["fused AdamW"] = [torch.optim.AdamW(params, lr=LR, fused=True)]
+    found = {} if alone else peers(name)
+    for package, build in found.items():
+        contenders[package] = build(matrices, rest, INTERVAL)
+    steps = 1 + 2 * INTERVAL if plain.costly else 2 + rounds
+    taken, failed = take_turns(contenders, params, grads, steps, clock_of(threads))
+    optimizer = made[policies[0]]
+    count, mine = sum(p.numel() for p in params), sum(p.numel() for p in matrices)
+    kept = sum(t.nbytes for p in matrices for t in optimizer.state[p].values())
+    rates = Rates(matmul_rate(torch.bfloat16), matmul_rate(torch.float32))
+    fused = statistics.median(taken["fused AdamW"][2:])
+    sizes = [[tuple(p.shape) for p in part] for part in (matrices, rest)]
+    seconds, said = floor(name, plain, *sizes, fused / (28 * count), rates)
+    return {
+        "optim": name,
+        "shapes": shapes,
+        "threads": threads,
+        "torch": torch.__version__,
+        "parameters": count,
+        "floor": seconds,
+        "counted": said,
+        "state": kept / mine,
+        "temporary": temporary_bytes(optimizer),
+        "rates": rates._asdict(),
+        "missing": [] if alone else [package for package in known(name) if package not in found],
+        "failed": failed,
+        "seconds": taken,
+    }
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def ordinary(name: str, row: dict[str, Any]) -> float:
+    """A contender's step that refreshes nothing: the median."""
+    return statistics.median(row["seconds"][name][2:])
+
+
+def amortised(name: str, row: dict[str, Any]) -> float:
+    """A contender's mean step over whole intervals, the first step apart."""
+    return statistics.fmean(row["seconds"][name][1:])
+
+
+def fastest(row: dict[str, Any], seconds: Callable[[str, dict[str, Any]], float]) -> str | None:
+    """The peer with the fastest step, if there is one."""
+    others = [k for k in row["seconds"] if k != "fused AdamW" and not k.startswith("ours")]
+    return min(others, key=lambda k: seconds(k, row), default=None)
+
+
+def step_cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table of ordinary steps.
+
+    Returns:
+        Its cells.
+    """
+    mine = next(k for k in row["seconds"] if k.startswith("ours"))
+    step, fused, peer = ordinary(mine, row), ordinary("fused AdamW", row), fastest(row, ordinary)
+    missing = "peer not installed" if row["missing"] else "-"
+    beside = [missing, "-", "-"]
+    if peer:
+        theirs = ordinary(peer, row)
+        beside = [peer, f"{theirs / fused:.2f}", f"**{theirs / step:.2f}**"]
+    temporary = f"{row['temporary'] / 2**20:.1f}"
+    floors = [f"{step / row['floor']:.2f}", row["counted"]]
+    return [row["optim"], f"{step / fused:.2f}", *floors, f"{row['state']:.2f}", temporary, *beside]
+
+
+STEP_HEAD = (
+    "optimizer | / fused AdamW | / floor | floor per parameter | state B per parameter | temporary MiB | fastest peer "
+    "| peer / fused AdamW | peer / ours"
+).split(" | ")
+
+
+def refresh_cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table of steps with refreshes.
+
+    Returns:
+        Its cells.
+    """
+    fused, peer = ordinary("fused AdamW", row), fastest(row, amortised)
+    cells = [row["optim"]]
+    for policy in POLICIES:
+        mean, worst = amortised(f"ours {policy}", row), max(row["seconds"][f"ours {policy}"][1:])
+        cells += [f"{mean / fused:.1f}", f"{worst / fused:.1f}", f"{worst / mean:.2f}"]
+    if peer is None:
+        return [*cells, "peer not installed" if row["missing"] else "-", "-", "-"]
+    theirs = amortised(peer, row)
+    return [*cells, peer, f"{theirs / fused:.1f}", f"**{theirs / amortised(f'ours {POLICIES[0]}', row):.2f}**"]
+
+
+REFRESH_HEAD = ["optimizer"]
+for _policy in POLICIES:
+    REFRESH_HEAD += [f"`{_policy}` mean", "worst", "worst / mean"]
+REFRESH_HEAD += ["fastest peer", "peer's mean", "peer / ours"]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table.
+
+    Returns:
+        Its lines.
+    """
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Every row of a file, one or two tables per set of shapes.
+
+    Returns:
+        Markdown.
+    """
+    out = []
+    for shapes in SETS:
+        some = sorted((r for r in rows if r["shapes"] == shapes), key=lambda r: r["optim"])
+        if not some:
+            continue
+        first = some[0]
+        scale = f"; all layers take {LAYERS[shapes]} times as long" if shapes in LAYERS else ""
+        rates = {k: statistics.median(r["rates"][k] for r in some) / 1e9 for k in first["rates"]}
+        measured = ", ".join(f"{k} products {x:.0f} GFLOP/s" for k, x in rates.items())
+        out.append(
+            f"### {shapes}: {first['parameters'] / 1e6:.1f}M parameters{scale}\n\n{first['threads']} thread(s), "
+            f"torch {first['torch']}, {measured}.\n\n" + markdown(STEP_HEAD, map(step_cells, some))
+        )
+        if costly := [r for r in some if f"ours {POLICIES[0]}" in r["seconds"]]:
+            out.append(
+                "With refreshes, in steps of fused AdamW:\n\n" + markdown(REFRESH_HEAD, map(refresh_cells, costly))
+            )
+    return "\n\n".join(out)
+
+
+def read(path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
+    """What a JSONL file holds; of rows measured twice, the later.
+
+    Returns:
+        Rows by (shapes, optimizer).
+    """
+    lines = path.read_text().splitlines() if path is not None and path.exists() else []
+    return {(row["shapes"], row["optim"]): row for row in map(json.loads, lines)}
+
+
+MARKS = "<!-- step_time: generated -->", "<!-- /step_time -->"
+
+
+def between_marks(path: Path, text: str) -> None:
+    """Replace what a file has between its marks."""
+    before, _, rest = path.read_text().partition(MARKS[0])
+    path.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 
 def main() -> None:
     """Parse the command line, measure and print."""
+    names = [*sorted(REGISTRY), *VARIANTS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optim", nargs="+", default=["muon", "adamw", "lion", "adafactor"], choices=sorted(REGISTRY))
-    parser.add_argument("--shapes", default="gpt2", choices=sorted(SETS))
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each contender")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--optim", nargs="+", default=names, choices=names, metavar="NAME", help="default: all")
+    parser.add_argument("--shapes", nargs="+", default=["llama60m"], choices=list(SETS), help="default: llama60m")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contender")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jsonl", type=Path, help="append rows to this file, and leave out those that it has")
+    parser.add_argument("--again", action="store_true", help="measure rows that the file has, too")
+    parser.add_argument("--alone", action="store_true", help="without peers")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, print the file")
+    parser.add_argument("--readme", type=Path, help="with --tables: write them between this file's marks")
     args = parser.parse_args()
+    warnings.simplefilter("ignore")  # the peers'
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    hidden, rest = ([Parameter(0.02 * torch.randn(s)) for s in shapes] for shapes in SETS[args.shapes]())
-    params = [*hidden, *rest]
-    grads = [1e-3 * torch.randn_like(p) for p in params]
-    count = sum(p.numel() for p in params)
-    rate = matmul_rate()
-    print(
-        f"{args.shapes}: {count / 1e6:.1f}M parameters, {args.threads} threads, torch {torch.__version__}, "
-        f"bfloat16 matmul {rate / 1e9:.0f} GFLOP/s, median of {args.rounds} alternating steps\n"
-    )
-    print("| optimizer | / reference | / torch fused AdamW | / floor | floor | state bytes per parameter |")
-    print("|---|---|---|---|---|---|")
-    for name in args.optim:
-        adamw = Contender(references("adamw", hidden, rest))
-        mine = Contender([ours(name, hidden, rest)])
-        theirs = references(name, hidden, rest)
-        contenders = [mine, adamw] + ([Contender(theirs)] if theirs and name != "adamw" else [])
-        seconds = take_turns(contenders, params, grads, args.rounds)
-        reference = f"{seconds[0] / seconds[-1]:.2f}" if theirs else "-"
-        state = sum(t.nbytes for s in mine.optimizers[0].state.values() for t in s.values()) / count
-        if name == "muon":
-            left = sum(p.numel() for p in rest) / count
-            floor, what = newton_schulz_flops(hidden) / rate + left * seconds[1], "Newton-Schulz + AdamW of the rest"
-        else:
-            moved = 12 + 2 * state_bytes(REGISTRY[name])
-            floor, what = seconds[1] * moved / 28, f"{moved:.0f} B per parameter"
-        cells = name, reference, f"{seconds[0] / seconds[1]:.2f}", f"{seconds[0] / floor:.2f}", what, f"{state:.2f}"
-        print(f"| {' | '.join(cells)} |", flush=True)
-    profile_adamw(params, grads)
+    rows = read(args.jsonl)
+    if args.tables:
+        text = tables(list(rows.values()))
+        print(text) if args.readme is None else between_marks(args.readme, text)
+        return
+    for shapes in args.shapes:
+        for name in args.optim:
+            if (shapes, name) in rows and not args.again:
+                continue
+            row = rows[shapes, name] = measure(name, shapes, args.threads, args.rounds, alone=args.alone)
+            if args.jsonl is not None:
+                with args.jsonl.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            print(shapes, " | ".join(step_cells(row)), flush=True)
+            if REGISTRY[name.partition("-")[0]].costly:
+                print("   with refreshes: ", " | ".join(refresh_cells(row)), flush=True)
+    print("\n" + tables([row for (shapes, name), row in rows.items() if shapes in args.shapes and name in args.optim]))
 
 
 if __name__ == "__main__":

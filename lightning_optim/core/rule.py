@@ -17,7 +17,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.ops.moments import weighted_sum
+from lightning_optim.ops.runs import rows_of
 from lightning_optim.refresh import RECORD, parse
 
 ADAMW_RMS = 0.2
@@ -33,6 +34,9 @@ ADAMW_RMS = 0.2
 
 Observable = Literal["gauss_newton", "hutchinson", "factors"]
 """What a trainer can measure beside the gradient; `Rule.observe` says what each is."""
+
+Rows = Callable[[slice], Tensor]
+"""Gives the direction of some rows of every matrix of a stack, `[b, rows, n]`."""
 
 REGISTRY: dict[str, type[Rule]] = {}
 """Every rule that has been imported, by name."""
@@ -146,6 +150,9 @@ class Rule:
     joint: ClassVar[bool] = False
     """`prepare` sees the gradients of all parameters of the rule at once. Only for parameters that are whole."""
 
+    compiles: ClassVar[bool] = True
+    """`update` of a rule that is elementwise or reduces can be traced, with t as a 0-d tensor and without its lr."""
+
     decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "before"
     """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
     adamw_settings: ClassVar[Mapping[str, Any]] = {}
@@ -204,7 +211,7 @@ class Rule:
             slots["refreshed"] = zeros(f"1{len(RECORD)}")
         return {k: dataclasses.replace(s, rank=rank) if "r" in s.letters else s for k, s in slots.items()}
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:
         """The direction d of `p <- p - lr d`, and the new state.
 
         Args:
@@ -219,7 +226,9 @@ class Rule:
             t: number of this step for these parameters, from 1.
 
         Returns:
-            The direction, shaped like `g`, finite for a zero gradient; ignored where the rule `rests`.
+            The direction, shaped like `g`, finite for a zero gradient; ignored where the rule `rests`. A rule that
+            reduces may give it by `Rows`, which may read `g`, `p` and the state it left: each run of rows
+            (`ops.runs`) is asked for once, before its parameters are written.
         """
         raise NotImplementedError
 
@@ -418,6 +427,27 @@ class Averaging(Rule):
         """
         count = len(self.momentum_kernel or "1")
         return [f"{self.first_moment}_{k}" if k else self.first_moment for k in range(count)]
+
+    def held(self, s: SimpleNamespace) -> list[Tensor]:
+        """The means in the state.
+
+        Returns:
+            In the order of `means`.
+        """
+        return [getattr(s, name) for name in self.means()]
+
+    def seen(self, means: Sequence[Tensor], run: slice | None = None) -> SimpleNamespace:
+        """A state of nothing but means.
+
+        Args:
+            means: as `held` gives them, or the same rows of each.
+            run: take only these rows of them.
+
+        Returns:
+            What `averaged` and `blended` take for the state.
+        """
+        views = means if run is None else [rows_of(x, run) for x in means]
+        return SimpleNamespace(**dict(zip(self.means(), views, strict=True)))
 
     def averaged(self, s: SimpleNamespace, x: Tensor, beta: float, t: int) -> Tensor:
         """Take a gradient into the means.

@@ -8,20 +8,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from lightning_optim.core import chunks, constraint, layout, storage
+from lightning_optim.core import chunks, compiled, constraint, layout, storage
 from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.constraint import Factors
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot
+from lightning_optim.core.rule import ADAMW_RMS, Rows, Rule, Slot
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
 from lightning_optim.core.travel import Replicas, Team
 from lightning_optim.ops.eigenbasis import overlap
 from lightning_optim.ops.noise import normal
 from lightning_optim.ops.rounding import hash_key, indices, stochastic_round
+from lightning_optim.ops.runs import rows_of, runs
 from lightning_optim.refresh import parse
 
 
@@ -317,8 +318,36 @@ def _no_index() -> Tensor:
     raise AssertionError("only rounding to bfloat16 asks for indices")
 
 
+def _by_graph(job: Job, w: Work) -> bool:
+    """Step one parameter by a compiled graph, if its group asks for that and it can be."""
+    rule, group, p = job.rule, job.group, layout.local(w.param)
+    if (
+        not group["compile"]
+        or constraint.shapes_step(group)
+        or group["cautious_decay"]
+        or group.get("role") == "vector"
+    ):
+        return False
+    state = {key: layout.local(w.state[key]) for key, form in w.forms.items() if form.direct(p.device)}
+    wide = p.dtype == storage.work_dtype(p.dtype) and len(state) == len(w.forms) and not rule.rests(w.t)
+    if not wide or (rule.reduces and (w.transposed or w.parts[0].rows or len(w.parts) > 1)):
+        return False
+    g = w.gradient()
+    if not compiled.takes(rule, [p, g, *state.values()]):
+        return False
+
+    def seen(x: Tensor) -> Tensor:
+        return x.view(-1) if rule.elementwise else x.view(w.dims if x.shape == p.shape else (w.dims[0], *x.shape[-2:]))
+
+    views = {key: seen(x) for key, x in state.items()}
+    compiled.step(rule, seen(p), seen(g), views, w.t, rule.lr * factor_of(job, w.dims))
+    return True
+
+
 def update_elementwise(job: Job, w: Work) -> None:
-    """Walk over one parameter in flat blocks."""
+    """Walk over one parameter in flat blocks, unless a graph does it."""
+    if _by_graph(job, w):
+        return
     rule, p = job.rule, layout.local(w.param)
     dtype, write = storage.work_dtype(p.dtype), _Write(job, w)
     kept = kept_slots(job, w)
@@ -343,7 +372,7 @@ def update_elementwise(job: Job, w: Work) -> None:
                 gb = gb.add(pb, alpha=rule.weight_decay)
             s = SimpleNamespace(**views)
             s.vote = torch.sign if w.replicas is None else w.replicas.vote
-            d = rule.update(gb, s, pb.to(dtype) if rule.reads_param else None, w.t)
+            d = cast("Tensor", rule.update(gb, s, pb.to(dtype) if rule.reads_param else None, w.t))
             for key, value in storage.untangled(views, {k: getattr(s, k) for k in views}).items():
                 if value is not views[key]:
                     views[key].copy_(value)
@@ -383,15 +412,38 @@ def update_stack(
     kept = [kept_slots(job, w) for w in chunk]
     opened = [with_values(w, slots) for w, slots in zip(chunk, kept, strict=True)]
     pieces = zip(*(w.pieces(job.rule) for w in opened), strict=True)
-    found = [_directions(job, piece, params, gradients, frame) for piece in pieces]
+    plain = sink is None and (frame is None or frame.cut is None) and not constraint.shapes_step(job.group)
+    by_rows = plain and _goes_by_rows(chunk)
+    if by_rows and job.rule.reduces and _by_graph(job, chunk[0]):
+        return
+    found = [_directions(job, piece, params, gradients, frame, by_rows) for piece in pieces]
     for w, slots in zip(opened, kept, strict=True):
         for key, x in slots.items():
             x.close_all(w.state[key])
     if job.rule.rests(chunk[0].t):
         return
     for w, like, *ds in zip(chunk, gradients, *found, strict=True):
-        d = _joined(job, w, ds, like)
-        sink(w, d) if sink else apply(job, w, d)
+        if isinstance(ds[0], Tensor):
+            d = _joined(job, w, cast("list[Tensor]", ds), like)
+            sink(w, d) if sink else apply(job, w, d)
+        else:
+            _apply_rows(job, w, ds[0])
+
+
+def _goes_by_rows(chunk: Sequence[Work]) -> bool:
+    """Whether a stack is one parameter whose memory is that of its matrices."""
+    w, p = chunk[0], layout.local(chunk[0].param)
+    plain = len(chunk) == len(w.parts) == 1 and w.parts[0].rows is None and p.dtype == storage.work_dtype(p.dtype)
+    return plain and (p.ndim < 3 or (p.is_contiguous() and not w.transposed))
+
+
+def _apply_rows(job: Job, w: Work, rows: Rows) -> None:
+    """Take the step of one parameter in runs of rows."""
+    write = _Write(job, w)
+    p = chunks.turned(layout.local(w.param), w.transposed)
+    p = p.view(w.dims)
+    for run in runs(p):
+        write(rows_of(p, run), rows(run))
 
 
 def _joined(job: Job, w: Work, pieces: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -412,8 +464,9 @@ def _directions(
     params: Sequence[Tensor],
     gradients: Sequence[Tensor],
     frame: layout.StackLayout | None,
-) -> Sequence[Tensor]:
-    """Call a rule on one stack and store the state it leaves."""
+    by_rows: bool,
+) -> Sequence[Tensor | Rows]:
+    """Call a rule on one stack and store the state it leaves; directions by rows are the caller's wish."""
     rule, first = job.rule, chunk[0]
     dims = b, m, n = first.dims if frame is None or frame.cut is None else frame.local_dims
     dtype = storage.work_dtype(first.param.dtype)
@@ -438,7 +491,9 @@ def _directions(
     left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
     for k, value in storage.untangled(before, left).items():
         storage.write(entries[k], value)
-    return unwrap(d).split(b)
+    if isinstance(d, Tensor):
+        return unwrap(d).split(b)
+    return [d] if by_rows else unwrap(d(slice(0, m))).split(b)
 
 
 def stacked_state(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import LinAlgError, eigh, orthonormal
 from lightning_optim.ops.moments import gram
 from lightning_optim.ops.projection import project
@@ -63,7 +64,7 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
     if n == r:
         found, chance = (old * new).sum(-2).square().mean(-1), 1 / n
     else:
-        found, chance = (old.mT @ new).square().sum((-2, -1)) / r, r / n
+        found, chance = (product(old.mT, new)).square().sum((-2, -1)) / r, r / n
     return ((found - chance) / (1 - chance) if n > 1 else found).amin()
 
 
@@ -91,7 +92,7 @@ def off_diagonal(x: Tensor, q: Tensor, t: int = 0, top: int = 32, others: int = 
     shift = t * GOLDEN % 1
     rest = [top + int((i + shift) * step) for i in range(count)]
     columns = q[..., [*range(top), *rest]]
-    off = _residual(x @ columns, columns)
+    off = _residual(product(x, columns), columns)
     total = off[..., :top].sum(-1) + off[..., top:].sum(-1) * step
     return (total.clamp_min(0) / x.square().sum((-2, -1)).clamp_min(1e-30)).sqrt().clamp_max(1)
 
@@ -130,7 +131,7 @@ def follow_eigenbasis(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (new basis, order of the old columns `[..., n]`).
     """
-    power = x @ q
+    power = product(x, q)
     order = (q * power).sum(-2).argsort(dim=-1, descending=True)
     sorted_power = power.gather(-1, order.unsqueeze(-2).expand_as(power))
     return orthonormal(sorted_power), order

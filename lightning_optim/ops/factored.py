@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from lightning_optim.ops.runs import RUN, squares, swept
 
 
 def mean(x: Tensor, dim: int) -> Tensor:
@@ -19,33 +23,94 @@ def mean(x: Tensor, dim: int) -> Tensor:
     return x.sum(dim=dim, keepdim=True) / x.shape[dim]
 
 
-def update_means_(row: Tensor, column: Tensor, square: Tensor, weight: float, eps: float = 0.0) -> None:
-    """Move row and column means towards those of a matrix of squares.
+def update_means_(
+    row: Tensor, column: Tensor, x: Callable[..., Tensor], weight: float, eps: float = 0.0, *, of: tuple[Tensor, ...]
+) -> None:
+    """Move row and column means towards those of a matrix's squares, in one pass.
 
     Means over columns by `vector_norm(dim=-2)` would need no squares, but take ten times as long on a CPU.
 
     Args:
         row: `[..., m, 1]`, written.
         column: `[..., 1, n]`, written.
-        square: `[..., m, n]`, at least zero.
+        x: gives some rows of the matrix, a tensor that may be written, out of these rows of the tensors `of`.
         weight: of the new means.
         eps: added to them.
+        of: `[..., m, n]`, or what `swept` takes.
     """
-    row.lerp_(mean(square, -1) + eps, weight)
-    column.lerp_(mean(square, -2) + eps, weight)
+
+    def sums(row: Tensor, *views: Tensor) -> tuple[Tensor]:
+        found = x(*views)
+        square = found.mul_(found) if all(found is not view for view in views) else found * found
+        row.lerp_(mean(square, -1) + eps, weight)
+        return (square.sum(dim=-2, keepdim=True),)
+
+    (total,) = swept(sums, row, *of)
+    column.lerp_(total / row.shape[-2] + eps, weight)
 
 
-def over_root(x: Tensor, row: Tensor, column: Tensor, out: Tensor) -> Tensor:
-    """X over the root of the second moment that has these means, V = row column / mean(row).
+def inverse_roots(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of one over the root of the second moment that has these means, V = row column / mean(row).
+
+    Args:
+        row: positive means of the rows, `[..., m, 1]`.
+        column: positive means of the columns, `[..., 1, n]`.
+
+    Returns:
+        (left `[..., m, 1]`, right `[..., 1, n]`) with left right = 1 / sqrt(V).
+    """
+    return (row / mean(row, -2)).rsqrt_(), column.rsqrt()
+
+
+def scaled(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """A matrix with its rows and columns multiplied.
 
     Args:
         x: `[..., m, n]`.
-        row: positive means of the rows, `[..., m, 1]`.
-        column: positive means of the columns, `[..., 1, n]`.
-        out: takes the result, shaped like `x`.
+        left: factors of the rows, `[..., m, 1]`.
+        right: factors of the columns, `[..., 1, n]`.
 
     Returns:
-        `out`.
+        A new tensor.
     """
-    torch.mul(x, (row / mean(row, -2)).rsqrt_(), out=out)
-    return out.mul_(column.rsqrt())
+    return (x * left).mul_(right)
+
+
+def over_root(x: Tensor, row: Tensor, column: Tensor, least: float, factor: Tensor | None = None) -> Tensor:
+    """X / sqrt(max(row column, least)), times a factor.
+
+    On a CPU, a run of rows of a large matrix in which no entry of V is that small is scaled by rows and columns, which
+    is half the work.
+
+    Args:
+        x: `[..., m, n]`.
+        row: `[..., m, 1]`.
+        column: `[..., 1, n]`.
+        least: the smallest second moment.
+        factor: one per matrix, `[..., 1, 1]`.
+
+    Returns:
+        A new tensor.
+    """
+    alone = x.shape[:-2].numel() == 1 and x.numel() >= RUN // 2 and x.device.type == "cpu" and type(x) is Tensor
+    if alone and not torch.compiler.is_compiling() and bool(row.amin() * column.amin() > least):
+        left = row.rsqrt()
+        return scaled(x, left if factor is None else left * factor, column.rsqrt())
+    out = (row * column).clamp_(min=least).rsqrt_().mul_(x)
+    return out if factor is None else out.mul_(factor)
+
+
+def clipping(x: Callable[..., Tensor], limit: float, *, of: tuple[Tensor, ...]) -> Tensor:
+    """What every matrix is divided by so that its root mean square is at most a limit, in one pass.
+
+    Args:
+        x: gives some rows of the matrix out of these rows of the tensors `of`.
+        limit: of the root mean square.
+        of: `[..., m, n]`, or what `swept` takes; the first is of the shape of x.
+
+    Returns:
+        max(1, RMS(x) / limit), `[..., 1, 1]`.
+    """
+    (total,) = swept(lambda *views: (squares(x(*views)),), *of)
+    m, n = of[0].shape[-2:]
+    return (total.sqrt() / ((m * n) ** 0.5 * limit)).clamp_(min=1.0)

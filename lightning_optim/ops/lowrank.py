@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import complement, eigh, orthonormal
 
 
@@ -39,9 +40,9 @@ def leading_basis(x: Tensor, rank: int) -> Tensor:
         Orthonormal columns by falling singular value, `[..., m, rank]`, their largest entries positive.
     """
     if x.shape[-2] <= x.shape[-1]:
-        u = eigh(x @ x.mT).vectors[..., :rank]
+        u = eigh(product(x, x.mT)).vectors[..., :rank]
     else:
-        u = orthonormal(x @ eigh(x.mT @ x).vectors[..., :rank])
+        u = orthonormal(product(x, eigh(product(x.mT, x)).vectors[..., :rank]))
     return aligned(u, torch.zeros_like(u))
 
 
@@ -62,11 +63,11 @@ def range_basis(x: Tensor, sketch: Tensor, rank: int, power: int = 1) -> Tensor:
     Returns:
         Orthonormal columns by falling singular value, `[..., m, rank]`.
     """
-    q = orthonormal(x @ sketch)
+    q = orthonormal(product(x, sketch))
     for _ in range(power):
-        q = orthonormal(x @ (x.mT @ q))
-    inner = q.mT @ x
-    return q @ eigh(inner @ inner.mT).vectors[..., :rank]
+        q = orthonormal(product(x, product(x.mT, q)))
+    inner = product(q.mT, x)
+    return product(q, eigh(product(inner, inner.mT)).vectors[..., :rank])
 
 
 def follow_subspace(multiply: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def follow_subspace(multiply: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     """
     power = multiply(u)
     h = orthonormal(power)
-    new = h @ eigh(h.mT @ multiply(h)).vectors
+    new = product(h, eigh(product(h.mT, multiply(h))).vectors)
     return torch.where(power.any(-1, keepdim=True).any(-2, keepdim=True), aligned(new, u), u)
 
 

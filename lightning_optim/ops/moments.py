@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_optim.ops.kernels.products import product
+from lightning_optim.ops.runs import swept
+
 Sides = Literal["both", "left", "right", "short"]
 
 
@@ -37,7 +40,7 @@ def gram(x: Tensor, *, left: bool) -> Tensor:
     Returns:
         `[..., m, m]` or `[..., n, n]`.
     """
-    return x @ x.mT if left else x.mT @ x
+    return product(x, x.mT) if left else product(x.mT, x)
 
 
 def average_square_(v: Tensor, x: Tensor, beta: float) -> None:
@@ -87,30 +90,46 @@ def weighted_sum(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def rank_one(a: Tensor, iterations: int = 5) -> tuple[Tensor, Tensor]:
+def rank_one(a: Tensor, iterations: int = 5, *, squared: bool = False) -> tuple[Tensor, Tensor]:
     """Fit a non-negative matrix by an outer product q s^T (Gong et al. 2025, arXiv:2502.07752, Prop. 3).
 
         q = 1;  repeat:  s = A^T q / |q|^2;  q = A s / |s|^2
 
     This is a power iteration: q and s tend to the principal left and right singular vectors, and q s^T to that
-    singular value times their outer product, at a rate of (sigma_2 / sigma_1)^2 per iteration.
+    singular value times their outer product, at a rate of (sigma_2 / sigma_1)^2 per iteration. One pass over A takes
+    q of an iteration and A^T q of the next.
 
     Args:
         a: `[..., m, n]`, non-negative.
         iterations: at least 1.
+        squared: fit the squares of `a`, which may be negative then.
 
     Returns:
         (q `[..., m, 1]`, s `[..., 1, n]`), the scale of `a` in s; zeros for a zero matrix.
     """
     tiny = torch.finfo(a.dtype).tiny
-    q = torch.ones_like(a[..., :1])
-    s = a[..., :1, :]
-    for _ in range(iterations):
-        s = (q / (q * q).sum(-2, keepdim=True).clamp(min=tiny)).mT @ a
+
+    def entries(x: Tensor) -> Tensor:
+        return x * x if squared else x
+
+    (s,) = swept(lambda x: (entries(x).sum(dim=-2, keepdim=True),), a)
+    s, parts = s / a.shape[-2], []
+    for last in [False] * (iterations - 1) + [True]:
         top = s.amax(-1, keepdim=True).clamp(min=tiny)  # squares of small gradients' squares would underflow
         unit = s / top
-        q = a @ (unit / (unit * unit).sum(-1, keepdim=True).clamp(min=tiny) / top).mT
-    return q, s
+        weights, parts = (unit / (unit * unit).sum(-1, keepdim=True).clamp(min=tiny) / top).mT, []
+
+        def take(x: Tensor, weights: Tensor = weights, parts: list[Tensor] = parts, last: bool = last) -> list[Tensor]:
+            x = entries(x)
+            parts.append(x @ weights)
+            return [] if last else [parts[-1].mT @ x, (parts[-1] * parts[-1]).sum(-2, keepdim=True)]
+
+        if not last:
+            product_, size = swept(take, a)
+            s = product_ / size.clamp(min=tiny)
+        else:
+            swept(take, a)
+    return torch.cat(parts, -2) if len(parts) > 1 else parts[0], s
 
 
 def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float) -> Tensor:
@@ -127,6 +146,6 @@ def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float) -> Te
         The ratio.
     """
     d = v.sqrt().add_(eps * root)
-    if mean != root:
+    if isinstance(mean, Tensor) or mean != root:
         d.mul_(mean / root)
     return torch.div(m, d, out=d)

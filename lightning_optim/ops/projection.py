@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import singular_vectors
 from lightning_optim.ops.lowrank import aligned, follow_subspace, range_basis
 from lightning_optim.ops.norms import norm
@@ -51,8 +52,8 @@ def project(x: Tensor, left: Tensor | None = None, right: Tensor | None = None) 
     Returns:
         `[..., m or r, n or r]`.
     """
-    x = x if left is None else left.mT @ x
-    return x if right is None else x @ right
+    x = x if left is None else product(left.mT, x)
+    return x if right is None else product(x, right)
 
 
 def lift(x: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
@@ -66,8 +67,8 @@ def lift(x: Tensor, left: Tensor | None = None, right: Tensor | None = None) -> 
     Returns:
         `[..., m, n]`.
     """
-    x = x if left is None else left @ x
-    return x if right is None else x @ right.mT
+    x = x if left is None else product(left, x)
+    return x if right is None else product(x, right.mT)
 
 
 def leading_vectors(
@@ -99,7 +100,7 @@ def leading_vectors(
         if exact:
             new = exact[side][..., :rank]
         elif method == "subspace_iteration" and not first:
-            new = follow_subspace(lambda u, y=y: y @ (y.mT @ u), basis)
+            new = follow_subspace(lambda u, y=y: product(y, product(y.mT, u)), basis)
         else:
             new = range_basis(y, sketch(side)[..., : min(x.shape[-2:])], rank)
         out[side] = aligned(new, basis) if first else torch.where(norm(x) > 0, aligned(new, basis), basis)

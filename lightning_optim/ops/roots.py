@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import LinAlgError, eigh
 
 Method = Literal["eigh", "newton"]
@@ -47,7 +48,7 @@ def coupled_newton(x: Tensor, root: int, iterations: int = 100, tolerance: float
     result, m = z ** (1 / root) * eye, z * x
     for _ in range(iterations):
         step = ((root + 1) * eye - m) / root
-        later, rest = result @ step, torch.linalg.matrix_power(step, root) @ m
+        later, rest = product(result, step), product(_power(step, root), m)
         if tolerance:
             active = _largest(m - eye) > tolerance
             if not active.any():
@@ -55,6 +56,15 @@ def coupled_newton(x: Tensor, root: int, iterations: int = 100, tolerance: float
             later, rest = torch.where(active, later, result), torch.where(active, rest, m)
         result, m = later, rest
     return Newton(result, _largest(m - eye))
+
+
+def _power(x: Tensor, exponent: int) -> Tensor:
+    """An integer power of at least 1, by squaring."""
+    if exponent == 1:
+        return x
+    half = _power(x, exponent // 2)
+    square = product(half, half)
+    return product(square, x) if exponent % 2 else square
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -84,7 +94,7 @@ def inverse_power(x: Tensor, exponent: float, eps: float = 0.0) -> Tensor:
     else:
         floor = (size * kind.eps * values[..., :1]).clamp(min=kind.tiny)
         powers = torch.where(values > floor, values.clamp(min=kind.tiny).pow(-exponent), 0.0)
-    return vectors * powers.unsqueeze(-2) @ vectors.mT
+    return product(vectors * powers.unsqueeze(-2), vectors.mT)
 
 
 def inverse_root(

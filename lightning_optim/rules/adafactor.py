@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Rule, Slot, zeros
-from lightning_optim.ops.factored import mean, over_root, update_means_
+from lightning_optim.core.rule import ADAMW_RMS, Rows, Rule, Slot, zeros
+from lightning_optim.ops.factored import clipping, inverse_roots, mean, over_root, scaled, update_means_
 from lightning_optim.ops.norms import clip_rms_, rms
+from lightning_optim.ops.runs import rows_of, swept
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Adafactor(Rule):
     state: ClassVar = {"row_var": zeros("m1"), "col_var": zeros("1n")}
     vector_state: ClassVar = {"variance": zeros("mn", nonnegative=True)}
     reduces: ClassVar = True
+    compiles: ClassVar = False  # its step depends on lr and t by comparisons
     last_two: ClassVar = True
     reads_param: ClassVar = True
     adamw_settings: ClassVar = {"scale_parameter": False}
@@ -61,21 +63,22 @@ class Adafactor(Rule):
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return None if self.scale_parameter else self.d
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
         eps1 = torch.finfo(g.dtype).eps if self.eps1 is None else self.eps1
-        weight = t**self.beta2_decay
-        u = g * g
+        weight, of = t**self.beta2_decay, (g,)
         if hasattr(s, "variance"):
-            s.variance.lerp_(u, weight)
-            u.copy_(s.variance)
+            of = g, s.variance.lerp_(g * g, weight), g.new_ones(1, 1, 1)
         else:
-            update_means_(s.row_var, s.col_var, u, weight)
-            torch.mul(s.row_var / mean(s.row_var, -2).clamp(min=eps1), s.col_var, out=u)
-        u.clamp_(min=eps1 * eps1).rsqrt_().mul_(g)
-        factor = _relative(self.lr, t) / (rms(u) / self.d).clamp(min=1.0)
+            update_means_(s.row_var, s.col_var, lambda g: g, weight, of=(g,))
+            of = g, s.row_var / mean(s.row_var, -2).clamp(min=eps1), s.col_var
+
+        def ratio(g: Tensor, row: Tensor, column: Tensor, factor: Tensor | None = None) -> Tensor:
+            return over_root(g, row, column, eps1 * eps1, factor)
+
+        factor = _relative(self.lr, t) / clipping(ratio, self.d, of=of)
         if self.scale_parameter and p is not None:
             factor = factor * rms(p).clamp(min=self.eps2)
-        return u.mul_(factor)
+        return lambda run: ratio(*(rows_of(x, run) for x in of), factor)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class AdafactorHF(Rule):
     state: ClassVar = Adafactor.state
     vector_state: ClassVar = Adafactor.vector_state
     reduces: ClassVar = True
+    compiles: ClassVar = False  # its step depends on lr and t by comparisons
     last_two: ClassVar = True
     reads_param: ClassVar = True
     decay: ClassVar = "own"
@@ -135,10 +139,22 @@ class AdafactorHF(Rule):
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return None if self.scale_parameter else self.clip_threshold if self.beta1 is None else ADAMW_RMS
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
         assert p is not None
         a = self.size(p, t)
-        return self.decayed(self.stepped(self.ratio(g, s, t), a, s), p, a)
+        if hasattr(s, "variance"):
+            return self.decayed(self.stepped(self.ratio(g, s, t), a, s), p, a)
+        left, right = self._factors(g, s, t)
+        left = left * (a / clipping(lambda g, left: scaled(g, left, right), self.clip_threshold, of=(g, left)))
+        if self.beta1 is None:
+            return lambda run: self.decayed(scaled(rows_of(g, run), rows_of(left, run), right), rows_of(p, run), a)
+
+        def average(g: Tensor, m: Tensor, left: Tensor) -> list[Tensor]:
+            self._averaged(m, scaled(g, left, right))
+            return []
+
+        swept(average, g, s.exp_avg, left)
+        return lambda run: self.decayed(self._per_lr(rows_of(s.exp_avg, run)), rows_of(p, run), a)
 
     def ratio(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         """Take g into the second moment.
@@ -146,12 +162,14 @@ class AdafactorHF(Rule):
         Returns:
             u before it is clipped, a new tensor.
         """
-        weight, u = t**self.decay_rate, g * g
         if hasattr(s, "variance"):
-            s.variance.lerp_(u.add_(self.eps[0]), weight)
-            return torch.mul(g, s.variance.rsqrt(), out=u)
-        update_means_(s.row_var, s.col_var, u, weight, self.eps[0])
-        return over_root(g, s.row_var, s.col_var, out=u)
+            return g * s.variance.lerp_((g * g).add_(self.eps[0]), t**self.decay_rate).rsqrt()
+        return scaled(g, *self._factors(g, s, t))
+
+    def _factors(self, g: Tensor, s: SimpleNamespace, t: int) -> tuple[Tensor, Tensor]:
+        """Take g into the means of rows and columns, and give the factors of u."""
+        update_means_(s.row_var, s.col_var, lambda g: g, t**self.decay_rate, self.eps[0], of=(g,))
+        return inverse_roots(s.row_var, s.col_var)
 
     def size(self, p: Tensor, t: int) -> Tensor:
         """The size of a step per unit lr.
@@ -169,10 +187,15 @@ class AdafactorHF(Rule):
             The direction without decay; `u` is written.
         """
         clip_rms_(u, self.clip_threshold).mul_(a)
-        if self.beta1 is not None:
-            s.exp_avg.mul_(self.beta1).add_(u, alpha=(1 - self.beta1) * self.lr)
-            u = s.exp_avg / self.lr if self.lr else torch.zeros_like(u)
-        return u
+        return u if self.beta1 is None else self._per_lr(self._averaged(s.exp_avg, u))
+
+    def _averaged(self, m: Tensor, u: Tensor) -> Tensor:
+        """Take a step into the momentum, which holds it with its lr."""
+        beta1 = self.beta1 or 0.0
+        return m.mul_(beta1).add_(u, alpha=(1 - beta1) * self.lr)
+
+    def _per_lr(self, m: Tensor) -> Tensor:
+        return m / self.lr if self.lr else torch.zeros_like(m)
 
     def decayed(self, u: Tensor, p: Tensor, a: Tensor) -> Tensor:
         """Add the decay, which is scaled like the step.

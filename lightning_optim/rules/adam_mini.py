@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, Rows, Slot, zeros
+from lightning_optim.ops.runs import rows_of, swept
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,27 @@ class AdamMini(Averaging):
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return ADAMW_RMS if self.statistic == "mean" else None
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
         b1, b2 = self.betas
         v = s.exp_avg_sq
         dims = [d for d in (-2, -1) if v.shape[d] != g.shape[d]]
-        v.lerp_(self._of_block(g, dims) if dims else g * g, 1 - b2)
-        m = self.averaged(s, g, b1, t)
-        return m / ((v / (1 - b2**t)).sqrt_().add_(self.eps).mul_(self.mass(b1, t)))
+
+        def observe(g: Tensor, v: Tensor, *means: Tensor) -> list[Tensor]:
+            v.lerp_(self._of_block(g, dims) if dims else g * g, 1 - b2)
+            self.averaged(self.seen(means), g, b1, t)
+            return []
+
+        if dims == [-1]:
+            swept(observe, g, v, *self.held(s))
+        else:
+            observe(g, v, *self.held(s))
+        size = (v / (1 - b2**t)).sqrt_().add_(self.eps).mul_(self.mass(b1, t))
+        return lambda run: self.blended(self.seen(self.held(s), run), t) / rows_of(size, run)
 
     def _of_block(self, g: Tensor, dims: list[int]) -> Tensor:
         """The statistic of g^2 over blocks, without squares."""
         if self.statistic in ("max", "min"):
             order = math.inf if self.statistic == "max" else -math.inf
             return vector_norm(g, order, dim=dims, keepdim=True).square()
-        size = math.prod(g.shape[d] for d in dims) if self.statistic == "mean" else 1
+        size = math.prod([g.shape[d] for d in dims]) if self.statistic == "mean" else 1
         return vector_norm(g, dim=dims, keepdim=True).square() / size

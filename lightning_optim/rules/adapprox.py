@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Averaging, Slot, zeros
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lowrank import range_basis
 from lightning_optim.ops.norms import clip_rms_
 
@@ -63,9 +64,9 @@ class Adapprox(Averaging):
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         b1, b2 = self.betas
-        v = (s.factor_left @ s.factor_right.mT).clamp_(min=0).mul_(b2).addcmul_(g, g, value=1 - b2)
+        v = product(s.factor_left, s.factor_right.mT).clamp_(min=0).mul_(b2).addcmul_(g, g, value=1 - b2)
         s.factor_left = range_basis(v, self._sketch(g, s), s.factor_left.shape[-1], power=self.iterations - 1)
-        s.factor_right = v.mT @ s.factor_left
+        s.factor_right = product(v.mT, s.factor_left)
         u = clip_rms_(torch.div(g, v.sqrt_().add_(self.eps), out=v), self.clip_threshold)
         return self.averaged(s, u, b1, t) if b1 else u
 

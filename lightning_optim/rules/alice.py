@@ -13,6 +13,7 @@ from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import Averaging, Slot, zeros
 from lightning_optim.ops.eigenbasis import unaligned
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lowrank import follow_subspace, leading_basis, switch
 from lightning_optim.ops.moments import average_square_, gram
 from lightning_optim.ops.norms import growth_factor, norm, normalized
@@ -145,8 +146,8 @@ class Alice(Averaging):
 
     def _tracked(self, y: Tensor, x: Tensor, u: Tensor, s: SimpleNamespace) -> Tensor:
         """(b3 U Q U^T + (1 - b3) G G^T) y."""
-        b3, new = self.betas[2], x @ (x.mT @ y)
-        return b3 * lift(s.factor @ project(y, u), u) + (1 - b3) * new if b3 else new
+        b3, new = self.betas[2], product(x, product(x.mT, y))
+        return b3 * lift(product(s.factor, project(y, u)), u) + (1 - b3) * new if b3 else new
 
 
 def _wide(g: Tensor) -> Tensor:

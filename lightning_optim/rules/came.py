@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, zeros
-from lightning_optim.ops.factored import over_root, update_means_
+from lightning_optim.core.rule import ADAMW_RMS, Averaging, Rows, zeros
+from lightning_optim.ops.factored import clipping, inverse_roots, scaled, update_means_
 from lightning_optim.ops.norms import clip_rms_
+from lightning_optim.ops.runs import rows_of
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,20 @@ class CAME(Averaging):
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return ADAMW_RMS
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
         b1, b2, b3 = self.betas
-        u = g * g  # the only temporary of this size
-        whole = hasattr(s, "exp_avg_sq")
-        if whole:
-            s.exp_avg_sq.lerp_(u.add_(self.eps[0]), 1 - b2)
-            torch.mul(g, s.exp_avg_sq.rsqrt(), out=u)
-        else:
-            update_means_(s.exp_avg_sq_row, s.exp_avg_sq_col, u, 1 - b2, self.eps[0])
-            over_root(g, s.exp_avg_sq_row, s.exp_avg_sq_col, out=u)
-        m = self.averaged(s, clip_rms_(u, self.clip_threshold), b1, t)
-        if whole:
-            return m
-        residual = u.sub_(m).square_()
-        update_means_(s.exp_avg_res_row, s.exp_avg_res_col, residual, 1 - b3, self.eps[1])
-        return over_root(m, s.exp_avg_res_row, s.exp_avg_res_col, out=u)
+        if hasattr(s, "exp_avg_sq"):
+            s.exp_avg_sq.lerp_((g * g).add_(self.eps[0]), 1 - b2)
+            return self.averaged(s, clip_rms_(g * s.exp_avg_sq.rsqrt(), self.clip_threshold), b1, t)
+        update_means_(s.exp_avg_sq_row, s.exp_avg_sq_col, lambda g: g, 1 - b2, self.eps[0], of=(g,))
+        left, right = inverse_roots(s.exp_avg_sq_row, s.exp_avg_sq_col)
+        left = left / clipping(lambda g, left: scaled(g, left, right), self.clip_threshold, of=(g, left))
+
+        def residual(g: Tensor, left: Tensor, *means: Tensor) -> Tensor:
+            u = scaled(g, left, right)
+            return u.sub_(self.averaged(self.seen(means), u, b1, t))
+
+        of = g, left, *self.held(s)
+        update_means_(s.exp_avg_res_row, s.exp_avg_res_col, residual, 1 - b3, self.eps[1], of=of)
+        rows, columns = inverse_roots(s.exp_avg_res_row, s.exp_avg_res_col)
+        return lambda run: scaled(self.blended(self.seen(self.held(s), run), t), rows_of(rows, run), columns)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import Rule, zeros
 from lightning_optim.ops.eigenbasis import unaligned
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import orthonormal
 from lightning_optim.ops.lowrank import leading_basis
 from lightning_optim.ops.moments import gram
@@ -97,14 +98,14 @@ class COSMOS(Rule):
             return
         old = s.basis
         s.basis = orthonormal(self._power(g, s))
-        s.factor = project(s.factor, *[old.mT @ s.basis] * 2)
+        s.factor = project(s.factor, *[product(old.mT, s.basis)] * 2)
 
     def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
         return unaligned(self._power(g, s), s.basis)
 
     def _power(self, g: Tensor, s: SimpleNamespace) -> Tensor:
         """(b2 U S U^T + (1 - b2) G^T G) U."""
-        return self.betas[1] * s.basis @ s.factor + (1 - self.betas[1]) * (g.mT @ (g @ s.basis))
+        return self.betas[1] * product(s.basis, s.factor) + (1 - self.betas[1]) * product(g.mT, product(g, s.basis))
 
     def _filtered(self, g: Tensor, m: Tensor, t: int) -> Tensor:
         weight = (1 - self.betas[0] ** t) / (1 - self.betas[0])

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import Rule, zeros
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import orthonormal
 
 
@@ -59,9 +60,9 @@ class Dion(Rule):
         m, n = g.shape[-2:]
         q = s.noise("nr") if t == 1 else s.basis
         s.momentum_buffer.add_(g)
-        left = orthonormal(s.mean(s.momentum_buffer @ q))
-        r = s.mean(s.momentum_buffer.mT @ left)
+        left = orthonormal(s.mean(product(s.momentum_buffer, q)))
+        r = s.mean(product(s.momentum_buffer.mT, left))
         s.momentum_buffer.baddbmm_(left, r.mT, alpha=self.momentum - 1)
         length = vector_norm(r, dim=-2, keepdim=True)
         s.basis = (r / (length + self.eps)).where(length > 0, q)
-        return (left * (length > 0)) @ s.basis.mT * (m / n) ** 0.5
+        return product(left * (length > 0), s.basis.mT) * (m / n) ** 0.5

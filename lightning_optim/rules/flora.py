@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, Rows, Slot, zeros
 from lightning_optim.ops.norms import clip_rms_
 from lightning_optim.ops.projection import lift, project
 from lightning_optim.rules.projected import FactoredSubspace, projection
@@ -58,13 +58,13 @@ class Flora(FactoredSubspace):
         if momentum is not None:
             s.exp_avg = project(momentum, *projection(s))
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+        if self.beta1 is None:
+            return super().update(g, s, p, t)
         assert p is not None
         a, u = self.size(p, t), self.ratio(g, s, t)
-        w = u
-        if self.beta1 is not None:
-            momentum = lift(s.exp_avg, *projection(s)) if t > 1 else 0.0
-            w = u * (1 - self.beta1) + self.beta1 * momentum
-            s.refresh(g)
-            s.exp_avg.mul_(self.beta1).add_(project(u, *projection(s)), alpha=1 - self.beta1)
+        momentum = lift(s.exp_avg, *projection(s)) if t > 1 else 0.0
+        w = u * (1 - self.beta1) + self.beta1 * momentum
+        s.refresh(g)
+        s.exp_avg.mul_(self.beta1).add_(project(u, *projection(s)), alpha=1 - self.beta1)
         return self.decayed(clip_rms_(w, self.clip_threshold).mul_(a), p, a)

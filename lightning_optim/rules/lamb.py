@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Averaging, zeros
+from lightning_optim.core.rule import Averaging, Rows, zeros
 from lightning_optim.ops.moments import adam_ratio, average_square_
-from lightning_optim.ops.norms import norm, quotient
+from lightning_optim.ops.norms import quotient
+from lightning_optim.ops.runs import rows_of, squares, swept
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,28 @@ class LAMB(Averaging):
         if self.norm_bounds is not None and self.norm_bounds[0] > self.norm_bounds[1]:
             raise ValueError(f"lamb: norm_bounds must be (lower, upper), got {self.norm_bounds!r}")
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
         assert p is not None
         b1, b2 = self.betas
-        m = self.averaged(s, g, b1, t)
-        average_square_(s.exp_avg_sq, g, b2)
         mean, root = (self.mass(b1, t), (1 - b2**t) ** 0.5) if self.correct_bias else (1.0, 1.0)
-        u = adam_ratio(m, s.exp_avg_sq, mean, root, self.eps)
-        if self.exclude_vectors and s.vector:
-            return u
-        if self.weight_decay:
-            u.add_(p, alpha=self.weight_decay)
-        length = norm(p) if self.norm_bounds is None else norm(p).clamp_(*self.norm_bounds)
-        ratio = quotient(length, norm(u))
-        return u.mul_(ratio if self.trust_clip is None else ratio.clamp_(max=self.trust_clip))
+        adapted = not (self.exclude_vectors and s.vector)
+
+        def step(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
+            u = adam_ratio(m, v, mean, root, self.eps)
+            return u.add_(p, alpha=self.weight_decay) if self.weight_decay and adapted else u
+
+        def lengths(g: Tensor, v: Tensor, p: Tensor, *means: Tensor) -> tuple[Tensor, Tensor]:
+            m = self.averaged(self.seen(means), g, b1, t)
+            average_square_(v, g, b2)
+            return squares(p), squares(step(m, v, p))
+
+        length, size = (x.sqrt() for x in swept(lengths, g, s.exp_avg_sq, p, *self.held(s)))
+        ratio = quotient(length if self.norm_bounds is None else length.clamp_(*self.norm_bounds), size)
+        ratio = ratio if self.trust_clip is None else ratio.clamp_(max=self.trust_clip)
+
+        def direction(run: slice) -> Tensor:
+            m = self.blended(self.seen(self.held(s), run), t)
+            u = step(m, rows_of(s.exp_avg_sq, run), rows_of(p, run))
+            return u.mul_(ratio) if adapted else u
+
+        return direction

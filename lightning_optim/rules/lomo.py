@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Rule
+from lightning_optim.core.rule import Rows, Rule
 from lightning_optim.rules.adafactor import AdafactorHF
 
 
@@ -80,6 +80,7 @@ class AdaLOMO(Rule):
     state: ClassVar = AdafactorHF.state
     vector_state: ClassVar = AdafactorHF.vector_state
     reduces: ClassVar = True
+    compiles: ClassVar = False  # its step depends on lr and t by comparisons
     last_two: ClassVar = True
     reads_param: ClassVar = True
     decay: ClassVar = "own"
@@ -89,7 +90,7 @@ class AdaLOMO(Rule):
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return self._adafactor.rms(m, n)
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
         return self._adafactor.update(g, s, p, t)
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Averaging, Slot, zeros
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.moments import gram
 from lightning_optim.ops.norms import normalized, rms
 from lightning_optim.ops.spectral import norm_lower_bound
@@ -104,7 +105,7 @@ class PSGDKron(Averaging):
             up, down = a.square().sum(-1).unsqueeze(-2), b.square().sum(-1).unsqueeze(-2)
             return q - self.step_size * (up - down) * q / (up + down).amax(-1, keepdim=True).clamp(min=tiny)
         up, down = gram(a, left=True), gram(b, left=True)
-        return q - self.step_size * torch.triu(up - down) @ q / norm_lower_bound(up + down).clamp(min=tiny)
+        return q - self.step_size * product(torch.triu(up - down), q) / norm_lower_bound(up + down).clamp(min=tiny)
 
 
 def _one(q: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def _times(x: Tensor, q: Tensor, *, transposed: bool = False) -> Tensor:
     """Q x or q^T x, for a triangular or a diagonal q."""
     if q.shape[-2] == 1:
         return q.mT * x
-    return (q.mT if transposed else q) @ x
+    return product(q.mT if transposed else q, x)
 
 
 def _solve(x: Tensor, q: Tensor) -> Tensor:

@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Rule, zeros
+from lightning_optim.core.rule import Rows, Rule, zeros
+from lightning_optim.ops.factored import scaled
 from lightning_optim.ops.moments import rank_one
-from lightning_optim.ops.norms import growth_factor, norm, normalized
+from lightning_optim.ops.norms import growth_factor
+from lightning_optim.ops.runs import rows_of, squares, swept
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class RACS(Rule):
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return self.alpha if self.normalize else None
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        rows, columns = rank_one(g * g, self.iterations)
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+        rows, columns = rank_one(g, self.iterations, squared=True)
         correction = 1.0
         if self.ema:
             s.row_scale.lerp_(rows, 1 - self.beta)
@@ -73,10 +75,14 @@ class RACS(Rule):
         else:
             s.row_scale, s.col_scale = rows, columns
         tiny = torch.finfo(g.dtype).tiny
-        u = g * rows.clamp(min=tiny).rsqrt() * columns.clamp(min=tiny).rsqrt()
+        left, right = (x.clamp(min=tiny).rsqrt() for x in (rows, columns))
+        (total,) = swept(lambda g, left: (squares(scaled(g, left, right)),), g, left)
+        size = total.sqrt() * correction
         if self.normalize:
-            return normalized(u, self.alpha)
-        size = norm(u) * correction
-        factor = growth_factor(size, s.norm, self.limit)
-        s.norm = factor * size
-        return u.mul_(factor * (self.alpha * correction))
+            factor = self.alpha * (g.shape[-2] * g.shape[-1]) ** 0.5 / size.clamp(min=tiny)
+        else:
+            limited = growth_factor(size, s.norm, self.limit)
+            s.norm = limited * size
+            factor = self.alpha * limited
+        left = left * (factor * correction)
+        return lambda run: scaled(rows_of(g, run), rows_of(left, run), right)

@@ -102,8 +102,8 @@ class Shampoo(Averaging):
         return ADAMW_RMS if self.graft in ("rmsprop", "adam") or self.preconditioner == "eigenvalue" else None
 
     def refresh_cost(self, m: int, n: int, *, vector: bool = False) -> float:  # noqa: D102
-        rows, columns, count = self._tile(m, n)
-        return float(sum(count * (rows if side == "left" else columns) ** 3 for side in self._sides(m, n)))
+        sizes = self._sizes(m, n)
+        return float(sum(size**3 for side in self._sides(m, n) for size in sizes[side]))
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         x, summed, b2 = self._cut(g), self.accumulate == "sum", self.betas[1]
@@ -132,14 +132,22 @@ class Shampoo(Averaging):
         return joined(d, *self._merged(*g.shape[-2:])).reshape(g.shape)
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
-        roots = _stored(s, "root")
-        for side, factor in self._factors(g, s, t).items():
-            root = roots[side]
-            if self.preconditioner == "eigenvalue":
-                root.copy_(eigenbasis(factor, previous=root.flip(-1)).flip(-1))
-            else:
-                order = 1 / self._exponent(len(roots))
-                root.copy_(inverse_root(factor, order, eps=self.eps, method=self.root, previous=root))
+        roots, sizes = _stored(s, "root"), self._sizes(*g.shape[-2:])
+        for side, factors in self._factors(g, s, t).items():
+            for i, size in enumerate(sizes[side]):
+                factor, root = factors[:, i], roots[side][:, i]
+                self._decompose(factor[:, :size, :size], root[:, :size, :size], len(roots))
+                if self.preconditioner == "root":  # what only fills a tile up is diagonal
+                    edge = factor.diagonal(dim1=-2, dim2=-1)[:, size:] + self.eps
+                    root.diagonal(dim1=-2, dim2=-1)[:, size:] = edge.pow(-self._exponent(len(roots)))
+
+    def _decompose(self, factor: Tensor, root: Tensor, sides: int) -> None:
+        """Compute the root, or the basis, of one tile's factor."""
+        if self.preconditioner == "eigenvalue":
+            root.copy_(eigenbasis(factor, previous=root.flip(-1)).flip(-1))
+        else:
+            order = 1 / self._exponent(sides)
+            root.copy_(inverse_root(factor, order, eps=self.eps, method=self.root, previous=root))
 
     def goes_stale(self) -> bool:  # noqa: D102
         return self.preconditioner == "eigenvalue" or not self.exponent or (1 / self.exponent) % 1 == 0
@@ -199,6 +207,14 @@ class Shampoo(Averaging):
         m, n = self._merged(m, n)
         rows, columns = (min(x, self.max_dim or x) for x in (m, n))
         return rows, columns, -(-m // rows) * -(-n // columns)
+
+    def _sizes(self, m: int, n: int) -> dict[str, list[int]]:
+        """How many rows (left) and columns (right) of each tile are not only filled up."""
+        rows, columns, _ = self._tile(m, n)
+        m, n = self._merged(m, n)
+        down = [min(rows, m - i) for i in range(0, m, rows)]
+        across = [min(columns, n - j) for j in range(0, n, columns)]
+        return {"left": [x for x in down for _ in across], "right": across * len(down)}
 
     def _sides(self, m: int, n: int) -> tuple[str, ...]:
         """Which sides have factors; one of a single row or column has none."""

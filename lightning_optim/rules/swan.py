@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import Rule
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.norms import normalized, rms
 from lightning_optim.ops.roots import Method, coupled_newton, inverse_power
 
@@ -59,9 +60,9 @@ class SWAN(Rule):
         x = x - x.mean(-1, keepdim=True)
         deviation = vector_norm(x, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
         x = x / deviation.clamp(min=torch.finfo(x.dtype).tiny)
-        gram = x @ x.mT
+        gram = product(x, x.mT)
         inverse = inverse_power(gram, 0.5) if self.root == "eigh" else coupled_newton(gram, 2, self.iterations).root
-        d = inverse @ x
+        d = product(inverse, x)
         if self.rescale == "norm":
             d = normalized(d, rms(x))
         return d.mT if tall else d
