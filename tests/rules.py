@@ -154,8 +154,11 @@ def _feed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if (still and not optimizer.state) or not all(g.isfinite().all() for _, g in given):
         return
     joint = any(REGISTRY[group["rule"]].joint for group in asked)
+    turned = {p for g in asked for p in g["params"] if joint and g["transposed"]}
     t = {p: 1 + int(optimizer.state[p].get("step", 0) if p in optimizer.state else 0) for p, _ in given}
-    optimizer.observe({p: seen(g, t[p]) for p, g in given if t[p] % 2 and (g.ndim > 1 or not joint)})
+    optimizer.observe({
+        p: seen(g.mT if p in turned else g, t[p]) for p, g in given if t[p] % 2 and (g.ndim > 1 or not joint)
+    })
 
 
 def seen(g: Tensor, t: int) -> SimpleNamespace:
