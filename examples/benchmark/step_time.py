@@ -48,7 +48,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adamw-int8": {"state_storage": "int8"},
     "adamw-int8_grid": {"state_storage": "int8_grid"},
     "adamw-fp8": {"state_storage": "fp8"},
-    **{f"{name}-compiled": {"compile": True} for name in ("lion", "signum", "adam_mini", "lamb", "racs", "came")},
     "shampoo-paper": {"accumulate": "sum", "betas": (0.0, 0.0), "graft": "none", "max_dim": None},
 }
 """Settings that are measured beside a rule's defaults, as `rule-variant`."""

@@ -88,8 +88,6 @@ class Executor(torch.optim.Optimizer):
       larger. Unlike a trainer's clipping it does not let one group's norm shrink another's, and leaves `p.grad` alone.
     * `traffic`: how gradients travel to the rank that works on a matrix, and directions back: `"exact"`, in their own
       dtypes, or `"bf16"`.
-    * `compile`: step large parameters of elementwise and reducing rules by compiled graphs (`core.compiled`): one pass
-      over memory, one graph per rule, whatever the step, the learning rate and the sizes. The first step compiles.
     * `seed`: of the stochastic rounding of weights and state and of random projections.
 
     `wrap` adds look-ahead, averages and an outer optimizer; `train()` and `eval()` then change between the weights to

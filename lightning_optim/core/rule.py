@@ -150,9 +150,6 @@ class Rule:
     joint: ClassVar[bool] = False
     """`prepare` sees the gradients of all parameters of the rule at once. Only for parameters that are whole."""
 
-    compiles: ClassVar[bool] = True
-    """`update` of a rule that is elementwise or reduces can be traced, with t as a 0-d tensor and without its lr."""
-
     decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "before"
     """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
     adamw_settings: ClassVar[Mapping[str, Any]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from lightning_optim.ops.runs import RUN, squares, swept
@@ -93,7 +92,7 @@ def over_root(x: Tensor, row: Tensor, column: Tensor, least: float, factor: Tens
         A new tensor.
     """
     alone = x.shape[:-2].numel() == 1 and x.numel() >= RUN // 2 and x.device.type == "cpu" and type(x) is Tensor
-    if alone and not torch.compiler.is_compiling() and bool(row.amin() * column.amin() > least):
+    if alone and bool(row.amin() * column.amin() > least):
         left = row.rsqrt()
         return scaled(x, left if factor is None else left * factor, column.rsqrt())
     out = (row * column).clamp_(min=least).rsqrt_().mul_(x)

@@ -146,6 +146,6 @@ def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float) -> Te
         The ratio.
     """
     d = v.sqrt().add_(eps * root)
-    if isinstance(mean, Tensor) or mean != root:
+    if mean != root:
         d.mul_(mean / root)
     return torch.div(m, d, out=d)

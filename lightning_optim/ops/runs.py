@@ -27,16 +27,10 @@ def runs(x: Tensor) -> list[slice]:
         x: `[..., m, n]`.
 
     Returns:
-        Slices of `m`; one of all rows where matrices are small or not on a CPU, for a DTensor, and in a graph that is
-        compiled.
+        Slices of `m`; one of all rows where matrices are small or not on a CPU, and for a DTensor.
     """
     m, n = x.shape[-2:]
-    if (
-        torch.compiler.is_compiling()
-        or x.device.type != "cpu"
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or m * n <= RUN
-    ):
+    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or m * n <= RUN:
         return [slice(0, m)]
     step = max(1, RUN // n)
     return [slice(i, min(i + step, m)) for i in range(0, m, step)]
@@ -53,8 +47,6 @@ def rows_of(x: Tensor, run: slice) -> Tensor:
         A view, or `x` itself.
     """
     m = x.shape[-2]
-    if torch.compiler.is_compiling():
-        return x
     return x if m == 1 or (run.start == 0 and run.stop == m) else x[..., run, :]
 
 
@@ -68,8 +60,6 @@ def swept(step: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> list[Tenso
     Returns:
         The sums of each.
     """
-    if torch.compiler.is_compiling():
-        return list(step(*tensors))
     first, *later = [step(*(rows_of(t, run) for t in tensors)) for run in runs(max(tensors, key=Tensor.numel))]
     out = list(first)
     for found in later:

@@ -44,7 +44,6 @@ class Adafactor(Rule):
     state: ClassVar = {"row_var": zeros("m1"), "col_var": zeros("1n")}
     vector_state: ClassVar = {"variance": zeros("mn", nonnegative=True)}
     reduces: ClassVar = True
-    compiles: ClassVar = False  # its step depends on lr and t by comparisons
     last_two: ClassVar = True
     reads_param: ClassVar = True
     adamw_settings: ClassVar = {"scale_parameter": False}
@@ -113,7 +112,6 @@ class AdafactorHF(Rule):
     state: ClassVar = Adafactor.state
     vector_state: ClassVar = Adafactor.vector_state
     reduces: ClassVar = True
-    compiles: ClassVar = False  # its step depends on lr and t by comparisons
     last_two: ClassVar = True
     reads_param: ClassVar = True
     decay: ClassVar = "own"

@@ -43,7 +43,6 @@ class LARS(Rule):
     source: ClassVar = "You et al. 2017, arXiv:1708.03888, Alg. 1"
     search: ClassVar = {"lr": (10.0, 30.0, 3.0, 100.0, 1.0, 300.0, 0.3)}
     reduces: ClassVar = True
-    compiles: ClassVar = False  # its step depends on lr by a comparison
     reads_param: ClassVar = True
     decay: ClassVar = "own"
 

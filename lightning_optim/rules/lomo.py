@@ -80,7 +80,6 @@ class AdaLOMO(Rule):
     state: ClassVar = AdafactorHF.state
     vector_state: ClassVar = AdafactorHF.vector_state
     reduces: ClassVar = True
-    compiles: ClassVar = False  # its step depends on lr and t by comparisons
     last_two: ClassVar = True
     reads_param: ClassVar = True
     decay: ClassVar = "own"
