@@ -101,6 +101,7 @@ class _Axis:
         kept = [10.0**k for k in powers[:: -max(1, math.ceil(len(powers) * both / count))]][::-1]
         if self.kind == "log":
             return kept
+        kept = [x for x in kept if x > 3 * self.linear]  # nearer to zero there is no room
         return [-x for x in reversed(kept) if -x >= self.low] + [0.0] + [x for x in kept if x <= self.high]
 
 
