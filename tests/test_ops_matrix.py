@@ -240,7 +240,7 @@ def test_tiles_come_back_together(size: tuple[int, int]) -> None:
 def test_gram_form_of_wide_matrices_is_as_accurate_as_the_plain_one(
     monkeypatch: pytest.MonkeyPatch, coefficients: str, tall: bool
 ) -> None:
-    rows, columns = GRAM_ROWS, GRAM_ASPECT * GRAM_ROWS
+    rows, columns = GRAM_ROWS, int(GRAM_ASPECT * GRAM_ROWS)
     x = draw(1, rows, 8) @ draw(1, 8, columns, seed=1) + draw(1, rows, columns, seed=2)
     x = x.mT if tall else x
     exact = orthogonalize(x, coefficients=coefficients, dtype=F64)
@@ -253,7 +253,7 @@ def test_gram_form_of_wide_matrices_is_as_accurate_as_the_plain_one(
 
 
 def test_orthogonalizing_zero_gives_zero_in_the_gram_form() -> None:
-    assert not orthogonalize(torch.zeros(1, GRAM_ROWS, GRAM_ASPECT * GRAM_ROWS)).any()
+    assert not orthogonalize(torch.zeros(1, GRAM_ROWS, int(GRAM_ASPECT * GRAM_ROWS))).any()
 
 
 def test_kl_factors_with_eigenvalues_of_one_are_soaps_by_size() -> None:

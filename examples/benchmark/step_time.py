@@ -174,7 +174,7 @@ def floor(name: str, rule: Rule, matrices: Shapes, rest: Shapes, fused: float, r
     if rule.name in PRODUCTS:
         dtype, count, formula = PRODUCTS[rule.name]
         rank = getattr(rule, "rank", 0)
-        done = sum(count(*sorted(s)[:2], min(rank, *s)) for s in matrices)
+        done = sum(count(min(s), max(s), min(rank, *s)) for s in matrices)
         products = done / (rates.bfloat16 if dtype == torch.bfloat16 else rates.float32)
         if products > seconds:
             seconds, said = products, f"{done / 1e9:.3g} GFLOP: {formula}, {str(dtype).removeprefix('torch.')}"
@@ -264,7 +264,8 @@ def temporary_bytes(optimizer: torch.optim.Optimizer) -> int:
         optimizer.step()
     inner = profile.profiler
     assert inner is not None and inner.kineto_results is not None
-    events = sorted((e.start_ns(), e.nbytes()) for e in inner.kineto_results.events() if e.name() == "[memory]")
+    found: list[Any] = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
+    events = sorted((e.start_ns(), e.nbytes()) for e in found)
     level = highest = 0
     for _, change in events:
         level += change
@@ -305,8 +306,8 @@ def measure(name: str, shapes: str, threads: int, rounds: int, *, alone: bool = 
     kept = sum(t.nbytes for p in matrices for t in optimizer.state[p].values())
     rates = Rates(matmul_rate(torch.bfloat16), matmul_rate(torch.float32))
     fused = statistics.median(taken["fused AdamW"][2:])
-    sizes = [[tuple(p.shape) for p in part] for part in (matrices, rest)]
-    seconds, said = floor(name, plain, *sizes, fused / (28 * count), rates)
+    own, left = ([tuple(p.shape) for p in part] for part in (matrices, rest))
+    seconds, said = floor(name, plain, own, left, fused / (28 * count), rates)
     return {
         "optim": name,
         "shapes": shapes,

@@ -64,20 +64,20 @@ class Adafactor(Rule):
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
         eps1 = torch.finfo(g.dtype).eps if self.eps1 is None else self.eps1
-        weight, of = t**self.beta2_decay, (g,)
+        weight = t**self.beta2_decay
         if hasattr(s, "variance"):
-            of = g, s.variance.lerp_(g * g, weight), g.new_ones(1, 1, 1)
+            row, column = s.variance.lerp_(g * g, weight), g.new_ones(1, 1, 1)
         else:
             update_means_(s.row_var, s.col_var, lambda g: g, weight, of=(g,))
-            of = g, s.row_var / mean(s.row_var, -2).clamp(min=eps1), s.col_var
+            row, column = s.row_var / mean(s.row_var, -2).clamp(min=eps1), s.col_var
 
-        def ratio(g: Tensor, row: Tensor, column: Tensor, factor: Tensor | None = None) -> Tensor:
+        def ratio(g: Tensor, row: Tensor, factor: Tensor | None = None) -> Tensor:
             return over_root(g, row, column, eps1 * eps1, factor)
 
-        factor = _relative(self.lr, t) / clipping(ratio, self.d, of=of)
+        factor = _relative(self.lr, t) / clipping(ratio, self.d, of=(g, row))
         if self.scale_parameter and p is not None:
             factor = factor * rms(p).clamp(min=self.eps2)
-        return lambda run: ratio(*(rows_of(x, run) for x in of), factor)
+        return lambda run: ratio(rows_of(g, run), rows_of(row, run), factor)
 
 
 @dataclass(frozen=True)
