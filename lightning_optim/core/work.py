@@ -454,7 +454,8 @@ def _directions(
     s.noise = lambda letters, stream=0: wrap(_noise(job, chunk, frame, letters, stream), letters)
     s.mean = _as_is if first.replicas is None else first.replicas.mean
     s.refresh = functools.partial(_refresh, job, chunk, s)
-    d = rule.update(wrap(g), s, wrap(p) if rule.reads_param and p is not None else None, first.t)
+    whole = wrap(g)
+    d = rule.update(whole, s, wrap(p) if rule.reads_param and p is not None else None, first.t)
     if "refreshed" in slots:
         age = s.refreshed[..., 0]
         age.copy_(torch.ones_like(age) if first.due else age + 1)
@@ -463,7 +464,7 @@ def _directions(
         storage.write(entries[k], value)
     if isinstance(d, Tensor):
         return unwrap(d).split(b)
-    return [d] if by_rows else unwrap(d(slice(0, m))).split(b)
+    return [d] if by_rows else unwrap(d(slice(0, whole.shape[-2]))).split(b)
 
 
 def stacked_state(
