@@ -347,9 +347,11 @@ def test_settings_that_cannot_be(given: dict[str, Any], said: str) -> None:
 def test_what_a_constraint_cannot_take_is_named() -> None:
     with pytest.raises(ValueError, match="parameter 1 of group 'muon': a matrix of zeros"):
         make("muon", [matrix(4, 3), Parameter(torch.zeros(4, 3))], constraint="hyperball")
-    some = Parameter(torch.stack([matrix(4, 3).detach(), torch.zeros(4, 3)]))
-    with pytest.raises(ValueError, match="parameter 0: a matrix of zeros"):
-        steps([some], make("muon", [some], constraint="hyperball"), range(1, 2))
+    first, some = matrix(4, 3), Parameter(torch.stack([matrix(4, 3).detach(), torch.zeros(4, 3)]))
+    before, optimizer = first.detach().clone(), make("muon", [first, some], constraint="hyperball")
+    with pytest.raises(ValueError, match="parameter 1: a matrix of zeros"):
+        steps([first, some], optimizer, range(1, 2))
+    assert torch.equal(first, before) and not any(int(s["step"]) for s in optimizer.state.values())
     with pytest.raises(ValueError, match="adam applies weight_decay itself"):
         make("adam", [matrix(4, 3)], weight_decay=0.1, cautious_decay=True)
 

@@ -372,6 +372,7 @@ def test_a_kernel_is_saved_and_counted(name: str) -> None:
         (Muon, {"soft": 1.5, "ns_steps": 12, "ns_coefficients": "converged"}, "soft must be at most 1"),
         (Muon, {"contra_size": "big"}, "contra_size: unknown value 'big'"),
         (SOAPMuon, {"beta2": 1.0}, "beta2"),
+        (SOAPMuon, {"factors": "kl", "decomposition": "eigh"}, "decomposition='qr'"),
         (SOAPMuon, {"trust_gate": (0.4, 0.8, 5, 5)}, "trust_gate.*first < last"),
         (Muown, {"length": 0.0}, "length > 0"),
         (Muown, {"ns_coefficients": "polar"}, "did you mean 'polar_express"),

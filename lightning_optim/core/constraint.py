@@ -93,6 +93,24 @@ def check_param(name: str, p: Tensor, group: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: {_ZERO}")
 
 
+def check_first(group: Mapping[str, Any], works: Sequence[Work]) -> None:
+    """Check before their first step that parameters can move, also those that are cut; on a mesh a collective call.
+
+    Args:
+        group: settings.
+        works: parameters that are about to step, with their state.
+
+    Raises:
+        ValueError: a matrix of zeros under hyperball, which would stay so.
+    """
+    if group["constraint"] == "hyperball":
+        for w in works:
+            if not int(w.state["step"]):
+                rows = _Rows(w, layout.local(w.param), None, each=False)
+                if not rows.sums(lambda x, *_: (x * x,)).all():
+                    raise ValueError(f"{w.name}: {_ZERO}")
+
+
 class Step(NamedTuple):
     """What the factors below start from."""
 
@@ -129,16 +147,11 @@ def factors(group: Mapping[str, Any], w: Work, d: Tensor, step: Step, carried: T
 
     Returns:
         The factors, in the dtype of the arithmetic.
-
-    Raises:
-        ValueError: in the first step, a matrix of zeros under hyperball.
     """
     rows = _Rows(w, d, carried, each=group["uw_floor"] > 0 and group["uw_floor_by"] == "row")
     total, spread = rows.total, rows.spread
     ww, dw, dd = rows.sums(lambda x, d, _: (x * x, d * x, d * d))
     norm = total(ww).sqrt()
-    if group["constraint"] == "hyperball" and w.t == 1 and not norm.all():
-        raise ValueError(f"{w.name}: {_ZERO}")
     brake, inner, square = torch.zeros_like(ww), dw, dd
     if damped := group["radial_damping"] != 1:
         brake = spread((1 - group["radial_damping"]) * total(dw).clamp(max=0) / total(ww).clamp(min=1e-12))
@@ -200,8 +213,8 @@ class _Rows:
     @property
     def sizes(self) -> Tensor:
         """Elements of each matrix."""
-        of = [torch.full((part.dims[0],), float(part.dims[1] * part.dims[2])) for part in self.w.parts]
-        return torch.cat(of).to(self.x.device, torch.float64)
+        like = {"device": self.x.device, "dtype": torch.float64}
+        return torch.cat([torch.full((b,), float(m * n), **like) for b, m, n in (x.dims for x in self.w.parts)])
 
     def sums(self, terms: Callable[..., Sequence[Tensor]], rows: Tensor | None = None) -> Tensor:
         """Sums over every row, or over every matrix, of terms made of weights, direction and a factor per row.

@@ -376,9 +376,11 @@ class Executor(torch.optim.Optimizer):
         clip(jobs)
         self._gathered, self._averaged = {}, False
         self._materialise(jobs)
-        for w in (w for job in jobs for w in job.works):
-            if w.has_gradient:
-                w.count()
+        present = [(job.group, [w for w in job.works if w.has_gradient]) for job in jobs]
+        for group, works in present:
+            constraint.check_first(group, works)
+        for w in (w for _, works in present for w in works):
+            w.count()
         trips = [trip for job in jobs for trip in self._trips(job)]
         for trip in trips:
             next(trip)

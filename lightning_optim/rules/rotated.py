@@ -37,6 +37,19 @@ class Rotated(Rule):
 
     costly: ClassVar = ("basis_left", "basis_right")
 
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: settings that contradict each other, or what `Rule.validate` raises.
+        """
+        super().validate()
+        if self.factors == "kl" and self.decomposition == "eigh":
+            raise ValueError(
+                f"{self.name}: decomposition='eigh' sorts the columns of the basis, but factors='kl' keeps an "
+                "eigenvalue for each in its place; take decomposition='qr'"
+            )
+
     def rotated_sides(self, m: int, n: int, *, vector: bool = False) -> tuple[str, ...]:
         """Which sides of a parameter have a basis.
 
