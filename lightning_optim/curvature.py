@@ -178,12 +178,15 @@ class Feed:
     def _show_factors(self) -> None:
         """Over micro-batches and ranks, the factors of one large batch, of whose mean loss each had a part."""
         scale = (self.loss_scale() or 1.0) * layout.replicas()
-        used = [x for x in self._layers if x.rows]
-        counts = [torch.tensor([float(x.rows)], dtype=torch.float64, device=x.weight.device) for x in used]
-        layout.sum_([*(t for x in used for t in (x.inputs, x.outputs)), *counts])
+        counts = torch.tensor([x.rows for x in self._layers], dtype=torch.float64, device=self._layers[0].weight.device)
+        layout.sum_([counts])
+        used = [(x, n) for x, n in zip(self._layers, counts.tolist(), strict=True) if n]  # by any rank
+        for x, _ in used:
+            x.begin()
+        layout.sum_([t for x, _ in used for t in (x.inputs, x.outputs)])
         seen = {}
-        for x, n in zip(used, counts, strict=True):
-            seen[x.weight] = Seen(inputs=x.inputs / float(n), outputs=x.outputs / (float(n) * scale**2))
+        for x, n in used:
+            seen[x.weight] = Seen(inputs=x.inputs / n, outputs=x.outputs / (n * scale**2))
             x.clear()
         broken = not all(bool(t.isfinite().all()) for one in seen.values() for t in vars(one).values())
         if seen and not broken:
@@ -284,12 +287,22 @@ class Layer:
     def __init__(self, module: nn.Module, bias: Tensor | None, reduce: bool) -> None:
         self.module, self.bias, self.reduce = module, bias, reduce
         self.weight: Tensor = module.weight  # pyright: ignore[reportAttributeAccessIssue]
+        m = self.weight.shape[0 if isinstance(module, nn.Linear | nn.Conv2d) else 1]
+        self.sides = self.weight.numel() // m + (bias is not None), m
         self.clear()
 
     def clear(self) -> None:
         """Start anew."""
         self.rows = 0
         self.inputs = self.outputs = torch.empty(0)
+
+    def begin(self) -> None:
+        """Have sums, of nothing before the first pass."""
+        if not self.rows:
+            n, m = self.sides
+            dtype, device = _wide(self.weight.dtype), self.weight.device
+            self.inputs = torch.zeros(n, n, dtype=dtype, device=device)
+            self.outputs = torch.zeros(m, m, dtype=dtype, device=device)
 
     def add(self, inputs: Tensor, g: Tensor) -> None:
         """Add one pass through the layer.
@@ -302,18 +315,16 @@ class Layer:
             c: Any = self.module
             inputs = F.unfold(inputs, c.kernel_size, c.dilation, c.padding, c.stride).mT
             g = g.flatten(2).mT
-        dtype = _wide(g.dtype)
+        dtype = _wide(self.weight.dtype)
         if self.reduce and g.ndim > 2:
             positions = tuple(range(1, g.ndim - 1))
             inputs, g = inputs.to(dtype).mean(positions), g.to(dtype).sum(positions)
         a, q = inputs.reshape(-1, inputs.shape[-1]).to(dtype), g.reshape(-1, g.shape[-1]).to(dtype)
         if self.bias is not None:
             a = torch.cat([a, a.new_ones(len(a), 1)], -1)
-        if not self.rows:
-            self.inputs, self.outputs = a.mT @ a, q.mT @ q
-        else:
-            self.inputs.addmm_(a.mT, a)
-            self.outputs.addmm_(q.mT, q)
+        self.begin()
+        self.inputs.addmm_(a.mT, a)
+        self.outputs.addmm_(q.mT, q)
         self.rows += len(a)
 
 

@@ -258,3 +258,42 @@ def test_two_processes_equal_one(pool: Pool) -> None:
             assert (one[key] - p).norm() <= 1e-9 * (p - start[key]).norm(), key
     refused = pool.run("tests.test_kfac:train", 2, kind="fsdp2")[0]["error"]
     assert "kfac needs whole parameters and hooks, which FSDP2 does not support" in bytes(refused.tolist()).decode()
+
+
+class Routed(nn.Module):
+    """Two layers of which a batch takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]).double()
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        return self.experts[expert](x).tanh()
+
+
+def route(rank: int, world: int) -> dict[str, Tensor]:
+    """One step in which every half of the batch has a layer of its own; the factors."""
+    rules.feeding = False
+    model = Routed()
+    optimizer = KFAC(model.named_parameters(), lr=1e-2)
+    feed = Feed(model, optimizer, lambda batch: model(batch, 0).sum(), rank=rank)
+    outer: Any = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
+    halves = torch.randn(10, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).split([6, 4])
+    for i in range(2) if world == 1 else [rank]:
+        feed.see(halves[i])
+        (outer(halves[i], i).square().mean() * world / 2).backward()
+    feed.ready()
+    optimizer.step()
+    rules.feeding = True
+    weights_of = {f"{i}": layer.weight for i, layer in enumerate(model.experts)}
+    slots = ("input_factor", "output_factor")
+    return {f"{i}.{key}": optimizer.state[w][key] for i, w in weights_of.items() for key in slots} | weights(model)
+
+
+@pytest.mark.dist
+def test_a_layer_that_one_process_does_not_use(pool: Pool) -> None:
+    alone = route(0, 1)
+    for one in pool.run("tests.test_kfac:route", 2):
+        for key, x in alone.items():
+            torch.testing.assert_close(one[key], x, rtol=1e-6, atol=1e-9)
