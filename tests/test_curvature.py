@@ -428,6 +428,28 @@ def test_a_loss_scale_that_is_too_large_leaves_the_state() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("name", ["sophia_g", "kfac"])
+def test_a_step_that_is_refused_leaves_no_trace(name: str) -> None:
+    out = []
+    for tries in (0, 2):
+        model = Small(dtype=torch.float32)
+        optimizer = build_optimizer(model, name, lr=1e-2, on_nonfinite="skip")
+        feed = Feed(model, optimizer, model.loss)
+        for refused in (*[True] * tries, False):
+            feed.see(batches()[0])
+            model.loss(batches()[0]).backward()
+            if refused:
+                assert model.hidden.weight.grad is not None
+                model.hidden.weight.grad.fill_(float("nan"))
+            feed.ready()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert bool(optimizer.state) is not refused
+        slots = {f"{n}.{k}": x for n, p in model.named_parameters() for k, x in optimizer.state[p].items()}
+        out.append(weights(model) | slots)
+    assert_same(*out)
+
+
 def test_zero_is_refused_by_name() -> None:
     model = Small()
     model.hidden.weight.ds_id = 1  # pyright: ignore[reportAttributeAccessIssue]

@@ -289,6 +289,8 @@ class Executor(torch.optim.Optimizer):
     def observe(self, seen: Mapping[Tensor, observing.Seen]) -> dict[str, float]:
         """Hand over what was measured of parameters; `lightning_optim.curvature` does so for models.
 
+        Nothing is taken in while a gradient is not finite: the step is going to be refused, here or by a GradScaler.
+
         Args:
             seen: by parameter, fields as in `Rule.observe`.
 
@@ -299,7 +301,12 @@ class Executor(torch.optim.Optimizer):
             ValueError: a parameter whose rule observes nothing.
         """
         self.fed = True
-        jobs = observing.chosen(self._jobs(), seen)
+        every = list(self._jobs())
+        jobs = observing.chosen(every, seen)
+        works = [w for job in every for w in job.works]
+        given = [w.gradient() for w in works if w.has_gradient and w.param.grad.layout == torch.strided]
+        if self._agree_max([float(not math.isfinite(_largest(given)))], works)[0]:
+            return {}
         self._materialise(jobs)
         return observing.observe(jobs, seen)
 
