@@ -28,7 +28,7 @@ def prepare(jobs: Sequence[Job], mates: Mapping[Tensor, Tensor], decide: Callabl
         by_param = {w.param: x for w, (x, _) in found}
         for w, (x, _) in found:
             mate = mates.get(w.param)
-            x.mate = None if mate is None else by_param.get(mate)
+            x.mated, x.mate = mate is not None, None if mate is None else by_param.get(mate)
         if found:
             mine[0][0].rule.prepare([x for _, (x, _) in found])
         for w, (x, store) in found:
@@ -47,7 +47,13 @@ def _member(job: Job, w: Work) -> tuple[SimpleNamespace, Callable[[], None]]:
     s.vector = w.param.ndim < 2
     s.refresh = functools.partial(work._refresh, job, [w], s)
     x = SimpleNamespace(
-        g=stacked_gradient([w], [w.gradient()], w.dims), s=s, rule=job.rule, lr=job.rule.lr, t=w.t, mate=None
+        g=stacked_gradient([w], [w.gradient()], w.dims),
+        s=s,
+        rule=job.rule,
+        lr=job.rule.lr,
+        t=w.t,
+        mate=None,
+        mated=False,
     )
 
     def store() -> None:

@@ -262,8 +262,8 @@ class Rule:
 
         Args:
             members: one per parameter with a gradient: `g` `[b, m, n]`, to be assigned and never written; `s`, its
-                state as in `update`; `rule`, with the settings of its group; `lr`; `t`; and `mate`, the member of the
-                bias of this layer, or None.
+                state as in `update`; `rule`, with the settings of its group; `lr`; `t`; `mated`, whether the bias of
+                this layer is measured with it; and `mate`, the member of that bias, None without a gradient.
         """
         raise NotImplementedError
 

@@ -101,7 +101,9 @@ class KFAC(Rule):
         layers = [x for x in members if not x.s.vector]
         total: Tensor | float = 0.0
         for x in layers:
-            g = x.g if x.mate is None else torch.cat([x.g, x.mate.g.mT], -1)
+            g = x.g
+            if x.mated:  # without a gradient, too: the basis is of both
+                g = torch.cat([g, g.new_zeros(*g.shape[:-1], 1) if x.mate is None else x.mate.g.mT], -1)
             x.s.refresh(g)
             x.d = x.rule._divided(g, x.s)
             total = total + x.lr**2 * (x.d * g).sum(dtype=torch.float64)
