@@ -93,7 +93,9 @@ class Feed:
         self._batches: list[Any] = []
         _check_params(model, optimizer)
         self._layers = _layers(model, optimizer)
-        self._hooks = [x.module.register_forward_hook(functools.partial(self._forward, x)) for x in self._layers]
+        self._hooks = [
+            x.module.register_forward_hook(functools.partial(self._forward, x), with_kwargs=True) for x in self._layers
+        ]
         optimizer.mates.update({x.weight: x.bias for x in self._layers if x.bias is not None})
         optimizer.fed = True
 
@@ -159,14 +161,14 @@ class Feed:
 
     # -- factors, in hooks of the training's own passes -----------------------------------------------------------
 
-    def _forward(self, layer: Layer, module: nn.Module, args: Any, out: Any) -> None:
+    def _forward(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         """Have the gradient by a layer's output come with the inputs it belongs to.
 
         What is recomputed for activation checkpointing gets no gradient, or is the only one that does.
         """
-        wanted = self._due is not None and "factors" in self._due and module.training and not measuring()
+        wanted = self._due is not None and "factors" in self._due and not measuring()
         if wanted and torch.is_grad_enabled() and out.requires_grad:
-            inputs = args[0].detach()
+            inputs = (*args, *kwargs.values())[0].detach()
             out.register_hook(lambda g: self._backward(layer, inputs, g.detach()))
 
     def _backward(self, layer: Layer, inputs: Tensor, g: Tensor) -> None:
@@ -181,6 +183,11 @@ class Feed:
         counts = torch.tensor([x.rows for x in self._layers], dtype=torch.float64, device=self._layers[0].weight.device)
         layout.sum_([counts])
         used = [(x, n) for x, n in zip(self._layers, counts.tolist(), strict=True) if n]  # by any rank
+        if not used and any(x.weight.grad is not None for x in self._layers):
+            raise RuntimeError(
+                "the curvature feed saw no pass through the layers it measures, though they have gradients; call them "
+                "as modules, not by their weights, between see(batch) and ready()"
+            )
         for x, _ in used:
             x.begin()
         layout.sum_([t for x, _ in used for t in (x.inputs, x.outputs)])

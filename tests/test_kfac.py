@@ -35,6 +35,7 @@ def nothing_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_deep_linear_network_gets_the_analytic_natural_gradient() -> None:
     """Whose Fisher blocks are Kronecker products exactly: they are built here from Jacobians, without factors."""
+    torch.manual_seed(0)
     made = torch.Generator().manual_seed(0)
     sizes, damping = (4, 5, 3, 2), 1e-4
     model = nn.Sequential(*(nn.Linear(a, b, bias=False, dtype=torch.float64) for a, b in zip(sizes, sizes[1:])))  # noqa: B905
@@ -170,6 +171,50 @@ def test_gradients_are_those_of_training_without_a_feed() -> None:
     for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None and torch.equal(a.grad, b.grad)
     assert not any(m._forward_hooks for m in watched.modules())
+
+
+def test_modes_and_keywords_change_nothing() -> None:
+    model = Layers().eval()
+    linear, turned = model.linear, model.turned
+
+    def forward(x: Tensor) -> Tensor:
+        h = linear(input=model.conv(x).flatten(2).mT)
+        return model.out(model.norm(torch.tanh(turned(x=torch.tanh(h)))))
+
+    model.forward = forward
+    assert_alike(factors(Layers(), [data()]), factors(model, [data()]))
+
+
+def test_layers_that_are_not_called_are_an_error() -> None:
+    layer = nn.Linear(3, 2)
+    feed = Feed(layer, KFAC(layer.named_parameters()), lambda batch: layer(batch).sum())
+    x = torch.ones(4, 3)
+    feed.see(x)
+    F.linear(x, layer.weight, layer.bias).sum().backward()
+    with pytest.raises(RuntimeError, match="saw no pass through the layers it measures"):
+        feed.ready()
+
+
+def test_a_bias_frozen_after_the_bases_were_made() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5, dtype=torch.float64)
+    optimizer = KFAC(layer.named_parameters(), momentum=0.0, kl_clip=None, factors="fixed:1", refresh="fixed:100")
+    feed = Feed(layer, optimizer, lambda batch: layer(batch).square().mean())
+    x = torch.randn(16, 6, dtype=torch.float64)
+    g = torch.empty(0)
+    for frozen in (False, True):
+        layer.bias.requires_grad_(not frozen)
+        layer.bias.grad = layer.weight.grad = None
+        feed.see(x)
+        layer(x).square().mean().backward()
+        feed.ready()
+        assert layer.weight.grad is not None
+        g = torch.cat([layer.weight.grad, torch.zeros(5, 1)], 1)
+        optimizer.step()
+    s = optimizer.state[layer.weight]
+    q, r = s["output_basis"].to(g), s["input_basis"].to(g)
+    d = q @ ((q.T @ g @ r) / (s["output_values"].to(g).T * s["input_values"].to(g) + 1e-3)) @ r.T
+    torch.testing.assert_close(s["momentum_buffer"].to(g), d[:, :6], rtol=1e-5, atol=1e-5)
 
 
 def test_layers_that_have_no_factors_are_named() -> None:
