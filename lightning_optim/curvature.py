@@ -107,6 +107,9 @@ class Feed:
         """
         if self._due is None:
             self._due = self.optimizer.awaits()
+            wanted = set(self._due.get("factors", ()))
+            for x in self._layers:
+                x.due = x.weight in wanted
         if self._due:
             self._batches.append(batch)
 
@@ -129,8 +132,8 @@ class Feed:
             raise RuntimeError("the curvature feed saw no batch of this step; call see(batch) before the forward pass")
         started = time.perf_counter()
         said: dict[str, float] = {}
-        if "factors" in due:
-            self._show_factors()
+        if any(x.due for x in self._layers):
+            self._show_factors([x for x in self._layers if x.due])
         for kind, params in ((k, v) for k, v in due.items() if k != "factors"):
             measure = {"gauss_newton": self._gauss_newton, "hutchinson": self._hutchinson}[kind]
             rows = [first_rows(batch, self.share or SHARE[kind]) for batch in batches]
@@ -166,8 +169,7 @@ class Feed:
 
         What is recomputed for activation checkpointing gets no gradient, or is the only one that does.
         """
-        wanted = self._due is not None and "factors" in self._due and not measuring()
-        if wanted and torch.is_grad_enabled() and out.requires_grad:
+        if layer.due and not measuring() and torch.is_grad_enabled() and out.requires_grad:
             inputs = (*args, *kwargs.values())[0].detach()
             out.register_hook(lambda g: self._backward(layer, inputs, g.detach()))
 
@@ -177,13 +179,13 @@ class Feed:
             layer.add(inputs, g)
         self._hooked += time.perf_counter() - started
 
-    def _show_factors(self) -> None:
+    def _show_factors(self, layers: Sequence[Layer]) -> None:
         """Over micro-batches and ranks, the factors of one large batch, of whose mean loss each had a part."""
         scale = (self.loss_scale() or 1.0) * layout.replicas()
-        counts = torch.tensor([x.rows for x in self._layers], dtype=torch.float64, device=self._layers[0].weight.device)
+        counts = torch.tensor([x.rows for x in layers], dtype=torch.float64, device=layers[0].weight.device)
         layout.sum_([counts])
-        used = [(x, n) for x, n in zip(self._layers, counts.tolist(), strict=True) if n]  # by any rank
-        if not used and any(x.weight.grad is not None for x in self._layers):
+        used = [(x, n) for x, n in zip(layers, counts.tolist(), strict=True) if n]  # by any rank
+        if not used and any(x.weight.grad is not None for x in layers):
             raise RuntimeError(
                 "the curvature feed saw no pass through the layers it measures, though they have gradients; call them "
                 "as modules, not by their weights, between see(batch) and ready()"
@@ -194,6 +196,7 @@ class Feed:
         seen = {}
         for x, n in used:
             seen[x.weight] = Seen(inputs=x.inputs / n, outputs=x.outputs / (n * scale**2))
+        for x in layers:
             x.clear()
         broken = not all(bool(t.isfinite().all()) for one in seen.values() for t in vars(one).values())
         if seen and not broken:
@@ -300,7 +303,7 @@ class Layer:
 
     def clear(self) -> None:
         """Start anew."""
-        self.rows = 0
+        self.rows, self.due = 0, False
         self.inputs = self.outputs = torch.empty(0)
 
     def begin(self) -> None:

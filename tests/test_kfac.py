@@ -217,6 +217,24 @@ def test_a_bias_frozen_after_the_bases_were_made() -> None:
     torch.testing.assert_close(s["momentum_buffer"].to(g), d[:, :6], rtol=1e-5, atol=1e-5)
 
 
+def test_only_layers_of_a_group_that_is_due_are_shown() -> None:
+    model = Layers()
+    optimizer = own(model, factors="fixed:2")
+    optimizer.param_groups[1]["factors"] = "fixed:1"
+    shown: list[set[int]] = []
+    take = optimizer.observe
+    optimizer.observe = lambda found: shown.append(set(map(id, found))) or take(found)  # pyright: ignore
+    feed = Feed(model, optimizer, model.loss)
+    for _ in range(3):
+        feed.see(data())
+        model.loss(data()).backward()
+        feed.ready()
+        optimizer.step()
+        optimizer.zero_grad()
+    turned = id(model.turned.weight)
+    assert [x == {turned} for x in shown] == [False, True, False] and all(turned in x for x in shown)
+
+
 def test_layers_that_have_no_factors_are_named() -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
     optimizer = KFAC(model.named_parameters())
