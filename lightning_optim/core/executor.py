@@ -304,7 +304,7 @@ class Executor(torch.optim.Optimizer):
         every = list(self._jobs())
         jobs = observing.chosen(every, seen)
         works = [w for job in every for w in job.works]
-        given = [w.gradient() for w in works if w.has_gradient and w.param.grad.layout == torch.strided]
+        given = [w.gradient() for w in works if (g := w.param.grad) is not None and g.layout == torch.strided]
         if self._agree_max([float(not math.isfinite(_largest(given)))], works)[0]:
             return {}
         self._materialise(jobs)
