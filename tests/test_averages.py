@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lightning_optim import EMANesterov, Executor, MuLoCo, TailEMA, build_optimizer, plan
+from tests import jobs
 from tests.pool import Pool
 from tests.rules import assert_equal, give, gradient, make, params, run
 
@@ -292,8 +294,6 @@ def test_plan_prices_the_averages() -> None:
 def test_two_ranks_and_a_checkpoint_of_theirs_on_one(pool: Pool, name: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoint")
     found = pool.run("tests.jobs:averaged", 2, name=name, folder=folder, members=ALL[0])
-    from tests import jobs
-
     model = jobs.Model(name)
     torch.set_num_threads(1)
     optimizer = make(name, model.parameters()).wrap(*ALL[0])
@@ -309,3 +309,37 @@ def test_two_ranks_and_a_checkpoint_of_theirs_on_one(pool: Pool, name: str, tmp_
     for weights in (*found, jobs.weights(other)):
         for key, p in straight.items():
             torch.testing.assert_close(weights[key], p, rtol=1e-6, atol=1e-6)
+
+
+def saved_by_one(rank: int, world: int) -> list[dict[str, Tensor]]:
+    """Shared work, collected before the weights to evaluate are put in place: the weights to train, and those loaded."""
+    model = jobs.Model("muon")
+    optimizer, fresh = (make("muon", model.parameters()).wrap(TailEMA(start=0)) for _ in range(2))
+    optimizer.share_work()
+    jobs.take_steps(model, optimizer, range(1, 4))
+    trained = {k: p.clone() for k, p in jobs.weights(model).items()}
+    optimizer.consolidate()
+    optimizer.eval()
+    box: list[Any] = [optimizer.state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(box, 0)
+    fresh.share_work()
+    fresh.load_state_dict(box[0])
+    fresh.train()
+    return [trained, jobs.weights(model)]
+
+
+@pytest.mark.dist
+def test_what_is_collected_before_eval_has_the_weights_to_train(pool: Pool) -> None:
+    for trained, loaded in pool.run("tests.test_averages:saved_by_one", 2):
+        for key, p in trained.items():
+            assert torch.equal(p, loaded[key]), key
+
+
+def test_a_checkpoint_that_lacks_some_weights_to_train_is_refused() -> None:
+    ps = params("adamw")
+    optimizer = run("adamw", ps, range(1, 3), make("adamw", ps).wrap(TailEMA()))
+    optimizer.eval()
+    saved = optimizer.state_dict()
+    del saved["state"][1]["train_weight"]
+    with pytest.raises(ValueError, match=r"made after optimizer.eval\(\)"):
+        make("adamw", params("adamw")).wrap(TailEMA()).load_state_dict(saved)

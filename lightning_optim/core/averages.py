@@ -306,9 +306,10 @@ class Averages:
             ValueError: it was made after `eval()`, and only the weights to evaluate are in it.
         """
         shown = [g for g in groups if not g.get("train_mode", True)]
-        if any(g["average_count"] or g["average_shift"] for g in shown) and not any(TRAINED in s for s in states):
+        averaged = [s for s in states if any(key in s for key in self.keys) and float(s.get("step", 1)) > 0]
+        if any(g["average_count"] or g["average_shift"] for g in shown) and not all(TRAINED in s for s in averaged):
             raise ValueError(
-                "the checkpoint was made after optimizer.eval(), by torch.distributed.checkpoint, which leaves out the "
+                "the checkpoint was made after optimizer.eval(), by torch.distributed.checkpoint, say, which leaves out "
                 "weights to train; call optimizer.train() before such a checkpoint is made"
             )
 
