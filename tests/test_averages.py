@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from hf_integration import Consolidate, KeepSchedule
 from lightning_optim import EMANesterov, Executor, MuLoCo, TailEMA, build_optimizer, plan
 from tests import jobs
 from tests.pool import Pool
@@ -312,7 +314,7 @@ def test_two_ranks_and_a_checkpoint_of_theirs_on_one(pool: Pool, name: str, tmp_
 
 
 def saved_by_one(rank: int, world: int) -> list[dict[str, Tensor]]:
-    """Shared work, collected before the weights to evaluate are put in place: the weights to train, and those loaded."""
+    """Shared work, collected before the weights to evaluate are there: the weights to train, and those loaded."""
     model = jobs.Model("muon")
     optimizer, fresh = (make("muon", model.parameters()).wrap(TailEMA(start=0)) for _ in range(2))
     optimizer.share_work()
@@ -343,3 +345,38 @@ def test_a_checkpoint_that_lacks_some_weights_to_train_is_refused() -> None:
     del saved["state"][1]["train_weight"]
     with pytest.raises(ValueError, match=r"made after optimizer.eval\(\)"):
         make("adamw", params("adamw")).wrap(TailEMA()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("member", [EMANesterov(), MuLoCo()])
+def test_a_rule_that_keeps_the_weights_is_not_moved(member: Any) -> None:
+    with pytest.raises(ValueError, match="group 'muown': muown keeps .* wrap it in tail_ema only"):
+        make("muown", [Parameter(torch.ones(4, 5))]).wrap(member)
+    make("muown", [Parameter(torch.ones(4, 5))]).wrap(TailEMA())
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_best_weights_that_a_trainer_loads_stay(loaded: bool) -> None:
+    """After `load_best_model_at_end`, whatever is evaluated next; without a best checkpoint the average is shown."""
+    p, optimizer = trained((TailEMA(start=0),), 5, closure=False)
+    with torch.no_grad():
+        p.zero_()
+    args = SimpleNamespace(load_best_model_at_end=True)
+    state = SimpleNamespace(best_model_checkpoint="best" if loaded else None)
+    KeepSchedule().on_train_end(args, state, None, optimizer=optimizer)
+    optimizer.eval()
+    assert bool(p.any()) != loaded
+    optimizer.train()
+    assert not p.any()
+
+
+@pytest.mark.parametrize("strategy", ["best", "steps"])
+def test_shared_state_is_collected_before_a_trainer_knows_the_best(strategy: str) -> None:
+    calls: list[str] = []
+
+    class Counted(Executor):
+        def consolidate(self) -> None:
+            calls.append(strategy)
+
+    optimizer = Counted([Parameter(torch.ones(3))], {"rule": "adamw"})
+    Consolidate().on_evaluate(SimpleNamespace(save_strategy=strategy), None, None, optimizer=optimizer)
+    assert calls == (["best"] if strategy == "best" else [])

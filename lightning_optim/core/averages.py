@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core import layout
-from lightning_optim.core.rule import check_value, nearest
+from lightning_optim.core.rule import check_value, lookup, nearest
 from lightning_optim.core.storage import work_dtype
 
 if TYPE_CHECKING:
@@ -282,8 +282,14 @@ class Averages:
             group: of the optimizer, or to be.
 
         Raises:
-            ValueError: its weights are too narrow.
+            ValueError: its weights are too narrow, or its rule does not let others move them.
         """
+        moving = [m.name for m in self.members if not m.narrow]
+        if moving and lookup(group["rule"]).keeps_weights:
+            raise ValueError(
+                f"group {group['name']!r}: {group['rule']} keeps what the weights are in its state and undoes what "
+                f"{', '.join(moving)} makes of them; wrap it in tail_ema only, or take another rule"
+            )
         for i, p in enumerate(group["params"]):
             label, p = p if isinstance(p, tuple) else (f"parameter {i} of group {group['name']!r}", p)
             for m in self.members:
@@ -309,8 +315,8 @@ class Averages:
         averaged = [s for s in states if any(key in s for key in self.keys) and float(s.get("step", 1)) > 0]
         if any(g["average_count"] or g["average_shift"] for g in shown) and not all(TRAINED in s for s in averaged):
             raise ValueError(
-                "the checkpoint was made after optimizer.eval(), by torch.distributed.checkpoint, say, which leaves out "
-                "weights to train; call optimizer.train() before such a checkpoint is made"
+                "the checkpoint was made after optimizer.eval(), by torch.distributed.checkpoint, say, which leaves "
+                "out weights to train; call optimizer.train() before such a checkpoint is made"
             )
 
     @property
@@ -430,3 +436,13 @@ class Averages:
                 if TRAINED in at.state:
                     at.x.copy_(layout.local(at.state.pop(TRAINED)))
             self._note(optimizer, train_mode=True)
+
+    def replaced(self, optimizer: Executor) -> None:
+        """Take the weights for those to evaluate as they are, since others than the run's were loaded.
+
+        Args:
+            optimizer: whose weights they are.
+        """
+        for slots in optimizer.state.values():
+            slots.pop(TRAINED, None)
+        self._note(optimizer, train_mode=False, average_shift=0.0)
