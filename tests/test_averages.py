@@ -15,9 +15,11 @@ from torch.nn import Parameter
 
 from hf_integration import Consolidate, KeepSchedule
 from lightning_optim import EMANesterov, Executor, MuLoCo, TailEMA, build_optimizer, plan
+from lightning_optim.callbacks import AveragedWeights
 from tests import jobs
 from tests.pool import Pool
 from tests.rules import assert_equal, give, gradient, make, params, run
+from tests.test_lightning import Net, Rows, trainer
 
 ALL = [(EMANesterov(0.5, 0.9, start=2, stop=7), TailEMA(start=3, tau=4.0)), (MuLoCo(every=3), TailEMA(start=2))]
 each = pytest.mark.parametrize("members", ALL, ids=["ahead", "outer"])
@@ -175,11 +177,15 @@ def test_embeddings_are_not_averaged() -> None:
     assert same == {"0.weight": True, "1.weight": False, "1.bias": False}
 
 
-def test_a_share_of_the_run_waits_until_its_length_is_known() -> None:
+def test_a_share_of_the_run_needs_its_length() -> None:
     p, target = problem()
     optimizer = make("sgd", [p], lr=0.1).wrap(TailEMA(start=0.5, tau=2.0))
-    for t in range(8):
-        optimizer.total_steps = 8 if t == 2 else optimizer.total_steps
+    p.grad, before = p.detach() - target, p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"set optimizer.total_steps, give Schedule total_steps"):
+        optimizer.step()
+    assert torch.equal(before, p)
+    optimizer.total_steps = 8
+    for _ in range(8):
         p.grad = p.detach() - target
         optimizer.step()
     assert optimizer.param_groups[0]["average_count"] == 4
@@ -380,3 +386,32 @@ def test_shared_state_is_collected_before_a_trainer_knows_the_best(strategy: str
     optimizer = Counted([Parameter(torch.ones(3))], {"rule": "adamw"})
     Consolidate().on_evaluate(SimpleNamespace(save_strategy=strategy), None, None, optimizer=optimizer)
     assert calls == (["best"] if strategy == "best" else [])
+
+
+def test_what_is_frozen_ahead_or_in_evaluation_comes_back() -> None:
+    p, q = (Parameter(torch.ones(4, 5)) for _ in range(2))
+    optimizer = make("adamw", [p, q], lr=0.1).wrap(EMANesterov(0.5, 0.9, start=1), TailEMA(start=0))
+    for t in range(1, 5):
+        p.grad, q.grad = gradient(p, "p", t), gradient(q, "q", t)
+        optimizer.step()
+    anchor, ahead = optimizer.state[q]["anchor"].clone(), q.detach().clone()
+    assert not torch.equal(anchor, ahead)
+    optimizer.eval()
+    q.requires_grad_(False)
+    optimizer.train()
+    assert torch.equal(q, ahead)
+    for t in range(5, 7):
+        p.grad, q.grad = gradient(p, "p", t), None
+        optimizer.step()
+        assert torch.equal(q, anchor)
+    optimizer.eval()
+    assert torch.equal(q, anchor)
+
+
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")
+def test_lightning_tells_the_length_of_epochs(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_epochs=2)
+    fit.fit(Net("adamw", wrap={"tail_ema": {"start": 0.5}}), Rows(4))
+    optimizer: Any = fit.optimizers[0]
+    assert (optimizer.total_steps, optimizer.param_groups[0]["average_count"]) == (8, 4)
+    assert AveragedWeights.__module__ == "lightning_optim.lightning"

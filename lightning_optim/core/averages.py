@@ -145,8 +145,8 @@ class TailEMA(Average):
 
     E <- E + (W - E) / tau, from step `start` on, where E is W; evaluate (1 - weight) W + weight E
 
-    `start` as a float is a share of the run, `optimizer.total_steps`; while that is not known it does not begin. The
-    weights of embeddings are left as they are. State: one tensor as large as the weights, one more while evaluating.
+    `start` as a float is a share of the run, `optimizer.total_steps`, which then must be set. The weights of embeddings
+    are left as they are. State: one tensor as large as the weights, one more while evaluating.
 
     Source: modded-nanogpt, track 3, pull requests 325 and 328.
     """
@@ -301,6 +301,27 @@ class Averages:
         for key, value in COUNTERS.items():
             group.setdefault(key, value)
 
+    @property
+    def needs_total(self) -> bool:
+        """Whether a setting is a share of the run."""
+        return any(isinstance(getattr(m, key, None), float) for m in self.members for key in ("start", "stop"))
+
+    def check_total(self, optimizer: Executor) -> None:
+        """Check, before anything is written, that shares of the run can be told.
+
+        Args:
+            optimizer: whose step it is.
+
+        Raises:
+            RuntimeError: its length is not known.
+        """
+        if self.needs_total and optimizer.total_steps is None:
+            raise RuntimeError(
+                "wrap: start or stop is a share of the run, whose length is not known: set optimizer.total_steps, give "
+                "Schedule total_steps, or the trainer the callback AveragedWeights() (Lightning) or KeepSchedule() "
+                "(Transformers)"
+            )
+
     def check_loaded(self, groups: Sequence[Mapping[str, Any]], states: Iterable[Mapping[str, Any]]) -> None:
         """Check that a checkpoint has the weights to train.
 
@@ -340,9 +361,15 @@ class Averages:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = optimizer.state[p] if p in optimizer.state else {}
-                if p.requires_grad and all(key in state for key in self.keys):
+                if all(key in state for key in self.keys):
                     slots = {key: layout.local(state[key]) for key in self.keys}
                     yield _Place(p, layout.local(p).detach(), slots, state, group.get("role", ""))
+
+    def _rest(self, at: _Place) -> None:
+        """Put a parameter that was frozen ahead back, once."""
+        if self.ahead:
+            at.x.copy_(torch.where(at.slots["lookahead"] != 0, at.slots["anchor"], at.x))
+            at.slots["lookahead"].zero_()
 
     def _note(self, optimizer: Executor, **counters: Any) -> None:
         for group in optimizer.param_groups:
@@ -352,6 +379,9 @@ class Averages:
         """Put the weights ahead of the anchor, or back on it."""
         if by != optimizer.param_groups[0]["average_shift"]:
             for at in self._each(optimizer):
+                if not at.param.requires_grad:
+                    self._rest(at)
+                    continue
                 at.x.copy_(at.slots["anchor"])
                 if by:
                     at.x.add_(at.slots["lookahead"], alpha=by)
@@ -399,6 +429,9 @@ class Averages:
             t, count = (optimizer.param_groups[0][key] for key in ("average_step", "average_count"))
             busy = [m for m in self.members if m.counts(t, optimizer.total_steps)]
             for at in self._each(optimizer):
+                if not at.param.requires_grad:
+                    self._rest(at)
+                    continue
                 for m in busy:
                     m.moved(at.x, at.slots, t, count)
             counted = count + any(isinstance(m, TailEMA) for m in busy)
@@ -418,9 +451,11 @@ class Averages:
         tail = [m for m in self.members if isinstance(m, TailEMA) and group["average_count"]]
         if tail or group["average_shift"]:
             for at in self._each(optimizer):
+                if frozen := not at.param.requires_grad:
+                    self._rest(at)
                 at.state[TRAINED] = layout.wrapped_like(at.x.clone(), at.param)
-                shown = at.slots["anchor"] if self.ahead else at.x
-                for m in tail if at.role != "embedding" else ():
+                shown = at.slots["anchor"] if self.ahead and not frozen else at.x
+                for m in tail if at.role != "embedding" and not frozen else ():
                     shown = m.shown(shown, at.slots)
                 at.x.copy_(shown)
         self._note(optimizer, train_mode=False)

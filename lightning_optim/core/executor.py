@@ -235,6 +235,8 @@ class Executor(torch.optim.Optimizer):
         if not self.state and self._only_materialises(jobs):
             self._materialise(jobs)
             return loss, False
+        if self.averages is not None:
+            self.averages.check_total(self)
         if self.fused is not None:
             self.fused.finish(jobs)
             return loss, True
