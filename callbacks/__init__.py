@@ -1,5 +1,7 @@
 """Lightning callbacks, imported as `lightning_optim.callbacks`."""
 
+from lightning_optim.lightning import AveragedWeights
+
 from .curvature import CurvatureFeed  # noqa: TID251
 from .hybrid import HybridOptimizer  # noqa: TID251  (this folder has two names; here it is the package's)
 from .observe import (  # noqa: TID251
@@ -15,6 +17,7 @@ from .relora import ReLoRA  # noqa: TID251
 from .roles import RoleTable  # noqa: TID251
 
 __all__ = [
+    "AveragedWeights",
     "CurvatureFeed",
     "GradientNoiseScale",
     "GradientRank",

@@ -120,8 +120,12 @@ class KeepSchedule(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the weights to evaluate behind, but for those that `load_best_model_at_end` has just loaded."""
         optimizer = _ours(kwargs["optimizer"])
-        if optimizer is not None and not args.load_best_model_at_end:
+        if optimizer is None:
+            return
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             optimizer.eval()
+        elif optimizer.averages is not None:  # evaluations to come are of what was loaded
+            optimizer.averages.replaced(optimizer)
 
 
 def _ours(optimizer: Any) -> Executor | None:
@@ -143,6 +147,12 @@ class Consolidate(TrainerCallback):
             optimizer.consolidate()
 
     on_epoch_end = on_step_end
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Collect if the Trainer may find these weights the best, and save them, after this call."""
+        optimizer = _ours(kwargs["optimizer"])
+        if optimizer is not None and args.save_strategy == "best":
+            optimizer.consolidate()
 
 
 def accept_adamw(optimizer: Executor, model: nn.Module) -> None:

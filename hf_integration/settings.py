@@ -27,7 +27,8 @@ def with_flags(args: transformers.TrainingArguments, name: str, settings: Mappin
         settings: of `build_optimizer`; they win over the flags.
 
     Returns:
-        Keyword arguments of `OptimizerFactory`. With a `recipe` or `preset`, flags at their default do not count.
+        Keyword arguments of `OptimizerFactory`. With a `recipe` or `preset`, flags at their default do not count, but
+        for the learning rate beside a preset: it tells whether weights are fine-tuned.
 
     Raises:
         ValueError: `fused_backward` beside a flag that needs whole sets of gradients.
@@ -39,6 +40,7 @@ def with_flags(args: transformers.TrainingArguments, name: str, settings: Mappin
     if settings.get("recipe") is not None or settings.get("preset") is not None:
         default = {f.name: f.default for f in fields(transformers.TrainingArguments)}
         changed = {k for k in ("learning_rate", "weight_decay") if getattr(args, k) != default[k]}
+        changed |= {"learning_rate"} if settings.get("preset") is not None else set()
         flags = {k: v for k, v in flags.items() if {"lr": "learning_rate"}.get(k, k) in {"name", *changed}}
         return flags | dict(settings)
     flags |= adam if name in ADAM else {}

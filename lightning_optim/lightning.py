@@ -139,6 +139,20 @@ class AveragedWeights(Callback):
     bit. Under FSDP2, and with `save_weights_only=True` where no validation precedes, checkpoints hold those to train.
     """
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the length of the run, where a share of it is asked for; earlier the trainer's loader would suffer.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+
+        Raises:
+            ValueError: the trainer does not know it.
+        """
+        for optimizer in _wrapped(trainer):
+            if optimizer.total_steps is None and optimizer.averages is not None and optimizer.averages.needs_total:
+                optimizer.total_steps = _total_steps(pl_module)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Train.
 

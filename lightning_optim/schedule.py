@@ -229,6 +229,8 @@ class Schedule(LambdaLR):
             raise ValueError("Schedule: give a curve, or build the optimizer with schedule=...")
         given = curve.total_steps if curve.total_steps is not None else total_steps
         self.optimizer, self._curve, self._total = optimizer, curve, given
+        if isinstance(given, int):
+            optimizer.total_steps = given
         self.momentum_warmup_steps, self.momentum_start = curve.momentum_warmup_steps, curve.momentum_start
         for group in curve.moving(optimizer, 0):
             if "momentum" not in group and "betas" not in group:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from hf_integration import Consolidate, KeepSchedule
 from lightning_optim import EMANesterov, Executor, MuLoCo, TailEMA, build_optimizer, plan
+from lightning_optim.callbacks import AveragedWeights
+from tests import jobs
 from tests.pool import Pool
 from tests.rules import assert_equal, give, gradient, make, params, run
+from tests.test_lightning import Net, Rows, trainer
 
 ALL = [(EMANesterov(0.5, 0.9, start=2, stop=7), TailEMA(start=3, tau=4.0)), (MuLoCo(every=3), TailEMA(start=2))]
 each = pytest.mark.parametrize("members", ALL, ids=["ahead", "outer"])
@@ -171,11 +177,15 @@ def test_embeddings_are_not_averaged() -> None:
     assert same == {"0.weight": True, "1.weight": False, "1.bias": False}
 
 
-def test_a_share_of_the_run_waits_until_its_length_is_known() -> None:
+def test_a_share_of_the_run_needs_its_length() -> None:
     p, target = problem()
     optimizer = make("sgd", [p], lr=0.1).wrap(TailEMA(start=0.5, tau=2.0))
-    for t in range(8):
-        optimizer.total_steps = 8 if t == 2 else optimizer.total_steps
+    p.grad, before = p.detach() - target, p.detach().clone()
+    with pytest.raises(RuntimeError, match=r"set optimizer.total_steps, give Schedule total_steps"):
+        optimizer.step()
+    assert torch.equal(before, p)
+    optimizer.total_steps = 8
+    for _ in range(8):
         p.grad = p.detach() - target
         optimizer.step()
     assert optimizer.param_groups[0]["average_count"] == 4
@@ -292,8 +302,6 @@ def test_plan_prices_the_averages() -> None:
 def test_two_ranks_and_a_checkpoint_of_theirs_on_one(pool: Pool, name: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoint")
     found = pool.run("tests.jobs:averaged", 2, name=name, folder=folder, members=ALL[0])
-    from tests import jobs
-
     model = jobs.Model(name)
     torch.set_num_threads(1)
     optimizer = make(name, model.parameters()).wrap(*ALL[0])
@@ -309,3 +317,101 @@ def test_two_ranks_and_a_checkpoint_of_theirs_on_one(pool: Pool, name: str, tmp_
     for weights in (*found, jobs.weights(other)):
         for key, p in straight.items():
             torch.testing.assert_close(weights[key], p, rtol=1e-6, atol=1e-6)
+
+
+def saved_by_one(rank: int, world: int) -> list[dict[str, Tensor]]:
+    """Shared work, collected before the weights to evaluate are there: the weights to train, and those loaded."""
+    model = jobs.Model("muon")
+    optimizer, fresh = (make("muon", model.parameters()).wrap(TailEMA(start=0)) for _ in range(2))
+    optimizer.share_work()
+    jobs.take_steps(model, optimizer, range(1, 4))
+    trained = {k: p.clone() for k, p in jobs.weights(model).items()}
+    optimizer.consolidate()
+    optimizer.eval()
+    box: list[Any] = [optimizer.state_dict() if rank == 0 else None]
+    dist.broadcast_object_list(box, 0)
+    fresh.share_work()
+    fresh.load_state_dict(box[0])
+    fresh.train()
+    return [trained, jobs.weights(model)]
+
+
+@pytest.mark.dist
+def test_what_is_collected_before_eval_has_the_weights_to_train(pool: Pool) -> None:
+    for trained, loaded in pool.run("tests.test_averages:saved_by_one", 2):
+        for key, p in trained.items():
+            assert torch.equal(p, loaded[key]), key
+
+
+def test_a_checkpoint_that_lacks_some_weights_to_train_is_refused() -> None:
+    ps = params("adamw")
+    optimizer = run("adamw", ps, range(1, 3), make("adamw", ps).wrap(TailEMA()))
+    optimizer.eval()
+    saved = optimizer.state_dict()
+    del saved["state"][1]["train_weight"]
+    with pytest.raises(ValueError, match=r"made after optimizer.eval\(\)"):
+        make("adamw", params("adamw")).wrap(TailEMA()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("member", [EMANesterov(), MuLoCo()])
+def test_a_rule_that_keeps_the_weights_is_not_moved(member: Any) -> None:
+    with pytest.raises(ValueError, match="group 'muown': muown keeps .* wrap it in tail_ema only"):
+        make("muown", [Parameter(torch.ones(4, 5))]).wrap(member)
+    make("muown", [Parameter(torch.ones(4, 5))]).wrap(TailEMA())
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_the_best_weights_that_a_trainer_loads_stay(loaded: bool) -> None:
+    """After `load_best_model_at_end`, whatever is evaluated next; without a best checkpoint the average is shown."""
+    p, optimizer = trained((TailEMA(start=0),), 5, closure=False)
+    with torch.no_grad():
+        p.zero_()
+    args = SimpleNamespace(load_best_model_at_end=True)
+    state = SimpleNamespace(best_model_checkpoint="best" if loaded else None)
+    KeepSchedule().on_train_end(args, state, None, optimizer=optimizer)
+    optimizer.eval()
+    assert bool(p.any()) != loaded
+    optimizer.train()
+    assert not p.any()
+
+
+@pytest.mark.parametrize("strategy", ["best", "steps"])
+def test_shared_state_is_collected_before_a_trainer_knows_the_best(strategy: str) -> None:
+    calls: list[str] = []
+
+    class Counted(Executor):
+        def consolidate(self) -> None:
+            calls.append(strategy)
+
+    optimizer = Counted([Parameter(torch.ones(3))], {"rule": "adamw"})
+    Consolidate().on_evaluate(SimpleNamespace(save_strategy=strategy), None, None, optimizer=optimizer)
+    assert calls == (["best"] if strategy == "best" else [])
+
+
+def test_what_is_frozen_ahead_or_in_evaluation_comes_back() -> None:
+    p, q = (Parameter(torch.ones(4, 5)) for _ in range(2))
+    optimizer = make("adamw", [p, q], lr=0.1).wrap(EMANesterov(0.5, 0.9, start=1), TailEMA(start=0))
+    for t in range(1, 5):
+        p.grad, q.grad = gradient(p, "p", t), gradient(q, "q", t)
+        optimizer.step()
+    anchor, ahead = optimizer.state[q]["anchor"].clone(), q.detach().clone()
+    assert not torch.equal(anchor, ahead)
+    optimizer.eval()
+    q.requires_grad_(False)
+    optimizer.train()
+    assert torch.equal(q, ahead)
+    for t in range(5, 7):
+        p.grad, q.grad = gradient(p, "p", t), None
+        optimizer.step()
+        assert torch.equal(q, anchor)
+    optimizer.eval()
+    assert torch.equal(q, anchor)
+
+
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")
+def test_lightning_tells_the_length_of_epochs(tmp_path: Path) -> None:
+    fit = trainer(tmp_path, max_epochs=2)
+    fit.fit(Net("adamw", wrap={"tail_ema": {"start": 0.5}}), Rows(4))
+    optimizer: Any = fit.optimizers[0]
+    assert (optimizer.total_steps, optimizer.param_groups[0]["average_count"]) == (8, 4)
+    assert AveragedWeights.__module__ == "lightning_optim.lightning"

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_integration import KeepSchedule, attach
+from hf_integration import KeepSchedule, TrainingArguments, attach
 from lightning_optim import Executor, Schedule, build_optimizer, plan
 from lightning_optim.callbacks import HybridOptimizer
 from lightning_optim.core import constraint
@@ -308,7 +308,12 @@ def test_the_flag_follows_the_schedule_saves_and_resumes(tmp_path: Path, name: s
     """Learning rates by role, the averaged weights in the checkpoint, an exact resume; by `attach` it is the same."""
 
     def args(**settings: Any) -> Any:
-        steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 5, "learning_rate": 5e-5}  # its default
+        steps = {
+            "max_steps": 8,
+            "save_strategy": "steps",
+            "save_steps": 5,
+            "learning_rate": PRESETS[name].settings["lr"],
+        }
         return arguments(tmp_path, **steps, **settings)
 
     wrap = f", wrap={early(name)}" if early(name) else ""
@@ -334,3 +339,12 @@ def assert_same_state(a: Any, b: Any) -> None:
     assert one.keys() == two.keys()
     for index in one:
         assert_same(one[index], two[index])
+
+
+@pytest.mark.parametrize("given", [{}, {"learning_rate": 5e-5}], ids=["no flag", "its default"])
+def test_the_flag_of_a_fine_tuning_run_holds_for_a_preset(tmp_path: Path, given: dict[str, Any]) -> None:
+    args = TrainingArguments(str(tmp_path), optim="soap_muon", optim_args="preset=record46", use_cpu=True, **given)
+    found = args.optimizer_cls_and_kwargs()
+    assert found is not None and found[1]["lr"] == 5e-5
+    optimizer = found[0]()(llama(), **found[1])
+    assert optimizer.averages is None and {g["lr"] for g in optimizer.param_groups} == {5e-5}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core import layout
-from lightning_optim.core.rule import check_value, nearest
+from lightning_optim.core.rule import check_value, lookup, nearest
 from lightning_optim.core.storage import work_dtype
 
 if TYPE_CHECKING:
@@ -145,8 +145,8 @@ class TailEMA(Average):
 
     E <- E + (W - E) / tau, from step `start` on, where E is W; evaluate (1 - weight) W + weight E
 
-    `start` as a float is a share of the run, `optimizer.total_steps`; while that is not known it does not begin. The
-    weights of embeddings are left as they are. State: one tensor as large as the weights, one more while evaluating.
+    `start` as a float is a share of the run, `optimizer.total_steps`, which then must be set. The weights of embeddings
+    are left as they are. State: one tensor as large as the weights, one more while evaluating.
 
     Source: modded-nanogpt, track 3, pull requests 325 and 328.
     """
@@ -282,8 +282,14 @@ class Averages:
             group: of the optimizer, or to be.
 
         Raises:
-            ValueError: its weights are too narrow.
+            ValueError: its weights are too narrow, or its rule does not let others move them.
         """
+        moving = [m.name for m in self.members if not m.narrow]
+        if moving and lookup(group["rule"]).keeps_weights:
+            raise ValueError(
+                f"group {group['name']!r}: {group['rule']} keeps what the weights are in its state and undoes what "
+                f"{', '.join(moving)} makes of them; wrap it in tail_ema only, or take another rule"
+            )
         for i, p in enumerate(group["params"]):
             label, p = p if isinstance(p, tuple) else (f"parameter {i} of group {group['name']!r}", p)
             for m in self.members:
@@ -294,6 +300,27 @@ class Averages:
                     )
         for key, value in COUNTERS.items():
             group.setdefault(key, value)
+
+    @property
+    def needs_total(self) -> bool:
+        """Whether a setting is a share of the run."""
+        return any(isinstance(getattr(m, key, None), float) for m in self.members for key in ("start", "stop"))
+
+    def check_total(self, optimizer: Executor) -> None:
+        """Check, before anything is written, that shares of the run can be told.
+
+        Args:
+            optimizer: whose step it is.
+
+        Raises:
+            RuntimeError: its length is not known.
+        """
+        if self.needs_total and optimizer.total_steps is None:
+            raise RuntimeError(
+                "wrap: start or stop is a share of the run, whose length is not known: set optimizer.total_steps, give "
+                "Schedule total_steps, or the trainer the callback AveragedWeights() (Lightning) or KeepSchedule() "
+                "(Transformers)"
+            )
 
     def check_loaded(self, groups: Sequence[Mapping[str, Any]], states: Iterable[Mapping[str, Any]]) -> None:
         """Check that a checkpoint has the weights to train.
@@ -306,10 +333,11 @@ class Averages:
             ValueError: it was made after `eval()`, and only the weights to evaluate are in it.
         """
         shown = [g for g in groups if not g.get("train_mode", True)]
-        if any(g["average_count"] or g["average_shift"] for g in shown) and not any(TRAINED in s for s in states):
+        averaged = [s for s in states if any(key in s for key in self.keys) and float(s.get("step", 1)) > 0]
+        if any(g["average_count"] or g["average_shift"] for g in shown) and not all(TRAINED in s for s in averaged):
             raise ValueError(
-                "the checkpoint was made after optimizer.eval(), by torch.distributed.checkpoint, which leaves out the "
-                "weights to train; call optimizer.train() before such a checkpoint is made"
+                "the checkpoint was made after optimizer.eval(), by torch.distributed.checkpoint, say, which leaves "
+                "out weights to train; call optimizer.train() before such a checkpoint is made"
             )
 
     @property
@@ -333,9 +361,15 @@ class Averages:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = optimizer.state[p] if p in optimizer.state else {}
-                if p.requires_grad and all(key in state for key in self.keys):
+                if all(key in state for key in self.keys):
                     slots = {key: layout.local(state[key]) for key in self.keys}
                     yield _Place(p, layout.local(p).detach(), slots, state, group.get("role", ""))
+
+    def _rest(self, at: _Place) -> None:
+        """Put a parameter that was frozen ahead back, once."""
+        if self.ahead:
+            at.x.copy_(torch.where(at.slots["lookahead"] != 0, at.slots["anchor"], at.x))
+            at.slots["lookahead"].zero_()
 
     def _note(self, optimizer: Executor, **counters: Any) -> None:
         for group in optimizer.param_groups:
@@ -345,6 +379,9 @@ class Averages:
         """Put the weights ahead of the anchor, or back on it."""
         if by != optimizer.param_groups[0]["average_shift"]:
             for at in self._each(optimizer):
+                if not at.param.requires_grad:
+                    self._rest(at)
+                    continue
                 at.x.copy_(at.slots["anchor"])
                 if by:
                     at.x.add_(at.slots["lookahead"], alpha=by)
@@ -392,6 +429,9 @@ class Averages:
             t, count = (optimizer.param_groups[0][key] for key in ("average_step", "average_count"))
             busy = [m for m in self.members if m.counts(t, optimizer.total_steps)]
             for at in self._each(optimizer):
+                if not at.param.requires_grad:
+                    self._rest(at)
+                    continue
                 for m in busy:
                     m.moved(at.x, at.slots, t, count)
             counted = count + any(isinstance(m, TailEMA) for m in busy)
@@ -411,9 +451,11 @@ class Averages:
         tail = [m for m in self.members if isinstance(m, TailEMA) and group["average_count"]]
         if tail or group["average_shift"]:
             for at in self._each(optimizer):
+                if frozen := not at.param.requires_grad:
+                    self._rest(at)
                 at.state[TRAINED] = layout.wrapped_like(at.x.clone(), at.param)
-                shown = at.slots["anchor"] if self.ahead else at.x
-                for m in tail if at.role != "embedding" else ():
+                shown = at.slots["anchor"] if self.ahead and not frozen else at.x
+                for m in tail if at.role != "embedding" and not frozen else ():
                     shown = m.shown(shown, at.slots)
                 at.x.copy_(shown)
         self._note(optimizer, train_mode=False)
@@ -429,3 +471,13 @@ class Averages:
                 if TRAINED in at.state:
                     at.x.copy_(layout.local(at.state.pop(TRAINED)))
             self._note(optimizer, train_mode=True)
+
+    def replaced(self, optimizer: Executor) -> None:
+        """Take the weights for those to evaluate as they are, since others than the run's were loaded.
+
+        Args:
+            optimizer: whose weights they are.
+        """
+        for slots in optimizer.state.values():
+            slots.pop(TRAINED, None)
+        self._note(optimizer, train_mode=False, average_shift=0.0)

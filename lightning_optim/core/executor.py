@@ -235,6 +235,8 @@ class Executor(torch.optim.Optimizer):
         if not self.state and self._only_materialises(jobs):
             self._materialise(jobs)
             return loss, False
+        if self.averages is not None:
+            self.averages.check_total(self)
         if self.fused is not None:
             self.fused.finish(jobs)
             return loss, True
@@ -717,8 +719,9 @@ class Executor(torch.optim.Optimizer):
         for job in self._jobs(frozen=True):
             for w in job.works:
                 if isinstance(w.team, travel.Replicas) and w.param in saved:
-                    here = self._owners.get(w.param) == w.team.rank
-                    self._gathered[w.param] = {k: v if here else v.cpu() for k, v in saved[w.param].items()}
+                    here, keys = self._owners.get(w.param) == w.team.rank, forms_of(job, w)
+                    sent = {k: v for k, v in saved[w.param].items() if k in {*keys, *map(scale_key, keys)}}
+                    self._gathered[w.param] = {k: v if here else v.cpu() for k, v in sent.items()}
 
     def _saved(self) -> defaultdict[Tensor, dict[str, Tensor]]:
         """State as it rests in a checkpoint."""
@@ -735,7 +738,8 @@ class Executor(torch.optim.Optimizer):
         self._attend(entries, "state_dict()", self._content())
         for e, value in checkpoint.spread(entries, lambda e: out[e.param][e.key]):
             out[e.param][e.key] = value
-        out.update(self._gathered)
+        for p, slots in self._gathered.items():
+            out[p] |= slots
         return out
 
     def _attend(self, entries: Sequence[checkpoint.Entry], what: str, content: str) -> None:

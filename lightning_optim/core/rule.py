@@ -131,6 +131,8 @@ class Rule:
     """Four and more dimensions are a stack over the last two, not one matrix (a convolution)."""
     reads_param: ClassVar[bool] = False
     """`update` gets the parameter (before decay); None otherwise."""
+    keeps_weights: ClassVar[bool] = False
+    """Its state says what the weights are, so that nothing else may move them between steps."""
     costly: ClassVar[tuple[str, ...]] = ()
     """Slots that `rebuild` computes anew where `update` says `s.refresh(g)` and the policy in the field `refresh`
     (`lightning_optim.refresh`) says that this step is due. Only for rules that need whole matrices."""
