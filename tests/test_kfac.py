@@ -349,7 +349,7 @@ def route(rank: int, world: int) -> dict[str, Tensor]:
     feed.ready()
     optimizer.step()
     rules.feeding = True
-    weights_of = {f"{i}": layer.weight for i, layer in enumerate(model.experts)}
+    weights_of: dict[str, Any] = {f"{i}": layer.weight for i, layer in enumerate(model.experts)}
     slots = ("input_factor", "output_factor")
     return {f"{i}.{key}": optimizer.state[w][key] for i, w in weights_of.items() for key in slots} | weights(model)
 
