@@ -310,7 +310,7 @@ def groups_differ(rank: int, world: int, layout: str) -> Any:
 
 
 def consolidated(rank: int, world: int, name: str) -> Any:
-    """Shared work: one rank alone may not ask for the state, until all have collected it; loaded by each alone."""
+    """Shared work: one rank alone may not ask for the state, until all have collected it; a load makes that stale."""
     model = Model(name)
     optimizer = make(name, model.parameters())
     optimizer.share_work()
@@ -329,11 +329,19 @@ def consolidated(rank: int, world: int, name: str) -> Any:
         saved = optimizer.state_dict()
     box = [saved]
     dist.broadcast_object_list(box, 1)
+    optimizer.load_state_dict(cast("dict[str, Any]", box[0]))
+    stale = ""
+    if rank == 1:
+        try:
+            optimizer.state_dict()
+        except RuntimeError as error:
+            stale = str(error)
+    dist.barrier()
     fresh = make(name, model.parameters(), lr=77.0)
     fresh.share_work()
     fresh.load_state_dict(cast("dict[str, Any]", box[0]))
     take_steps(model, fresh, range(4, 7))
-    return message, held, weights(model)
+    return (message, stale), held, weights(model)
 
 
 def narrow_traffic(rank: int, world: int, layout: str) -> Any:

@@ -125,8 +125,8 @@ def test_shared_work_is_collected_before_one_rank_saves(pool: Pool, name: str) -
     state = make(name, (model := jobs.Model(name)).parameters())
     jobs.take_steps(model, state, range(1, 2))
     declared = sum(t.nbytes for s in state.state.values() for k, t in s.items() if k != "step")
-    (_, first, found), (message, second, also) = pool.run("tests.jobs:consolidated", 2, name=name)
-    assert "consolidate()" in message
+    (_, first, found), (messages, second, also) = pool.run("tests.jobs:consolidated", 2, name=name)
+    assert all("consolidate()" in message for message in messages)
     assert first + second == declared and first and second
     compare(name, found, expected)
     compare(name, also, expected)

@@ -835,6 +835,7 @@ class Executor(torch.optim.Optimizer):
 
     def _install(self, loaded: Mapping[int, Mapping[str, Any]], ids: Sequence[int]) -> None:
         """Copy loaded state into place, in the declared dtypes; matrices that travel go to their owners."""
+        self._gathered, self._averaged = {}, False
         params = [p for group in self.param_groups for p in group["params"]]
         found = {id(p): loaded[i] for i, p in zip(ids, params, strict=True) if i in loaded}
         jobs = [Job(r, g, [w for w in ws if id(w.param) in found]) for r, g, ws in self._jobs(frozen=True)]

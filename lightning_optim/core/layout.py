@@ -532,7 +532,7 @@ def agree_max(values: Sequence[float], params: Iterable[Tensor], group: dist.Pro
             dist.all_reduce(moved, dist.ReduceOp.MAX, group=mesh.get_group(d))
         out = moved.cpu()
     if group is not None:
-        moved = out.to(next((p.device for p in params if not isinstance(p, DTensor)), out.device))
+        moved = out.to(next((local(p).device for p in params), out.device))
         dist.all_reduce(moved, dist.ReduceOp.MAX, group=group)
         out = moved.cpu()
     return out.tolist()
@@ -616,7 +616,7 @@ def is_replicated(p: Tensor) -> bool:
     Returns:
         False for DTensors, and in a process that is alone.
     """
-    return not isinstance(p, DTensor) and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not isinstance(p, DTensor) and replicas() > 1
 
 
 def agree_times(seconds: Sequence[float], params: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[float]:
@@ -633,18 +633,12 @@ def agree_times(seconds: Sequence[float], params: Sequence[Tensor], group: dist.
     Raises:
         RuntimeError: replicas that may drift apart, because nothing says which ranks they are.
     """
-    out = agree_max(seconds, params)
-    if group is not None:
-        moved = torch.tensor(out, dtype=torch.float64, device=local(params[0]).device)
-        dist.all_reduce(moved, dist.ReduceOp.MAX, group=group)
-        return moved.tolist()
-    whole = any(not isinstance(p, DTensor) for p in params)
-    if whole and dist.is_initialized() and dist.get_world_size() > 1:
+    if group is None and any(is_replicated(p) for p in params):
         raise RuntimeError(
             "refresh='time_budget' measures time, which differs between replicas; set optimizer.process_group to "
             "the group of the replicas, or choose another policy"
         )
-    return out
+    return agree_max(seconds, params, group)
 
 
 def average_(tensors: Sequence[Tensor]) -> None:
@@ -653,10 +647,9 @@ def average_(tensors: Sequence[Tensor]) -> None:
     Args:
         tensors: of the same shapes on every rank.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        for t in tensors:
-            dist.all_reduce(t)
-            t /= dist.get_world_size()
+    sum_(tensors)
+    for t in tensors:
+        t /= replicas()
 
 
 def is_tensor_parallel(p: Tensor, model: torch.nn.Module) -> bool:
@@ -692,6 +685,6 @@ def sum_(tensors: Sequence[Tensor]) -> None:
     Args:
         tensors: of the same shapes on every rank.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if replicas() > 1:
         for t in tensors:
             dist.all_reduce(t)
