@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adamw-int8": {"state_storage": "int8"},
     "adamw-int8_grid": {"state_storage": "int8_grid"},
     "adamw-fp8": {"state_storage": "fp8"},
+    "racs-1": {"iterations": 1},
     "shampoo-paper": {"accumulate": "sum", "betas": (0.0, 0.0), "graft": "none", "max_dim": None},
 }
 """Settings that are measured beside a rule's defaults, as `rule-variant`."""
@@ -97,34 +99,60 @@ means, not a power iteration.
 """
 
 
-def newton_schulz(s: float, long: float, _: float) -> float:
-    """Operations of five plain quintic iterations."""
-    return 5 * (4 * s * s * long + 2 * s**3)
+class Term(NamedTuple):
+    """Matrix products of a step for an s x l matrix, s <= l, of rank r."""
+
+    dtype: torch.dtype
+    count: Callable[[float, float, float], float]
+    """Operations from s, l and r; products that give symmetric matrices count half, Newton-Schulz's in full."""
+    formula: str
 
 
-PRODUCTS: dict[str, tuple[torch.dtype, Callable[[float, float, float], float], str]] = {
-    "muon": (torch.bfloat16, newton_schulz, "5 (4 s²l + 2 s³)"),
-    "normuon": (torch.bfloat16, newton_schulz, "5 (4 s²l + 2 s³)"),
-    "swan": (torch.float32, lambda s, n, _: 3 * s * s * n + 45 * s**3, "3 s²l + 45 s³"),
-    "soap": (torch.float32, lambda s, n, _: 5 * s * n * (s + n), "5 sl (s + l)"),
-    "shampoo": (torch.float32, lambda s, n, _: 3 * s * n * (s + n), "3 sl (s + l)"),
-    "eigen_adam": (torch.float32, lambda s, n, _: 7 * s * s * n, "7 s²l"),
-    "psgd_kron": (torch.float32, lambda s, n, _: 6 * s * n * (s + n), "6 sl (s + l)"),
-    "galore": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
-    "galore_adafactor": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
-    "fira": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
-    "fira_plus": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
-    "apollo": (torch.float32, lambda s, n, r: 2 * s * n * r, "2 slr"),
-    "apollo_svd": (torch.float32, lambda s, n, r: 2 * s * n * r, "2 slr"),
-    "flora": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
-    "alice": (torch.float32, lambda s, n, r: 4 * s * n * r + n * r * r, "4 slr + lr²"),
-    "alice0": (torch.float32, lambda s, n, r: 4 * s * n * r, "4 slr"),
-    "dion": (torch.float32, lambda s, n, r: 8 * s * n * r + 4 * n * r * r, "8 slr + 4 lr²"),
-    "cosmos": (torch.float32, lambda s, n, r: newton_schulz(s, n, r) + 10 * s * n * r, "Newton-Schulz + 10 slr"),
-    "adapprox": (torch.float32, lambda s, n, r: 2 * s * n * r + 12 * s * n * (r + 5), "2 slr + 12 sl (r + 5)"),
+def newton_schulz(steps: int) -> Term:
+    """Plain quintic iterations."""
+    counted = f"{steps} (4 s²l + 2 s³)"
+    return Term(torch.bfloat16, lambda s, n, _: steps * (4 * s * s * n + 2 * s**3), counted)
+
+
+def both_sides(k: int) -> Term:
+    """`k` products of the matrix with half a square of each side."""
+    return Term(torch.float32, lambda s, n, _: k * s * n * (s + n), f"{k} sl (s + l)")
+
+
+def low_rank(k: int) -> Term:
+    """`k` halves of a product with a basis of rank r."""
+    return Term(torch.float32, lambda s, n, r: k * s * n * r, f"{k} slr")
+
+
+PRODUCTS: dict[str, tuple[Term, ...]] = {
+    "muon": (newton_schulz(5),),
+    "normuon": (newton_schulz(5),),
+    "muon_sq": (newton_schulz(12),),
+    "muown": (newton_schulz(12),),
+    "soap_muon": (both_sides(5), newton_schulz(12)),
+    "swan": (Term(torch.float32, lambda s, n, _: 3 * s * s * n + 45 * s**3, "3 s²l + 45 s³"),),
+    "soap": (both_sides(5),),
+    "kl_soap": (both_sides(7),),
+    "sink_soap": (both_sides(5),),
+    "moso": (Term(torch.float32, lambda s, n, _: 5 * s * s * n, "5 s²l"),),
+    "kfac": (both_sides(4),),
+    "shampoo": (both_sides(3),),
+    "eigen_adam": (Term(torch.float32, lambda s, n, _: 7 * s * s * n, "7 s²l"),),
+    "psgd_kron": (both_sides(6),),
+    "galore": (low_rank(4),),
+    "galore_adafactor": (low_rank(4),),
+    "fira": (low_rank(4),),
+    "fira_plus": (low_rank(4),),
+    "apollo": (low_rank(2),),
+    "apollo_svd": (low_rank(2),),
+    "flora": (low_rank(4),),
+    "alice": (Term(torch.float32, lambda s, n, r: 4 * s * n * r + n * r * r, "4 slr + lr²"),),
+    "alice0": (low_rank(4),),
+    "dion": (Term(torch.float32, lambda s, n, r: 8 * s * n * r + 4 * n * r * r, "8 slr + 4 lr²"),),
+    "cosmos": (newton_schulz(5), low_rank(10)),
+    "adapprox": (Term(torch.float32, lambda s, n, r: 2 * s * n * r + 12 * s * n * (r + 5), "2 slr + 12 sl (r + 5)"),),
 }
-"""Dtype and operations of the products of an ordinary step for an s x l matrix, s <= l, of rank r; products that give
-symmetric matrices count half, Newton-Schulz's in full."""
+"""Products of an ordinary step."""
 
 
 class Rates(NamedTuple):
@@ -172,12 +200,13 @@ def floor(name: str, rule: Rule, matrices: Shapes, rest: Shapes, fused: float, r
     moved = 16 if name in ("adamw-int8", "adamw-int8_grid", "adamw-fp8") else moved
     seconds, said = fused * moved * sum(map(math.prod, matrices)), f"{moved:.0f} B"
     if rule.name in PRODUCTS:
-        dtype, count, formula = PRODUCTS[rule.name]
-        rank = getattr(rule, "rank", 0)
-        done = sum(count(min(s), max(s), min(rank, *s)) for s in matrices)
-        products = done / (rates.bfloat16 if dtype == torch.bfloat16 else rates.float32)
+        rank, products, parts = getattr(rule, "rank", 0), 0.0, []
+        for dtype, count, formula in PRODUCTS[rule.name]:
+            done = sum(count(min(s), max(s), min(rank, *s)) for s in matrices)
+            products += done / (rates.bfloat16 if dtype == torch.bfloat16 else rates.float32)
+            parts.append(f"{done / 1e9:.3g} GFLOP: {formula}, {str(dtype).removeprefix('torch.')}")
         if products > seconds:
-            seconds, said = products, f"{done / 1e9:.3g} GFLOP: {formula}, {str(dtype).removeprefix('torch.')}"
+            seconds, said = products, " + ".join(parts)
     return seconds + fused * 28 * sum(map(math.prod, rest)), said + (" + AdamW of the rest" if rest else "")
 
 
@@ -205,6 +234,17 @@ def ours(name: str, matrices: list[Parameter], rest: list[Parameter], **settings
     given = {"rule": name.partition("-")[0], "lr": LR, **VARIANTS.get(name, {}), **settings}
     groups = [{"params": matrices, **given}, {"params": rest, "rule": "adamw", "lr": LR}]
     return Executor([group for group in groups if group["params"]])
+
+
+def show(optimizer: Executor, rule: Rule, matrices: Sequence[Parameter], grads: Sequence[Tensor]) -> None:
+    """Hand over one measurement of random numbers, if the rule observes any; `curvature.py` times the measurement."""
+    if rule.observes == "factors":
+        square = [(torch.randn(2 * n, n) / n**0.5 for n in reversed(p.shape)) for p in matrices]
+        pairs = [[x.mT @ x for x in sides] for sides in square]
+        optimizer.observe({p: SimpleNamespace(inputs=a, outputs=b) for p, (a, b) in zip(matrices, pairs, strict=True)})
+    elif rule.observes:
+        shown = zip(matrices, grads, strict=False)
+        optimizer.observe({p: SimpleNamespace(value=g, count=1) for p, g in shown})
 
 
 def clock_of(threads: int) -> Callable[[], float]:
@@ -294,6 +334,8 @@ def measure(name: str, shapes: str, threads: int, rounds: int, *, alone: bool = 
     matrices, rest = split(plain, hidden, others)
     policies = POLICIES if plain.costly else ("",)
     made = {p: ours(name, matrices, rest, **({"refresh": p} if p else {})) for p in policies}
+    for optimizer in made.values():
+        show(optimizer, plain, matrices, grads)
     contenders: dict[str, Sequence[torch.optim.Optimizer]] = {f"ours {p}".strip(): [x] for p, x in made.items()}
     contenders["fused AdamW"] = [torch.optim.AdamW(params, lr=LR, fused=True)]
     found = {} if alone else peers(name)
