@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple, TypeVar
 
@@ -83,8 +84,9 @@ class Part(NamedTuple):
         return taken.unflatten(-2, (count, size)).transpose(-4, -3)
 
 
+@lru_cache(4096)
 def parts(
-    shape: Sequence[int], blocks: Blocks = None, *, conv: bool = True, transposed: bool = False
+    shape: tuple[int, ...], blocks: Blocks = None, *, conv: bool = True, transposed: bool = False
 ) -> tuple[Part, ...]:
     """How a parameter reads as matrices of one or more sizes.
 
@@ -164,9 +166,11 @@ def agree(tensors: Sequence[Tensor]) -> bool:
         True if a flat kernel may run over them.
     """
     first = tensors[0]
-    if any(t.stride() != first.stride() or t.dtype != first.dtype for t in tensors[1:]):
+    if any(t.dtype != first.dtype for t in tensors):
         return False
-    return first.is_contiguous() or first.permute(dense_order(first)).is_contiguous()
+    if all(t.is_contiguous() for t in tensors):  # much faster than to ask for strides
+        return True
+    return all(t.stride() == first.stride() for t in tensors) and first.permute(dense_order(first)).is_contiguous()
 
 
 def blocks(tensors: Sequence[Tensor], align: int = 1, start: int = 0) -> Iterator[tuple[list[Tensor], slice]]:

@@ -40,6 +40,7 @@ from lightning_optim.core.work import (
     Work,
     alike,
     apply,
+    count,
     first_index,
     forms_of,
     needs_param,
@@ -388,8 +389,7 @@ class Executor(torch.optim.Optimizer):
         present = [(job.group, [w for w in job.works if w.has_gradient]) for job in jobs]
         for group, works in present:
             constraint.check_first(group, works)
-        for w in (w for _, works in present for w in works):
-            w.count()
+        count([w for _, works in present for w in works])
         trips = [trip for job in jobs for trip in self._trips(job)]
         for trip in trips:
             next(trip)

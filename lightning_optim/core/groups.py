@@ -98,7 +98,7 @@ def parts_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tupl
     blind = rule.elementwise and not constraint.shapes_step(group)
     blocks, transposed = (None, False) if blind else (group["blocks"], group["transposed"])
     blocks = None if rule.joint else blocks  # a layer has one input, whatever its rows are
-    return chunks.parts(shape, blocks, conv=not rule.last_two, transposed=transposed), transposed
+    return chunks.parts(tuple(shape), blocks, conv=not rule.last_two, transposed=transposed), transposed
 
 
 def completed(

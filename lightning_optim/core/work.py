@@ -93,12 +93,6 @@ class Work:
         """What the rule keeps for this parameter."""
         return slots_of(rule, self.parts, self.param.ndim)
 
-    def count(self) -> None:
-        """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
-        if self.state["step"].device.type != "cpu":
-            self.state["step"] = self.state["step"].cpu()
-        self.t = int(self.state["step"].add_(1).item())
-
     def gradient(self) -> Tensor:
         """The gradient on this rank, zeros where there is none; a clipped one is a copy."""
         g = self.unclipped()
@@ -132,6 +126,17 @@ class Refresh(NamedTuple):
     """Just before, if the policy measured it; else NaN."""
     overlap: float
     """With the state before, 1 for none of a change, 0 for chance; NaN for the first."""
+
+
+def count(works: Sequence[Work]) -> None:
+    """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
+    for w in works:
+        if w.state["step"].device.type != "cpu":
+            w.state["step"] = w.state["step"].cpu()
+    if steps := [w.state["step"] for w in works]:
+        torch._foreach_add_(steps, 1)
+        for w, t in zip(works, torch.stack(steps).tolist(), strict=True):
+            w.t = int(t)
 
 
 def slots_of(rule: Rule, parts: Sequence[Part], ndim: int) -> dict[str, Slot]:
