@@ -1,6 +1,6 @@
 """Other packages' optimizers beside ours: what `step_time.py` compares with, where they are installed.
 
-    pip install pytorch_optimizer heavyball torchao bitsandbytes torch-optimi transformers
+    pip install pytorch_optimizer heavyball opt_einsum torchao bitsandbytes torch-optimi transformers
     pip install galore-torch apollo-torch adam-mini came-pytorch muon-optimizer
 
 Settings are those of our rule where a package has them: momentum, rank, interval, exclusions. What a package cannot do
@@ -143,7 +143,12 @@ PEERS: dict[str, dict[str, Build]] = {
             start_preconditioning_step=1,
         ),
     },
-    "psgd_kron": {"pytorch_optimizer": _beside_adamw("pytorch_optimizer", "Kron")},
+    "psgd_kron": {
+        "pytorch_optimizer": _beside_adamw("pytorch_optimizer", "Kron"),
+        "heavyball": lambda matrices, rest, every: _beside_adamw(
+            "heavyball", "PSGDKron", preconditioner_update_probability=1 / every, max_size_triangular=8192
+        )(matrices, rest, every),
+    },
 }
 """By the name of our optimizer, every peer by its package. `muon-fp32` and the like are compared with `muon`'s."""
 

@@ -138,7 +138,7 @@ PRODUCTS: dict[str, tuple[Term, ...]] = {
     "kfac": (both_sides(4),),
     "shampoo": (both_sides(3),),
     "eigen_adam": (Term(torch.float32, lambda s, n, _: 7 * s * s * n, "7 s²l"),),
-    "psgd_kron": (both_sides(6),),
+    "psgd_kron": (both_sides(4),),
     "galore": (low_rank(4),),
     "galore_adafactor": (low_rank(4),),
     "fira": (low_rank(4),),
@@ -386,6 +386,12 @@ def fastest(row: dict[str, Any], seconds: Callable[[str, dict[str, Any]], float]
     return min(others, key=lambda k: seconds(k, row), default=None)
 
 
+def absent(row: dict[str, Any]) -> str:
+    """Why no peer is in a row."""
+    failed = [f"{package} fails" for package in row["failed"]]
+    return ", ".join([*failed, *(["peer not installed"] if row["missing"] else [])]) or "-"
+
+
 def step_cells(row: dict[str, Any]) -> list[str]:
     """A row of the table of ordinary steps.
 
@@ -394,8 +400,7 @@ def step_cells(row: dict[str, Any]) -> list[str]:
     """
     mine = next(k for k in row["seconds"] if k.startswith("ours"))
     step, fused, peer = ordinary(mine, row), ordinary("fused AdamW", row), fastest(row, ordinary)
-    missing = "peer not installed" if row["missing"] else "-"
-    beside = [missing, "-", "-"]
+    beside = [absent(row), "-", "-"]
     if peer:
         theirs = ordinary(peer, row)
         beside = [peer, f"{theirs / fused:.2f}", f"**{theirs / step:.2f}**"]
@@ -422,7 +427,7 @@ def refresh_cells(row: dict[str, Any]) -> list[str]:
         mean, worst = amortised(f"ours {policy}", row), max(row["seconds"][f"ours {policy}"][1:])
         cells += [f"{mean / fused:.1f}", f"{worst / fused:.1f}", f"{worst / mean:.2f}"]
     if peer is None:
-        return [*cells, "peer not installed" if row["missing"] else "-", "-", "-"]
+        return [*cells, absent(row), "-", "-"]
     theirs = amortised(peer, row)
     return [*cells, peer, f"{theirs / fused:.1f}", f"**{theirs / amortised(f'ours {POLICIES[0]}', row):.2f}**"]
 
