@@ -34,6 +34,7 @@ from lightning_optim.callbacks import (
 from lightning_optim.diagnostics import figures, view
 from lightning_optim.diagnostics.probes import curvature, presets
 from lightning_optim.diagnostics.report import Pace
+from tests.test_diagnostics import Detached, Once
 from tests.test_hf import CONTEXT, VOCABULARY, arguments, llama, one_thread, trainer_of  # noqa: F401
 from tests.test_lightning import pytestmark as lightning_warnings
 from tests.test_lightning import trainer, weights
@@ -225,24 +226,12 @@ def test_the_quadratic_model_predicts_a_small_step(tmp_path: Path) -> None:
     assert scalars(tmp_path)["hessian/model_ratio"] == pytest.approx([1, 1], rel=0.05)
 
 
-def test_differences_where_a_kernel_has_no_second_derivative(tmp_path: Path) -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x.sin()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return grads[0] * ctx.saved_tensors[0].cos()
-
-    class Kernel(Module):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return Once.apply(200 * super().training_step(batch, batch_idx))  # pyright: ignore[reportReturnType]
-
-    with pytest.warns(UserWarning, match="differences of gradients"):
-        fit(tmp_path, Kernel("adamw"), HessianBlocks(**CURVATURE), steps=2)
+@pytest.mark.parametrize(("kernel", "why"), [(Once, "has no second derivative"), (Detached, "differ from them")])
+def test_differences_where_a_kernel_has_no_second_derivative(tmp_path: Path, kernel: Any, why: str) -> None:
+    module = Module("adamw")
+    module.model.lm_head.register_forward_pre_hook(lambda _, x: (kernel.apply(x[0]),))  # pyright: ignore
+    with pytest.warns(UserWarning, match=f"differences of gradients: .*{why}"):
+        fit(tmp_path, module, HessianBlocks(**CURVATURE), steps=2)
     assert scalars(tmp_path)["hessian/sharpness"][0] > 0
 
 
