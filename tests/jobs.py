@@ -406,10 +406,7 @@ def compressed(rank: int, world: int, name: str, steps: int) -> Any:
 
 
 def decided(rank: int, world: int, layout: str, policies: Sequence[str], steps: int, told: bool = True) -> Any:
-    """By policy, the refreshes of two groups as (parameter, step, reason), and the whole weights.
-
-    The clock of every rank is faster than that of the one before.
-    """
+    """By policy, refreshes of two groups and the whole weights; the clock of a rank is faster than the one before."""
     out: dict[str, Any] = {}
     for policy in policies:
         model = lay_out(Model("soap"), layout, world)

@@ -36,8 +36,8 @@ from lightning_optim.diagnostics.probes import curvature, presets
 from lightning_optim.diagnostics.report import Pace
 from tests.test_diagnostics import Detached, Once
 from tests.test_hf import CONTEXT, VOCABULARY, arguments, llama, one_thread, trainer_of  # noqa: F401
-from tests.test_lightning import pytestmark as lightning_warnings
 from tests.test_lightning import assert_same, trainer, weights
+from tests.test_lightning import pytestmark as lightning_warnings
 
 pytestmark = lightning_warnings
 

@@ -73,6 +73,13 @@ def test_staggered_spreads_the_cost_over_the_steps() -> None:
     assert max(paid.values()) <= max(sum(costs) / 4, *costs)
 
 
+@pytest.mark.parametrize(("count", "interval"), [(7, 3), (12, 4), (3, 10)])
+def test_equal_matrices_are_staggered_as_evenly_as_can_be(count: int, interval: int) -> None:
+    found = dates(f"staggered:{interval}", 1 + 3 * interval, costs=(1.0,) * count)
+    at = Counter(t for days in found for t in days)
+    assert max(at.values()) == -(-count // interval) and sum(at.values()) == 3 * count
+
+
 def test_dense_warm_up_ends_in_the_staggered_schedule() -> None:
     (days,) = dates("warmup_dense:1:8:2", 50)
     assert days == [2, 4, 8, 9, 17, 25, 33, 41, 49]

@@ -67,6 +67,7 @@ class HessianBlocks(Probe):
     }
     curves: ClassVar[Mapping[str, tuple[str, str]]] = {
         "hessian/trace": ("trace of the Hessian, by role", "trace"),
+        "hessian/lambda_max": ("largest eigenvalue of the Hessian, by role", "eigenvalue"),
         "hessian/lambda_min": ("smallest eigenvalue of the Hessian, by role", "eigenvalue"),
         "hessian/frobenius": ("Frobenius norm of the Hessian's diagonal blocks, by role", "norm"),
     }
