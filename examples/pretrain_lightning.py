@@ -210,7 +210,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     output, preset = Path(args.output_dir), PRESETS[args.preset]
     runs = sorted(int(path.name.removeprefix("version_")) for path in output.glob("version_*"))
-    logger = TensorBoardLogger(output, name="", version=runs[-1] if args.resume and runs else None)
+    version = runs[-1] if args.resume and runs else None
+    logger = TensorBoardLogger(output, name="", version=version, default_hp_metric=False)
     checkpoints = Path(logger.log_dir, "checkpoints")
     last = newest(checkpoints)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
@@ -101,6 +102,8 @@ class Diagnostic(TrainerCallback, ExportableState):
 
         def see(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if model.training:
+                if self.probe.run is not None:  # the trainer's event does not tell
+                    self.probe.run.extra["ddp"] = DistributedDataParallel._get_active_ddp_module()
                 self.probe.see(kwargs or args)
 
         def forwarded(_: nn.Module, args: Any, out: Any) -> None:

@@ -25,7 +25,17 @@ from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import is_flat
 from lightning_optim.core.observing import Seen
 from lightning_optim.core.rule import REGISTRY
-from lightning_optim.diagnostics.hessian import Hessian, Method, frozen, hutchinson, measuring, signs
+from lightning_optim.diagnostics.hessian import (
+    TOLERANCE,
+    Hessian,
+    Method,
+    NoSecondDerivativeError,
+    apart,
+    frozen,
+    hutchinson,
+    measuring,
+    signs,
+)
 from lightning_optim.ops.rounding import hash_key
 from lightning_optim.partition import is_linear
 
@@ -232,13 +242,11 @@ class Feed:
         def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
             scale = self.loss_scale() or 1.0
             with frozen(self.model):
-                with Labels() as labels:
-                    hessian = Hessian(lambda: self.loss(batch) * scale, params, self.method)
                 try:
+                    with Labels() as labels:
+                        hessian = Hessian(lambda: self.loss(batch) * scale, params, self.method)
                     found = hutchinson(hessian, [range(len(params))], [u])[2]
-                except RuntimeError as error:
-                    if "second derivative" not in str(error):
-                        raise
+                except NoSecondDerivativeError as error:
                     raise RuntimeError(NO_SECOND_DERIVATIVE) from error
                 narrow = labels.autocast or any(p.dtype.itemsize < 4 for p in params)
                 if not (self._believed or self.method == "difference" or narrow):
@@ -250,8 +258,7 @@ class Feed:
     def _compare(self, found: Sequence[Tensor], hessian: Hessian, u: Sequence[Tensor]) -> None:
         """Once, with differences of gradients: a kernel may leave its second derivative out without a word."""
         near = hutchinson(Hessian(hessian.loss, hessian.params, "difference"), [range(len(u))], [u])[2]
-        off = sum(float((a - b).double().square().sum()) for a, b in zip(found, near, strict=True))
-        if off > 0.01 * sum(float(x.double().square().sum()) for x in near):
+        if apart(found, near) > TOLERANCE:
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         self._believed = True
 

@@ -51,21 +51,23 @@ class Clock:
     elapsed: float = 0.0
     ticks: int = 0
     rate: float = 0.0
-    """Seconds per unit of cost, a running mean."""
+    """Seconds per unit of cost, as known when the step started: ranks have agreed on it for the whole step."""
     credits: dict[Policy, tuple[int, float]] = field(default_factory=dict)
     _last: float | None = None
+    _mean: float = 0.0
 
     def tick(self) -> None:
         """Note the start of a step."""
         now = self.now()
         self.elapsed = 0.0 if self._last is None else now - self._last
+        self.rate = self._mean
         self._last = now
         self.ticks += 1
 
     def spent(self, cost: float, seconds: float) -> None:
         """Note a refresh."""
         if cost > 0:
-            self.rate = seconds / cost if self.rate == 0 else 0.8 * self.rate + 0.2 * seconds / cost
+            self._mean = seconds / cost if self._mean == 0 else 0.8 * self._mean + 0.2 * seconds / cost
 
 
 class Policy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -402,6 +403,25 @@ def compressed(rank: int, world: int, name: str, steps: int) -> Any:
             optimizer.compress(module)
             optimizer.load_state_dict(saved)
     return weights(model), sum(sent), said
+
+
+def decided(rank: int, world: int, layout: str, policies: Sequence[str], steps: int, told: bool = True) -> Any:
+    """By policy, refreshes of two groups and the whole weights; the clock of a rank is faster than the one before."""
+    out: dict[str, Any] = {}
+    for policy in policies:
+        model = lay_out(Model("soap"), layout, world)
+        named = list(model.named_parameters())
+        groups = [{"params": named[::2]}, {"params": named[1::2], "lr": 0.01}]
+        optimizer, events = make("soap", groups, refresh=policy, betas=(0.5, 0.5)), []
+        optimizer.on_refresh = events.append
+        optimizer._refreshes.clock.now = lambda: (1 + 9 * rank) * time.perf_counter()
+        if layout == "shared":
+            optimizer.share_work()
+        elif layout == "ddp" and world > 1 and told:
+            optimizer.process_group = dist.group.WORLD
+        take_steps(model, optimizer, range(1, steps + 1))
+        out[policy] = [(e.name, e.t, e.reason) for e in events], weights(model)
+    return out
 
 
 def batch(t: int) -> Tensor:

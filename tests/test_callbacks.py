@@ -34,9 +34,10 @@ from lightning_optim.callbacks import (
 from lightning_optim.diagnostics import figures, view
 from lightning_optim.diagnostics.probes import curvature, presets
 from lightning_optim.diagnostics.report import Pace
+from tests.test_diagnostics import Detached, Once
 from tests.test_hf import CONTEXT, VOCABULARY, arguments, llama, one_thread, trainer_of  # noqa: F401
+from tests.test_lightning import assert_same, trainer, weights
 from tests.test_lightning import pytestmark as lightning_warnings
-from tests.test_lightning import trainer, weights
 
 pytestmark = lightning_warnings
 
@@ -225,24 +226,12 @@ def test_the_quadratic_model_predicts_a_small_step(tmp_path: Path) -> None:
     assert scalars(tmp_path)["hessian/model_ratio"] == pytest.approx([1, 1], rel=0.05)
 
 
-def test_differences_where_a_kernel_has_no_second_derivative(tmp_path: Path) -> None:
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x.sin()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return grads[0] * ctx.saved_tensors[0].cos()
-
-    class Kernel(Module):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return Once.apply(200 * super().training_step(batch, batch_idx))  # pyright: ignore[reportReturnType]
-
-    with pytest.warns(UserWarning, match="differences of gradients"):
-        fit(tmp_path, Kernel("adamw"), HessianBlocks(**CURVATURE), steps=2)
+@pytest.mark.parametrize(("kernel", "why"), [(Once, "has no second derivative"), (Detached, "differ from them")])
+def test_differences_where_a_kernel_has_no_second_derivative(tmp_path: Path, kernel: Any, why: str) -> None:
+    module = Module("adamw")
+    module.model.lm_head.register_forward_pre_hook(lambda _, x: (kernel.apply(x[0]),))  # pyright: ignore
+    with pytest.warns(UserWarning, match=f"differences of gradients: .*{why}"):
+        fit(tmp_path, module, HessianBlocks(**CURVATURE), steps=2)
     assert scalars(tmp_path)["hessian/sharpness"][0] > 0
 
 
@@ -345,6 +334,14 @@ def with_entries(kinds: Any) -> list[Any]:
     return [*own, kinds.RoleTable()]
 
 
+def kept(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Weights, gradients and the optimizer's state, but for what a refresh notes of itself only when asked."""
+    own = {f"{k} {what}": t for k, p in model.named_parameters() for what, t in (("", p), ("grad", p.grad))}
+    slots = {f"{i} {k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+    found = {**own, **{k: v for k, v in slots.items() if "refreshed" not in k}}
+    return {k: v.detach().clone() for k, v in found.items() if v is not None}
+
+
 @pytest.mark.parametrize("name", ["soap", "muon"])
 def test_training_is_the_same_with_every_callback(tmp_path: Path, name: str) -> None:
     runs = []
@@ -357,12 +354,10 @@ def test_training_is_the_same_with_every_callback(tmp_path: Path, name: str) -> 
             steps=20,
             accumulate_grad_batches=2,
         )
-        state = made.optimizers[0].state_dict()["state"]
-        runs.append((weights(module), state, torch.rand(2), [m.training for m in module.modules()]))
-    (a, state_a, random_a, modes_a), (b, state_b, random_b, modes_b) = runs
-    assert all(torch.equal(a[k], b[k]) for k in a) and torch.equal(random_a, random_b) and modes_a == modes_b
-    for i, slots in state_a.items():
-        assert all(torch.equal(v, state_b[i][k]) for k, v in slots.items() if k != "refreshed")
+        runs.append((kept(module, made.optimizers[0]), torch.rand(2), [m.training for m in module.modules()]))
+    (a, random_a, modes_a), (b, random_b, modes_b) = runs
+    assert_same(a, b)
+    assert torch.equal(random_a, random_b) and modes_a == modes_b
     losses = [scalars(tmp_path / str(x))["train_loss"] for x in (False, True)]
     assert losses[0] == losses[1] and len(losses[0]) == 20
 
@@ -551,14 +546,20 @@ def test_the_same_tags_in_transformers(tmp_path: Path) -> None:
     assert "custom_scalars__config__" in theirs.Tags()["tensors"]
 
 
-@pytest.mark.parametrize("name", ["soap"])
+@pytest.mark.parametrize("name", ["soap", "muon"])
 def test_transformers_trains_the_same_with_every_callback(tmp_path: Path, name: str) -> None:
-    models = [llama(dropout=0.1) for _ in range(2)]
     settings: dict[str, Any] = {"optim": name, "max_steps": 20, "max_grad_norm": 0.5}
-    hf_run(tmp_path / "plain", models[0], **settings)
-    hf_run(tmp_path / "watched", models[1], *with_entries(hf_integration), **settings)
-    a, b = (weights(m) for m in models)
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    runs = []
+    for folder, own in (("plain", []), ("watched", with_entries(hf_integration))):
+        model = llama(dropout=0.1)
+        made = hf_run(tmp_path / folder, model, *own, **settings)
+        losses = [x["loss"] for x in made.state.log_history if "loss" in x]
+        modes = [m.training for m in model.modules()]
+        runs.append((kept(model, made.optimizer), torch.rand(2), modes, losses))
+    (a, random_a, modes_a, losses_a), (b, random_b, modes_b, losses_b) = runs
+    assert_same(a, b)
+    assert torch.equal(random_a, random_b) and modes_a == modes_b
+    assert losses_a == losses_b and len(losses_a) == 20
     found = scalars(hf_folder(tmp_path / "watched"))
     assert found["health/clip_rate"][-1] > 0 and found["noise/batch_sequences"][-1] == 4
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import socket
 import subprocess
@@ -16,8 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from lightning_optim.diagnostics import figures
 from tests.test_lightning import pytestmark as lightning_warnings
 
 pytestmark = lightning_warnings
@@ -27,12 +32,14 @@ STEPS, BATCHES = 24, 2
 IMAGES = {
     "health/gradient_rms_by_role",
     "health/update_rms_by_role",
+    "health/update_to_weight_by_role",
     "health/update_to_weight_by_layer",
     "health/weight_rms_by_role",
     "hessian/coupling",
     "hessian/entries/gate_proj",
     "hessian/frobenius_by_role",
     "hessian/js_distance",
+    "hessian/lambda_max_by_role",
     "hessian/lambda_min_by_role",
     "hessian/spectral_density",
     "hessian/trace_by_role",
@@ -47,6 +54,7 @@ IMAGES = {
 }
 """Beside that of the noise scale, which a short run may not have: the estimate of |G|^2 may be negative."""
 TEXTS = {
+    "diagnostics/interval/health",
     "hessian/measures",
     "hessian/traces",
     "memory/table",
@@ -113,30 +121,88 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs"
 
 
+FAMILIES = {"health", "memory", "refresh", "rank", "noise", "hessian"}
+
+
+def fetch(address: str) -> bytes:
+    """What a server that has answered before says."""
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        return answer.read()
+
+
+def quoted(run: str, tag: str) -> str:
+    """The part of an address that names a tag of a run."""
+    return urllib.parse.urlencode({"run": run, "tag": tag})
+
+
+def check_views(address: str) -> set[str]:
+    """Every view of the run of a server that has diagnostics shows something; the tags of its scalars."""
+    every = ask(f"{address}/plugin/scalars/tags")
+    ((run, tags),) = ((k, set(x)) for k, x in every.items() if "health/gradient_norm" in x)
+    ours = {t for t in tags if t.startswith((*(f"{f}/" for f in FAMILIES), "diagnostics/"))}
+    assert len(ours) <= 60 and {f"diagnostics/share/{f}" for f in FAMILIES} <= ours
+    for tag in ours:
+        points = ask(f"{address}/plugin/scalars/scalars?{quoted(run, tag)}")
+        assert all(math.isfinite(value) for _, _, value in points), tag
+    check_charts(address, run)
+    images = ask(f"{address}/plugin/images/tags")[run]
+    assert set(images) >= IMAGES
+    for tag in images:
+        last = ask(f"{address}/plugin/images/images?{quoted(run, tag)}&sample=0")[-1]
+        check_picture(tag, fetch(f"{address}/plugin/images/individualImage?{last['query']}"))
+    texts = {t.removesuffix("/text_summary"): t for t in ask(f"{address}/plugin/text/tags")[run]}
+    assert set(texts) >= TEXTS
+    for name in TEXTS:
+        html = ask(f"{address}/plugin/text/text?{quoted(run, texts[name])}")[-1]["text"]
+        assert "nan" not in html and (html.count("<td") > 3 or name.startswith("diagnostics/interval")), name
+    return ours
+
+
+def check_charts(address: str, run: str) -> None:
+    """The dashboard has a category for every callback, and no empty chart."""
+    dashboard = ask(f"{address}/plugin/custom_scalars/layout")
+    assert {c["title"] for c in dashboard["category"]} == FAMILIES | {"diagnostics"}
+    for category in dashboard["category"]:
+        for chart in category["chart"]:
+            assert chart["title"] and chart["multiline"]["tag"]
+            for pattern in chart["multiline"]["tag"]:
+                found = ask(f"{address}/plugin/custom_scalars/scalars?{quoted(run, pattern)}")
+                lines = found["tag_to_events"]
+                assert found["regex_valid"] and lines and all(lines.values()), f"{chart['title']} is empty"
+
+
+def check_picture(tag: str, data: bytes) -> None:
+    """There is more in the frame than in the legend: lines, or cells of which not most are missing."""
+    picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    coloured = int((picture.max(-1) - picture.min(-1) > 40).sum())
+    missing = int((picture == figures.MISSING).all(-1).sum())
+    least = 1.5 * 19 * 3 * len(figures.LINES)  # of a full legend
+    assert coloured > max(least, missing), f"{tag}: {coloured} coloured pixels, {missing} of missing values"
+
+
+def test_an_empty_picture_is_noticed() -> None:
+    def written(picture: figures.Picture) -> bytes:
+        Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+        return file.getvalue()
+
+    roles = [f"role {i}" for i in range(9)]
+    full, none = np.arange(9.0), np.full(9, np.nan)
+    for values in (full, none):
+        heat = figures.heat_map([values] * 9, "t", rows=roles, columns=roles, across="x", unit="u")
+        lines = figures.curves(full, dict.fromkeys(roles, values), "t", across="x", up="y")
+        for picture in (heat, lines):
+            if values is full:
+                check_picture("full", written(picture))
+            else:
+                with pytest.raises(AssertionError, match="empty"):
+                    check_picture("empty", written(picture))
+
+
 def test_pretraining_fills_every_view(pretrained: Path) -> None:
     with tensorboard(pretrained) as address:
-        ((run, tags),) = ask(f"{address}/plugin/scalars/tags").items()
-        images = ask(f"{address}/plugin/images/tags")[run]
-        texts = ask(f"{address}/plugin/text/tags")[run]
-        dashboard = ask(f"{address}/plugin/custom_scalars/layout")
-        assert set(images) >= IMAGES
-        assert {t.removesuffix("/text_summary") for t in texts} >= TEXTS
-        families = {"health", "memory", "refresh", "rank", "noise", "hessian"}
-        assert {c["title"] for c in dashboard["category"]} == families | {"diagnostics"}
-        assert len([t for t in tags if t.startswith((*families, "diagnostics/"))]) <= 60
-        for category in dashboard["category"]:
-            for chart in category["chart"]:
-                for pattern in chart["multiline"]["tag"]:
-                    url = f"{address}/plugin/custom_scalars/scalars?run={run}&tag={urllib.parse.quote(pattern)}"
-                    found = ask(url)
-                    assert found["regex_valid"] and found["tag_to_events"], f"{chart['title']} is empty"
-        url = f"{address}/plugin/images/images?run={run}&tag=hessian/coupling&sample=0"
-        samples = ask(url)
-        with urllib.request.urlopen(f"{address}/plugin/images/individualImage?{samples[0]['query']}") as answer:
-            assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
+        check_views(address)
     for name in ("rank", "hessian", "refresh"):
         assert list(pretrained.rglob(f"diagnostics/{name}-*.npz")), name
-    assert {f"diagnostics/share/{f}" for f in families} <= set(tags)
 
 
 def test_fine_tuning_shows_the_same_tags(pretrained: Path, tmp_path: Path) -> None:
@@ -146,10 +212,13 @@ def test_fine_tuning_shows_the_same_tags(pretrained: Path, tmp_path: Path) -> No
     flags |= {"use_cpu": True, "eval_strategy": "no", "data": library / "typing.py"}
     example("finetune_hf.py", tmp_path, *(x for key, value in flags.items() for x in (f"--{key}", str(value))))
     with tensorboard(pretrained) as first, tensorboard(tmp_path / "out") as second:
-        ((_, ours),) = ask(f"{first}/plugin/scalars/tags").items()
-        found = [x for x in ask(f"{second}/plugin/scalars/tags").values() if "health/gradient_norm" in x]
-        images = [set(x) for x in ask(f"{second}/plugin/images/tags").values()]
-    families = ("health/", "memory/", "refresh/", "rank/", "noise/", "hessian/", "diagnostics/")
-    mine, theirs = ({t for t in x if t.startswith(families) and "noise/scale" not in t} for x in (ours, found[0]))
-    assert mine - {"memory/checkpoint"} == theirs - {"memory/checkpoint"}
-    assert IMAGES <= images[0]
+        theirs = check_views(second)
+        ours = {t for x in ask(f"{first}/plugin/scalars/tags").values() for t in x if t.partition("/")[0] in FAMILIES}
+        shown = [
+            {kind: {t for x in ask(f"{a}/plugin/{kind}/tags").values() for t in x} for kind in ("images", "text")}
+            for a in (first, second)
+        ]
+    chance = {"noise/scale_sequences", "noise/scale_tokens", "memory/checkpoint"}
+    assert ours - chance == {t for t in theirs if t.partition("/")[0] in FAMILIES} - chance
+    assert {t for t in shown[0]["images"] if "noise" not in t} == {t for t in shown[1]["images"] if "noise" not in t}
+    assert shown[0]["text"] == {t for t in shown[1]["text"] if t.partition("/")[0] not in ("args", "model_config")}

@@ -23,6 +23,7 @@ from lightning_optim.callbacks import CurvatureFeed
 from lightning_optim.curvature import Feed, Labels, categorical, first_rows
 from tests import rules, test_hf, test_lightning
 from tests.pool import Pool
+from tests.test_diagnostics import Detached, Once
 from tests.test_lightning import Net, Rows, assert_same, of_precision, trainer, weights
 from tests.test_lightning import pytestmark as lightning_warnings
 
@@ -365,23 +366,10 @@ def test_without_a_feed_the_error_says_what_to_add(tmp_path: Path) -> None:
 # -- what stands in the way -------------------------------------------------------------------------------------------
 
 
-class Once(torch.autograd.Function):
-    """A kernel with one derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return 2 * ctx.saved_tensors[0] * grads[0]
-
-
-def test_a_kernel_without_a_second_derivative() -> None:
+@pytest.mark.parametrize("kernel", [Once, Detached])
+def test_a_kernel_without_a_second_derivative(kernel: Any) -> None:
     model = Small()
-    model.head.register_forward_pre_hook(lambda m, x: (Once.apply(x[0]),))
+    model.head.register_forward_pre_hook(lambda m, x: (kernel.apply(x[0]),))
     with pytest.raises(RuntimeError, match="method='difference'"):
         measured(model, "sophia_h", batches())
     found = measured(model, "sophia_h", batches(), method="difference")

@@ -400,15 +400,57 @@ def test_attention_without_a_second_derivative() -> None:
     params = list(model.parameters())
     model.eval()
     z = [torch.ones_like(p) for p in params]
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        full = Hessian(model.loss, params)
-        with pytest.raises(RuntimeError, match=r"no second derivative .*frozen\(model\)"):
-            full.product(z, range(len(params)))
+    refused = pytest.raises(hessian.NoSecondDerivativeError, match=r"no second derivative .*frozen\(model\)")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), refused:
+        Hessian(model.loss, params)
     flags = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
     with frozen(model):
         Hessian(model.loss, params).product(z, range(len(params)))
         assert not torch.backends.cuda.flash_sdp_enabled()
     assert flags == (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled())
+
+
+class Once(torch.autograd.Function):
+    """x^2, whose derivative torch is told not to differentiate."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0] * 2 * ctx.saved_tensors[0]
+
+
+class Detached(Once):
+    """x^2, whose derivative does not say that it cannot be differentiated."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0] * 2 * ctx.saved_tensors[0].detach()
+
+
+@pytest.mark.parametrize("kernel", [Once, Detached])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_kernel_that_leaves_its_second_derivative_out(kernel: Any, last: bool) -> None:
+    """torch computes the product without its terms."""
+    w, u, x = (torch.randn(s, generator=random(), dtype=torch.float64) for s in ((3, 4), (3,), (4,)))
+    params = [w.requires_grad_(), u.requires_grad_()]
+    z = [torch.ones_like(p) for p in params]
+    if last:
+        honest, false = (lambda f=f: f((w @ x).dot(u)) for f in (torch.square, kernel.apply))
+    else:
+        honest, false = (lambda f=f: f(w @ x).dot(u) for f in (torch.square, kernel.apply))
+    exact = Hessian(honest, params).product(z, [0, 1])
+    near = Hessian(false, params, "difference").product(z, [0, 1])
+    assert hessian.apart(exact, near) < 1e-3
+    if kernel is Once:
+        with pytest.raises(hessian.NoSecondDerivativeError):
+            Hessian(false, params)
+    else:
+        assert hessian.apart(Hessian(false, params).product(z, [0, 1]), near) > hessian.TOLERANCE
 
 
 def test_frozen_puts_everything_back() -> None:

@@ -19,6 +19,8 @@ from lightning_optim.core.work import Refresh
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal, overlap, unaligned
 from lightning_optim.ops.noise import normal
 from lightning_optim.refresh import RECORD, Clock, View, parse, phases
+from tests import jobs
+from tests.pool import Pool
 from tests.rules import assert_equal, give, gradient, make
 
 ADAPTIVE = ["off_diagonal:0.1:5", "lazy:2:0.4:2", "any(staggered:5, off_diagonal:0.2)", "clamp(lazy:2, 3, 4)"]
@@ -69,6 +71,13 @@ def test_staggered_spreads_the_cost_over_the_steps() -> None:
     for cost, days in zip(costs, found, strict=True):
         paid.update({t: cost for t in days if 6 <= t < 10})
     assert max(paid.values()) <= max(sum(costs) / 4, *costs)
+
+
+@pytest.mark.parametrize(("count", "interval"), [(7, 3), (12, 4), (3, 10)])
+def test_equal_matrices_are_staggered_as_evenly_as_can_be(count: int, interval: int) -> None:
+    found = dates(f"staggered:{interval}", 1 + 3 * interval, costs=(1.0,) * count)
+    at = Counter(t for days in found for t in days)
+    assert max(at.values()) == -(-count // interval) and sum(at.values()) == 3 * count
 
 
 def test_dense_warm_up_ends_in_the_staggered_schedule() -> None:
@@ -329,3 +338,44 @@ def test_noise_is_normal_and_depends_on_the_key_only() -> None:
     other = normal((400, 500), key=8)
     assert abs((x * other).mean()) < 4 / 200_000**0.5
     assert x.isfinite().all() and x.abs().max() < 7
+
+
+# -- several ranks ----------------------------------------------------------------------------------------------------
+
+UNTIMED = [
+    *ADAPTIVE,
+    *("fixed:3", "staggered:3", "warmup_dense:1:4:2", "off_diagonal:0.3:2", "lazy:3"),
+    *("all(fixed:2, off_diagonal:0.3)", "until(6, lazy:2, off_diagonal:0.3:2)"),
+]
+TIMED = ["time_budget:0.2", "time_budget:0.2:4", "clamp(time_budget:0.2, 2, 6)", "any(time_budget:0.1, lazy:5)"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", ["ddp", "shared", "fsdp2"])
+def test_ranks_decide_alike(pool: Pool, layout: str) -> None:
+    """Replicas refresh the same matrices in the same steps, whatever their clocks say; else only the owner does."""
+    expected = jobs.decided(0, 1, "ddp", UNTIMED, 12)
+    first, second = pool.run("tests.jobs:decided", 2, layout=layout, policies=[*UNTIMED, *TIMED], steps=12)
+    for policy in (*UNTIMED, *TIMED):
+        (mine, a), (theirs, b) = first[policy], second[policy]
+        assert all(torch.equal(a[k], b[k]) for k in a), f"{policy}: the replicas have different weights"
+        if layout == "ddp":
+            assert mine == theirs, policy
+            found = mine
+        else:
+            owned = [{name for name, *_ in events} for events in (mine, theirs)]
+            assert all(owned) and not owned[0] & owned[1], policy
+            found = mine + theirs
+        if policy in UNTIMED and not parse(policy).compares:  # the overlap of a first basis hangs on the last bit
+            assert sorted(found) == sorted(expected[policy][0]), policy
+        days = [t for _, t, reason in found if t > 1]
+        matrices = len({name for name, *_ in found})
+        assert matrices == 6 and 0 < len(days) < 11 * matrices, f"{policy} does not decide"
+        if policy in TIMED:
+            assert "budget" in {reason for *_, reason in found}, policy
+
+
+@pytest.mark.dist
+def test_a_time_budget_needs_to_know_the_replicas(pool: Pool) -> None:
+    with pytest.raises(RuntimeError, match="set optimizer.process_group to the group of the replicas"):
+        pool.run("tests.jobs:decided", 2, layout="ddp", policies=TIMED[:1], steps=2, told=False)

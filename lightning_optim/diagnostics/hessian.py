@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Loss = Callable[[], Tensor]
@@ -22,8 +23,33 @@ Method = Literal["exact", "difference"]
 
 DIFFERENTIATED_TWICE = ("not implemented", "differentiate twice", "double backward", "once_differentiable")
 """What the error of a kernel without a second derivative may say."""
+ENDS = ("torch::autograd::NotImplemented", "torch::autograd::Error")
+"""Where the graph of a gradient ends at such a kernel."""
+TOLERANCE = 0.1
+"""Relative difference above which second derivatives are not believed; differences are off by 1e-3."""
 
 _active = 0
+
+
+class NoSecondDerivativeError(RuntimeError):
+    """A kernel of the model has a gradient, but no derivative of that."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a kernel of the model has no second derivative (flash attention, say); compute the loss inside "
+            "diagnostics.hessian.frozen(model), or use method='difference'"
+        )
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Say what the errors of such kernels mean."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(words in str(error) for words in DIFFERENTIATED_TWICE):
+            raise
+        raise NoSecondDerivativeError from error
 
 
 def measuring() -> bool:
@@ -84,7 +110,9 @@ _TWICE = (None, "eager", "sdpa")
 class Hessian:
     """Products with the Hessian of a loss.
 
-    `"exact"` differentiates twice; the graph of the gradient is kept and reused for all products. `"difference"` is
+    `"exact"` differentiates twice; the graph of the gradient is kept and reused for all products. A kernel that
+    cannot be differentiated twice is refused, where torch may leave its terms out without a word; one that keeps it
+    to itself, as its backward pass detaches, shows by how far products are `apart` from differences. `"difference"` is
     (g(x + e v) - g(x - e v)) / 2e with e = `step` |x| / |v|: no second derivative is asked of any kernel, no graph is
     kept; 1e-4 relative error in float32. Parameters come back bitwise.
 
@@ -96,7 +124,8 @@ class Hessian:
         reduce: averages gradients and products over data-parallel ranks, in place.
 
     Raises:
-        RuntimeError: a kernel without a second derivative, or a loss that does not require gradients.
+        NoSecondDerivativeError: a kernel without a second derivative, with the exact method.
+        RuntimeError: a loss that does not require gradients.
     """
 
     def __init__(
@@ -114,7 +143,10 @@ class Hessian:
         self.value = value.detach()
         self._graph: list[Tensor] = []
         if method == "exact":
-            self._graph = self._gradient(value, create_graph=True)
+            with _refused():
+                self._graph = self._gradient(value, create_graph=True)
+            if any(_ends(node) for node in _nodes([value, *self._graph])):
+                raise NoSecondDerivativeError
             self.gradient = [g.detach() for g in self._graph]
         else:
             self.gradient = self._gradient(value)
@@ -138,7 +170,7 @@ class Hessian:
             One tensor per index of `want`.
 
         Raises:
-            RuntimeError: a kernel without a second derivative.
+            NoSecondDerivativeError: a kernel without a second derivative that only now says so.
         """
         want = range(len(self.params)) if want is None else want
         self.products += 1
@@ -154,15 +186,8 @@ class Hessian:
         if not pairs:
             return [torch.zeros_like(p) for p in inputs]
         outputs, vectors = zip(*pairs, strict=True)
-        try:
+        with _refused():
             found = torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
-        except (RuntimeError, NotImplementedError) as error:
-            if not any(words in str(error) for words in DIFFERENTIATED_TWICE):
-                raise
-            raise RuntimeError(
-                "a kernel of the model has no second derivative (flash attention, say); compute the loss inside "
-                "diagnostics.hessian.frozen(model), or use method='difference'"
-            ) from error
         return [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(inputs, found, strict=True)]
 
     def _difference(self, v: Sequence[Tensor], at: Block, want: Block) -> list[Tensor]:
@@ -222,6 +247,40 @@ class Hessian:
             `[d]`.
         """
         return torch.cat([signs(self.params[i], generator).reshape(-1) for i in block])
+
+
+def _nodes(found: Sequence[Tensor]) -> Iterator[Node]:
+    """Every node of some tensors' graphs once."""
+    todo = [t.grad_fn for t in found if t.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        more = {x for x, _ in node.next_functions if x is not None} - seen
+        seen |= more
+        todo += more
+
+
+def _ends(node: Node) -> bool:
+    """Whether derivatives end here; a `once_differentiable` kernel at the loss leaves no trace behind it."""
+    backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    code = getattr(backward, "__code__", None)
+    return node.name() in ENDS or getattr(code, "co_qualname", "") == "once_differentiable.<locals>.wrapper"
+
+
+def apart(found: Sequence[Tensor], near: Sequence[Tensor]) -> float:
+    """How far products with the Hessian are from the same products by differences of gradients.
+
+    Args:
+        found: exact products.
+        near: by differences.
+
+    Returns:
+        |found - near| / |near|; above `TOLERANCE`, a kernel leaves its second derivative out.
+    """
+    off = sum(float((a - b).double().square().sum()) for a, b in zip(found, near, strict=True))
+    size = sum(float(x.double().square().sum()) for x in near)
+    return math.sqrt(off / size) if size else math.inf if off else 0.0
 
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -372,7 +431,8 @@ def _batched(hessian: Hessian, index: int, v: Tensor) -> Tensor:
     g, p = hessian._graph[index], hessian.params[index]
     if not g.requires_grad:
         return torch.zeros_like(v)
-    found = torch.autograd.grad(g, p, v, retain_graph=True, allow_unused=True, is_grads_batched=True)[0]
+    with _refused():
+        found = torch.autograd.grad(g, p, v, retain_graph=True, allow_unused=True, is_grads_batched=True)[0]
     hessian.products += len(v)
     return torch.zeros_like(v) if found is None else found
 

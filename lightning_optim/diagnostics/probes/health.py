@@ -53,6 +53,7 @@ class Health(Probe):
         "health/gradient_rms": ("RMS of the gradient, by role", "RMS"),
         "health/update_rms": ("RMS of the update, by role", "RMS"),
         "health/weight_rms": ("RMS of the weights, by role", "RMS"),
+        "health/update_to_weight": ("RMS of update / RMS of weight, by role", "ratio"),
     }
 
     def __init__(
