@@ -481,12 +481,15 @@ def test_a_costly_probe_doubles_its_interval() -> None:
         pace.note(0.4)
     assert pace.every == 10 and pace.recent == pytest.approx(0.04)
     pace.train(10.0)
-    pace.note(2.0)
+    pace.note(1.0)
     assert pace.every == 20 and pace.due(40) and not pace.due(30)
-    assert pace.share == pytest.approx(8.2 / 40)
+    assert pace.share == pytest.approx(7.2 / 40)
     again = Pace(every=10, limit=0.05)
     again.load_state_dict(pace.state_dict())
     assert again.every == 20 and again.share == pace.share
+    pace.train(20.0)
+    pace.note(8.0)  # 0.2 of its time, with those before: four times what is allowed
+    assert pace.every == 160
 
 
 def charts_of(folder: Path) -> dict[str, dict[str, list[str]]]:

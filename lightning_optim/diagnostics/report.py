@@ -104,7 +104,7 @@ class Pace:
     """How often to measure: every so many steps, more rarely when that takes too large a share of training.
 
     After a measurement whose cost, averaged with those before, exceeds `limit` of the training time since the last
-    one, the interval doubles.
+    one, the interval doubles until it would not.
 
     Args:
         every: steps between measurements.
@@ -136,7 +136,7 @@ class Pace:
         self._since += seconds
 
     def note(self, seconds: float) -> None:
-        """Note a measurement, and double the interval if it is too costly; the first one of a run is not judged.
+        """Note a measurement, and lengthen the interval if it is too costly; the first one of a run is not judged.
 
         Args:
             seconds: it took, equal on every rank.
@@ -147,7 +147,7 @@ class Pace:
         if self._count > 1:
             now = seconds / max(self._since, 1e-9)
             self.recent = now if math.isnan(self.recent) else 0.5 * self.recent + 0.5 * now
-            if self.recent > self.limit:
+            while self.recent > self.limit:
                 self.every *= 2
                 self.recent /= 2
         self._since = 0.0
