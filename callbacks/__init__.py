@@ -1,6 +1,6 @@
 """Lightning callbacks, imported as `lightning_optim.callbacks`."""
 
-from lightning_optim.lightning import AveragedWeights
+from lightning_optim.lightning import AveragedWeights, ModuleOrder
 
 from .curvature import CurvatureFeed  # noqa: TID251
 from .hybrid import HybridOptimizer  # noqa: TID251  (this folder has two names; here it is the package's)
@@ -24,6 +24,7 @@ __all__ = [
     "HessianBlocks",
     "HybridOptimizer",
     "MemoryLogger",
+    "ModuleOrder",
     "OptimizerHealth",
     "PreconditionerRefresh",
     "ReLoRA",

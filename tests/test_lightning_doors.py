@@ -498,6 +498,18 @@ def test_callback_on_two_processes_equals_one(tmp_path: Path, pool: Pool, strate
 
 
 @pytest.mark.dist
+def test_a_checkpoint_of_ddp_goes_on_under_fsdp2(tmp_path: Path, pool: Pool) -> None:
+    """Lightning takes the numbers of parameters in one file for places in the module, and matrices are a group."""
+    job: dict[str, Any] = {"folder": str(tmp_path)}
+    (expected, _, lrs), _ = pool.run("tests.lightning_jobs:fit", 2, **job, strategy="ddp")
+    last = str(tmp_path / "last.ckpt")
+    for found, seen, others in pool.run("tests.lightning_jobs:fit", 2, **job, strategy="fsdp2", resume=last):
+        assert (seen, others) == (3, lrs[3:])
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.dist
 def test_lightning_and_plain_torch_load_each_others_checkpoints(tmp_path: Path, pool: Pool) -> None:
     """Weights are under `state_dict`, the optimizer is under `optimizer_0`; the trainer's own state is `meta.pt`."""
     job = {"folder": str(tmp_path), "strategy": "fsdp2"}
