@@ -73,6 +73,7 @@ class Feed:
             second derivative.
         loss_scale: the present factor of mixed precision; None without.
         rank: of this process among those that train together.
+        group: process group of those; all processes, if not given.
 
     Raises:
         ValueError: a share out of range, or parameters whose curvature cannot be measured where they are.
@@ -88,10 +89,11 @@ class Feed:
         method: Method = "exact",
         loss_scale: Callable[[], float | None] = lambda: None,
         rank: int = 0,
+        group: Any = None,
     ) -> None:
         check_settings(share, method)
         self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.share, self.loss_scale, self.rank = share, loss_scale, rank
+        self.share, self.loss_scale, self.rank, self.group = share, loss_scale, rank, group
         self.method: Method = method
         self.seconds = 0.0
         """Spent on measurements so far."""
@@ -191,9 +193,9 @@ class Feed:
 
     def _show_factors(self, layers: Sequence[Layer]) -> None:
         """Over micro-batches and ranks, the factors of one large batch, of whose mean loss each had a part."""
-        scale = (self.loss_scale() or 1.0) * layout.replicas()
+        scale = (self.loss_scale() or 1.0) * layout.replicas(self.group)
         counts = torch.tensor([x.rows for x in layers], dtype=torch.float64, device=layers[0].weight.device)
-        layout.sum_([counts])
+        layout.sum_([counts], self.group)
         used = [(x, n) for x, n in zip(layers, counts.tolist(), strict=True) if n]  # by any rank
         if not used and any(x.weight.grad is not None for x in layers):
             raise RuntimeError(
@@ -202,7 +204,7 @@ class Feed:
             )
         for x, _ in used:
             x.begin()
-        layout.sum_([t for x, _ in used for t in (x.inputs, x.outputs)])
+        layout.sum_([t for x, _ in used for t in (x.inputs, x.outputs)], self.group)
         seen = {}
         for x, n in used:
             seen[x.weight] = Seen(inputs=x.inputs / n, outputs=x.outputs / (n * scale**2))
@@ -276,12 +278,12 @@ class Feed:
             found, count = measure(batch, i)
             n = torch.full_like(total, count)
             if sharded:  # their gradients are means over ranks already
-                layout.sum_([n])
+                layout.sum_([n], self.group)
             for x, g in zip(sums, found, strict=True):
                 x.add_(g, alpha=float(n))
             total += n
         if not sharded:
-            layout.sum_([*sums, total])
+            layout.sum_([*sums, total], self.group)
         count = float(total)
         return [x / count for x in sums], count
 

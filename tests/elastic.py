@@ -1,6 +1,9 @@
 """Run by torchrun: training that is killed in mid-step, then while it saves, and that goes on from what is complete.
 
-python -m torch.distributed.run --standalone --nproc_per_node 2 --max_restarts 2 -m tests.elastic FOLDER
+python -m torch.distributed.run --standalone --nproc_per_node 2 --max_restarts 4 -m tests.elastic FOLDER
+
+Each death comes once, as a file says; an attempt that does not come to train (another process has taken the port that
+torchrun chose) leaves no file behind, and costs one of the restarts that are left over.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +33,18 @@ def newest(folder: Path) -> tuple[int, Path | None]:
     return max(found, default=(0, None))
 
 
-def die(*args: Any, **kwargs: Any) -> None:
-    """Be killed."""
-    os.kill(os.getpid(), signal.SIGKILL)
+class Killed:
+    """A function that is the last one called at its call with this number."""
 
-
-class Interrupted:
-    """Lets gradients go to their owners, and dies before directions come back."""
-
-    def __init__(self) -> None:
-        self.exchange, self.calls = dist.all_to_all_single, 0
+    def __init__(self, function: Callable[..., Any], last: int, note: Path) -> None:
+        self.function, self.left, self.note = function, last, note
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return die() if self.calls > 1 else self.exchange(*args, **kwargs)
+        self.left -= 1
+        if self.left == 0 and not self.note.exists():
+            self.note.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.function(*args, **kwargs)
 
 
 def main() -> None:
@@ -60,12 +62,12 @@ def main() -> None:
     (folder / f"attempt-{attempt}-{rank}.json").write_text(json.dumps({"from": done, "cut_off": cut_off}))
     dist.barrier()
     for t in range(done + 1, STEPS + 1):
-        if (attempt, rank, t) == (0, 1, 4):
-            dist.all_to_all_single = Interrupted()
+        if (rank, t) == (1, 4):  # gradients go to their owners, directions do not come back
+            dist.all_to_all_single = Killed(dist.all_to_all_single, 2, folder / "killed-in-step")
         jobs.take_steps(model, optimizer, range(t, t + 1))
         if t % SAVE_EVERY == 0:
-            if (attempt, rank, t) == (1, 0, 6):
-                os.fsync = die  # within the writing of the first file
+            if (rank, t) == (0, 6):  # within the writing of the first file
+                os.fsync = Killed(os.fsync, 1, folder / "killed-while-saving")
             state = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}
             state_dict_saver.save(state, checkpoint_id=str(folder / str(t)))
     whole = jobs.weights(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import Parameter
 
 from lightning_optim import Executor, build_optimizer
+from lightning_optim.core.averages import averages_of
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.core.spread import spread
 from tests.rules import gradient, make
@@ -281,11 +284,16 @@ def priced(rank: int, world: int, layout: str, cases: Sequence[Any]) -> list[Any
 
 def price(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
     """Bytes of state here, bytes sent in a step, and what `spread` says of both."""
+    members = averages_of((settings := dict(settings)).pop("wrap", {}))
     whole = make(name, Model(name, dtype).parameters(), **settings)
+    if members:
+        whole.wrap(*members)
     strategy: Any = "ddp" if layout == "shared" else layout
     said = spread(whole, strategy, world, node_size=world // 2, share_work=layout == "shared")
     model = lay_out(Model(name, dtype), layout, world)
     optimizer = make(name, model.parameters(), **settings)
+    if members:
+        optimizer.wrap(*members)
     if layout == "shared":
         optimizer.share_work()
     take_steps(model, optimizer, range(1, 3))
@@ -294,6 +302,19 @@ def price(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, set
     held = [t.to_local() if isinstance(t, DTensor) else t for s in optimizer.state.values() for t in s.values()]
     at = rank % len(said.state)
     return sum(t.nbytes for t in held), said.state[at], sum(sent.values()), said.sent[at]
+
+
+def lost(rank: int, world: int, how: str) -> float:
+    """One rank fails while the others wait, or is killed before a collective in which they are."""
+    total = torch.ones(())
+    if rank == 1 and how == "raise":
+        raise ValueError("nobody else knows")
+    if rank == 1 and how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raise":
+        time.sleep(60)
+    dist.all_reduce(total)
+    return total.item()
 
 
 def groups_differ(rank: int, world: int, layout: str) -> Any:

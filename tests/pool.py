@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import io
 import multiprocessing
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 180
+TIMEOUT = 600
+"""Seconds for a job, the start of its processes included: it is for jobs that hang, not for slow machines."""
+GRACE = 15
+"""Seconds for the other ranks, once one has failed: they may wait for it, in a collective, for ever."""
 
 
 def _dump(value: Any) -> bytes:
@@ -31,6 +36,7 @@ def _load(data: bytes) -> Any:
 
 def _worker(connection: Connection, rank: int) -> None:
     torch.set_num_threads(1)
+    faulthandler.enable()  # says where, if a signal ends the process
     while (job := connection.recv()) is not None:
         where, world, store, kwargs = job
         module, name = where.split(":")
@@ -66,23 +72,37 @@ class Pool:
         self.jobs += 1
         store = self.folder / f"store-{self.jobs}"
         for _, connection in self.workers[:world]:
-            connection.send((job, world, str(store), _dump(kwargs)))
-        results = []
-        for rank, (process, connection) in enumerate(self.workers[:world]):
-            if not connection.poll(TIMEOUT):
-                self.close()
-                raise TimeoutError(f"{job}: rank {rank} did not answer in {TIMEOUT} s")
-            try:
-                ok, value = _load(connection.recv_bytes())
-            except EOFError:
-                process.join()
-                self.close()
-                raise RuntimeError(f"{job}: rank {rank} ended with {process.exitcode}") from None
-            results.append((rank, ok, value))
-        failed = [f"rank {rank}:\n{value}" for rank, ok, value in results if not ok]
+            with suppress(BrokenPipeError):  # told of where the answer is missing
+                connection.send((job, world, str(store), _dump(kwargs)))
+        results, failed = self._answers(world)
         if failed:
-            raise RuntimeError("\n".join(failed))
-        return [value for _, _, value in results]
+            raise RuntimeError("\n".join(f"{job}: {what}" for what in failed))
+        return results
+
+    def _answers(self, world: int) -> tuple[list[Any], list[str]]:
+        """What every rank returned, and what happened to those that did not; the processes end if any is stuck."""
+        results: list[Any] = [None] * world
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self.workers[:world])}
+        failed: list[str] = []
+        begun, limit = time.monotonic(), float(TIMEOUT)
+        while waiting:
+            ready = wait(list(waiting), max(0.0, begun + limit - time.monotonic()))
+            if not ready:
+                failed.append(f"ranks {sorted(waiting.values())} did not answer in {limit:.0f} s")
+                break
+            for connection in (c for c in list(waiting) if c in ready):
+                rank = waiting.pop(connection)
+                try:
+                    ok, results[rank] = _load(connection.recv_bytes())
+                except (EOFError, ConnectionError):
+                    self.workers[rank][0].join()
+                    ok, results[rank] = False, f"ended with {self.workers[rank][0].exitcode}"
+                if not ok:
+                    failed.append(f"rank {rank}: {results[rank]}")
+                    limit = min(limit, time.monotonic() - begun + GRACE)
+        if waiting:
+            self.close()
+        return results, failed
 
     def close(self) -> None:
         """End the processes."""

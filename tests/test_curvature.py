@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -453,22 +455,27 @@ def argmin(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def train(rank: int, world: int, name: str, kind: str) -> dict[str, Tensor]:
-    """Three steps on the rank's rows, labels not drawn but the least likely; the whole weights."""
+    """Three steps on the rank's rows, labels not drawn but the least likely; the whole weights. "pairs" train apart."""
     rules.feeding = False
     curvature.categorical = argmin
-    model = Small()
+    model, group, pair = Small(), None, 0
+    if kind == "pairs":
+        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        pair, rank, world = rank // 2, rank % 2, 2
+        group = groups[pair]
     if kind == "fsdp2":
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    outer: Any = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
+    ddp = functools.partial(nn.parallel.DistributedDataParallel, process_group=group)
+    outer: Any = ddp(model) if kind in ("ddp", "pairs") else model
     optimizer = build_optimizer(model, name, lr=1e-2, refresh="fixed:2", rho=1.0)
 
     def loss(batch: Tensor, through: nn.Module = model) -> Tensor:
         return F.cross_entropy(through(batch[:, :-1]).transpose(1, 2), batch[:, 1:])
 
     try:
-        feed = Feed(model, optimizer, loss, share=1.0, rank=rank)
+        feed = Feed(model, optimizer, loss, share=1.0, rank=rank, group=group)
         for batch in batches(3, rows=4):
-            mine = batch.chunk(world)[rank]
+            mine = batch.roll(pair, 1).chunk(world)[rank]
             feed.see(mine)
             loss(mine, outer).backward()
             feed.ready()
@@ -497,3 +504,15 @@ def test_two_processes_equal_one(pool: Pool, name: str, kind: str) -> None:
     for one in found:
         for key, p in alone.items():
             assert (one[key] - p).norm() <= 1e-10 * (p - start[key]).norm(), key
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("name", ["sophia_g", "sophia_h"])
+def test_processes_that_train_apart_are_not_averaged(pool: Pool, name: str) -> None:
+    alone = train(0, 1, name, "")
+    start = {k: p.detach() for k, p in Small().named_parameters()}
+    first, second, third, _ = pool.run("tests.test_curvature:train", 4, name=name, kind="pairs")
+    for key, p in alone.items():
+        assert (first[key] - p).norm() <= 1e-10 * (p - start[key]).norm(), key
+        assert torch.equal(first[key], second[key])
+    assert any(not torch.equal(first[key], third[key]) for key in alone)

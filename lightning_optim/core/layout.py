@@ -670,21 +670,25 @@ def is_tensor_parallel(p: Tensor, model: torch.nn.Module) -> bool:
     return cut > 1 or (cut == 1 and not any(isinstance(m, FSDPModule) for m in model.modules()))
 
 
-def replicas() -> int:
+def replicas(group: dist.ProcessGroup | None = None) -> int:
     """Number of processes that train together.
+
+    Args:
+        group: those processes; all, if not given.
 
     Returns:
         1 for a process that is alone.
     """
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def sum_(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors that are whole on every rank by their sum over all ranks, in place.
+def sum_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Replace tensors that are whole on every rank by their sum over ranks, in place.
 
     Args:
         tensors: of the same shapes on every rank.
+        group: those ranks; all, if not given.
     """
-    if replicas() > 1:
+    if replicas(group) > 1:
         for t in tensors:
-            dist.all_reduce(t)
+            dist.all_reduce(t, group=group)

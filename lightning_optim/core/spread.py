@@ -88,8 +88,11 @@ def spread(
             parts, turned = parts_of(rule, group, p.shape)
             forms = forms_for(rule, group, p, parts)
             kept = p.dtype.itemsize if storage.compensated(p.dtype, group) else 0
-            for r, rows in enumerate(_volumes(cut, p.shape, size)):
-                state[r] += 4 + kept * rows
+            if optimizer.averages is not None:
+                kept += storage.work_dtype(p.dtype).itemsize * len(optimizer.averages.keys)
+            radii = sum(part.dims[0] for part in parts) if storage.keeps_radius(p.dtype, group) else 0
+            for r, volume in enumerate(_volumes(cut, p.shape, size)):
+                state[r] += 4 + 4 * radii + kept * volume
             axes = layout.axes_of(p, cut, parts[0].dims, turned) if cut is not None and rule.reduces else ()
             whole = parts[0].rows is None and len(parts) == 1
             if cut is None:

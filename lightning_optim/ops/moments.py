@@ -115,7 +115,8 @@ def rank_one(a: Tensor, iterations: int = 5, *, squared: bool = False) -> tuple[
     (s,) = swept(lambda x: (entries(x).sum(dim=-2, keepdim=True),), a)
     s, parts = s / a.shape[-2], []
     for last in [False] * (iterations - 1) + [True]:
-        top = s.amax(-1, keepdim=True).clamp(min=tiny)  # squares of small gradients' squares would underflow
+        # squares of small gradients' squares would underflow; not the largest, which no columns on a rank have not
+        top = s.sum(-1, keepdim=True).clamp(min=tiny)
         unit = s / top
         weights, parts = (unit / (unit * unit).sum(-1, keepdim=True).clamp(min=tiny) / top).mT, []
 
