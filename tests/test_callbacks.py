@@ -664,6 +664,14 @@ def test_axes_have_round_numbers(values: list[float], kind: str, ticks: list[flo
     assert places == sorted(set(places)) and 0 <= places[0] and places[-1] <= 1
 
 
+@pytest.mark.parametrize(("every", "expected"), [(10, [2, 4, 8, 10, 20]), (2, [2, 4, 6, 8]), (1, [1, 2, 3])])
+def test_pictures_come_early_and_then_regularly(every: int, expected: list[int]) -> None:
+    probe, drawn = OptimizerHealth(image_every=every).probe, []
+    for probe._reports in range(expected[-1]):
+        drawn += [probe._reports + 1] * probe.draws()
+    assert drawn == expected
+
+
 def test_short_names_tell_layers_apart() -> None:
     names = [f"model.layers.{i}.{side}.weight" for i in (0, 1) for side in ("q", "norm")]
     assert figures.short(names) == ["layers.0.q", "layers.0.norm", "layers.1.q", "layers.1.norm"]

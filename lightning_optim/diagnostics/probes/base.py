@@ -162,10 +162,11 @@ class Probe:
         """Whether the measurement under way comes with pictures.
 
         Returns:
-            True every `picture_every` measurements.
+            True every `picture_every` measurements, and at powers of two before the first of these.
         """
         number = self._reports + 1
-        return number == min(2, self.picture_every) or number % self.picture_every == 0
+        early = 1 < number < self.picture_every and number.bit_count() == 1
+        return early or number % self.picture_every == 0
 
     def layout(self) -> dict[str, Sequence[str]]:
         """Charts that have something to show by now.

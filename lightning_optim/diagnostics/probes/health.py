@@ -36,7 +36,7 @@ class Health(Probe):
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
-        image_every: measurements between pictures; the first comes with the second measurement.
+        image_every: measurements between pictures; early ones come with the 2nd, 4th, 8th ... measurement.
         detail: whether everything measured becomes a scalar, too, not only what the charts show.
     """
 
