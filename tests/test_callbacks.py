@@ -411,7 +411,7 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "limit"), [("cheap", 0.01), ("matrix", 0.03), ("curvature", 0.05)])
 def test_presets(name: str, limit: float) -> None:
     for made in (diagnostics(name), hf_integration.diagnostics(name)):
-        assert sum(c.probe.pace.limit for c in made) == pytest.approx(limit)
+        assert limit / 2 < sum(c.probe.pace.limit for c in made) <= limit * (1 + 1e-9)
     short = {c.probe.name: c.probe.pace.every for c in diagnostics(name, 120)}
     assert short.get("hessian", 10) == 10 and short["health"] == 10
     with pytest.raises(ValueError, match="did you mean 'cheap'"):
@@ -489,7 +489,7 @@ def test_a_costly_probe_doubles_its_interval() -> None:
     assert again.every == 20 and again.share == pace.share
     pace.train(20.0)
     pace.note(8.0)  # 0.2 of its time, with those before: four times what is allowed
-    assert pace.every == 160
+    assert pace.every == 160 and pace.judged == pytest.approx(8 * pace.recent)
 
 
 def charts_of(folder: Path) -> dict[str, dict[str, list[str]]]:

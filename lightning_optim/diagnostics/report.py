@@ -116,7 +116,9 @@ class Pace:
     share: float = 0.0
     """Of all training time so far."""
     recent: float = math.nan
-    """Running mean over measurements."""
+    """Running mean over measurements, at the present interval."""
+    judged: float = math.nan
+    """The same, at the interval before the last measurement."""
     spent: float = 0.0
     trained: float = 0.0
     _since: float = 0.0
@@ -147,6 +149,7 @@ class Pace:
         if self._count > 1:
             now = seconds / max(self._since, 1e-9)
             self.recent = now if math.isnan(self.recent) else 0.5 * self.recent + 0.5 * now
+            self.judged = self.recent
             while self.recent > self.limit:
                 self.every *= 2
                 self.recent /= 2

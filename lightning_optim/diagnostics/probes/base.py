@@ -274,7 +274,7 @@ class Probe:
         if self._interval != self.pace.every:
             known = self._interval > 0
             self._interval = self.pace.every
-            why = f": it took {self.pace.recent * 2:.2%} of training, more than {self.pace.limit:.2%}" if known else ""
+            why = f": it took {self.pace.judged:.2%} of training, more than {self.pace.limit:.2%}" if known else ""
             report.texts[f"diagnostics/interval/{self.name}"] = f"every {self.pace.every} steps{why}"
 
     def _charts(self) -> dict[str, Sequence[str]]:
