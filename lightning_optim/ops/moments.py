@@ -147,6 +147,6 @@ def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float) -> Te
         The ratio.
     """
     d = v.sqrt().add_(eps * root)
-    if mean is not root:
+    if mean is not root:  # not `!=`: in a graph they are tensors
         d.mul_(mean / root)
     return torch.div(m, d, out=d)
