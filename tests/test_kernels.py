@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_optim.ops.kernels import products
+from lightning_optim.ops.kernels.graphs import compiled
 from lightning_optim.ops.kernels.products import product
 
 onednn = pytest.mark.skipif(not products.available(), reason="torch's own product is the faster one on this processor")
@@ -65,3 +66,33 @@ def test_gradients_pass() -> None:
 def test_other_dtypes_are_torch_s(dtype: torch.dtype) -> None:
     a, b = torch.randn(200, 200).to(dtype), torch.randn(200, 200).to(dtype)
     assert torch.equal(product(a, b), a @ b)
+
+
+def test_a_graph_does_what_its_function_does_whatever_the_sizes_and_numbers() -> None:
+    def step(p: torch.Tensor, g: torch.Tensor, v: torch.Tensor, t: torch.Tensor, size: torch.Tensor) -> None:
+        v.lerp_((g * g).sum(-1, keepdim=True), 0.1)
+        p.sub_(g / (v / (1 - 0.9**t)).sqrt() * size)
+
+    def tensors(*sizes: int) -> list[torch.Tensor]:
+        return [torch.randn(1, *sizes), torch.randn(1, *sizes), torch.rand(1, sizes[0], 1)]
+
+    graph = compiled(step, tensors(67, 45), 2)
+    for sizes, numbers in (((67, 45), (1.0, 0.1)), ((20, 300), (7.0, 0.01)), ((9, 9), (7.0, 0.5))):
+        found = tensors(*sizes)
+        expected = [x.clone() for x in found]
+        graph(found, numbers)
+        step(*expected, *(torch.tensor(x, dtype=torch.float64) for x in numbers))
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_function_that_branches_on_what_is_open_has_no_graph() -> None:
+    def by_size(x: torch.Tensor) -> None:
+        x.mul_(2 if x.shape[0] > 50 else 3)
+
+    def by_number(x: torch.Tensor, t: torch.Tensor) -> None:
+        x.mul_(2 if t > 1 else 3)
+
+    with pytest.raises(RuntimeError, match="branches on sizes"):
+        compiled(by_size, [torch.randn(67)], 0)
+    with pytest.raises(Exception, match="data-dependent"):
+        compiled(by_number, [torch.randn(67)], 1)

@@ -45,12 +45,14 @@ Shapes = list[tuple[int, ...]]
 INTERVAL = 10
 POLICIES = (f"fixed:{INTERVAL}", f"staggered:{INTERVAL}")
 
+COMPILED = ("adafactor", "adam_mini", "came", "lamb", "lars", "lion", "racs", "signum", "sophia_g")
 VARIANTS: dict[str, dict[str, Any]] = {
     "adamw-int8": {"state_storage": "int8"},
     "adamw-int8_grid": {"state_storage": "int8_grid"},
     "adamw-fp8": {"state_storage": "fp8"},
     "racs-1": {"iterations": 1},
     "shampoo-paper": {"accumulate": "sum", "betas": (0.0, 0.0), "graft": "none", "max_dim": None},
+    **{f"{name}-compiled": {"compile": True} for name in COMPILED},
 }
 """Settings that are measured beside a rule's defaults, as `rule-variant`."""
 

@@ -39,6 +39,7 @@ class Options:
     cautious_decay: float | bool = 0.0
     cautious_when: Literal["before", "after_pin"] = "before"
     clip_norm: float | None = None
+    compile: bool = False
     traffic: Literal["exact", "bf16"] = "exact"
     seed: int = 0
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from lightning_optim.core import chunks, constraint, layout, storage
+from lightning_optim.core import chunks, compiled, constraint, layout, storage
 from lightning_optim.core.chunks import Dims, Part
 from lightning_optim.core.constraint import Factors
 from lightning_optim.core.rule import ADAMW_RMS, Rows, Rule, Slot
@@ -323,8 +323,34 @@ def _no_index() -> Tensor:
     raise AssertionError("only rounding to bfloat16 asks for indices")
 
 
+def _by_graph(job: Job, w: Work) -> bool:
+    """Step one parameter by a compiled graph, if its group asks for that and it can be."""
+    rule, group, p = job.rule, job.group, layout.local(w.param)
+    if not group["compile"] or w.replicas is not None or rule.rests(w.t) or compiled.refusal(rule, group) is not None:
+        return False
+    kind = compiled.kind_of(rule, group, p, w.dims)
+    state = {key: layout.local(w.state[key]) for key, form in w.forms.items() if form.direct(p.device)}
+    if kind is None or len(state) < len(w.forms) or len(w.parts) > 1 or w.parts[0].rows is not None:
+        return False
+    g = w.gradient()
+    alike = chunks.agree([p, g, *(x for x in state.values() if x.shape == p.shape)])
+    if not alike or (rule.reduces and not p.is_contiguous()):
+        return False
+
+    def seen(x: Tensor) -> Tensor:
+        if rule.elementwise:
+            return (x if p.is_contiguous() else x.permute(chunks.dense_order(p))).view(-1)
+        return chunks.turned(x, kind.turned).view(w.dims) if x.shape == p.shape else x.view(w.dims[0], *x.shape[-2:])
+
+    views = {key: seen(x) for key, x in state.items()}
+    compiled.step(rule, kind, seen(p), seen(g), views, w.t, rule.lr * factor_of(job, w.dims))
+    return True
+
+
 def update_elementwise(job: Job, w: Work) -> None:
-    """Walk over one parameter in flat blocks."""
+    """Walk over one parameter in flat blocks, unless a graph does it at once."""
+    if _by_graph(job, w):
+        return
     rule, p = job.rule, layout.local(w.param)
     dtype, write = storage.work_dtype(p.dtype), _Write(job, w)
     kept = kept_slots(job, w)
@@ -391,6 +417,8 @@ def update_stack(
     pieces = zip(*(w.pieces(job.rule) for w in opened), strict=True)
     plain = sink is None and (frame is None or frame.cut is None) and not constraint.shapes_step(job.group)
     by_rows = plain and _goes_by_rows(chunk)
+    if by_rows and job.rule.reduces and _by_graph(job, chunk[0]):
+        return
     found = [_directions(job, piece, params, gradients, frame, by_rows) for piece in pieces]
     for w, slots in zip(opened, kept, strict=True):
         for key, x in slots.items():

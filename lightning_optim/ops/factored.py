@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 from torch import Tensor
 
-from lightning_optim.ops.runs import RUN, squares, swept
+from lightning_optim.ops.runs import RUN, column_sums, squares, swept
 
 
 def mean(x: Tensor, dim: int) -> Tensor:
@@ -37,12 +38,14 @@ def update_means_(
         eps: added to them.
         of: `[..., m, n]`, or what `swept` takes.
     """
+    if isinstance(weight, Tensor):  # a number of a graph
+        weight = cast("float", weight.to(row.dtype))
 
     def sums(row: Tensor, *views: Tensor) -> tuple[Tensor]:
         found = x(*views)
         square = found.mul_(found) if all(found is not view for view in views) else found * found
         row.lerp_(mean(square, -1) + eps, weight)
-        return (square.sum(dim=-2, keepdim=True),)
+        return (column_sums(square),)
 
     (total,) = swept(sums, row, *of)
     column.lerp_(total / row.shape[-2] + eps, weight)
@@ -91,7 +94,8 @@ def over_root(x: Tensor, row: Tensor, column: Tensor, least: float, factor: Tens
     Returns:
         A new tensor.
     """
-    alone = x.shape[:-2].numel() == 1 and x.numel() >= RUN // 2 and x.device.type == "cpu" and type(x) is Tensor
+    plain = type(x) is Tensor and x.device.type == "cpu"
+    alone = plain and x.shape[:-2].numel() == 1 and x.numel() >= RUN // 2
     if alone and bool(row.amin() * column.amin() > least):
         left = row.rsqrt()
         return scaled(x, left if factor is None else left * factor, column.rsqrt())

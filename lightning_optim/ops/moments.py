@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.ops.kernels.products import product
-from lightning_optim.ops.runs import swept
+from lightning_optim.ops.runs import column_sums, row_products, swept
 
 Sides = Literal["both", "left", "right", "short"]
 
@@ -112,7 +112,7 @@ def rank_one(a: Tensor, iterations: int = 5, *, squared: bool = False) -> tuple[
     def entries(x: Tensor) -> Tensor:
         return x * x if squared else x
 
-    (s,) = swept(lambda x: (entries(x).sum(dim=-2, keepdim=True),), a)
+    (s,) = swept(lambda x: (column_sums(entries(x)),), a)
     s, parts = s / a.shape[-2], []
     for last in [False] * (iterations - 1) + [True]:
         # squares of small gradients' squares would underflow; not the largest, which no columns on a rank have not
@@ -122,8 +122,8 @@ def rank_one(a: Tensor, iterations: int = 5, *, squared: bool = False) -> tuple[
 
         def take(x: Tensor, weights: Tensor = weights, parts: list[Tensor] = parts, last: bool = last) -> list[Tensor]:
             x = entries(x)
-            parts.append(x @ weights)
-            return [] if last else [parts[-1].mT @ x, (parts[-1] * parts[-1]).sum(-2, keepdim=True)]
+            parts.append(row_products(x, weights))
+            return [] if last else [column_sums(x, parts[-1]), (parts[-1] * parts[-1]).sum(-2, keepdim=True)]
 
         if not last:
             product_, size = swept(take, a)
@@ -147,6 +147,6 @@ def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float) -> Te
         The ratio.
     """
     d = v.sqrt().add_(eps * root)
-    if mean != root:
+    if mean is not root:  # not `!=`: in a graph they are tensors
         d.mul_(mean / root)
     return torch.div(m, d, out=d)

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_optim.ops.kernels.graphs import is_traced
+from lightning_optim.ops.runs import squares
+
 
 def norm(x: Tensor) -> Tensor:
     """Frobenius norm of every matrix.
@@ -16,7 +19,7 @@ def norm(x: Tensor) -> Tensor:
     Returns:
         `[..., 1, 1]`.
     """
-    return vector_norm(x, dim=(-2, -1), keepdim=True)
+    return squares(x).sqrt() if is_traced() else vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
 def gram_norm(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_optim.ops.kernels.graphs import is_traced
+
 RUN = 2**18
 """Elements of a run of rows of one matrix. Shorter ones lie in a cache nearer to the processor, but then Python's time
 per operation counts: with 2^14 to 2^20 a step of `lamb` took 10.4, 7.3, 6.2, 5.3, 5.2, 5.6 and 6.0 steps of fused
@@ -69,4 +71,34 @@ def swept(step: Callable[..., Sequence[Tensor]], *tensors: Tensor) -> list[Tenso
 
 def squares(x: Tensor) -> Tensor:
     """The sum of the squares of every matrix, `[..., 1, 1]`."""
+    if is_traced():  # row by row: to sum up a whole matrix exactly, Inductor calls a function per vector
+        return (x * x).sum(-1, keepdim=True).sum(-2, keepdim=True)
     return vector_norm(x, dim=(-2, -1), keepdim=True).square()
+
+
+def row_products(x: Tensor, v: Tensor) -> Tensor:
+    """The product of every matrix with a vector.
+
+    Args:
+        x: `[..., m, n]`.
+        v: `[..., n, 1]`.
+
+    Returns:
+        `[..., m, 1]`.
+    """
+    return (x * v.mT).sum(-1, keepdim=True) if is_traced() else x @ v
+
+
+def column_sums(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The sum of the rows of every matrix, each times a number.
+
+    Args:
+        x: `[..., m, n]`.
+        weights: `[..., m, 1]`, of ones if not given.
+
+    Returns:
+        `[..., 1, n]`.
+    """
+    if weights is not None and not is_traced():
+        return weights.mT @ x
+    return (x if weights is None else x * weights).sum(dim=-2, keepdim=True)

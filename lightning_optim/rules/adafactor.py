@@ -206,4 +206,5 @@ class AdafactorHF(Rule):
 
 def _relative(lr: float, t: int, most: float = 1.0) -> float:
     """What makes lr min(most lr, 1 / sqrt(t))."""
-    return min(most, t**-0.5 / lr) if lr else most
+    ratio = t**-0.5 / (lr + 1e-300)
+    return ratio.clamp(max=most) if isinstance(ratio, Tensor) else min(most, ratio)  # in a graph numbers are tensors

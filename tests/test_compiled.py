@@ -1,0 +1,135 @@
+"""Steps by compiled graphs: the numbers of eager ones, one graph whatever the step, the learning rate and the size."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch.nn import Parameter
+
+from lightning_optim import Executor, build_optimizer
+from lightning_optim.core import compiled
+from lightning_optim.core.rule import REGISTRY, Rule, lookup
+
+SHAPES = [(512, 520), (700, 530), (260, 5000), (7, 9), (40,)]
+"""Two sizes, rows longer than what Inductor sums up in one go, and two that are stepped without a graph."""
+COMPILING = sorted(name for name, r in REGISTRY.items() if (r.elementwise or r.reduces) and r.kernel is Rule.kernel)
+QUICK = ("lion", "lamb")
+names = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in [*COMPILING, "rmsprop"]]
+
+
+def made(name: str, *, shapes: list[tuple[int, ...]] = SHAPES, **settings: Any) -> Executor:
+    """An optimizer of parameters of several shapes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [s for s in shapes if lookup(name).vectors or len(s) > 1]
+    ps = [Parameter(torch.randn(s, generator=generator)) for s in shapes]
+    optimizer = Executor([{"params": ps, "rule": name, "weight_decay": 0.1, **settings}])
+    optimizer.fed = True  # by nobody: a curvature of zero
+    return optimizer
+
+
+def run(optimizer: Executor, steps: range) -> list[Tensor]:
+    """Steps under a schedule, given by their numbers."""
+    group = optimizer.param_groups[0]
+    apart = lookup(group["rule"]).decay in ("before", "after")  # else the decay is a constant of the graph
+    for t in steps:
+        generator = torch.Generator().manual_seed(t)
+        group |= {"lr": 1e-2 / (1 + t), "weight_decay": 0.1 / (1 + t % 2 * apart)}
+        for p in group["params"]:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return [p.detach() for p in group["params"]]
+
+
+@pytest.mark.parametrize("name", names)
+def test_one_graph_and_the_numbers_of_eager_steps(name: str) -> None:
+    compiled._graph.cache_clear()
+    counters.clear()
+    optimizer, eager = made(name, compile=True), made(name)
+    start = [p.detach().clone() for p in eager.param_groups[0]["params"]]
+    found, expected = run(optimizer, range(6)), run(eager, range(6))
+    assert counters["aot_autograd"]["total"] == 1
+    for a, b, p in zip(found, expected, start, strict=True):
+        # measured: 0 to 4e-7 of the way, and 2e-4 where the sign of nearly nothing turns (lion, one of 271,000)
+        assert (a - b).norm() <= 1e-3 * (b - p).norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adam_mini", "racs"])
+def test_matrices_of_a_stack_are_stepped_alone(name: str) -> None:
+    shapes = [(3, 400, 300), (2, 500, 600)]
+    compiled._graph.cache_clear()
+    counters.clear()
+    found, expected = (run(made(name, shapes=shapes, compile=graphs), range(4)) for graphs in (True, False))
+    assert counters["aot_autograd"]["total"] == 1
+    torch.testing.assert_close(found, expected)
+
+
+def test_resuming_is_bitwise_and_a_checkpoint_does_not_say_how_to_step() -> None:
+    shapes, settings = [(512, 520)], {"transposed": True, "compile": True}
+    compiled._graph.cache_clear()
+    counters.clear()
+    through = made("lamb", shapes=shapes, **settings)
+    expected, resumed = run(through, range(4)), made("lamb", shapes=shapes, **settings)
+    half = made("lamb", shapes=shapes, **settings)
+    begun = run(half, range(2))
+    saved = copy.deepcopy(half.state_dict())
+    saved["param_groups"][0]["compile"] = False
+    with torch.no_grad():
+        resumed.param_groups[0]["params"][0].copy_(begun[0])
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["compile"]
+    assert torch.equal(run(resumed, range(2, 4))[0], expected[0])
+    assert counters["aot_autograd"]["total"] == 1
+    plain = run(made("lamb", shapes=shapes, transposed=True), range(4))
+    torch.testing.assert_close(expected, plain)
+
+
+def test_small_and_narrow_parameters_and_fused_kernels_need_no_graph() -> None:
+    compiled._graph.cache_clear()
+    small, narrow = Parameter(torch.randn(8, 8)), Parameter(torch.randn(512, 520, dtype=torch.bfloat16))
+    for rule, p in (("lion", small), ("lamb", narrow), ("adamw", Parameter(torch.randn(512, 520)))):
+        optimizer = Executor([{"params": [p], "rule": rule, "compile": True}])
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert compiled._graph.cache_info().currsize == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rule": "muon"}, "muon works on whole matrices"),
+        ({"rule": "lion", "state_storage": "int8"}, "state_storage='fp32'"),
+        ({"rule": "lion", "cautious_decay": 0.1}, "cautious_decay"),
+        ({"rule": "lion", "momentum_kernel": ((0.9, 0.5), (0.99, 0.5))}, "momentum_kernel=None"),
+    ],
+)
+def test_what_has_no_graph_is_refused_with_a_remedy(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Executor([{"params": [Parameter(torch.randn(8, 8))], "compile": True, **settings}])
+
+
+def test_a_missing_compiler_is_found_before_training() -> None:
+    missing = config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with missing, pytest.raises(ValueError, match=r"lion cannot be compiled here: .*install g\+\+"):
+        made("lion", compile=True, betas=(0.8, 0.98))  # of no other test
+
+
+def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "VARIANTS", 0)
+    monkeypatch.setattr(compiled, "_made", type(compiled._made)())
+    with pytest.raises(ValueError, match="other than lr and weight_decay keeps changing"):
+        made("lion", compile=True, betas=(0.7, 0.98))
+
+
+def test_the_door_asks_for_it_where_it_can_be() -> None:
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8))
+    optimizer = build_optimizer(model, "racs", lr=1e-3, compile=True)
+    assert all(group["compile"] for group in optimizer.param_groups)
+    with pytest.raises(ValueError, match="leave compile out"):
+        build_optimizer(model, "muon", lr=1e-3, compile=True)
