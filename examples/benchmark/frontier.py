@@ -145,7 +145,7 @@ def preset(name: str, rule: str, lr: float, adds: str) -> tuple[Entry, Entry]:
 
     said = "its numbers of steps in proportion, the embedding's rate that of all others"
     return (
-        Entry(f"{name}, fitted", said, rule, lr, fitted, rule),
+        Entry(f"fitted {name}", said, rule, lr, fitted, rule),
         Entry(f"preset {name}", adds, rule, lr, always(preset=name), rule),
     )
 
@@ -192,9 +192,9 @@ PIECES = (
 )
 ENTRIES = (*ADAMW, *RULES, *PRESETS, *PIECES)
 FIRST = (
-    *("muon", "soap_muon", "record46, fitted", "soap", "+ momentum kernel", "preset record46", "preset muon_h"),
-    *("+ EMA-Nesterov", "+ tail EMA", "preset kl_soap_h", "+ hyperball", "preset pr321", "+ refresh at every step"),
-    *("+ brake and pin", "+ power cooldown", "+ cautious decay", "+ momentum 0.9", "muon_sq", "kl_soap"),
+    *("muon", "soap_muon", "fitted record46", "soap", "+ momentum kernel", "preset record46", "preset muon_h"),
+    *("preset kl_soap_h", "preset pr321", "+ EMA-Nesterov", "+ tail EMA", "+ hyperball", "+ refresh at every step"),
+    *("+ power cooldown", "+ brake and pin", "+ cautious decay", "+ momentum 0.9", "muon_sq", "kl_soap"),
 )
 """What is run before the rest; the first three over all lengths at once, since they show how much a length is worth."""
 
