@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_optim.core import constraint
+from lightning_optim.core import constraint, layout
 from lightning_optim.core.averages import averages_of
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import OPTIONS, rule_of, settings_of, unused
@@ -65,8 +65,9 @@ def build_optimizer(
             published.
         overrides: ordered (pattern or role, rule or None, settings); the first match wins. Settings are hyperparameters
             and options of the executor, `lr_factor`, which multiplies the learning rate and survives schedulers, as
-            they multiply every group's first one, `blocks`, which may be `"heads"`, too, and `cooldown` and
-            `min_lr_ratio`, which the group then has in place of the schedule's.
+            they multiply every group's first one, `lr_per_rms`, a learning rate per root mean square of the weights as
+            they are now (how large an embedding starts differs from model to model), `blocks`, which may be `"heads"`,
+            too, and `cooldown` and `min_lr_ratio`, which the group then has in place of the schedule's.
         last_layer: whether `"rest"`, if not given, or the main `"rule"` gets an untied output layer.
         blocks: what is a matrix to rules that need whole ones: each of fused `"layers"`, if not given, or also each of
             the `"heads"` of queries, keys and values.
@@ -118,12 +119,13 @@ def build_optimizer(
     shared = {key: value for key, value in own.items() if key in OPTIONS}
     of_rule = {other.name: shared | chosen["rest_settings"], rule.name: own}
     groups: dict[str, dict[str, Any]] = {}
+    relatives: dict[str, dict[str, Any]] = {}
     cut = {key: chosen[key] for key in ("last_layer", "blocks")}
     for a in assign(model, name, other.name, overrides, **cut, constrained=bool(normed)):
         if a.group not in groups:
             owner = lookup(a.rule)
             extra = dict(a.settings)
-            factor = extra.pop("lr_factor", 1.0)
+            factor, relative = extra.pop("lr_factor", 1.0), extra.pop("lr_per_rms", None)
             _check_names(owner, {k: v for k, v in extra.items() if k not in OF_ROLE})
             own_lr = a.rule == rule.name or chosen["rest_lr"] is None
             group = {
@@ -142,10 +144,15 @@ def build_optimizer(
                 "params": [],
             }
             check_value(f"{a.group}: lr_factor", factor, float)
+            check_value(f"{a.group}: lr_per_rms", relative, float | None)
+            if relative is not None:
+                group["lr"], relatives[a.group] = relative, group
             if factor != 1:
                 group["lr"] = group["lr"] * factor
             groups[a.group] = group
         groups[a.group]["params"].append((a.name, a.param))
+    for group in relatives.values():
+        group["lr"] *= _rms([p for _, p in group["params"]])
     ordered = sorted(groups.values(), key=lambda g: (g["rule"] != rule.name, g["role"] != "hidden"))
     optimizer = CLASSES[rule.name](ordered)
     given_all = {k: chosen[k] for k in ("lr", "weight_decay", "lr_convention")}
@@ -200,6 +207,14 @@ def _check_names(rule: type[Rule], settings: Mapping[str, Any]) -> None:
     for key in settings:
         if key not in known:
             raise ValueError(f"{rule.name} has no setting {key!r}; {nearest(key, known)}")
+
+
+def _rms(params: Sequence[Tensor]) -> float:
+    """The root mean square of weights, over the whole mesh; 1 where there are none yet."""
+    if any(p.is_meta for p in params):
+        return 1.0
+    norm = layout.total_norms([[(p, layout.local(p.detach())) for p in params]])[0]
+    return norm / sum(p.numel() for p in params) ** 0.5 or 1.0
 
 
 def _say_native(optimizer: Executor, lr_convention: str) -> None:

@@ -20,7 +20,7 @@ from lightning_optim.bench import page, report, statistics
 from lightning_optim.bench.__main__ import main
 from lightning_optim.bench.claims import CLAIMS
 from lightning_optim.bench.ledger import Ledger
-from lightning_optim.bench.models import PRESETS, size_of
+from lightning_optim.bench.models import PRESETS, make, size_of
 from lightning_optim.bench.page import Table
 from lightning_optim.bench.run import Queue, best, search
 from lightning_optim.bench.space import (
@@ -294,6 +294,32 @@ def test_rules_that_observe_curvature_are_fed(tmp_path: Path, cache: Path, name:
 def test_schedule() -> None:
     setup = Setup(warmup=0.1, min_lr=0.1)
     assert [schedule(setup, x) for x in (0.05, 0.1, 0.55, 1.0)] == pytest.approx([0.5, 1.0, 0.55, 0.1])
+
+
+def test_a_trial_follows_a_schedule_of_its_settings(tmp_path: Path, cache: Path) -> None:
+    """A constant one is the setup's without warm-up and fall, bit for bit; a preset brings one, and no other decay."""
+    flat = dataclasses.replace(TOY, warmup=0.0, min_lr=1.0)
+    space = workspace(tmp_path, cache)
+    own = execute(Trial(TOY, "muon", 1e-2, {"schedule": {"schedule": "constant"}}), space)
+    assert [x["loss"] for x in own["curve"]] == [x["loss"] for x in execute(Trial(flat, "muon", 1e-2), space)["curve"]]
+    assert own["setup"]["schedule"].startswith("the optimizer's own: Curve(schedule='constant'")
+    preset = Trial(TOY, "soap_muon", 0.0375, {"preset": "record46"})
+    optimizer = build(make(TOY), preset)
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0} and optimizer.total_steps == 4
+    assert execute(preset, space)["status"] == "ok"
+    with pytest.raises(ValueError, match="--track seconds has no number of them"):
+        build(make(TOY), dataclasses.replace(preset, setup=dataclasses.replace(TOY, track="seconds", budget=1.0)))
+
+
+def test_a_trial_is_validated_with_the_averaged_weights(tmp_path: Path, cache: Path) -> None:
+    """An average that stays where it begins: the loss is the first step's ever after."""
+    setup = dataclasses.replace(TOY, evaluations=4)
+    tail = {"start": 0, "tau": 1e30, "weight": 1.0}
+    losses = {}
+    for wrap in ({}, {"tail_ema": tail}):
+        line = execute(Trial(setup, "muon", 1e-2, {"rest_lr": 0.0, "wrap": wrap}), workspace(tmp_path, cache))
+        losses[bool(wrap)] = [x["loss"] for x in line["curve"][1:]]
+    assert len(losses[True]) == 4 and set(losses[True]) == {losses[False][0]} and len(set(losses[False])) == 4
 
 
 def test_seconds_track_ends_with_its_budget(tmp_path: Path, cache: Path) -> None:

@@ -300,6 +300,23 @@ def test_a_factor_keeps_a_tensor_learning_rate_one_tensor() -> None:
         build_optimizer(Layered(), "adamw", lr=1.0, overrides=[("head", None, {"lr_factor": -1.0})])
 
 
+def test_a_learning_rate_per_rms_of_the_weights() -> None:
+    model = Layered()
+    with torch.no_grad():
+        model.embed.weight.copy_(torch.randn(model.embed.weight.shape) * 0.02)
+    overrides: Any = [("embedding", None, {"lr_per_rms": 0.3, "lr_factor": 2.0})]
+    found = rates(build_optimizer(model, "adamw", lr=1.0, overrides=overrides))
+    rms = float(model.embed.weight.detach().double().square().mean().sqrt())
+    assert found["embed.weight"] == pytest.approx(0.6 * rms, rel=1e-6)
+    assert {lr for name, lr in found.items() if name != "embed.weight"} == {1.0}
+    with torch.no_grad():
+        model.embed.weight.zero_()
+    assert rates(build_optimizer(model, "adamw", lr=1.0, overrides=overrides))["embed.weight"] == 0.6
+    assert rates(build_optimizer(model.to("meta"), "adamw", lr=1.0, overrides=overrides))["embed.weight"] == 0.6
+    with pytest.raises(ValueError, match="lr_per_rms must be a finite number >= 0, got -1"):
+        build_optimizer(Layered(), "adamw", lr=1.0, overrides=[("head", None, {"lr_per_rms": -1.0})])
+
+
 def test_lora_plus() -> None:
     base = nn.Sequential(nn.Linear(8, 8))
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))  # pyright: ignore[reportArgumentType]

@@ -13,7 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_integration import KeepSchedule, TrainingArguments, attach
 from lightning_optim import Executor, Schedule, build_optimizer, plan
@@ -70,11 +72,19 @@ def test_every_preset_is_what_it_says(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in BUILT if n in ("pr321", "record46")])
 def test_roles_of_the_record(name: str) -> None:
     """Gains, biases and the bias of attention's output layer are told apart by what their modules are."""
-    optimizer = build_optimizer(gpt2(), rule_of(name), preset=name)
+    model = gpt2()
+    optimizer = build_optimizer(model, rule_of(name), preset=name)
     found = names_by_settings(optimizer)
     layer = "transformer.h.0"
+    both = torch.cat([
+        p.detach().flatten() for n, p in model.named_parameters() if n.endswith(("wte.weight", "wpe.weight"))
+    ])
     expected = {
-        "transformer.wte.weight": ("embedding", 0.3, True),
+        "transformer.wte.weight": (
+            "embedding",
+            pytest.approx(0.3 * float(both.square().mean().sqrt()), rel=1e-5),
+            True,
+        ),
         f"{layer}.ln_1.weight": ("gain", 0.01, False),
         f"{layer}.ln_1.bias": ("bias", 0.01, False),
         f"{layer}.attn.c_attn.bias": ("bias", 0.01, False),
@@ -134,8 +144,9 @@ def test_fine_tuning_gets_the_rule_only_and_is_told(
 
 
 def test_arguments_go_before_the_preset() -> None:
+    model = llama(tied=False)
     optimizer = build_optimizer(
-        llama(tied=False),
+        model,
         "muon",
         preset="muon_h",
         lr=0.03,
@@ -145,7 +156,9 @@ def test_arguments_go_before_the_preset() -> None:
         rest_settings={"betas": (0.9, 0.9)},
     )
     by_role = {g["role"]: g for g in optimizer.param_groups}
-    assert by_role["hidden"]["lr"] == 0.03 and by_role["head"]["lr"] == 0.5 and by_role["embedding"]["lr"] == 0.7
+    assert by_role["hidden"]["lr"] == 0.03 and by_role["head"]["lr"] == 0.5
+    size = model.get_input_embeddings().weight.detach().square().mean().sqrt()
+    assert by_role["embedding"]["lr"] == pytest.approx(0.7 * float(size), rel=1e-5)
     assert by_role["vector"]["betas"] == (0.9, 0.9) and by_role["vector"]["eps"] == 1e-10
     curve = optimizer.curve
     assert (curve.schedule, curve.cooldown, curve.momentum_warmup_steps) == ("power", 0.5, 10)
@@ -200,6 +213,42 @@ def test_resume_is_bitwise(name: str) -> None:
     train(resumed, optimizer, scheduler, range(4, 8))
     assert_same(weights(whole), weights(resumed))
     torch.set_num_threads(2)
+
+
+@every_preset
+def test_a_preset_trains_a_model_of_transformers(name: str) -> None:
+    """Whose tied embedding starts at 0.02, not at 1 as the benchmark's."""
+    torch.manual_seed(0)
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=128, tie_word_embeddings=True, **sizes))
+    optimizer = build_optimizer(model, rule_of(name), preset=name)
+    scheduler, losses = Schedule(optimizer, total_steps=30), []
+    ids = (torch.arange(16)[:, None] * 7 + torch.arange(32) ** 2) % 128
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.75 * losses[0] and max(losses) < 1.2 * losses[0], losses
+
+
+@pytest.mark.dist
+def test_the_rate_of_an_embedding_is_the_same_on_shards(pool: Pool) -> None:
+    whole = build_optimizer(embedded(), "muon", preset="muon_h").param_groups
+    for found in pool.run("tests.test_presets:sharded_rates", 2):
+        assert found == pytest.approx({g["name"]: g["lr"] for g in whole}, rel=1e-6)
+
+
+def embedded() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Embedding(13, 8), nn.Linear(8, 8), nn.Linear(8, 13))
+
+
+def sharded_rates(rank: int, world: int) -> dict[str, float]:
+    model = fully_shard(embedded(), mesh=init_device_mesh("cpu", (world,)))
+    return {g["name"]: g["lr"] for g in build_optimizer(model, "muon", preset="muon_h").param_groups}
 
 
 @pytest.mark.dist

@@ -8,7 +8,6 @@ import tempfile
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 
 from lightning_optim.bench.models import size_of
@@ -43,12 +42,12 @@ def train_dpo(
         from trl.trainer.dpo_trainer import DPOTrainer
     except ImportError as e:
         raise ValueError(f"--regime dpo needs TRL (pip install trl): {e}") from e
-    from lightning_optim.bench.trial import schedule
+    from lightning_optim.bench.trial import scheduler_of
 
     setup, steps = trial.setup, size_of(trial.setup)[1]
     optimizer.register_step_pre_hook(stepping.start)
     optimizer.register_step_post_hook(stepping.stop)
-    scheduler = LambdaLR(optimizer, lambda step: schedule(setup, (step + 1) / steps))
+    scheduler = scheduler_of(optimizer, setup, lambda step: (step + 1) / steps)
     train, held_out = (Dataset.from_list(part) for part in task.preferences)
     with tempfile.TemporaryDirectory() as folder:
         arguments = DPOConfig(
@@ -82,7 +81,9 @@ def train_dpo(
         trainer.remove_callback(PrinterCallback)
 
         def look() -> None:
+            optimizer.eval()
             found: dict[str, Any] = trainer.evaluate()
+            optimizer.train()
             point = {"step": run.steps, "tokens": run.tokens, "loss": found["eval_loss"]}
             if not math.isfinite(point["loss"]):
                 return run.diverged(f"evaluation loss not finite after {run.steps} steps")

@@ -19,6 +19,7 @@ from lightning_optim.bench.space import Setup
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import rule_of
 from lightning_optim.diagnostics.memory import categories
+from lightning_optim.schedule import Curve
 
 
 def heads(setup: Setup) -> int:
@@ -68,12 +69,13 @@ def model(module: nn.Module, config: Setup) -> dict[str, Any]:
     }
 
 
-def setup(config: Setup, context: int) -> dict[str, Any]:
+def setup(config: Setup, context: int, curve: Curve | None = None) -> dict[str, Any]:
     """Batch, schedule and machine.
 
     Args:
         config: the setup.
         context: tokens per row.
+        curve: that the optimizer brings along.
 
     Returns:
         JSON.
@@ -83,7 +85,9 @@ def setup(config: Setup, context: int) -> dict[str, Any]:
         "batch_tokens": config.batch * context,
         "microbatch_tokens": rows * context,
         "accumulation": -(-config.batch // rows),
-        "schedule": f"linear over {config.warmup:g} of the run, then a cosine to {config.min_lr:g}",
+        "schedule": f"linear over {config.warmup:g} of the run, then a cosine to {config.min_lr:g}"
+        if curve is None
+        else f"the optimizer's own: {curve}",
         "hardware": hardware(config.device),
         "threads": config.threads,
         "distributed": "one process",

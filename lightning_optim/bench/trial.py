@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from lightning_optim.core.rule import lookup
 from lightning_optim.curvature import Feed, observes
 from lightning_optim.diagnostics.memory import LiveStorages, SavedActivations, predicted_state
 from lightning_optim.factory import build_optimizer
-from lightning_optim.schedule import SCHEDULES
+from lightning_optim.schedule import SCHEDULES, Schedule
 
 GIVEN_UP = 1.5
 """A run whose validation loss exceeds its first by this factor has diverged."""
@@ -185,6 +185,7 @@ def execute(trial: Trial, workspace: Workspace, save: Path | None = None) -> Lin
     except torch.OutOfMemoryError as e:
         run.status, run.why = "out of memory", str(e).splitlines()[0]
     if save is not None:
+        optimizer.eval()
         tasks.write(model.state_dict(), save)
     curve = [{k: rounded(v) for k, v in point.items()} for point in run.curve]
     return {
@@ -206,7 +207,7 @@ def execute(trial: Trial, workspace: Workspace, save: Path | None = None) -> Lin
         "memory": facts.memory(model, optimizer, predicted, peak),
         "model": facts.model(model, setup),
         "data": task.facts,
-        "setup": facts.setup(setup, task.facts["context"]),
+        "setup": facts.setup(setup, task.facts["context"], optimizer.curve),
         "optimizer": facts.optimizer(optimizer),
         "precision": facts.precision(model, optimizer, setup),
         "versions": facts.versions(setup),
@@ -252,14 +253,26 @@ def build(model: nn.Module, trial: Trial) -> Executor:
 
     Args:
         model: to train.
-        trial: names it.
+        trial: names it. A preset has a decay of its own; where the settings have a schedule, as a preset does, that
+            goes before the setup's.
 
     Returns:
         With the groups that `build_optimizer` makes.
+
+    Raises:
+        ValueError: a schedule over a number of steps on a track without one.
     """
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.settings.items()}
-    rate = decay(lookup(trial.optimizer), trial.setup.weight_decay)
-    return build_optimizer(model, trial.optimizer, lr=trial.lr, weight_decay=rate, seed=trial.seed, **given)
+    if "preset" not in given:
+        given = {"weight_decay": decay(lookup(trial.optimizer), trial.setup.weight_decay)} | given
+    optimizer = build_optimizer(model, trial.optimizer, lr=trial.lr, seed=trial.seed, **given)
+    optimizer.total_steps = size_of(trial.setup)[1]
+    counts = optimizer.curve or (optimizer.averages and optimizer.averages.needs_total)
+    if counts and trial.setup.track == "seconds":
+        raise ValueError(
+            f"{trial.optimizer}: its schedule and averages count steps; --track seconds has no number of them"
+        )
+    return optimizer
 
 
 def schedule(setup: Setup, progress: float) -> float:
@@ -276,6 +289,22 @@ def schedule(setup: Setup, progress: float) -> float:
         return progress / setup.warmup
     x = min(1.0, (progress - setup.warmup) / (1 - setup.warmup))
     return setup.min_lr + (1 - setup.min_lr) * SCHEDULES["cosine"](x)
+
+
+def scheduler_of(optimizer: Executor, setup: Setup, progress: Callable[[int], float]) -> LambdaLR:
+    """What moves the learning rates of a run.
+
+    Args:
+        optimizer: with the length of the run; a schedule of its own goes before the setup's.
+        setup: of the trial.
+        progress: share of the run that a step, from 0, completes.
+
+    Returns:
+        A scheduler, one step per step of the optimizer.
+    """
+    if optimizer.curve is not None:
+        return Schedule(optimizer, total_steps=optimizer.total_steps)
+    return LambdaLR(optimizer, lambda step: schedule(setup, progress(step)))
 
 
 def train(
@@ -308,12 +337,14 @@ def train(
         return max(total.spent / setup.budget, 1e-3) if timed else (step + 1) / steps
 
     feed = feed_of(model, optimizer, setup)
-    scheduler = LambdaLR(optimizer, lambda step: schedule(setup, progress(step)))
+    scheduler = scheduler_of(optimizer, setup, progress)
     optimizer.register_step_pre_hook(stepping.start)
     optimizer.register_step_post_hook(stepping.stop)
 
     def look() -> bool:
+        optimizer.eval()
         found = tasks.evaluate(model, task.held_out, device, setup.precision)
+        optimizer.train()
         point = {"step": run.steps, "tokens": run.tokens, "seconds": total.seconds, "cpu_seconds": total.cpu_seconds}
         if not math.isfinite(found["loss"]):
             run.diverged(f"validation loss not finite after {run.steps} steps")
