@@ -116,7 +116,8 @@ def settings_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
 def refreshing(name: str) -> dict[str, Any]:
     """Settings under which parameters do not ask for each other, and costly state is due in any run of three steps."""
     alone = getattr(reference(name), "ALONE", {}) if REGISTRY[name].joint else {}
-    return ({"refresh": "fixed:2"} if REGISTRY[name].costly else {}) | alone
+    due = {"refresh": "fixed:2"} if REGISTRY[name].costly else getattr(reference(name), "DUE", {})
+    return due | alone
 
 
 def tensors(optimizer: Executor) -> list[Tensor]:

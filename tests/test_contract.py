@@ -155,7 +155,7 @@ def test_checkpoint_is_as_large_as_its_tensors(name: str) -> None:
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     declared = sum(t.numel() * t.element_size() for t in tensors(optimizer))
-    assert declared <= file.tell() <= declared + 8192
+    assert declared <= file.tell() <= declared + max(8192, 384 * len(tensors(optimizer)))
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors(optimizer))
 
 
@@ -377,6 +377,7 @@ def test_bfloat16_weights_are_rounded_without_bias(name: str) -> None:
     for mode, dtype in (("stochastic", torch.bfloat16), ("nearest", torch.bfloat16), ("exact", torch.float32)):
         p = Parameter(start.to(dtype, copy=True))
         rounding = {} if mode == "exact" else {"param_rounding": mode}
+        rounding |= getattr(reference(name), "BLIND", {})
         lr = getattr(reference(name), "TINY_LR", 5e-4)
         optimizer = make(name, [p], lr=lr, weight_decay=0.0, lr_convention="adamw", **rounding)
         for g in grads:

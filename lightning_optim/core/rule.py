@@ -41,6 +41,14 @@ Rows = Callable[[slice], Tensor]
 REGISTRY: dict[str, type[Rule]] = {}
 """Every rule that has been imported, by name."""
 
+ELSEWHERE = {
+    "lbfgs": (
+        "it is torch.optim.LBFGS, which computes the loss of a batch several times in a step: for a loop of your own, "
+        "as trainers that accumulate batches or give no closure cannot do that; mlbfgs takes one gradient per step"
+    )
+}
+"""Where optimizers are that somebody may look for here."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -569,7 +577,7 @@ def lookup(name: str) -> type[Rule]:
         ValueError: no rule has this name; the message gives the nearest ones.
     """
     if name not in REGISTRY:
-        raise ValueError(f"unknown optimizer {name!r}; {nearest(name, list(REGISTRY))}")
+        raise ValueError(f"unknown optimizer {name!r}; {ELSEWHERE.get(name) or nearest(name, list(REGISTRY))}")
     return REGISTRY[name]
 
 
