@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Rule, Slot, zeros
 from lightning_optim.ops.norms import norm
-from lightning_optim.ops.secant import damped, dot, two_loop
+from lightning_optim.ops.secant import damped, dot, names, push, two_loop
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,10 @@ class MLBFGS(Rule):
             Slot declarations by name.
         """
         exact = zeros("mn", exact=True)
+        steps, changes = names(self.history)
         means = ("mean_param", "mean_grad", "last_param", "last_grad")
         momentum = {"momentum_buffer": zeros("mn")} if self.momentum else {}
-        return {**dict.fromkeys((*means, *self._names("step"), *self._names("change")), exact), **momentum}
+        return {**dict.fromkeys((*means, *steps, *changes), exact), **momentum}
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -90,7 +90,7 @@ class MLBFGS(Rule):
             if t == 1:
                 last.copy_(x)
             mean.lerp_(x, 1.0 if t == 1 else 1 - self.beta)
-        pairs = [[getattr(s, name) for name in self._names(kind)] for kind in ("step", "change")]
+        pairs = [[getattr(s, name) for name in some] for some in names(self.history)]
         if t > 1 and (t - 1) % self.interval == 0:
             self._remember(s, *pairs)
         d = two_loop(g, *pairs)
@@ -98,16 +98,12 @@ class MLBFGS(Rule):
             d.mul_((self.kl_clip / dot(g, d)).sqrt_().clamp_(max=1.0))
         return s.momentum_buffer.mul_(self.momentum).add_(d) if self.momentum else d
 
-    def _names(self, kind: str) -> list[str]:
-        return [f"{kind}_{i}" for i in range(self.history)]
-
     def _remember(self, s: SimpleNamespace, steps: Sequence[Tensor], changes: Sequence[Tensor]) -> None:
         step, change = s.mean_param - s.last_param, s.mean_grad - s.last_grad
         if self.bounds is not None:
             change = damped(step, change, self.bounds, 1 - self.damping)
         curved = dot(step, change) > 1e-8 * norm(step) * norm(change)
-        for kept, new in ((steps, step), (changes, change)):
-            for old, following in zip(kept, [*kept[1:], new], strict=True):
-                old.copy_(torch.where(curved, following, old))
+        push(steps, step, curved)
+        push(changes, change, curved)
         s.last_param.copy_(s.mean_param)
         s.last_grad.copy_(s.mean_grad)
