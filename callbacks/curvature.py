@@ -16,7 +16,7 @@ from .observe import loss_scale, training_loss, unwrapped  # noqa: TID251
 
 
 class CurvatureFeed(Callback):
-    """Measures what `sophia_g` and `sophia_h` observe beside gradients; see `lightning_optim.curvature.Feed`.
+    """Measures what some rules need beside gradients; see `lightning_optim.curvature.Feed`.
 
     `configure_optimizers` and `HybridOptimizer` add it to the trainer by themselves; add one of your own,
     `Trainer(callbacks=[CurvatureFeed(share=0.25)])`, for other settings, or for an optimizer made otherwise. It logs

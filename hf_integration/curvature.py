@@ -15,7 +15,7 @@ from lightning_optim.diagnostics.hessian import Method, measuring
 
 
 class CurvatureFeed(TrainerCallback):
-    """Measures what `sophia_g` and `sophia_h` observe beside gradients; see `lightning_optim.curvature.Feed`.
+    """Measures what some rules need beside gradients; see `lightning_optim.curvature.Feed`.
 
     `Trainer(..., callbacks=[CurvatureFeed()])`; `attach` and `register` add it by themselves, and it does nothing for
     other optimizers. It logs `curvature/win_rate` (Sophia: the share of coordinates that are not clipped, best between

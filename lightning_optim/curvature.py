@@ -11,7 +11,8 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from lightning_optim.core.observing import Seen
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.diagnostics.hessian import (
     TOLERANCE,
+    GaussNewton,
     Hessian,
     Method,
     NoSecondDerivativeError,
@@ -39,7 +41,7 @@ from lightning_optim.diagnostics.hessian import (
 from lightning_optim.ops.rounding import hash_key
 from lightning_optim.partition import is_linear
 
-SHARE = {"gauss_newton": 0.5, "hutchinson": 0.125}
+SHARE = {"gauss_newton": 0.5, "hutchinson": 0.125, "loss": 1.0}
 """Of the rows of a batch that are measured; a product with the Hessian costs as much as three or four gradients."""
 CHUNK = 2**22
 NO_SECOND_DERIVATIVE = (
@@ -68,9 +70,9 @@ class Feed:
         optimizer: ours; one whose rules observe nothing is left alone.
         loss: the mean training loss of a batch, without side effects.
         share: of the rows of every batch that is measured, in (0, 1]; half for labels drawn anew, an eighth for
-            products with the Hessian, if not given.
-        method: of those products: `"exact"`, or `"difference"` of gradients for models with kernels that have no
-            second derivative.
+            products with the Hessian, all for rules that search by the loss, if not given.
+        method: of products with the Hessian and the Gauss-Newton matrix: `"exact"`, or `"difference"` of gradients or
+            predictions for models with kernels that have no second derivative.
         loss_scale: the present factor of mixed precision; None without.
         rank: of this process among those that train together.
         group: process group of those; all processes, if not given.
@@ -136,7 +138,7 @@ class Feed:
             RuntimeError: no batch was seen, or a kernel or a way of checkpointing stands in the way; the message says
                 what to change.
         """
-        due, batches = self._due or {}, self._batches
+        due, batches = dict(self._due or {}), self._batches
         self._due, self._batches = None, []
         if not due:
             return {}
@@ -144,20 +146,17 @@ class Feed:
             raise RuntimeError("the curvature feed saw no batch of this step; call see(batch) before the forward pass")
         started = time.perf_counter()
         said: dict[str, float] = {}
+        if due.pop("loss", None):
+            self.optimizer.look = Look(self, [first_rows(batch, self.share or SHARE["loss"]) for batch in batches])
+            if not due:
+                return {}
         if any(x.due for x in self._layers):
             self._show_factors([x for x in self._layers if x.due])
         for kind, params in ((k, v) for k, v in due.items() if k != "factors"):
             measure = {"gauss_newton": self._gauss_newton, "hutchinson": self._hutchinson}[kind]
             rows = [first_rows(batch, self.share or SHARE[kind]) for batch in batches]
-            try:
+            with _explained():
                 values, count = measure(params, rows)
-            except RuntimeError as error:
-                if "use_reentrant" not in str(error):
-                    raise
-                raise RuntimeError(
-                    "the curvature feed cannot work with reentrant activation checkpointing; give checkpoint() "
-                    "use_reentrant=False (Transformers: gradient_checkpointing_kwargs={'use_reentrant': False})"
-                ) from error
             broken = not all(bool(x.isfinite().all()) for x in values)  # by a loss scale that is too large, say
             if not layout.agree_max([float(broken)], params)[0]:
                 seen = {p: Seen(value=x, count=count) for p, x in zip(params, values, strict=True)}
@@ -171,7 +170,7 @@ class Feed:
         """Stop; the rules then refuse to step."""
         for hook in self._hooks:
             hook.remove()
-        self.optimizer.fed = False
+        self.optimizer.fed, self.optimizer.look = False, None
         self._due, self._batches = None, []
 
     # -- factors, in hooks of the training's own passes -----------------------------------------------------------
@@ -252,14 +251,14 @@ class Feed:
                     raise RuntimeError(NO_SECOND_DERIVATIVE) from error
                 narrow = labels.autocast or any(p.dtype.itemsize < 4 for p in params)
                 if not (self._believed or self.method == "difference" or narrow):
-                    self._compare(found, hessian, u)
+                    near = Hessian(hessian.loss, hessian.params, "difference")
+                    self._compare(found, hutchinson(near, [range(len(u))], [u])[2])
             return [x / scale for x in found], float(labels.count or 1)
 
         return self._averaged(measure, params, batches)
 
-    def _compare(self, found: Sequence[Tensor], hessian: Hessian, u: Sequence[Tensor]) -> None:
-        """Once, with differences of gradients: a kernel may leave its second derivative out without a word."""
-        near = hutchinson(Hessian(hessian.loss, hessian.params, "difference"), [range(len(u))], [u])[2]
+    def _compare(self, found: Sequence[Tensor], near: Sequence[Tensor]) -> None:
+        """Once, with differences: a kernel may leave its second derivative out without a word."""
         if apart(found, near) > TOLERANCE:
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         self._believed = True
@@ -292,6 +291,116 @@ class Feed:
         steps = [int(s["step"]) for s in self.optimizer.state.values() if "step" in s]
         seed = self.optimizer.param_groups[0]["seed"]
         return hash_key(seed, max(steps, default=0), i, 0 if everywhere else 1 + self.rank)
+
+
+class Look:
+    """The loss of the coming step's batches, as rules that search ask for it (`lightning_optim.core.searching.Look`).
+
+    It is the mean over micro-batches and ranks, without dropout; no `.grad` is touched.
+
+    Args:
+        feed: that measures it.
+        batches: micro-batches.
+    """
+
+    def __init__(self, feed: Feed, batches: Sequence[Any]) -> None:
+        self.feed, self.batches = feed, batches
+        self._matrices: dict[int, tuple[GaussNewton, Labels]] = {}
+
+    def gradient(self, params: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """The loss at the present weights, and its gradients.
+
+        Args:
+            params: of the optimizer.
+
+        Returns:
+            (loss, one tensor per parameter, float32 or wider).
+        """
+        self._matrices = {}  # their graphs hold other weights
+
+        def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
+            scale = self.feed.loss_scale() or 1.0
+            with frozen(self.feed.model, twice=False):
+                with Labels() as labels:
+                    loss = self.feed.loss(batch)
+                found = _gradients(loss * scale, params, ())
+            return [loss.detach(), *(x / scale for x in found)], float(labels.count or 1)
+
+        like = torch.zeros((), dtype=torch.float64, device=params[0].device)
+        value, *found = self._measured(measure, [like, *params])
+        return float(value), found
+
+    def product(self, params: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
+        """The Gauss-Newton matrix of the loss at the present weights times a vector.
+
+        Args:
+            params: of the optimizer.
+            v: one tensor per parameter.
+
+        Returns:
+            Likewise, float32 or wider.
+
+        Raises:
+            ValueError: a loss whose predictions the feed does not see.
+            RuntimeError: a kernel stands in the way; the message says what to change.
+        """
+
+        def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
+            with frozen(self.feed.model):
+                try:
+                    if i not in self._matrices:
+                        self._matrices[i] = self._matrix(params, batch, v)
+                    matrix, labels = self._matrices[i]
+                    found = matrix.product(v)
+                except NoSecondDerivativeError as error:
+                    raise RuntimeError(NO_SECOND_DERIVATIVE) from error
+            if not labels.inputs:
+                raise ValueError(
+                    "the loss calls none of torch's cross_entropy, nll_loss, binary_cross_entropy_with_logits and "
+                    "mse_loss, so the Gauss-Newton matrix cannot be told from the Hessian; use one of these (no fused "
+                    "loss kernel)"
+                )
+            return found, float(labels.count or 1)
+
+        return self._measured(measure, params)
+
+    def _matrix(self, params: Sequence[Tensor], batch: Any, v: Sequence[Tensor]) -> tuple[GaussNewton, Labels]:
+        """Of one micro-batch, and what its loss was given."""
+        labels = Labels()
+
+        def passes() -> tuple[Tensor, list[Tensor]]:
+            labels.inputs, labels.count = [], 0
+            with labels:
+                return self.feed.loss(batch), labels.inputs
+
+        matrix = GaussNewton(passes, params, self.feed.method)
+        narrow = labels.autocast or any(p.dtype.itemsize < 4 for p in params)
+        if not (self.feed._believed or self.feed.method == "difference" or narrow):
+            self.feed._compare(matrix.pushed(v), GaussNewton(passes, params, "difference").pushed(v))
+            matrix = GaussNewton(passes, params)  # the difference has written to what the graph holds
+        return matrix, labels
+
+    def _measured(self, measure: Callable[[Any, int], tuple[list[Tensor], float]], like: Sequence[Tensor]) -> Any:
+        started = time.perf_counter()
+        try:
+            with _explained():
+                return self.feed._averaged(measure, like, self.batches)[0]
+        finally:
+            self.feed.seconds += time.perf_counter() - started
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what to do about activation checkpointing of the kind that cannot be measured."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise RuntimeError(
+            "the curvature feed cannot work with reentrant activation checkpointing; give checkpoint() "
+            "use_reentrant=False (Transformers: gradient_checkpointing_kwargs={'use_reentrant': False})"
+        ) from error
 
 
 class Layer:
@@ -478,6 +587,8 @@ class Labels(TorchFunctionMode):
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()
         self.seed, self.count, self.autocast = seed, 0, False
+        self.inputs: list[Tensor] = []
+        """What the losses were given for predictions."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Change the labels of a loss; everything else goes on as it is.
@@ -497,6 +608,7 @@ class Labels(TorchFunctionMode):
         bound = inspect.signature(func).bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
+        self.inputs.append(given["input"])
         x, y = given["input"].detach(), given["target"]
         self.autocast |= torch.is_autocast_enabled(x.device.type)
         if func in (F.cross_entropy, F.nll_loss):

@@ -24,8 +24,10 @@ def kind(rule: type[Rule]) -> str:
     """What a rule needs of a parameter.
 
     Returns:
-        `elements`, `sums` or `matrices`.
+        `elements`, `sums`, `matrices`, or `all` of them at once.
     """
+    if rule.observes == "loss":
+        return "all"
     return "elements" if rule.elementwise else "sums" if rule.reduces else "matrices"
 
 

@@ -358,7 +358,7 @@ def assign(
     if last_layer not in ("rest", "rule"):
         raise ValueError(f"last_layer must be 'rest' or 'rule', got {last_layer!r}")
     check_value("blocks", blocks, Literal["layers", "heads"])
-    takes_all = (main.elementwise or main.reduces) and main.vectors
+    takes_all = ((main.elementwise or main.reduces) and main.vectors) or main.observes == "loss"
     taken = MATRIX_ROLES | ({"head"} if last_layer == "rule" else set())
     checked = [_override(o) for o in overrides]
     found = roles(model)
@@ -377,7 +377,8 @@ def assign(
                 label = pattern if trait.role == pattern else f"{pattern}/{trait.role}"
                 break
         normed = constrained and owner == main.name and trait.role in MATRIX_ROLES
-        blind = lookup(owner).elementwise and not normed and not any(k in settings for k in constraint.OPTIONS)
+        shapeless = lookup(owner).elementwise or lookup(owner).observes == "loss"
+        blind = shapeless and not normed and not any(k in settings for k in constraint.OPTIONS)
         cut = None if blind else _blocks(lookup(owner), trait, settings.get("blocks"), blocks)
         turned = trait.transposed and not blind
         label += "/transposed" * turned

@@ -18,7 +18,9 @@ from lightning_optim import Executor
 from lightning_optim.core import layout
 from lightning_optim.core.rule import REGISTRY, Rule, hyperparameters
 
-NAMES = sorted(REGISTRY)
+NAMES = [name for name in sorted(REGISTRY) if REGISTRY[name].observes != "loss"]
+SEARCHING = [name for name in sorted(REGISTRY) if REGISTRY[name].observes == "loss"]
+"""Rules whose parameters are one vector: none is as if it were alone."""
 SHAPES = {"wide": (5, 12), "tall": (12, 5), "square": (8, 8), "again": (5, 12), "vector": (7,), "scalar": ()}
 
 
@@ -115,8 +117,11 @@ def settings_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def refreshing(name: str) -> dict[str, Any]:
     """Settings under which parameters do not ask for each other, and costly state is due in any run of three steps."""
+    if name in SEARCHING:
+        return {}
     alone = getattr(reference(name), "ALONE", {}) if REGISTRY[name].joint else {}
-    return ({"refresh": "fixed:2"} if REGISTRY[name].costly else {}) | alone
+    due = {"refresh": "fixed:2"} if REGISTRY[name].costly else getattr(reference(name), "DUE", {})
+    return due | alone
 
 
 def tensors(optimizer: Executor) -> list[Tensor]:
@@ -136,11 +141,31 @@ feeding = True
 """Whether optimizers that nobody else feeds are shown numbers made of their gradients."""
 
 
-def _feed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+class Bowl:
+    """A loss with given gradients at the present weights, for rules that search: <g, x - x0> + |x - x0|^2."""
+
+    def __init__(self, optimizer: Executor) -> None:
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        self.start = {p: (p.detach().clone(), p.grad.clone()) for p in every if p.grad is not None}
+
+    def gradient(self, params: Any) -> tuple[float, list[Tensor]]:
+        moved = [(p.detach() - self.start[p][0], self.start[p][1]) for p in params]
+        return sum(float((g * x + x * x).sum()) for x, g in moved), [g + 2 * x for x, g in moved]
+
+    def product(self, params: Any, v: Any) -> list[Tensor]:
+        return [2 * x for x in v]
+
+
+def _feed(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Show rules that observe something what `shown` makes of a gradient, at every odd step of a parameter.
 
-    A step that is refused, and DCP's dummy step, see nothing: in training these are no steps of a trainer.
+    A step that is refused, and DCP's dummy step, see nothing: in training these are no steps of a trainer. Rules that
+    search get a `Bowl`, unless they have a closure.
     """
+    if isinstance(optimizer, Executor) and {g["rule"] for g in optimizer.param_groups} & {*SEARCHING}:
+        if feeding and not optimizer.fed and not args[1:] and not kwargs:
+            optimizer.look = Bowl(optimizer)
+        return
     if not isinstance(optimizer, Executor) or not any(REGISTRY[g["rule"]].observes for g in optimizer.param_groups):
         return
     if not feeding or (optimizer.fed and optimizer not in _shown_here):

@@ -21,6 +21,7 @@ from lightning_optim.docs import state_bytes
 from tests.references import noise
 from tests.rules import (
     NAMES,
+    SEARCHING,
     assert_equal,
     cases,
     give,
@@ -39,6 +40,7 @@ from tests.rules import (
 )
 
 every_rule = pytest.mark.parametrize("name", NAMES)
+searching_too = pytest.mark.parametrize("name", [*NAMES, *SEARCHING])
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +111,7 @@ def test_chunks_and_blocks_do_not_change_the_result(name: str) -> None:
         torch.testing.assert_close(big["big"][i], small[str(i)], rtol=1e-5, atol=1e-7 if rule.elementwise else 1e-6)
 
 
-@every_rule
+@searching_too
 def test_save_load_continue_is_bitwise(name: str) -> None:
     """In the middle of everything: one parameter is late by two steps, another misses one."""
     keys = list(params(name))
@@ -136,7 +138,7 @@ def test_save_load_continue_is_bitwise(name: str) -> None:
     assert_equal(whole, resumed)
 
 
-@every_rule
+@searching_too
 def test_a_loaded_state_shares_no_memory(name: str) -> None:
     ps = params(name)
     first = run(name, ps, range(1, 3))
@@ -148,18 +150,18 @@ def test_a_loaded_state_shares_no_memory(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(first), strict=True))
 
 
-@every_rule
+@searching_too
 def test_checkpoint_is_as_large_as_its_tensors(name: str) -> None:
     ps = {"big": Parameter(torch.randn(256, 300))}
     optimizer = run(name, ps, range(1, 3))
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     declared = sum(t.numel() * t.element_size() for t in tensors(optimizer))
-    assert declared <= file.tell() <= declared + 8192
+    assert declared <= file.tell() <= declared + max(8192, 384 * len(tensors(optimizer)))
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors(optimizer))
 
 
-@every_rule
+@searching_too
 def test_state_is_as_declared_after_the_first_step(name: str) -> None:
     ps = params(name)
     optimizer = make(name, ps)
@@ -196,7 +198,7 @@ def test_gradient_is_left_untouched(name: str) -> None:
                 assert torch.equal(before[key], p.grad)
 
 
-@every_rule
+@searching_too
 def test_zero_gradient_keeps_everything_finite(name: str) -> None:
     ps = params(name)
     optimizer = make(name, ps)
@@ -228,7 +230,7 @@ def test_late_and_missing_gradients_count_for_themselves(name: str) -> None:
     assert optimizer.state[ps[key]]["step"] == 5
 
 
-@every_rule
+@searching_too
 def test_no_gradient_at_all_changes_nothing(name: str) -> None:
     ps = params(name)
     optimizer = make(name, ps, weight_decay=0.5)
@@ -281,7 +283,7 @@ def test_group_added_mid_run(name: str) -> None:
     assert_equal(straight, ps)
 
 
-@every_rule
+@searching_too
 def test_parameters_swapped_in_place(name: str) -> None:
     """As accelerate's FSDP2 preparation does after construction."""
     old, new = params(name), params(name)
@@ -299,7 +301,7 @@ def test_parameters_swapped_in_place(name: str) -> None:
     assert set(optimizer.state) == set(newer.values())
 
 
-@every_rule
+@searching_too
 def test_replaced_state_entries_are_adopted(name: str) -> None:
     ps, straight = params(name), params(name)
     optimizer = run(name, ps, range(1, 3))
@@ -318,7 +320,7 @@ def test_replaced_state_entries_are_adopted(name: str) -> None:
     assert_equal(fresh, ps)
 
 
-@every_rule
+@searching_too
 def test_dcp_dummy_step_only_materialises(name: str) -> None:
     """Fresh DCP save, then train, equals train: bitwise."""
     model, straight = _Model(name), _Model(name)
@@ -331,7 +333,7 @@ def test_dcp_dummy_step_only_materialises(name: str) -> None:
     assert_equal(straight.named, model.named)
 
 
-@every_rule
+@searching_too
 def test_warm_up_from_zero_counts(name: str) -> None:
     """A real step with lr 0 is a step: state and count move, weights do not."""
     ps = params(name)
@@ -377,6 +379,7 @@ def test_bfloat16_weights_are_rounded_without_bias(name: str) -> None:
     for mode, dtype in (("stochastic", torch.bfloat16), ("nearest", torch.bfloat16), ("exact", torch.float32)):
         p = Parameter(start.to(dtype, copy=True))
         rounding = {} if mode == "exact" else {"param_rounding": mode}
+        rounding |= getattr(reference(name), "BLIND", {})
         lr = getattr(reference(name), "TINY_LR", 5e-4)
         optimizer = make(name, [p], lr=lr, weight_decay=0.0, lr_convention="adamw", **rounding)
         for g in grads:
@@ -388,7 +391,7 @@ def test_bfloat16_weights_are_rounded_without_bias(name: str) -> None:
     assert along["nearest"] < 0.5
 
 
-@every_rule
+@searching_too
 def test_scheduler_lr_assignment_and_tensor_lr(name: str) -> None:
     factors = [1.0, 0.5, 0.25, 0.0, 2.0]
     scheduled, assigned, tensor = params(name), params(name), params(name)
@@ -427,7 +430,7 @@ def test_closure_is_called_once_with_gradients_enabled(name: str) -> None:
     assert not torch.equal(ps["wide"], params(name)["wide"])
 
 
-@every_rule
+@searching_too
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_gradients(name: str, value: float) -> None:
     ps = params(name)
@@ -456,7 +459,7 @@ def test_non_finite_gradients(name: str, value: float) -> None:
     assert not first.state
 
 
-@every_rule
+@searching_too
 def test_strides_that_differ(name: str) -> None:
     """Parameters and gradients in other memory orders pair their elements by index, not by memory."""
     start = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(3))
@@ -494,7 +497,7 @@ def _ordered(x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     return x.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
-@every_rule
+@searching_too
 def test_empty_groups_and_empty_parameters(name: str) -> None:
     ps = params(name)
     empty = Parameter(torch.zeros(0, 5))
@@ -507,7 +510,7 @@ def test_empty_groups_and_empty_parameters(name: str) -> None:
     make(name, ps).load_state_dict(make(name, ps).state_dict())
 
 
-@every_rule
+@searching_too
 def test_pickle_and_deepcopy(name: str) -> None:
     ps = params(name)
     optimizer = run(name, ps, range(1, 3))

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import hf_integration
 from lightning_optim import KFAC, Executor, build_optimizer
 from lightning_optim.curvature import Feed
+from lightning_optim.ops.kronecker import damped_inverse, divided, factored_damping, mean_eigenvalue
 from tests import rules, test_hf
 from tests.pool import Pool
 from tests.test_curvature import Keep
@@ -66,6 +67,28 @@ def test_a_deep_linear_network_gets_the_analytic_natural_gradient() -> None:
     optimizer.step()
     for p, e in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach(), e, rtol=1e-8, atol=1e-8)
+
+
+def factor(n: int) -> Tensor:
+    x = torch.randn(n, 4 * n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    return x @ x.mT / (4 * n)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_division_in_eigenbases_solves_the_damped_kronecker_product(dtype: torch.dtype, error: float) -> None:
+    left, right = factor(32), factor(48)
+    g = torch.randn(32, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.linalg.solve(torch.kron(left, right) + 1e-3 * torch.eye(32 * 48).double(), g.flatten()).view_as(g)
+    (a, u), (b, v) = (torch.linalg.eigh(x.to(dtype)) for x in (left, right))
+    found = divided(g.to(dtype), u, v, a[:, None] * b + 1e-3)
+    assert (found - expected).norm() <= error * expected.norm()
+    db, da = factored_damping(mean_eigenvalue(left), mean_eigenvalue(3 * left), 0.04)
+    assert (db * da).item() == pytest.approx(0.04) and (da / db).item() == pytest.approx(3.0)
+    assert [x.item() for x in factored_damping(db * 0, da, 0.04)] == pytest.approx([0.2, 0.2])
+    inverse = damped_inverse(left, 0.1)
+    torch.testing.assert_close(
+        inverse @ (left + 0.1 * torch.eye(32).double()), torch.eye(32).double(), rtol=1e-9, atol=1e-9
+    )
 
 
 class Layers(nn.Module):

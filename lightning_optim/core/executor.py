@@ -28,6 +28,7 @@ from lightning_optim.core import (
     joint,
     layout,
     observing,
+    searching,
     storage,
     travel,
 )
@@ -128,6 +129,9 @@ class Executor(torch.optim.Optimizer):
     fed: bool
     """Whether somebody measures what rules with `observes` need; they refuse to step otherwise."""
 
+    look: searching.Look | None
+    """The loss of the coming step's batches, for rules that search; told by the curvature feed, dropped by the step."""
+
     mates: WeakTensorKeyDictionary
     """The bias of a layer by its weight, for rules with `joint`; told by the curvature feed."""
 
@@ -153,6 +157,7 @@ class Executor(torch.optim.Optimizer):
         self.curve: Any = None
         self.total_steps: int | None = None
         self.fed = False
+        self.look = None
         self.mates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -210,7 +215,8 @@ class Executor(torch.optim.Optimizer):
         """Take one step.
 
         Args:
-            closure: computes the loss and the gradients; called once, first.
+            closure: computes the loss and the gradients; called once, first. Rules that search call it again, unless a
+                curvature feed gives them the loss.
 
         Returns:
             What the closure returned.
@@ -236,6 +242,7 @@ class Executor(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        look, self.look = self.look, None
         jobs = list(self._jobs())
         if not self._compared:
             self._compare(jobs)
@@ -248,7 +255,10 @@ class Executor(torch.optim.Optimizer):
         if self.fused is not None:
             self.fused.finish(jobs)
             return loss, True
-        return loss, self._take(jobs, self._clip)
+        asked = [job.rule.name for job in jobs if job.rule.observes == "loss"]
+        if look is None and closure is not None and asked:
+            look = searching.ByClosure(closure, loss, asked[0])
+        return loss, self._take(jobs, self._clip, look)
 
     def wrap(self, *members: averages.Average) -> Self:
         """Do more with the weights around every step (`lightning_optim.core.averages`).
@@ -381,10 +391,11 @@ class Executor(torch.optim.Optimizer):
         self.compressing = travel.leave_gradients(module)
         self.process_group = self.compressing.group
 
-    def _take(self, jobs: Sequence[Job], clip: Callable[[Sequence[Job]], None]) -> bool:
+    def _take(
+        self, jobs: Sequence[Job], clip: Callable[[Sequence[Job]], None], look: searching.Look | None = None
+    ) -> bool:
         """Step the parameters that have a gradient; whether the step was taken."""
-        if not self.fed:
-            observing.check_fed(jobs)
+        observing.check_fed(jobs, fed=self.fed, look=look is not None)
         if not self._gradients_usable(jobs):
             return False
         if self.compressing is not None:
@@ -393,6 +404,8 @@ class Executor(torch.optim.Optimizer):
         clip(jobs)
         self._gathered, self._averaged = {}, False
         self._materialise(jobs)
+        if look is not None:
+            searching.search(jobs, look)
         present = [(job.group, [w for w in job.works if w.has_gradient]) for job in jobs]
         for group, works in present:
             constraint.check_first(group, works)

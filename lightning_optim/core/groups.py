@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.core import chunks, constraint, layout
+from lightning_optim.core import chunks, constraint, layout, searching
 from lightning_optim.core.rule import Rule, check_value, hyperparameters, lookup
 from lightning_optim.core.storage import Storage
 from lightning_optim.ops.quantize import PIECE
@@ -174,6 +174,7 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     made.validate()
     _check_options(group)
     constraint.check(made, group)
+    searching.check(made, group)
     block = group["storage_block"]
     if not 16 <= block <= PIECE or PIECE % block:
         raise ValueError(f"{group['name']}: storage_block must be a power of two from 16 to {PIECE}, got {block!r}")
@@ -260,6 +261,7 @@ def check_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> N
         )
     if rule.joint and layout.local(p) is not p:
         raise ValueError(f"{name}: {rule.name} needs whole parameters and hooks, which FSDP2 does not support; use DDP")
+    searching.check_param(rule, name, p)
     if p.ndim < 2 and not rule.vectors:
         raise ValueError(
             f"{name}: {rule.name} needs a matrix, got shape {shape}; give it to an elementwise rule such as adamw "

@@ -20,7 +20,7 @@ def prepare(jobs: Sequence[Job], mates: Mapping[Tensor, Tensor], decide: Callabl
         mates: the bias of a layer by its weight.
         decide: asks the refresh policy of a job.
     """
-    for kind in dict.fromkeys(type(job.rule) for job in jobs if job.rule.joint):
+    for kind in dict.fromkeys(type(job.rule) for job in jobs if job.rule.joint and job.rule.observes != "loss"):
         mine = [(job, [w for w in job.works if w.has_gradient]) for job in jobs if type(job.rule) is kind]
         for job, works in mine:
             decide(job, works)

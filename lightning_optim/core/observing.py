@@ -24,7 +24,9 @@ def due(jobs: Iterable[Job]) -> dict[str, list[Tensor]]:
     """
     out: dict[str, list[Tensor]] = {}
     for rule, _, works in jobs:
-        if rule.observes and works:
+        if rule.observes == "loss" and works:
+            out.setdefault(rule.observes, []).extend(w.param for w in works)
+        elif rule.observes and works:
             t = 1 + max(int(w.state["step"]) if "step" in w.state else 0 for w in works)
             view = View(t, 1.0, lambda interval: 0, {})
             policy = parse(getattr(rule, rule.observed_by))
@@ -44,7 +46,7 @@ def chosen(jobs: Iterable[Job], seen: Mapping[Tensor, Seen]) -> list[Job]:
     """
     out = [Job(rule, group, [w for w in works if w.param in seen]) for rule, group, works in jobs]
     for rule, _, works in out:
-        if works and not rule.observes:
+        if works and rule.observes in (None, "loss"):
             raise ValueError(f"{works[0].name}: {rule.name} observes nothing but the gradient")
     return [job for job in out if job.works]
 
@@ -80,16 +82,30 @@ def _observe(job: Job, w: Work, seen: Seen) -> Mapping[str, Tensor]:
     return said
 
 
-def check_fed(jobs: Sequence[Job]) -> None:
+def check_fed(jobs: Sequence[Job], *, fed: bool, look: bool) -> None:
     """Check that no rule waits for what nobody measures.
+
+    Args:
+        jobs: of this step.
+        fed: whether there is a curvature feed.
+        look: whether the loss of this step can be asked for.
 
     Raises:
         RuntimeError: one does; the message says what to add.
     """
     for rule, group, works in jobs:
-        if rule.observes and any(w.has_gradient for w in works):
+        if not rule.observes or (look if rule.observes == "loss" else fed) or not any(w.has_gradient for w in works):
+            continue
+        what = "more than gradients"
+        if rule.observes == "loss":
+            what = "the loss of the batch at other weights"
+        if fed:
             raise RuntimeError(
-                f"group {group['name']!r}: {rule.name} needs more than gradients, and nobody measures it; nothing was "
-                "updated. Add a curvature feed: Trainer(callbacks=[CurvatureFeed()]) with hf_integration.CurvatureFeed "
-                "or lightning_optim.callbacks.CurvatureFeed; in your own loop, lightning_optim.curvature.Feed"
+                f"group {group['name']!r}: {rule.name} needs {what}: call ready() of the feed before step()"
             )
+        raise RuntimeError(
+            f"group {group['name']!r}: {rule.name} needs {what}, and nobody measures it; nothing was "
+            "updated. Add a curvature feed: Trainer(callbacks=[CurvatureFeed()]) with hf_integration.CurvatureFeed "
+            "or lightning_optim.callbacks.CurvatureFeed; in your own loop, lightning_optim.curvature.Feed"
+            f"{', or step(closure)' if rule.observes == 'loss' else ''}"
+        )

@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ from lightning_optim.refresh import RECORD, parse
 ADAMW_RMS = 0.2
 """RMS of AdamW's direction per unit learning rate in language-model training (Liu et al. 2025, arXiv:2502.16982)."""
 
-Observable = Literal["gauss_newton", "hutchinson", "factors"]
-"""What a trainer can measure beside the gradient; `Rule.observe` says what each is."""
+Observable = Literal["gauss_newton", "hutchinson", "factors", "loss"]
+"""What a trainer can measure beside the gradient; `Rule.observe` says what each is, `Searching` what `"loss"` is."""
 
 Rows = Callable[[slice], Tensor]
 """Gives the direction of some rows of every matrix of a stack, `[b, rows, n]`."""
@@ -361,7 +361,7 @@ class Rule:
             if (policy.measures or policy.compares) and not self.goes_stale():
                 reason = self.never_stale or "it has no measure of staleness"
                 raise ValueError(f"{self.name}: {reason}, so refresh={policy} cannot decide; take fixed or staggered")
-        if self.observes:
+        if self.observes and self.observes != "loss":
             policy = parse(getattr(self, self.observed_by))
             if policy.reads or policy.timed:
                 raise ValueError(
@@ -371,6 +371,72 @@ class Rule:
         betas = getattr(self, "betas", ())
         if any(beta >= 1 for beta in betas):
             raise ValueError(f"{self.name}: betas must lie in [0, 1), got {betas!r}")
+
+
+class Landscape(Protocol):
+    """The loss of a step's batches around the present weights, which are one vector `[N]` here.
+
+    Weight decay is part of it: 1/2 wd |x|^2. It is taken without dropout where a feed computes it.
+    """
+
+    x: Tensor
+    """The present weights; float32 or wider, as are all vectors."""
+    value: float
+    """The loss there."""
+    gradient: Tensor
+    """Its gradient there."""
+
+    def at(self, x: Tensor) -> tuple[float, Tensor]:
+        """The loss and its gradient at other weights.
+
+        Args:
+            x: `[N]`.
+
+        Returns:
+            (loss, `[N]`).
+        """
+        ...
+
+    def product(self, v: Tensor) -> Tensor:
+        """The Gauss-Newton matrix at the present weights times a vector.
+
+        Args:
+            v: `[N]`.
+
+        Returns:
+            `[N]`.
+
+        Raises:
+            RuntimeError: only a curvature feed can tell, and there is none.
+        """
+        ...
+
+
+class Searching(Rule):
+    """Base of rules that look for the step of all their parameters at once, by the loss of the batch at other weights.
+
+    They implement `find`. A slot `"mn"` is one vector `[N]` there, any other is one row of numbers that belongs to
+    all parameters. The loss comes from a curvature feed or, in a loop of one's own, from the closure given to `step`.
+    """
+
+    observes: ClassVar[Observable | None] = "loss"
+    joint: ClassVar[bool] = True
+    decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "own"
+
+    def find(self, at: Landscape, s: SimpleNamespace) -> Tensor:
+        """The direction d of x <- x - lr d, and the new state.
+
+        Args:
+            at: the loss.
+            s: state by slot name; mutate in place or assign.
+
+        Returns:
+            `[N]`. Not called while lr is 0.
+        """
+        raise NotImplementedError
+
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        return g
 
 
 @dataclass(frozen=True, kw_only=True)

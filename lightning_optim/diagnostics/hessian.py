@@ -191,26 +191,13 @@ class Hessian:
         return [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(inputs, found, strict=True)]
 
     def _difference(self, v: Sequence[Tensor], at: Block, want: Block) -> list[Tensor]:
-        moved = [self.params[i] for i in at]
-        size = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.params))
-        length = math.sqrt(sum(float(x.double().square().sum()) for x in v))
-        if length == 0:
+        sides = _both_sides(
+            [self.params[i] for i in at], v, self.step, self.params, lambda: self._gradient(self.loss())
+        )
+        if sides is None:
             return [torch.zeros_like(self.params[i]) for i in want]
-        e = self.step * size / length
-        saved = [p.detach().clone() for p in moved]
-        sides: list[list[Tensor]] = []
-        try:
-            for sign in (1, -1):
-                with torch.no_grad():
-                    for p, x, start in zip(moved, v, saved, strict=True):
-                        p.copy_(start + sign * e * x)
-                g = self._gradient(self.loss())
-                sides.append([g[i] for i in want])
-        finally:
-            with torch.no_grad():
-                for p, start in zip(moved, saved, strict=True):
-                    p.copy_(start)
-        return [(a - b) / (2 * e) for a, b in zip(*sides, strict=True)]
+        plus, minus, e = sides
+        return [(plus[i] - minus[i]) / (2 * e) for i in want]
 
     # -- flat vectors over a block --------------------------------------------------------------------------------
 
@@ -281,6 +268,120 @@ def apart(found: Sequence[Tensor], near: Sequence[Tensor]) -> float:
     off = sum(float((a - b).double().square().sum()) for a, b in zip(found, near, strict=True))
     size = sum(float(x.double().square().sum()) for x in near)
     return math.sqrt(off / size) if size else math.inf if off else 0.0
+
+
+class GaussNewton:
+    """Products with the Gauss-Newton matrix J^T L J of a loss of predictions z(x), J = dz/dx, L = d^2 loss / dz^2.
+
+    It is the Hessian without the curvature of z, and positive semi-definite where the loss is convex in z. `"exact"`
+    gets J v from the derivative of J^T w by w, and keeps the graph for all products: parameters must stay as they are.
+    `"difference"` is (z(x + e v) - z(x - e v)) / 2e with e = `step` |x| / |v|, for kernels without a second derivative.
+
+    Args:
+        passes: computes the loss and the predictions it is made of.
+        params: the parameters, all floating-point.
+        method: how.
+        step: of the difference, relative.
+
+    Raises:
+        NoSecondDerivativeError: a kernel without a second derivative, with the exact method.
+    """
+
+    def __init__(
+        self,
+        passes: Callable[[], tuple[Tensor, Sequence[Tensor]]],
+        params: Sequence[Tensor],
+        method: Method = "exact",
+        *,
+        step: float = 1e-3,
+    ) -> None:
+        self.passes, self.params, self.method, self.step = passes, list(params), method, step
+        if method == "exact":
+            with _refused():
+                self._open()
+                self._w = [torch.zeros_like(z, requires_grad=True) for z in self._z]
+                self._back = self._pulled(self._w, create_graph=True)
+            if any(_ends(node) for node in _nodes([*self._z, *(g for g in self._back if g is not None)])):
+                raise NoSecondDerivativeError
+
+    def product(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """J^T L J v.
+
+        Args:
+            v: one tensor per parameter.
+
+        Returns:
+            Likewise.
+        """
+        moved = self.pushed(v)
+        if self.method == "difference":
+            self._open()
+        slopes = [(g, x) for g, x in zip(self._slopes, moved, strict=True) if g.requires_grad]
+        found = self._pulled(_vector_product(slopes, self._z), retain_graph=True)
+        return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(self.params, found, strict=True)]
+
+    def pushed(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """J v; parameters come back bitwise.
+
+        Args:
+            v: one tensor per parameter.
+
+        Returns:
+            One tensor per prediction that depends on the parameters.
+        """
+        if self.method == "exact":
+            pairs = [(g, x) for g, x in zip(self._back, v, strict=True) if g is not None and g.requires_grad]
+            with _refused():
+                return _vector_product(pairs, self._w)
+        with torch.no_grad():
+            sides = _both_sides(self.params, v, self.step, self.params, lambda: self.passes()[1])
+        if sides is None:
+            return [torch.zeros_like(z) for z in self.passes()[1]]
+        plus, minus, e = sides
+        return [(a - b) / (2 * e) for a, b in zip(plus, minus, strict=True)]
+
+    def _open(self) -> None:
+        value, predictions = self.passes()
+        self._z = [z for z in predictions if z.requires_grad]
+        self._slopes = torch.autograd.grad(value, self._z, create_graph=True) if self._z else ()
+
+    def _pulled(self, u: Sequence[Tensor], **how: bool) -> Sequence[Tensor | None]:
+        if not self._z:
+            return [None for _ in self.params]
+        return torch.autograd.grad(self._z, self.params, u, allow_unused=True, **how)
+
+
+def _vector_product(pairs: Sequence[tuple[Tensor, Tensor]], at: Sequence[Tensor]) -> list[Tensor]:
+    """The sum over outputs of (d output / d at)^T v; zeros where nothing depends on it."""
+    if not pairs:
+        return [torch.zeros_like(x) for x in at]
+    outputs, vectors = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, at, vectors, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(at, found, strict=True)]
+
+
+def _both_sides(
+    moved: Sequence[Tensor], v: Sequence[Tensor], step: float, params: Sequence[Tensor], measure: Callable[[], Any]
+) -> tuple[Any, Any, float] | None:
+    """What is measured at x + e v and x - e v, and e = step |x| / |v|; None for v = 0. Parameters come back bitwise."""
+    size = math.sqrt(sum(float(p.detach().double().square().sum()) for p in params))
+    length = math.sqrt(sum(float(x.double().square().sum()) for x in v))
+    if length == 0:
+        return None
+    e = step * size / length
+    saved = [p.detach().clone() for p in moved]
+    sides: list[Any] = []
+    try:
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p, x, start in zip(moved, v, saved, strict=True):
+                    p.copy_(start + sign * e * x)
+            sides.append(measure())
+    finally:
+        with torch.no_grad():
+            for p, start in zip(moved, saved, strict=True):
+                p.copy_(start)
+    return sides[0], sides[1], e
 
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Observable, Rule, Slot, eye, zeros
+from lightning_optim.ops.kronecker import damped_inverse, divided, factored_damping, mean_eigenvalue
 from lightning_optim.ops.lapack import eigh
 
 
@@ -123,9 +124,9 @@ class KFAC(Rule):
             s.output_values = s.output_values.clamp_(min=0).unsqueeze(-2)
             s.input_values[..., :k], s.input_basis[..., :k, :k] = values.clamp_(min=0).unsqueeze(-2), basis
         else:
-            da, db = self._dampings(_mean_eigenvalue(a), _mean_eigenvalue(b))
-            s.input_basis[..., :k, :k] = _inverse(a, da)
-            s.output_basis = _inverse(b, db)
+            db, da = self._dampings(mean_eigenvalue(b), mean_eigenvalue(a))
+            s.input_basis[..., :k, :k] = damped_inverse(a, da)
+            s.output_basis = damped_inverse(b, db)
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         return s.momentum_buffer.mul_(self.momentum).add_(g)
@@ -136,28 +137,10 @@ class KFAC(Rule):
         if self.mode == "inverse":
             return left @ g @ right
         a, b = s.input_values[..., :k], s.output_values.mT
-        if self.pi:
-            da, db = self._dampings(a.mean(-1, keepdim=True), b.mean(-2, keepdim=True))
-            scale = (b + db) * (a + da)
-        else:
-            scale = b * a + self.damping
-        return left @ ((left.mT @ g @ right) / scale) @ right.mT
-
-    def _dampings(self, a: Tensor, b: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """What is added to the factors, given their mean eigenvalues."""
         if not self.pi:
-            return self.damping, self.damping
-        pi = (a / b).sqrt()
-        usable = pi.isfinite() & (pi > 0)
-        pi = torch.where(usable, pi, 1.0)
-        return self.damping**0.5 * pi, self.damping**0.5 / pi
+            return divided(g, left, right, b * a + self.damping)
+        db, da = self._dampings(b.mean(-2, keepdim=True), a.mean(-1, keepdim=True))
+        return divided(g, left, right, (b + db) * (a + da))
 
-
-def _mean_eigenvalue(x: Tensor) -> Tensor:
-    return x.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-
-
-def _inverse(x: Tensor, damping: Tensor | float) -> Tensor:
-    """(x + damping I)^-1 of symmetric positive matrices."""
-    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return torch.linalg.inv(x + damping * eye)
+    def _dampings(self, b: Tensor, a: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        return factored_damping(b, a, self.damping) if self.pi else (self.damping, self.damping)

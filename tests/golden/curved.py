@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_optim import KFAC, Executor, SophiaG, SophiaH
+from lightning_optim import KFAC, LBFGS, Executor, SophiaG, SophiaH
 from lightning_optim.curvature import Feed
 from tests.golden import replay
 from tests.golden.common import Case, Params
@@ -61,6 +61,10 @@ def _kfac(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return optimizer
 
 
+def _lbfgs(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    return LBFGS(params.items(), **{"history_size": 100, **h})
+
+
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.weight, layer.bias = weight, bias  # pyright: ignore[reportAttributeAccessIssue]
@@ -79,6 +83,7 @@ def _shown(optimizer: Executor, params: Params) -> Executor:
 
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
     "KFAC": _kfac,
+    "LBFGS": _lbfgs,
     "Sophia-G": _sophia_g,
     "Sophia-paper": _sophia_paper,
 }

@@ -5,7 +5,8 @@ the step from 1 and the settings of the group; it returns the new parameter. `SE
 beside the defaults. `STRICT` holds settings under which the rule computes in its parameters' precision,
 `WITHOUT_DRAWS` ones under which it draws no random numbers. `FIRST_STEP` bounds the RMS of a first step per unit lr
 under the adamw convention, where that is not about 0.2, and `TINY_LR` is a learning rate whose steps bfloat16 cannot
-resolve, where 5e-4 is none.
+resolve, where 5e-4 is none. `DUE` holds settings under which what is rarely done is done in any run of three steps,
+`BLIND` ones under which a direction depends on gradients alone.
 """
 
 from collections.abc import Sequence
