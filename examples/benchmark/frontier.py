@@ -267,7 +267,7 @@ class Frontier:
         for entry in ADAMW:
             if (losses := self.rates(entry, 1.0)) is None:
                 return None
-            rate = min(losses, key=lambda x: losses[x])
+            rate = min(losses, key=losses.__getitem__)
             found.append((losses[rate], entry, rate))
         _, entry, rate = min(found, key=lambda x: x[0])
         over = [self.loss(entry, rate, 1.0, seed) for seed in SEEDS]
@@ -303,7 +303,7 @@ class Frontier:
         for again in (False, True):
             for entry in order[k::n]:
                 losses = self.rates(entry, TUNED_AT)
-                best = min(losses, key=lambda x: losses[x]) if losses else 0.0
+                best = min(losses, key=losses.__getitem__) if losses else 0.0
                 over = [self.loss(entry, best, TUNED_AT, seed) for seed in SEEDS] if losses else [None]
                 whole = again or entry.label in FIRST[:3]
                 if None in over or (whole and self.lengths(entry, best, found[2]) is None):
@@ -365,7 +365,7 @@ def rows_of(record: Frontier) -> tuple[list[float], list[Row]]:
         rates = record.rates(entry, TUNED_AT)
         if not rates:
             continue
-        best = min(rates, key=lambda x: rates[x])
+        best = min(rates, key=rates.__getitem__)
         over = {at: [record.loss(entry, best, at, seed) for seed in SEEDS] for at in LADDER}
         lengths = {at: [x for x in losses if x is not None] for at, losses in over.items() if None not in losses}
         if lengths:

@@ -105,7 +105,7 @@ class Term(NamedTuple):
     """Matrix products of a step for an s x l matrix, s <= l, of rank r."""
 
     dtype: torch.dtype
-    count: Callable[[float, float, float], float]
+    operations: Callable[[float, float, float], float]
     """Operations from s, l and r; products that give symmetric matrices count half, Newton-Schulz's in full."""
     formula: str
 
@@ -203,8 +203,8 @@ def floor(name: str, rule: Rule, matrices: Shapes, rest: Shapes, fused: float, r
     seconds, said = fused * moved * sum(map(math.prod, matrices)), f"{moved:.0f} B"
     if rule.name in PRODUCTS:
         rank, products, parts = getattr(rule, "rank", 0), 0.0, []
-        for dtype, count, formula in PRODUCTS[rule.name]:
-            done = sum(count(min(s), max(s), min(rank, *s)) for s in matrices)
+        for dtype, operations, formula in PRODUCTS[rule.name]:
+            done = sum(operations(min(s), max(s), min(rank, *s)) for s in matrices)
             products += done / (rates.bfloat16 if dtype == torch.bfloat16 else rates.float32)
             parts.append(f"{done / 1e9:.3g} GFLOP: {formula}, {str(dtype).removeprefix('torch.')}")
         if products > seconds:

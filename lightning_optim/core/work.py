@@ -134,7 +134,7 @@ def count(works: Sequence[Work]) -> None:
         if w.state["step"].device.type != "cpu":
             w.state["step"] = w.state["step"].cpu()
     if steps := [w.state["step"] for w in works]:
-        torch._foreach_add_(steps, 1)
+        cast("Any", torch)._foreach_add_(steps, 1)
         for w, t in zip(works, torch.stack(steps).tolist(), strict=True):
             w.t = int(t)
 
@@ -330,7 +330,7 @@ def _by_graph(job: Job, w: Work) -> bool:
         return False
     kind = compiled.kind_of(rule, group, p, w.dims)
     state = {key: layout.local(w.state[key]) for key, form in w.forms.items() if form.direct(p.device)}
-    if kind is None or len(state) < len(w.forms) or len(w.parts) > 1 or w.parts[0].rows is not None:
+    if kind is None or len(state) < len(w.forms) or len(w.parts) > 1 or any(part.rows is not None for part in w.parts):
         return False
     g = w.gradient()
     alike = chunks.agree([p, g, *(x for x in state.values() if x.shape == p.shape)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -207,4 +207,6 @@ class AdafactorHF(Rule):
 def _relative(lr: float, t: int, most: float = 1.0) -> float:
     """What makes lr min(most lr, 1 / sqrt(t))."""
     ratio = t**-0.5 / (lr + 1e-300)
-    return ratio.clamp(max=most) if isinstance(ratio, Tensor) else min(most, ratio)  # in a graph numbers are tensors
+    return (
+        cast("float", ratio.clamp(max=most)) if isinstance(ratio, Tensor) else min(most, ratio)
+    )  # in a graph numbers are tensors

@@ -54,7 +54,9 @@ def compiled(function: Callable[..., None], examples: Sequence[Tensor], numbers:
         _settle(traced.graph, max(_elements(x) for x in examples))
         inputs = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
         env.freeze()  # what Inductor asks of sizes is how exactly to sum up (above 4096 terms), and is not to be kept
-        run = torch._inductor.compile(GraphModule(traced, traced.graph), inputs)  # without what cannot be cached
+        run = cast(
+            "Any", torch._inductor.compile(GraphModule(traced, traced.graph), inputs)
+        )  # without what cannot be cached
 
     @functools.lru_cache(64)
     def derived(*given: float) -> list[Tensor]:
@@ -122,7 +124,7 @@ def _settle(graph: Graph, large: int) -> None:
 
 def _base(node: Node) -> Node:
     """What a view is of."""
-    lends = getattr(node.target, "_schema", None) and node.target._schema.arguments[0].alias_info
+    lends = getattr(node.target, "_schema", None) and cast("Any", node.target)._schema.arguments[0].alias_info
     return _base(node.all_input_nodes[0]) if lends and not lends.is_write else node
 
 
