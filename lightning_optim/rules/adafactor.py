@@ -207,6 +207,6 @@ class AdafactorHF(Rule):
 def _relative(lr: float, t: int, most: float = 1.0) -> float:
     """What makes lr min(most lr, 1 / sqrt(t))."""
     ratio = t**-0.5 / (lr + 1e-300)
-    return (
-        cast("float", ratio.clamp(max=most)) if isinstance(ratio, Tensor) else min(most, ratio)
-    )  # in a graph numbers are tensors
+    if isinstance(ratio, Tensor):  # as numbers are in a graph
+        return cast("float", ratio.clamp(max=most))
+    return min(most, ratio)

@@ -54,9 +54,8 @@ def compiled(function: Callable[..., None], examples: Sequence[Tensor], numbers:
         _settle(traced.graph, max(_elements(x) for x in examples))
         inputs = [node.meta["val"] for node in traced.graph.find_nodes(op="placeholder")]
         env.freeze()  # what Inductor asks of sizes is how exactly to sum up (above 4096 terms), and is not to be kept
-        run = cast(
-            "Any", torch._inductor.compile(GraphModule(traced, traced.graph), inputs)
-        )  # without what cannot be cached
+        made = GraphModule(traced, traced.graph)  # without what cannot be cached
+        run = cast("Any", torch._inductor.compile(made, inputs))
 
     @functools.lru_cache(64)
     def derived(*given: float) -> list[Tensor]:
