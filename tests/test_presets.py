@@ -144,7 +144,7 @@ def test_fine_tuning_gets_the_rule_only_and_is_told(
 
 
 def test_arguments_go_before_the_preset() -> None:
-    model = llama(tied=False)
+    model: Any = llama(tied=False)
     optimizer = build_optimizer(
         model,
         "muon",
@@ -247,7 +247,7 @@ def embedded() -> nn.Sequential:
 
 
 def sharded_rates(rank: int, world: int) -> dict[str, float]:
-    model = fully_shard(embedded(), mesh=init_device_mesh("cpu", (world,)))
+    model: Any = fully_shard(embedded(), mesh=init_device_mesh("cpu", (world,)))
     return {g["name"]: g["lr"] for g in build_optimizer(model, "muon", preset="muon_h").param_groups}
 
 
