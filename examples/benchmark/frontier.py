@@ -143,10 +143,10 @@ def preset(name: str, rule: str, lr: float, adds: str) -> tuple[Entry, Entry]:
             out["wrap"] |= {"tail_ema": tail_ema(steps)} if name == "record46" else {}
         return out
 
-    said = "its numbers of steps in proportion, the embedding's rate that of all others"
+    said, base = "its numbers of steps in proportion, the embedding's rate that of all others", rule.removeprefix("kl_")
     return (
-        Entry(f"fitted {name}", said, rule, lr, fitted, rule),
-        Entry(f"preset {name}", adds, rule, lr, always(preset=name), rule),
+        Entry(f"fitted {name}", said, rule, lr, fitted, base),
+        Entry(f"preset {name}", adds, rule, lr, always(preset=name), base),
     )
 
 
@@ -215,6 +215,11 @@ def next_rate(losses: Mapping[float, float], first: float) -> float:
     return 4 * first if losses[2 * first] < losses[first] else first / 2
 
 
+def best_of(losses: Mapping[float, float]) -> float:
+    """The rate with the lowest loss."""
+    return min(losses, key=lambda x: losses[x])
+
+
 class Frontier:
     """Runs what is missing, and reads the record.
 
@@ -267,7 +272,7 @@ class Frontier:
         for entry in ADAMW:
             if (losses := self.rates(entry, 1.0)) is None:
                 return None
-            rate = min(losses, key=losses.__getitem__)
+            rate = best_of(losses)
             found.append((losses[rate], entry, rate))
         _, entry, rate = min(found, key=lambda x: x[0])
         over = [self.loss(entry, rate, 1.0, seed) for seed in SEEDS]
@@ -303,7 +308,7 @@ class Frontier:
         for again in (False, True):
             for entry in order[k::n]:
                 losses = self.rates(entry, TUNED_AT)
-                best = min(losses, key=losses.__getitem__) if losses else 0.0
+                best = best_of(losses) if losses else 0.0
                 over = [self.loss(entry, best, TUNED_AT, seed) for seed in SEEDS] if losses else [None]
                 whole = again or entry.label in FIRST[:3]
                 if None in over or (whole and self.lengths(entry, best, found[2]) is None):
@@ -324,7 +329,7 @@ class Row:
     @property
     def rate(self) -> float:
         """The best one."""
-        return min(self.rates, key=lambda x: self.rates[x])
+        return best_of(self.rates)
 
     @property
     def at_edge(self) -> bool:
@@ -365,7 +370,7 @@ def rows_of(record: Frontier) -> tuple[list[float], list[Row]]:
         rates = record.rates(entry, TUNED_AT)
         if not rates:
             continue
-        best = min(rates, key=rates.__getitem__)
+        best = best_of(rates)
         over = {at: [record.loss(entry, best, at, seed) for seed in SEEDS] for at in LADDER}
         lengths = {at: [x for x in losses if x is not None] for at, losses in over.items() if None not in losses}
         if lengths:
