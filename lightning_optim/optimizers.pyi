@@ -946,7 +946,7 @@ class HessianFree(Executor):
         self,
         params: ParamsT,
         lr: float | Tensor = 1.0,
-        damping: float = 1.0,
+        damping: float = 0.1,
         cg_iter: int = 50,
         cg_decay: float = 0.95,
         tolerance: float = 0.0005,

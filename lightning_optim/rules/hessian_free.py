@@ -31,7 +31,7 @@ class HessianFree(Searching):
     """
 
     lr: float = 1.0
-    damping: float = 1.0
+    damping: float = 0.1
     cg_iter: int = 50
     cg_decay: float = 0.95
     tolerance: float = 5e-4
