@@ -286,7 +286,9 @@ def test_precision_table(tmp_path: Path, cache: Path, precision: Any, weights: s
 @pytest.mark.parametrize("name", [name for name in sorted(REGISTRY) if REGISTRY[name].observes])
 def test_rules_that_observe_curvature_are_fed(tmp_path: Path, cache: Path, name: str, microbatch: int) -> None:
     setup = dataclasses.replace(TOY, microbatch=microbatch)
-    line = execute(Trial(setup, name, 1e-3, fitted(lookup(name), size_of(setup))), workspace(tmp_path, cache))
+    rule = lookup(name)
+    rate = rule().lr if rule.observes == "loss" else 1e-3  # a share of the step that the search has found
+    line = execute(Trial(setup, name, rate, fitted(rule, size_of(setup))), workspace(tmp_path, cache))
     assert line["status"] == "ok" and line["steps"] == 4
     assert line["final"]["loss"] < line["curve"][0]["loss"]
 
