@@ -104,7 +104,7 @@ class Pace:
     """How often to measure: every so many steps, more rarely when that takes too large a share of training.
 
     After a measurement whose cost, averaged with those before, exceeds `limit` of the training time since the last
-    one, the interval doubles until it would not.
+    one, the interval doubles.
 
     Args:
         every: steps between measurements.
@@ -150,7 +150,7 @@ class Pace:
             now = seconds / max(self._since, 1e-9)
             self.recent = now if math.isnan(self.recent) else 0.5 * self.recent + 0.5 * now
             self.judged = self.recent
-            while self.recent > self.limit:
+            if self.recent > self.limit:
                 self.every *= 2
                 self.recent /= 2
         self._since = 0.0

@@ -63,7 +63,7 @@ class Probe:
 
     Args:
         every: steps between measurements.
-        max_overhead: share of training time above which the interval doubles, as often as it takes.
+        max_overhead: share of training time above which the interval doubles.
         detail: whether everything measured becomes a scalar, too.
     """
 
