@@ -40,17 +40,8 @@ class HessianFree(Searching):
     name: ClassVar = "hessian_free"
     source: ClassVar = "Martens 2010, Deep learning via Hessian-free optimization (ICML), sections 4.1 to 4.6"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:
-        """The last solution, and lambda.
-
-        Args:
-            m: rows.
-            n: columns.
-            vector: whether the parameter has fewer than two dimensions.
-
-        Returns:
-            Slot declarations by name.
-        """
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+        # the last solution, and lambda
         return {"solution": zeros("mn", exact=True), "damping": zeros("11", torch.float64)}
 
     def validate(self) -> None:

@@ -57,17 +57,8 @@ class KFAC(Rule):
     joint: ClassVar = True
     search: ClassVar = {"lr": (1.0, 0.3, 3.0, 0.1, 0.03), "damping": (1e-3, 1e-2)}
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:
-        """Momentum, factors, and their eigenbases and values, or inverses; on the input side with room for a bias.
-
-        Args:
-            m: rows.
-            n: columns.
-            vector: whether the parameter has fewer than two dimensions.
-
-        Returns:
-            Slot declarations by name.
-        """
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+        # momentum, factors, and their eigenbases and values, or inverses; on the input side with room for a bias
         if vector:
             return {"momentum_buffer": zeros("mn")}
         inner = replace(eye("nn"), size=(n + 1, n + 1))

@@ -44,17 +44,8 @@ class LBFGS(Searching):
     name: ClassVar = "lbfgs"
     source: ClassVar = "Nocedal 1980, Math. Comp. 35; as in torch.optim.LBFGS"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:
-        """The pairs, oldest first, the last direction and gradient, and numbers.
-
-        Args:
-            m: rows.
-            n: columns.
-            vector: whether the parameter has fewer than two dimensions.
-
-        Returns:
-            Slot declarations by name.
-        """
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+        # the pairs, oldest first, the last direction and gradient, and numbers
         steps, changes = names(self.history_size)
         vectors = ("d", "prev_flat_grad", *steps, *changes)
         numbers = {"numbers": zeros(f"1{len(NUMBERS)}", torch.float64)}

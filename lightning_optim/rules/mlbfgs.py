@@ -51,17 +51,8 @@ class MLBFGS(Rule):
     decay: ClassVar = "coupled"
     search: ClassVar = {"lr": (1.0, 3.0, 10.0, 0.3, 30.0), "interval": (100, 20)}
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:
-        """Running means, those of the last pair, and the pairs, oldest first.
-
-        Args:
-            m: rows.
-            n: columns.
-            vector: whether the parameter has fewer than two dimensions.
-
-        Returns:
-            Slot declarations by name.
-        """
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+        # running means, those of the last pair, and the pairs, oldest first
         exact = zeros("mn", exact=True)
         steps, changes = names(self.history)
         means = ("mean_param", "mean_grad", "last_param", "last_grad")

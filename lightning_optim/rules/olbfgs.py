@@ -36,17 +36,8 @@ class OLBFGS(Searching):
     name: ClassVar = "olbfgs"
     source: ClassVar = "Schraudolph, Yu & Guenter 2007, A stochastic quasi-Newton method for online convex optimization"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:
-        """The pairs, oldest first.
-
-        Args:
-            m: rows.
-            n: columns.
-            vector: whether the parameter has fewer than two dimensions.
-
-        Returns:
-            Slot declarations by name.
-        """
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+        # the pairs, oldest first
         steps, changes = names(self.history)
         return dict.fromkeys((*steps, *changes), zeros("mn", exact=True))
 
