@@ -480,6 +480,7 @@ def test_directional_curvature() -> None:
     assert slope == pytest.approx((torch.cat([p.detach() for p in full.params]) @ h5() @ x).item())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own
 def test_curvlinops_agrees() -> None:
     curvlinops = pytest.importorskip("curvlinops", reason="an oracle, not a dependency")
     model = Tiny().double().eval()

@@ -741,8 +741,9 @@ class Executor(torch.optim.Optimizer):
         for job in self._jobs(frozen=True):
             for w in job.works:
                 if isinstance(w.team, travel.Replicas) and w.param in saved:
-                    here, keys = self._owners.get(w.param) == w.team.rank, forms_of(job, w)
-                    sent = {k: v for k, v in saved[w.param].items() if k in {*keys, *map(scale_key, keys)}}
+                    here, forms = self._owners.get(w.param) == w.team.rank, forms_of(job, w)
+                    keys = {*forms, *map(scale_key, forms)}
+                    sent = {k: v for k, v in saved[w.param].items() if k in keys}
                     self._gathered[w.param] = {k: v if here else v.cpu() for k, v in sent.items()}
 
     def _saved(self) -> defaultdict[Tensor, dict[str, Tensor]]:
