@@ -165,10 +165,12 @@ def agree(tensors: Sequence[Tensor]) -> bool:
     Returns:
         True if a flat kernel may run over them.
     """
-    first = tensors[0]
-    if any(t.dtype != first.dtype for t in tensors):
-        return False
-    if all(t.is_contiguous() for t in tensors):  # much faster than to ask for strides
+    first, plain = tensors[0], True
+    for t in tensors:  # no generators: this is asked of every parameter in every step
+        if t.dtype != first.dtype:
+            return False
+        plain = plain and t.is_contiguous()
+    if plain:  # much faster than to ask for strides
         return True
     return all(t.stride() == first.stride() for t in tensors) and first.permute(dense_order(first)).is_contiguous()
 

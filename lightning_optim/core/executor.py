@@ -32,7 +32,7 @@ from lightning_optim.core import (
     storage,
     travel,
 )
-from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, rule_of
+from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, reading_of, rule_of
 from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
 from lightning_optim.core.storage import COMPENSATION, RADIUS, Form, scale_key
@@ -48,6 +48,7 @@ from lightning_optim.core.work import (
     needs_param,
     portions,
     takes_kernel,
+    takes_kernels,
     update_elementwise,
     update_stack,
     work_of,
@@ -430,11 +431,12 @@ class Executor(torch.optim.Optimizer):
             rule = rule_of(group)
             names, works = group.get("param_names", []), []
             own = self.compressing if rule.compresses or rule.votes else None
+            blocks, turned = reading_of(rule, group)
             for i, p in enumerate(group["params"]):
                 if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
-                    parts, turned = parts_of(rule, group, p.shape)
-                    state = self.state[p] if p in self.state else {}
+                    parts = chunks.parts(p.shape, blocks, conv=not rule.last_two, transposed=turned)
+                    state = self.state.get(p, {})
                     team = self._team(rule, p, parts, turned, name)
                     works.append(Work(p, name, index, parts, state, turned, team, own))
                 index += 1
@@ -471,7 +473,7 @@ class Executor(torch.optim.Optimizer):
 
     def _without_kernel(self, job: Job, works: list[Work]) -> list[Work]:
         """Step what a torch kernel of the rule can take; return the rest."""
-        if type(job.rule).kernel is Rule.kernel:
+        if type(job.rule).kernel is Rule.kernel or not takes_kernels(job.group):
             return works
         slots = list(job.rule.declared(1, 1))
         rest: list[Work] = []
@@ -479,9 +481,10 @@ class Executor(torch.optim.Optimizer):
         for run in (portion for same in runs for portion in portions(same, self.max_temp_bytes)):
             ready: list[Work] = []
             columns: list[list[Tensor]] = [[] for _ in range(2 + len(slots))]
+            device = layout.local(run[0].param).device
             for w in run:
-                row = [layout.local(w.param), w.gradient(), *(layout.local(w.state[k]) for k in slots)]
-                direct = all(form.direct(row[0].device) for form in w.forms.values())
+                row = [layout.local(w.param), w.gradient(), *[layout.local(w.state[k]) for k in slots]]
+                direct = all([form.direct(device) for form in w.forms.values()])
                 if direct and takes_kernel(job, w) and chunks.agree(row):
                     ready.append(w)
                     for column, t in zip(columns, row, strict=True):
@@ -609,7 +612,7 @@ class Executor(torch.optim.Optimizer):
         """Allocate the state of every trainable parameter that has none: complete, in its final shape."""
         for rule, group, works in jobs:
             for w in works:
-                if w.param not in self.state:  # it may have been frozen, or without a shape, when it was added
+                if not w.state:  # it may have been frozen, or without a shape, when it was added
                     check_param(rule, w.name, w.param, group)
         self._assign_owners(jobs)
         for rule, group, works in jobs:
@@ -619,7 +622,8 @@ class Executor(torch.optim.Optimizer):
                 if kind not in known:
                     known[kind] = forms_of(Job(rule, group, []), w)
                 w.forms = known[kind]
-                w.state = self.state.setdefault(w.param, {})
+                if not w.state:
+                    w.state = self.state.setdefault(w.param, {})
                 if "step" not in w.state:
                     w.state["step"] = torch.tensor(0.0, dtype=torch.float32)
                 for key, form in w.forms.items():

@@ -96,10 +96,23 @@ def parts_of(rule: Rule, group: Mapping[str, Any], shape: Sequence[int]) -> tupl
     Raises:
         ValueError: the rows do not divide into the group's blocks.
     """
-    blind = rule.elementwise and not constraint.shapes_step(group)
-    blocks, transposed = (None, False) if blind else (group["blocks"], group["transposed"])
-    blocks = None if rule.joint else blocks  # a layer has one input, whatever its rows are
+    blocks, transposed = reading_of(rule, group)
     return chunks.parts(tuple(shape), blocks, conv=not rule.last_two, transposed=transposed), transposed
+
+
+def reading_of(rule: Rule, group: Mapping[str, Any]) -> tuple[chunks.Blocks, bool]:
+    """What of a group's settings says how its parameters read as matrices.
+
+    Args:
+        rule: of the group.
+        group: gives `blocks` and `transposed`.
+
+    Returns:
+        (blocks, whether rows and columns are exchanged).
+    """
+    if rule.elementwise and not constraint.shapes_step(group):
+        return None, False
+    return None if rule.joint else group["blocks"], group["transposed"]  # a layer has one input, whatever its rows are
 
 
 def completed(

@@ -7,6 +7,7 @@ as (`Form`): the values themselves, bfloat16, 8-bit codes beside `state[p][slot 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ CODES = {"int8": torch.uint8, "int8_grid": torch.uint8, "fp8": torch.int8}
 """Dtype of the codes at rest; e4m3 as its bit patterns, which every collective can move."""
 
 
+@functools.cache
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a rule's arithmetic and state: float32, or float64 for float64 parameters.
 

@@ -131,12 +131,12 @@ class Refresh(NamedTuple):
 def count(works: Sequence[Work]) -> None:
     """Count one step, on the CPU: Lightning moves all loaded state to the device, where reading it would wait."""
     for w in works:
-        if w.state["step"].device.type != "cpu":
+        if not w.state["step"].is_cpu:
             w.state["step"] = w.state["step"].cpu()
     if steps := [w.state["step"] for w in works]:
-        cast("Any", torch)._foreach_add_(steps, 1)
-        for w, t in zip(works, torch.stack(steps).tolist(), strict=True):
-            w.t = int(t)
+        cast("Any", torch)._foreach_add_(steps, torch.ones(()), alpha=1.0)  # a number is four times slower
+        for w, t in zip(works, steps, strict=True):
+            w.t = int(t.item())
 
 
 def slots_of(rule: Rule, parts: Sequence[Part], ndim: int) -> dict[str, Slot]:
@@ -232,11 +232,15 @@ def first_index(rule: Rule, form: Form, w: Work) -> int:
     return layout.start_of(w.param, w.name) if cut and form.quantised else 0
 
 
+def takes_kernels(group: Mapping[str, Any]) -> bool:
+    """Whether kernels of torch's do what a group asks for."""
+    return not group["cautious_decay"] and not constraint.shapes_step(group)
+
+
 def takes_kernel(job: Job, w: Work) -> bool:
-    """Whether a kernel of torch's does what the group asks for, if dtypes and strides agree."""
+    """Whether a kernel of torch's does what a group that takes any asks for, if dtypes and strides agree."""
     wide = w.param.dtype == storage.work_dtype(w.param.dtype)
-    plain = not job.group["cautious_decay"] and not constraint.shapes_step(job.group)
-    return wide and plain and factor_of(job, w.dims) == 1.0
+    return wide and (job.group["lr_convention"] == "native" or factor_of(job, w.dims) == 1.0)
 
 
 class Elements:
@@ -355,7 +359,7 @@ def update_elementwise(job: Job, w: Work) -> None:
     dtype, write = storage.work_dtype(p.dtype), _Write(job, w)
     kept = kept_slots(job, w)
     rounded = write.stochastic or any(x.form.kind == "bf16" for x in kept.values())
-    fused = bool(kept) and takes_kernel(job, w)
+    fused = bool(kept) and takes_kernels(job.group) and takes_kernel(job, w)
     where = Elements(p, w.param) if rounded else None
     shaped = [torch.empty_like(p, dtype=dtype)] if constraint.shapes_step(job.group) else []  # needs all of d
     tensors = [p, w.unclipped(), *(layout.local(w.state[k]) for k in w.forms), *(shaped or write.carried)]

@@ -48,18 +48,9 @@ class Adagrad(Rule):
     def kernel(  # noqa: D102
         self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int
     ) -> Literal[True]:
-        on_cpu = p[0].device.type == "cpu"
-        adagrad(
-            p,
-            g,
-            s["sum"],
-            [torch.tensor(t - 1.0) for _ in p],  # counted up inside
-            fused=on_cpu,
-            foreach=not on_cpu,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            lr_decay=self.lr_decay,
-            eps=self.eps,
-            maximize=False,
-        )
+        given = {"lr": self.lr, "lr_decay": self.lr_decay, "weight_decay": self.weight_decay, "eps": self.eps}
+        if p[0].is_cpu:
+            torch.ops.aten._fused_adagrad_(p, g, s["sum"], [torch.tensor(float(t))] * len(p), **given, maximize=False)
+        else:  # counts up inside
+            adagrad(p, g, s["sum"], [torch.tensor(t - 1.0) for _ in p], foreach=True, **given, maximize=False)
         return True
