@@ -687,3 +687,18 @@ def test_the_rule_gets_what_a_trial_says(tmp_path: Path, cache: Path) -> None:
     rules = {g["role"]: rule_of(g) for g in optimizer.param_groups}
     assert rules["hidden"].betas == (0.9, 0.95) and rules["embedding"].name == "lion"  # pyright: ignore
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.1, 0.0}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "sgd"])
+def test_embeddings_and_gains_may_have_a_rate_of_their_own(name: str, tmp_path: Path, cache: Path) -> None:
+    setup = dataclasses.replace(TOY, rest_lr=0.02)
+    optimizer = build(make(TOY, 300), Trial(setup, name, 1e-3))
+    rates = {g["role"]: (rule_of(g).name, g["lr"]) for g in optimizer.param_groups}
+    assert rates["hidden"] == (name, 1e-3)
+    for role in ("embedding", "vector"):
+        trained_by = name if name in ("adamw", "lion", "adafactor") else "adamw"
+        assert rates[role] == (trained_by, 0.02)
+    theirs = {"overrides": [["embedding", "lion", {"lr": 1e-4}]]}
+    optimizer = build(make(TOY, 300), Trial(setup, name, 1e-3, theirs))
+    rates = {g["role"]: (rule_of(g).name, g["lr"]) for g in optimizer.param_groups}
+    assert rates["embedding"] == ("lion", 1e-4), "a trial's own settings come first"

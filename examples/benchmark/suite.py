@@ -19,12 +19,14 @@ OUT = Path(__file__).parent / "cpu"
 FINALISTS = ["adamw", "muon", "soap", "normuon", "lion", "adam_mini", "alice", "racs", "galore", "fira", "shampoo"]
 TUNERS = ["adamw", "muon", "soap", "lion", "adam_mini", "galore"]
 SEEDS = ["--seeds", "0", "1", "2"]
+APART = ["--rest_lr", "0.02"]
+"""AdamW's best rate for embeddings and gains (`frontier.py`), for all."""
 STAGES: dict[str, list[str]] = {
-    "every optimizer": ["run", "--trials", "6"],
-    "finalists on three seeds": ["run", "--trials", "6", *SEEDS, "--finalists", "10"],
-    "a second size": ["run", "--model", "micro", "--trials", "6", "--optim", *FINALISTS, *SEEDS],
-    "the same time": ["run", "--track", "seconds", "--trials", "6", "--optim", *FINALISTS],
-    "the same memory": ["run", "--track", "memory", "--trials", "6", "--optim", *FINALISTS],
+    "every optimizer": ["run", *APART, "--trials", "6"],
+    "finalists on three seeds": ["run", *APART, "--trials", "6", *SEEDS, "--finalists", "10"],
+    "a second size": ["run", *APART, "--model", "micro", "--trials", "6", "--optim", *FINALISTS, *SEEDS],
+    "the same time": ["run", *APART, "--track", "seconds", "--trials", "6", "--optim", *FINALISTS],
+    "the same memory": ["run", *APART, "--track", "memory", "--trials", "6", "--optim", *FINALISTS],
     **{
         f"{regime} after {start}": [
             *["run", "--regime", regime, "--start", start, "--tokens", "65536", "--trials", "4", *SEEDS],
@@ -35,7 +37,7 @@ STAGES: dict[str, list[str]] = {
     },
     "preferences": ["run", "--regime", "dpo", "--start", "adamw", "--tokens", "32768", "--trials", "4"]
     + ["--optim", "adamw", "muon", "lion"],
-    "ablations": ["ablate"],
+    "ablations": ["ablate", *APART],
 }
 """What each stage types after `python -m lightning_optim bench`."""
 

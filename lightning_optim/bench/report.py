@@ -62,6 +62,7 @@ def title(study: Study) -> str:
     words += [f"pretrained with {s.start.partition('@')[0]}"] if s.start else []
     words += [f"{s.tokens:,} tokens"] if s.track != "seconds" else []
     words += [TRACKS[s.track]] if s.track != "model" else []
+    words += [f"embeddings and gains at {s.rest_lr:g}"] if s.rest_lr else []
     return ", ".join([*words, *([s.precision] if s.precision != "float32" else [])])
 
 
@@ -91,9 +92,10 @@ def limits(ledger: Ledger, compared: Sequence[Study]) -> list[Block]:
         "Orders at this scale are not those of large models: there, noise, batch and length of training differ.",
         f"At most {seeds} seed(s) per number. The seed that a learning rate was chosen on is among them, which flatters"
         " every optimizer alike. An optimizer's trials differ in learning rate and at most one more hyperparameter;"
-        " weight decay, warm-up, schedule, clipping and batch are shared and were not tuned. One rate holds for"
-        " a whole model: AdamW ends lower with a higher one for the embedding than for matrices, and an optimizer that"
-        " leaves the embedding to AdamW at a high rate of its own has that for nothing.",
+        " weight decay, warm-up, schedule, clipping and batch are shared and were not tuned, nor was the rate of"
+        " embeddings and gains, where they have one of their own. Where one rate holds for a whole model AdamW ends"
+        " higher than with a higher one for the embedding than for matrices, and an optimizer that leaves the embedding"
+        " to AdamW at a high rate of its own has that for nothing.",
         "Crossings of a target are read off curves of one schedule length, where the learning rate is still high; runs"
         " of that length with their own schedule would cross earlier.",
         "On a CPU time is processor time of the process; it says what an implementation costs on this machine, not what"

@@ -71,6 +71,8 @@ class Setup:
     min_lr: float = 0.1
     """Share of the learning rate that is left at the end."""
     weight_decay: float = 0.1
+    rest_lr: float = 0.0
+    """Learning rate of embeddings and gains, in AdamW's scale, whatever trains the matrices; 0 for the trial's."""
     clip: float = 1.0
     precision: Precision = "float32"
     """Of the weights; `autocast` computes in bfloat16 with float32 weights."""
@@ -149,6 +151,23 @@ def decay(rule: type[Rule], weight_decay: float) -> float:
         learning rate.
     """
     return weight_decay if follows_adamw(rule) and rule.decay != "coupled" else 0.0
+
+
+def roles_apart(rule: type[Rule], rest_lr: float) -> dict[str, Any]:
+    """What gives embeddings and gains a learning rate of their own.
+
+    Args:
+        rule: class.
+        rest_lr: of the setup.
+
+    Returns:
+        Arguments of `build_optimizer`. AdamW trains them where it does so anyway, and where the rule's direction has no
+        scale in which the rate would mean the same; nothing if the rate is 0.
+    """
+    if not rest_lr:
+        return {}
+    by = None if follows_adamw(rule) else "adamw"
+    return {"rest_lr": rest_lr, "overrides": [(role, by, {"lr": rest_lr}) for role in ("embedding", "vector")]}
 
 
 def fitted(rule: type[Rule], size: Size) -> dict[str, Any]:

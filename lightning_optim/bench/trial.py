@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_optim.bench import facts, tasks
 from lightning_optim.bench.ledger import Ledger, Line
 from lightning_optim.bench.models import make, size_of
-from lightning_optim.bench.space import Setup, Trial, decay, read_trial
+from lightning_optim.bench.space import Setup, Trial, decay, read_trial, roles_apart
 from lightning_optim.bench.tokens import shuffled
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import lookup
@@ -264,7 +264,11 @@ def build(model: nn.Module, trial: Trial) -> Executor:
     """
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.settings.items()}
     if "preset" not in given:
-        given = {"weight_decay": decay(lookup(trial.optimizer), trial.setup.weight_decay)} | given
+        rule, setup = lookup(trial.optimizer), trial.setup
+        shared = {"weight_decay": decay(rule, setup.weight_decay), **roles_apart(rule, setup.rest_lr)}
+        own = given.get("overrides", ())
+        overrides = [*own, *(x for x in shared.pop("overrides", ()) if x[0] not in [y[0] for y in own])]
+        given = shared | given | ({"overrides": overrides} if overrides else {})
     optimizer = build_optimizer(model, trial.optimizer, lr=trial.lr, seed=trial.seed, **given)
     optimizer.total_steps = size_of(trial.setup)[1]
     counts = optimizer.curve or (optimizer.averages and optimizer.averages.needs_total)
