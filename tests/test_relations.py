@@ -23,6 +23,7 @@ from lightning_optim import (
     Muon,
     PSGDKron,
     Shampoo,
+    SOAPMuon,
 )
 
 F64 = torch.float64
@@ -91,6 +92,14 @@ def test_soap_of_the_shorter_side_that_keeps_its_first_step_is_eigen_adam(shape:
     # SOAP's eps is added to the uncorrected root, as here
     eigen = path(EigenAdam, shape, betas=(0.9, 0.95, 0.99), correct_bias=True, refresh="fixed:100")
     same(soap, eigen)
+
+
+@pytest.mark.parametrize(("cls", "settings"), [(SOAP, {}), (SOAPMuon, {"ns_dtype": "float64"})])
+def test_rotations_in_bfloat16_are_nearly_those_of_the_arithmetic(cls: Any, settings: dict[str, Any]) -> None:
+    """A product is off by 0.004 of the norm; dividing by the root of V, small elements alike, makes 0.03 to 0.05."""
+    exact, narrow = (path(cls, (24, 40), rotation_dtype=d, **settings) for d in ("float32", "bfloat16"))
+    same(narrow, exact, 0.06)
+    assert (narrow - exact).norm() > 1e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("settings", [{"refresh": "fixed:1"}, {"refresh": "fixed:3", "skip_first": False}])

@@ -51,6 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adamw-int8_grid": {"state_storage": "int8_grid"},
     "adamw-fp8": {"state_storage": "fp8"},
     "racs-1": {"iterations": 1},
+    "soap-bf16": {"rotation_dtype": "bfloat16"},
+    "soap_muon-bf16": {"rotation_dtype": "bfloat16"},
     "shampoo-paper": {"accumulate": "sum", "betas": (0.0, 0.0), "graft": "none", "max_dim": None},
     **{f"{name}-compiled": {"compile": True} for name in COMPILED},
 }

@@ -310,6 +310,9 @@ def ablations(width: int) -> dict[str, Ablation]:
         "iterations": Ablation(
             "iterations", _each(("muon",), "ns_steps", (1, 2, 3, 5, 8)) | _each(("racs",), "iterations", (1, 2, 5))
         ),
+        "rotation": Ablation(
+            "products with the basis", _each(("soap", "soap_muon"), "rotation_dtype", ("float32", "bfloat16"))
+        ),
         "statistic": Ablation(
             "statistic",
             _each(("adam_mini",), "statistic", ("mean", "max", "min", "l1"))

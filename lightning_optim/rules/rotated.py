@@ -12,10 +12,13 @@ from lightning_optim.core.rule import Rule, Slot, eye, zeros
 from lightning_optim.ops.eigenbasis import INITIAL_ROOT, average_kl_, eigenbasis, follow_eigenbasis, off_diagonal
 from lightning_optim.ops.lapack import orthonormal
 from lightning_optim.ops.moments import gram, gram_sides
+from lightning_optim.ops.projection import lift, project
 
 Sides = Literal["both", "left", "right", "short", "none"]
 Factors = Literal["gram", "kl"]
 Decomposition = Literal["qr", "eigh"]
+RotationDtype = Literal["float32", "bfloat16"]
+ROTATION = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class Rotated(Rule):
@@ -26,7 +29,9 @@ class Rotated(Rule):
     in the order of the present Rayleigh quotients, which the rows or columns of `exp_avg_sq` follow. A side longer than
     `max_precond_dim` is not rotated. `factors="kl"` whitens X by the other side (`ops.eigenbasis.average_kl_`; the
     first factors are X X^T / n and X^T X / m) and leaves the columns of Q in their places. `decomposition="eigh"` takes
-    eigenvectors anew, which `exp_avg_sq` cannot follow.
+    eigenvectors anew, which `exp_avg_sq` cannot follow. `rotation_dtype="bfloat16"` turns matrices into the basis and
+    back by products in bfloat16, two to four times as fast on processors that have them and off by 4e-3 of the norm;
+    factors, bases and moments stay float32.
     """
 
     refresh: str
@@ -34,6 +39,7 @@ class Rotated(Rule):
     sides: Sides = "both"
     factors: Factors = "gram"
     decomposition: Decomposition = "qr"
+    rotation_dtype: RotationDtype = "float32"
 
     costly: ClassVar = ("basis_left", "basis_right")
 
@@ -73,6 +79,30 @@ class Rotated(Rule):
             if self.factors == "kl":
                 out[f"root_{side}"] = zeros(line)
         return out
+
+    def turned(self, x: Tensor, s: SimpleNamespace) -> Tensor:
+        """A matrix in the basis.
+
+        Args:
+            x: `[b, m, n]`.
+            s: state.
+
+        Returns:
+            Q_L^T x Q_R.
+        """
+        return project(x, **by_side(s, "basis"), dtype=ROTATION[self.rotation_dtype])
+
+    def back(self, y: Tensor, s: SimpleNamespace) -> Tensor:
+        """A matrix out of the basis.
+
+        Args:
+            y: `[b, m, n]`.
+            s: state.
+
+        Returns:
+            Q_L y Q_R^T.
+        """
+        return lift(y, **by_side(s, "basis"), dtype=ROTATION[self.rotation_dtype])
 
     def accumulate(self, x: Tensor, s: SimpleNamespace, weight: float, t: int) -> None:
         """Take a matrix into the factors.

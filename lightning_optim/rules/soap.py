@@ -13,7 +13,7 @@ from lightning_optim.core.rule import ADAMW_RMS, Averaging, Rule, Slot, zeros
 from lightning_optim.ops.moments import average_square_
 from lightning_optim.ops.norms import rms
 from lightning_optim.ops.projection import lift, project
-from lightning_optim.rules.rotated import Factors, Rotated, Sides, by_side
+from lightning_optim.rules.rotated import Factors, Rotated, RotationDtype, Sides, by_side
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class SOAP(Averaging, Rotated):
     sides: Sides = "both"
     skip_first: bool = True
     floor: float = 0.0
+    rotation_dtype: RotationDtype = "float32"
 
     name: ClassVar = "soap"
     source: ClassVar = "Vyas et al. 2024, arXiv:2409.11321, Alg. 3; order of operations of the authors' code"
@@ -79,14 +80,13 @@ class SOAP(Averaging, Rotated):
             s.refresh(g)
             if self.skip_first:
                 return g
-        bases = by_side(s, "basis")
-        turned = project(g, **bases)
+        turned = self.turned(g, s)
         (b1, b2), k = self.betas, t - self.skip_first
         m = self.averaged(s, turned, b1, k)
         average_square_(s.exp_avg_sq, turned, b2)
         scale = s.exp_avg_sq.sqrt()
         scale += self.eps + (self.floor * rms(scale) if self.floor else 0.0)
-        d = lift(m / scale, **bases)
+        d = self.back(m / scale, s)
         if self.normalize_grads:
             d = d / (rms(d) + 1e-30)
         if self.correct_bias:

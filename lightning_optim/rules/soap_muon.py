@@ -13,9 +13,8 @@ from lightning_optim.core.rule import ADAMW_RMS, Slot, zeros
 from lightning_optim.ops.moments import average_square_
 from lightning_optim.ops.norms import cosine, gram_norm, norm, normalized, sinkhorn, variance_factor
 from lightning_optim.ops.orthogonal import Divisor
-from lightning_optim.ops.projection import lift, project
 from lightning_optim.rules.muon import SCALES, Muon
-from lightning_optim.rules.rotated import Decomposition, Factors, Rotated, Sides, by_side
+from lightning_optim.rules.rotated import Decomposition, Factors, Rotated, RotationDtype, Sides, by_side
 
 NORMS = {"fro": norm, "gram": gram_norm}
 
@@ -68,6 +67,7 @@ class SOAPMuon(Rotated, Muon):
     finish: Literal["polar", "norm", "none"] = "polar"
     lines: Literal["none", "rows", "longer", "unequal"] = "none"
     lines_beta: float = 0.95
+    rotation_dtype: RotationDtype = "float32"
 
     name: ClassVar = "soap_muon"
     source: ClassVar = "Jordan et al., modded-nanogpt, records/track_3_optimization: pull requests 278, 321, 328"
@@ -125,15 +125,15 @@ class SOAPMuon(Rotated, Muon):
         bases = by_side(s, "basis")
         if t == 1 and bases and not self.refresh_first:
             return u
-        y = project(u, **bases)
+        y = self.turned(u, s)
         if self.sinkhorn:
             y = sinkhorn(y, self.sinkhorn, self.inner_eps)
         else:
-            second = y if self.second_moment == "momentum" else project(g, **bases)
+            second = y if self.second_moment == "momentum" else self.turned(g, s)
             average_square_(s.exp_avg_sq, second, self.beta2)
             root = s.exp_avg_sq.sqrt()
             y = y / (root.add_(self.inner_eps) if self.inner_eps_added else root.clamp_(min=self.inner_eps))
-        x = lift(y, **bases)
+        x = self.back(y, s)
         if self.restore != "none":
             size = NORMS[self.restore]
             x = x * (size(u) / size(x).clamp_(min=1e-8))
