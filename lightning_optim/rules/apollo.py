@@ -69,8 +69,9 @@ class APOLLO(Limited):
         if self.normalize:
             return normalized(y, root)
         if self.scale_front:
-            return self.limited(y.mul_(root), s, t).mul_(correction)
-        return self.limited(y, s, t).mul_(correction * root)
+            y.mul_(root)
+            return y.mul_(self.growth(y, s, t) * correction)
+        return y.mul_(self.growth(y, s, t) * (correction * root))
 
 
 @dataclass(frozen=True)

@@ -53,16 +53,18 @@ class Fira(Limited):
         basis, x, u, correction = self.projected(g, s, t)
         if basis == (None, None):
             return u.mul_(correction)
-        low = lift(u, *basis).mul_(self.alpha)
-        lost = g - lift(x, *basis).mul_(self.alpha if self.residual_uses_alpha else 1.0)
-        lost.mul_(norm(lost) > 100 * torch.finfo(g.dtype).eps * norm(g))  # else it is rounding, not a residual
         dim = -1 if basis[0] is None else -2
         sizes = vector_norm(u, dim=dim, keepdim=True) / (vector_norm(x, dim=dim, keepdim=True) + 1e-8)
-        d = low.add_(self.compensation(lost.mul_(sizes), low, s, t)).mul_(correction)
+        low = lift(u.mul_(self.alpha), *basis)
+        lost = lift(x.mul_(self.alpha) if self.residual_uses_alpha else x, *basis)
+        lost = torch.sub(g, lost, out=lost)
+        residual = norm(lost) > 100 * torch.finfo(g.dtype).eps * norm(g)  # else it is rounding
+        lost.mul_(sizes.mul_(residual))
+        d = low.addcmul_(lost, self.compensation(lost, low, s, t)).mul_(correction)
         return normalized(d, self.alpha) if self.normalize else d
 
     def compensation(self, lost: Tensor, low: Tensor, s: SimpleNamespace, t: int) -> Tensor:
-        """What is added to the low-rank step.
+        """How much of the residual is added to the low-rank step.
 
         Args:
             lost: the scaled residual E, `[b, m, n]`.
@@ -71,9 +73,9 @@ class Fira(Limited):
             t: step.
 
         Returns:
-            `[b, m, n]`.
+            A factor of E, `[b, 1, 1]`.
         """
-        return self.limited(lost, s, t)
+        return self.growth(lost, s, t)
 
 
 @dataclass(frozen=True)
@@ -99,4 +101,4 @@ class FiraPlus(Fira):
         return ADAMW_RMS * self.alpha * self.share(m, n) * (1 + residual**2) ** 0.5
 
     def compensation(self, lost: Tensor, low: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
-        return lost.mul_(self.alpha_c * norm(low) / (norm(lost) + 1e-8))
+        return self.alpha_c * norm(low) / (norm(lost) + 1e-8)

@@ -185,18 +185,18 @@ class Limited(Projected):
         limits = self.limit is not None and self.projected_sides(m, n, vector=vector)
         return {**out, "norm": zeros("11")} if limits else out
 
-    def limited(self, x: Tensor, s: SimpleNamespace, t: int) -> Tensor:
+    def growth(self, x: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         """Limit the growth of a norm.
 
         Returns:
-            `x`, written.
+            What to multiply `x` by, `[b, 1, 1]`.
         """
         if self.limit is None:
-            return x
+            return x.new_ones(x.shape[0], 1, 1)
         size = norm(x)
         factor = growth_factor(size, s.norm if self.limiter_restarts or t == 1 else s.norm + 1e-8, self.limit)
         s.norm = factor * size
-        return x.mul_(factor)
+        return factor
 
 
 def projection(s: SimpleNamespace) -> tuple[Tensor | None, Tensor | None]:
