@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -54,6 +56,14 @@ def test_operands_that_change_in_place_are_read_anew() -> None:
     first = product(a, b)
     b.mul_(2)
     torch.testing.assert_close(product(a, b), 2 * first, rtol=1e-4, atol=1e-4)
+
+
+@onednn
+@pytest.mark.parametrize("cut", [lambda x: x[:, :200], lambda x: x.mT[:200], lambda x: x[:, ::2]])
+def test_views_with_gaps_are_multiplied_as_fast_as_others(cut: Any) -> None:
+    """oneDNN would go through them number by number, 1000 times slower, and round otherwise."""
+    a = cut(torch.randn(400, 400))
+    assert torch.equal(product(a, a.mT), product(a.contiguous(), a.mT.contiguous()))
 
 
 def test_gradients_pass() -> None:

@@ -6,7 +6,8 @@ processors MKL leaves AVX-512 out; oneDNN, which torch brings too, does not. Mea
 35 at 64. Rounding is that of float32 products either way: 4e-7 to 6e-7 of the norm against 2.5e-7.
 
 The choice depends on the processor and on the sizes of the matrices, not on a stack or a measurement: every rank, and a
-resumed run, takes the same one.
+resumed run, takes the same one. Views that leave gaps between rows and between columns are copied first: a 512 x 512
+product of such takes oneDNN 3 s, and 3 ms with the copies.
 """
 
 from __future__ import annotations
@@ -61,4 +62,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b.mT, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b).mT, None, "none", [], "")
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A matrix whose rows or columns lie one behind the other: of others oneDNN multiplies number by number."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
