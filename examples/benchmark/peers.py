@@ -127,7 +127,8 @@ PEERS: dict[str, dict[str, Build]] = {
         "pytorch_optimizer": _flagged("Muon"),
     },
     "normuon": {"pytorch_optimizer": _flagged("NorMuon")},
-    "racs": {"pytorch_optimizer": _beside_adamw("pytorch_optimizer", "RACS")},
+    "racs": {},  # pytorch_optimizer's takes row and column means, no power iteration: as much work as one
+    "racs-1": {"pytorch_optimizer": _beside_adamw("pytorch_optimizer", "RACS")},
     "alice": {"pytorch_optimizer": _beside_adamw("pytorch_optimizer", "Alice", "update_interval", rank=128)},
     "soap": {
         "pytorch_optimizer": _beside_adamw("pytorch_optimizer", "SOAP", "precondition_frequency"),
