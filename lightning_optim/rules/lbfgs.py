@@ -43,6 +43,7 @@ class LBFGS(Searching):
 
     name: ClassVar = "lbfgs"
     source: ClassVar = "Nocedal 1980, Math. Comp. 35; as in torch.optim.LBFGS"
+    keeps_weights: ClassVar = True  # the next pair is of the last gradient and t d, from one step to the next
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         # the pairs, oldest first, the last direction and gradient, and numbers
