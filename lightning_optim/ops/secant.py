@@ -3,34 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 
-def names(history: int) -> tuple[list[str], list[str]]:
+def names(history: int) -> list[str]:
     """Names of the slots of pairs, oldest first.
 
     Args:
         history: how many pairs.
 
     Returns:
-        (of the steps, of the changes).
+        Of the steps, then of the changes.
     """
-    return [f"step_{i}" for i in range(history)], [f"change_{i}" for i in range(history)]
+    return [*(f"step_{i}" for i in range(history)), *(f"change_{i}" for i in range(history))]
 
 
-def push(kept: Sequence[Tensor], new: Tensor, where: Tensor | None = None) -> None:
-    """Put a tensor behind others, in place, whose first one is lost.
+def held(s: SimpleNamespace, history: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The pairs in a rule's state.
 
     Args:
-        kept: oldest first.
-        new: shaped like each.
+        s: state by slot name.
+        history: how many pairs.
+
+    Returns:
+        (steps, changes), oldest first; zeros where there is none yet.
+    """
+    kept = [getattr(s, name) for name in names(history)]
+    return kept[:history], kept[history:]
+
+
+def push(kept: tuple[list[Tensor], list[Tensor]], step: Tensor, change: Tensor, where: Tensor | None = None) -> None:
+    """Put a pair behind others, in place, whose first one is lost.
+
+    Args:
+        kept: (steps, changes), oldest first.
+        step: shaped like each.
+        change: likewise.
         where: booleans that broadcast with it, elsewhere nothing changes; everywhere, if not given.
     """
-    for old, following in zip(kept, [*kept[1:], new], strict=True):
-        old.copy_(following if where is None else torch.where(where, following, old))
+    for some, new in zip(kept, (step, change), strict=True):
+        for old, following in zip(some, [*some[1:], new], strict=True):
+            old.copy_(following if where is None else torch.where(where, following, old))
 
 
 def two_loop(

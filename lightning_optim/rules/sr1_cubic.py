@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import Landscape, Searching, Slot, zeros
-from lightning_optim.ops.secant import cubic_step, names, push, sr1
+from lightning_optim.ops.secant import cubic_step, held, names, push, sr1
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class SR1Cubic(Searching):
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         # the pairs, oldest first, and D
-        steps, changes = names(self.history)
-        return {**dict.fromkeys((*steps, *changes), zeros("mn", exact=True)), "reach": zeros("11", torch.float64)}
+        return {**dict.fromkeys(names(self.history), zeros("mn", exact=True)), "reach": zeros("11", torch.float64)}
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -63,15 +62,14 @@ class SR1Cubic(Searching):
             raise ValueError(f"sr1_cubic: eta must be (low, high) with 0 < low < high < 1, got {self.eta}")
 
     def find(self, at: Landscape, s: SimpleNamespace) -> Tensor:  # noqa: D102
-        steps, changes = ([getattr(s, name) for name in some] for some in names(self.history))
+        pairs = held(s, self.history)
         reach = float(s.reach) or self.reach
-        step, turned, least = cubic_step(at.gradient, *sr1(steps, changes), mu=self.mu, reach=reach)
+        step, turned, least = cubic_step(at.gradient, *sr1(*pairs), mu=self.mu, reach=reach)
         value, g = at.at(at.x + step)
         change = g - at.gradient
         news = change - turned
         if bool(change.isfinite().all()) and step.dot(news).abs() > 1e-8 * step.norm() * news.norm():
-            push(steps, step)
-            push(changes, change)
+            push(pairs, step, change)
         rho, size = (at.value - value) / -least if least < 0 else 0.0, float(step.norm())
         low, high = self.eta
         taken = rho >= low
