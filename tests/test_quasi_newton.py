@@ -410,8 +410,7 @@ def naive_sr1_cubic(value: Callable[[Tensor], Tensor], x: Tensor, steps: int, hi
         rest = g - sum(((v @ g) * v for _, v in along), torch.zeros_like(g))
         if rest.norm() > 1e-9 * g.norm():
             along.append((c, rest / rest.norm()))
-        mu = 0.5
-        s = torch.full_like(x, float("inf"))
+        mu, sizes, s = 0.5, [], torch.full_like(x, float("inf"))
         while s.norm() > reach:
             mu *= 2
             sizes = [np.roots([mu, e, -abs(float(v @ g))]).max() for e, v in along]
@@ -780,7 +779,8 @@ def test_narrow_weights_and_different_groups_are_refused() -> None:
         build_optimizer(Small(dtype=torch.bfloat16), "lbfgs", lr=1.0)
     with pytest.raises(ValueError, match="cg_iter must be >= 1"):
         HessianFree([Parameter(torch.ones(2))], cg_iter=0)
-    for settings in ({"history": 0}, {"mu": 0.0}, {"reach": 0.0}):
+    wrong: list[dict[str, Any]] = [{"history": 0}, {"mu": 0.0}, {"reach": 0.0}]
+    for settings in wrong:
         with pytest.raises(ValueError, match="history, mu and reach must be positive"):
             SR1Cubic([Parameter(torch.ones(2))], **settings)
     with pytest.raises(ValueError, match="eta must be .low, high."):
