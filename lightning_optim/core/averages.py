@@ -287,8 +287,8 @@ class Averages:
         moving = [m.name for m in self.members if not m.narrow]
         if moving and lookup(group["rule"]).keeps_weights:
             raise ValueError(
-                f"group {group['name']!r}: {group['rule']} keeps what the weights are in its state and undoes what "
-                f"{', '.join(moving)} makes of them; wrap it in tail_ema only, or take another rule"
+                f"group {group['name']!r}: {group['rule']} keeps in its state where its own steps have led, and "
+                f"{', '.join(moving)} puts the weights elsewhere; wrap it in tail_ema only, or take another rule"
             )
         for i, p in enumerate(group["params"]):
             label, p = p if isinstance(p, tuple) else (f"parameter {i} of group {group['name']!r}", p)

@@ -132,7 +132,7 @@ class Rule:
     reads_param: ClassVar[bool] = False
     """`update` gets the parameter (before decay); None otherwise."""
     keeps_weights: ClassVar[bool] = False
-    """Its state says what the weights are, so that nothing else may move them between steps."""
+    """Its state says what the weights are, or how they came there, so that nothing else may move them between steps."""
     costly: ClassVar[tuple[str, ...]] = ()
     """Slots that `rebuild` computes anew where `update` says `s.refresh(g)` and the policy in the field `refresh`
     (`lightning_optim.refresh`) says that this step is due. Only for rules that need whole matrices."""

@@ -80,13 +80,11 @@ class KFAC(Rule):
             raise ValueError(f"kfac: beta must lie in [0, 1), got {self.beta}")
 
     def observe(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
-        k = seen.inputs.shape[-1]
         for x, new in ((s.input_factor, seen.inputs), (s.output_factor, seen.outputs)):
-            factor = x.view(-1, *x.shape[-1:] * 2)  # [b, n + 1, n + 1]
+            n, k = x.shape[-1], new.shape[-1]  # there may be room for a bias
             if seen.t == 1:
-                factor.copy_(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
-            factor = factor[:, :k, :k] if x is s.input_factor else factor
-            factor.lerp_(new.to(x.dtype), 1 - self.beta)
+                x.copy_(torch.eye(n, dtype=x.dtype, device=x.device).expand_as(x))
+            x.view(-1, n, n)[:, :k, :k].lerp_(new.to(x.dtype), 1 - self.beta)
         return {}
 
     def prepare(self, members: Sequence[SimpleNamespace]) -> None:  # noqa: D102

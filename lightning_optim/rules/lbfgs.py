@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim.core.rule import Landscape, Searching, Slot, zeros
-from lightning_optim.ops.secant import names
+from lightning_optim.ops.secant import held, names
 
 NUMBERS = ("count", "n_iter", "func_evals", "t", "H_diag", "prev_loss")
 
@@ -43,11 +43,11 @@ class LBFGS(Searching):
 
     name: ClassVar = "lbfgs"
     source: ClassVar = "Nocedal 1980, Math. Comp. 35; as in torch.optim.LBFGS"
+    keeps_weights: ClassVar = True  # the next pair is of the last gradient and t d, from one step to the next
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         # the pairs, oldest first, the last direction and gradient, and numbers
-        steps, changes = names(self.history_size)
-        vectors = ("d", "prev_flat_grad", *steps, *changes)
+        vectors = ("d", "prev_flat_grad", *names(self.history_size))
         numbers = {"numbers": zeros(f"1{len(NUMBERS)}", torch.float64)}
         return {**dict.fromkeys(vectors, zeros("mn", exact=True)), **numbers}
 
@@ -84,7 +84,7 @@ class LBFGS(Searching):
         count, n_iter, evals = (int(known.pop(k)) for k in NUMBERS[:3])
         if not n_iter:
             return {}
-        steps, changes = ([getattr(s, name) for name in some[:count]] for some in names(self.history_size))
+        steps, changes = (some[:count] for some in held(s, self.history_size))
         return known | {
             "n_iter": n_iter,
             "func_evals": evals,
@@ -99,9 +99,9 @@ class LBFGS(Searching):
         if "d" not in found:  # the gradient was small enough at once
             return
         steps, changes = found["old_stps"], found["old_dirs"]
-        for some, kept in zip(names(self.history_size), (steps, changes), strict=True):
-            for name, x in zip(some, kept, strict=False):
-                setattr(s, name, x)
+        slots = names(self.history_size)
+        vars(s).update(zip(slots, steps, strict=False))
+        vars(s).update(zip(slots[self.history_size :], changes, strict=False))
         s.d, s.prev_flat_grad = found["d"], found["prev_flat_grad"]
         numbers = [len(steps), *(float(found[k]) for k in NUMBERS[1:])]
         s.numbers = torch.tensor(numbers, dtype=torch.float64, device=s.numbers.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import Rule, Slot, zeros
 from lightning_optim.ops.norms import norm
-from lightning_optim.ops.secant import damped, dot, names, push, two_loop
+from lightning_optim.ops.secant import damped, dot, held, names, push, two_loop
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,9 @@ class MLBFGS(Rule):
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         # running means, those of the last pair, and the pairs, oldest first
         exact = zeros("mn", exact=True)
-        steps, changes = names(self.history)
         means = ("mean_param", "mean_grad", "last_param", "last_grad")
         momentum = {"momentum_buffer": zeros("mn")} if self.momentum else {}
-        return {**dict.fromkeys((*means, *steps, *changes), exact), **momentum}
+        return {**dict.fromkeys((*means, *names(self.history)), exact), **momentum}
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -81,20 +80,18 @@ class MLBFGS(Rule):
             if t == 1:
                 last.copy_(x)
             mean.lerp_(x, 1.0 if t == 1 else 1 - self.beta)
-        pairs = [[getattr(s, name) for name in some] for some in names(self.history)]
+        pairs = held(s, self.history)
         if t > 1 and (t - 1) % self.interval == 0:
-            self._remember(s, *pairs)
+            self._remember(s, pairs)
         d = two_loop(g, *pairs)
         if self.kl_clip is not None:
             d.mul_((self.kl_clip / dot(g, d)).sqrt_().clamp_(max=1.0))
         return s.momentum_buffer.mul_(self.momentum).add_(d) if self.momentum else d
 
-    def _remember(self, s: SimpleNamespace, steps: Sequence[Tensor], changes: Sequence[Tensor]) -> None:
+    def _remember(self, s: SimpleNamespace, pairs: tuple[list[Tensor], list[Tensor]]) -> None:
         step, change = s.mean_param - s.last_param, s.mean_grad - s.last_grad
         if self.bounds is not None:
             change = damped(step, change, self.bounds, 1 - self.damping)
-        curved = dot(step, change) > 1e-8 * norm(step) * norm(change)
-        push(steps, step, curved)
-        push(changes, change, curved)
+        push(pairs, step, change, dot(step, change) > 1e-8 * norm(step) * norm(change))
         s.last_param.copy_(s.mean_param)
         s.last_grad.copy_(s.mean_grad)

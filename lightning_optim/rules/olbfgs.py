@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_optim.core.rule import Landscape, Searching, Slot, zeros
-from lightning_optim.ops.secant import names, push, two_loop
+from lightning_optim.ops.secant import held, names, push, two_loop
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class OLBFGS(Searching):
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         # the pairs, oldest first
-        steps, changes = names(self.history)
-        return dict.fromkeys((*steps, *changes), zeros("mn", exact=True))
+        return dict.fromkeys(names(self.history), zeros("mn", exact=True))
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -53,15 +52,14 @@ class OLBFGS(Searching):
 
     def find(self, at: Landscape, s: SimpleNamespace) -> Tensor:  # noqa: D102
         g = at.gradient
-        steps, changes = ([getattr(s, name) for name in some] for some in names(self.history))
-        if steps[-1].any():
-            pairs = [[x.view(1, 1, -1) for x in kept] for kept in (steps, changes)]
-            d = two_loop(g.view(1, 1, -1), *pairs, scale="mean").view(-1)
+        pairs = held(s, self.history)
+        if pairs[0][-1].any():
+            steps, changes = ([x.view(1, 1, -1) for x in some] for some in pairs)
+            d = two_loop(g.view(1, 1, -1), steps, changes, scale="mean").view(-1)
         else:
             d = g / g.abs().sum().clamp(min=1.0)
         step = -self.lr * d
         change = at.at(at.x + step)[1] - g + self.damping * step
         if step.dot(change) > 1e-8 * step.norm() * change.norm():
-            push(steps, step)
-            push(changes, change)
+            push(pairs, step, change)
         return d
