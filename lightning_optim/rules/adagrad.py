@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -48,9 +48,15 @@ class Adagrad(Rule):
     def kernel(  # noqa: D102
         self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int
     ) -> Literal[True]:
-        given = {"lr": self.lr, "lr_decay": self.lr_decay, "weight_decay": self.weight_decay, "eps": self.eps}
+        given: dict[str, Any] = {
+            "lr": self.lr,
+            "lr_decay": self.lr_decay,
+            "weight_decay": self.weight_decay,
+            "eps": self.eps,
+            "maximize": False,
+        }
         if p[0].is_cpu:
-            torch.ops.aten._fused_adagrad_(p, g, s["sum"], [torch.tensor(float(t))] * len(p), **given, maximize=False)
+            torch.ops.aten._fused_adagrad_(p, g, s["sum"], [torch.tensor(float(t))] * len(p), **given)
         else:  # counts up inside
-            adagrad(p, g, s["sum"], [torch.tensor(t - 1.0) for _ in p], foreach=True, **given, maximize=False)
+            adagrad(p, g, s["sum"], [torch.tensor(t - 1.0) for _ in p], foreach=True, **given)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import ClassVar, Literal
 
@@ -18,7 +19,6 @@ Sides = Literal["both", "left", "right", "short", "none"]
 Factors = Literal["gram", "kl"]
 Decomposition = Literal["qr", "eigh"]
 RotationDtype = Literal["float32", "bfloat16"]
-ROTATION = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class Rotated(Rule):
@@ -90,7 +90,7 @@ class Rotated(Rule):
         Returns:
             Q_L^T x Q_R.
         """
-        return project(x, **by_side(s, "basis"), dtype=ROTATION[self.rotation_dtype])
+        return self._rotated(project, x, s)
 
     def back(self, y: Tensor, s: SimpleNamespace) -> Tensor:
         """A matrix out of the basis.
@@ -102,7 +102,13 @@ class Rotated(Rule):
         Returns:
             Q_L y Q_R^T.
         """
-        return lift(y, **by_side(s, "basis"), dtype=ROTATION[self.rotation_dtype])
+        return self._rotated(lift, y, s)
+
+    def _rotated(self, how: Callable[..., Tensor], x: Tensor, s: SimpleNamespace) -> Tensor:
+        bases = by_side(s, "basis")
+        if self.rotation_dtype == "float32":
+            return how(x, **bases)
+        return how(x.bfloat16(), **{side: q.bfloat16() for side, q in bases.items()}).to(x.dtype)
 
     def accumulate(self, x: Tensor, s: SimpleNamespace, weight: float, t: int) -> None:
         """Take a matrix into the factors.
