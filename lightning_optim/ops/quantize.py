@@ -79,6 +79,92 @@ def _grid(nonnegative: bool, device: torch.device) -> Tensor:
     return torch.searchsorted((table[1:] + table[:-1]) / 2, points).to(torch.uint8).to(device)
 
 
+@functools.cache
+def table(form: Format, nonnegative: bool, device: torch.device) -> Tensor:
+    """The values of a table on a device.
+
+    Args:
+        form: of the codes.
+        nonnegative: as for `values`.
+        device: where they are wanted.
+
+    Returns:
+        float32, by code.
+    """
+    return _tables(form, nonnegative, device)[0]
+
+
+def looked_up(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
+    """The values behind whole blocks of codes: `decode` for a graph, bit for bit.
+
+    Args:
+        codes: `[blocks, block]`.
+        scale: `[blocks, 1]`.
+        values: the table.
+
+    Returns:
+        float32, `[blocks, block]`.
+    """
+    return torch.ops.aten._unsafe_index(values, [codes.int() & 255]) * scale
+
+
+def computed(x: Tensor, form: Format, *, nonnegative: bool) -> tuple[Tensor, Tensor]:
+    """The codes and scales of whole blocks: `encode` for a graph, where arithmetic is faster than look-ups.
+
+    Where a quotient is all but halfway between two values, the code may be the other one's.
+
+    Args:
+        x: float32, `[blocks, block]`.
+        form: of the codes.
+        nonnegative: whether no value is below zero.
+
+    Returns:
+        (codes `[blocks, block]`, scales `[blocks, 1]`).
+    """
+    scale = (x if nonnegative else x.abs()).amax(1, keepdim=True)
+    scale = (scale / E4M3_MAX if form == "fp8" else scale).clamp(min=TINY)
+    quotients = x / scale
+    if form == "fp8":
+        found = quotients.to(torch.float8_e4m3fn).view(torch.uint8)
+        found = torch.maximum(found, (quotients > 0).to(torch.uint8)) if nonnegative else found
+        return found.view(torch.int8), scale
+    if form == "int8_grid":
+        half = (2**16 - 1) / 2
+        quotients = ((quotients * half + half).round() - half) / half
+    return _counted(quotients, nonnegative), scale
+
+
+def _counted(x: Tensor, nonnegative: bool) -> Tensor:
+    """The code of the nearest value of the dynamic map: how many midpoints between values lie below.
+
+    With n values in a decade that ends at e, the midpoints between them are e (0.1 + 0.9 j / n): in the decade the
+    line n (8/9 + x / 0.9 e) counts them, and the lines of all decades meet at powers of two. Only the midpoint between
+    two decades lies above the end of the first, where the line is 0.2 above a power of two.
+
+    Args:
+        x: quotients.
+        nonnegative: as for `values`.
+
+    Returns:
+        uint8.
+    """
+    counts = [2.0 ** (i + nonnegative) for i in range(7)]
+    slopes = [n * 10.0 ** (6 - i) / 0.9 for i, n in enumerate(counts)]
+    if not nonnegative:
+        slopes[0] = 0.8 / (1e-6 - 2.75e-7)  # the midpoint between zero and the only value of the first decade
+    size = x if nonnegative else x.abs()
+    line = size * slopes[-1] + counts[-1] * 8 / 9
+    for i in range(1, 7):
+        line = line - (10.0 ** (i - 7) - size).relu() * (slopes[i - 1] - slopes[i])
+    below, lower = line.int(), (line - 0.2).int()
+    below = torch.where((below & lower) == 0, lower, below)  # a power of two and the number before share no bit
+    top = int(2 * counts[-1])
+    below = torch.where(line >= top - 0.25, top, below)
+    if nonnegative:
+        return torch.where(x > 0, (below - 1).clamp(min=1), 0).to(torch.uint8)
+    return (torch.where(x < 0, -below, below) + 127).clamp(min=0).to(torch.uint8)
+
+
 def blocks_of(count: int, block: int, start: int = 0) -> int:
     """How many blocks a run of elements touches.
 
