@@ -147,27 +147,23 @@ def _rest(rule: Rule, group: Mapping[str, Any], p: Tensor, forms: Sequence[Form]
     return tuple(f.kind if f.quantised else "fp32" for f in forms) if any(f.quantised for f in forms) else ()
 
 
-def step(rule: Rule, kind: Kind, tensors: Sequence[Tensor], t: int, size: float, scales: Sequence[Tensor] = ()) -> None:
+def step(rule: Rule, kind: Kind, tensors: Sequence[Tensor], t: int, size: float) -> None:
     """Take the step of one parameter.
 
     Args:
         rule: with the group's settings.
         kind: of the parameter.
         tensors: the parameter, its gradient and its state by slot, flat or as stacks of matrices; where state rests as
-            codes, whole blocks, from two on. All but the gradient are written.
+            codes, `[blocks, block]` of two blocks or more, and then the scales, `[blocks, 1]`. All but the gradient
+            are written.
         t: number of the step.
         size: what the direction is multiplied by.
-        scales: of every slot that rests as codes; written.
     """
     graph = _graph_of(rule, kind)
     numbers = [float(t), size, 1 - rule.lr * rule.weight_decay, rule.lr]
-    if not kind.rest:
-        graph(tensors, numbers)
-        return
-    rows = [x.view(-1, kind.block) for x in tensors] + [x.view(-1, 1) for x in scales]
-    most = max(PIECE // kind.block, 4) if kind.device == "cpu" else MOST  # four: no piece is a single row
-    pieces = [x.tensor_split(-(-rows[0].shape[0] // most)) for x in rows]
-    for piece in zip(*pieces, strict=True):
+    most = max(PIECE // kind.block, 4) if kind.rest and kind.device == "cpu" else MOST  # four: no piece of one block
+    count = -(-tensors[0].shape[0] // most)
+    for piece in zip(*(x.tensor_split(count) for x in tensors), strict=True) if count > 1 else (tensors,):
         graph(piece, numbers)
 
 

@@ -341,29 +341,39 @@ def _by_graph(job: Job, w: Work) -> slice | None:
     if kind is None or not rests or len(w.parts) > 1 or any(part.rows is not None for part in w.parts):
         return None
     g, state = w.gradient(), [layout.local(w.state[key]) for key in w.forms]
-    codes = [x for x, form in zip(state, w.forms.values(), strict=True) if form.quantised]
-    plain = [x for x, form in zip(state, w.forms.values(), strict=True) if not form.quantised]
-    alike = chunks.agree([p, g, *(x for x in plain if x.shape == p.shape)])
-    if not alike or ((rule.reduces or codes) and not all([x.is_contiguous() for x in (p, *codes)])):
+    plain = [x for x, form in zip(state, w.forms.values(), strict=True) if not form.quantised and x.shape == p.shape]
+    if not chunks.agree([p, g, *plain]) or ((rule.reduces or kind.rest) and not p.is_contiguous()):
         return None
+    size = rule.lr * factor_of(job, w.dims)
+    if kind.rest:
+        return _by_blocks(job, w, kind, [p, g, *state], size)
 
     def seen(x: Tensor) -> Tensor:
         if rule.elementwise:
             return (x if p.is_contiguous() else x.permute(chunks.dense_order(p))).view(-1)
         return chunks.turned(x, kind.turned).view(w.dims) if x.shape == p.shape else x.view(w.dims[0], *x.shape[-2:])
 
-    tensors, size = [seen(x) for x in (p, g, *state)], rule.lr * factor_of(job, w.dims)
-    if not codes:
-        compiled.step(rule, kind, tensors, w.t, size)
-        return slice(0, p.numel())
-    kept = list(kept_slots(job, w).values())
-    first = -kept[0].start % kind.block
-    blocks = (p.numel() - first) // kind.block
-    if blocks < 2:
-        return None
+    compiled.step(rule, kind, [seen(x) for x in (p, g, *state)], w.t, size)
+    return slice(0, p.numel())
+
+
+def _by_blocks(job: Job, w: Work, kind: compiled.Kind, tensors: Sequence[Tensor], size: float) -> slice | None:
+    """Step whole blocks of scales of one parameter by a graph; see `_by_graph`."""
+    forms = {key: form for key, form in w.forms.items() if form.quantised}
+    scales = [layout.local(w.state[scale_key(key)]) for key in forms]
+    form, count = next(iter(forms.values())), tensors[0].numel()
+    start = first_index(job.rule, form, w)
+    first = -start % kind.block
+    blocks = (count - first) // kind.block
+    if blocks < 2 or any(x.numel() != storage.blocks_here(form, tensors[0], start) for x in scales):
+        return None  # of other blocks: the walk says so
     done = slice(first, first + blocks * kind.block)
-    scales = [storage.scales_at(x.form, x.scale, x.start, first, blocks * kind.block) for x in kept]
-    compiled.step(rule, kind, [x[done] for x in tensors], w.t, size, cast("list[Tensor]", scales))
+    if done != slice(0, count):
+        tensors = [x.view(-1)[done] for x in tensors]
+        at = (start + first) // kind.block - start // kind.block
+        scales = [x[at : at + blocks] for x in scales]
+    rows = [x.view(-1, kind.block) for x in tensors] + [x.view(-1, 1) for x in scales]
+    compiled.step(job.rule, kind, rows, w.t, size)
     return done
 
 
