@@ -193,7 +193,9 @@ def _graph(rule: Rule, kind: Kind, threads: int) -> Compiled:
         )
     b, m, n = (EXAMPLE[0] if kind.stacked else 1, *EXAMPLE[1:])
     slots = rule.declared(m, n)
-    coded = {k: (form, slots[k].nonnegative) for k, form in zip(slots, kind.rest, strict=False) if form in CODES}
+    narrow = {k: form for k, form in zip(slots, kind.rest, strict=False) if form in CODES}
+    coded: dict[str, tuple[quantize.Format, bool]]
+    coded = {k: (cast("quantize.Format", form), slots[k].nonnegative) for k, form in narrow.items()}
     shapes = [(b, m, n), (b, m, n), *((b, *slot.shape(m, n)) for slot in slots.values())]
     if rule.elementwise:
         shapes = [(m * n // kind.block, kind.block) if coded else (m * n,)] * len(shapes)

@@ -13,6 +13,7 @@ and coarser, moves zeros by 1.5e-5 of the block's largest and holds second momen
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -125,9 +126,7 @@ def computed(x: Tensor, form: Format, *, nonnegative: bool) -> tuple[Tensor, Ten
     scale = (scale / E4M3_MAX if form == "fp8" else scale).clamp(min=TINY)
     quotients = x / scale
     if form == "fp8":
-        found = quotients.to(torch.float8_e4m3fn).view(torch.uint8)
-        found = torch.maximum(found, (quotients > 0).to(torch.uint8)) if nonnegative else found
-        return found.view(torch.int8), scale
+        return _patterns(quotients, nonnegative), scale
     if form == "int8_grid":
         half = (2**16 - 1) / 2
         quotients = ((quotients * half + half).round() - half) / half
@@ -153,9 +152,7 @@ def _counted(x: Tensor, nonnegative: bool) -> Tensor:
     if not nonnegative:
         slopes[0] = 0.8 / (1e-6 - 2.75e-7)  # the midpoint between zero and the only value of the first decade
     size = x if nonnegative else x.abs()
-    line = size * slopes[-1] + counts[-1] * 8 / 9
-    for i in range(1, 7):
-        line = line - (10.0 ** (i - 7) - size).relu() * (slopes[i - 1] - slopes[i])
+    line = _bent(size, slopes, [10.0 ** (i - 7) for i in range(1, 7)], counts[-1] * 8 / 9)
     below, lower = line.int(), (line - 0.2).int()
     below = torch.where((below & lower) == 0, lower, below)  # a power of two and the number before share no bit
     top = int(2 * counts[-1])
@@ -163,6 +160,34 @@ def _counted(x: Tensor, nonnegative: bool) -> Tensor:
     if nonnegative:
         return torch.where(x > 0, (below - 1).clamp(min=1), 0).to(torch.uint8)
     return (torch.where(x < 0, -below, below) + 127).clamp(min=0).to(torch.uint8)
+
+
+def _patterns(x: Tensor, nonnegative: bool) -> Tensor:
+    """The bit pattern of the nearest e4m3 number.
+
+    Patterns count the numbers above zero: 8 (e + 7) + 8 (x / 2^e - 1) from 2^e on, and 2^9 x below 2^-6.
+
+    Args:
+        x: quotients.
+        nonnegative: as for `values`.
+
+    Returns:
+        int8.
+    """
+    size = x if nonnegative else x.abs()
+    line = _bent(size, [2.0 ** (3 - e) for e in range(-6, 9)], [2.0**e for e in range(-5, 9)], 112.0)
+    found = line.round().int()  # halves to even, as the format does
+    if nonnegative:
+        return torch.maximum(found, (x > 0).int()).to(torch.int8)
+    return torch.where(x < 0, found - 128, found).to(torch.int8)
+
+
+def _bent(x: Tensor, slopes: Sequence[float], ends: Sequence[float], offset: float) -> Tensor:
+    """A line that bends down at `ends`, and goes on from the last of them as `slopes[-1] x + offset`."""
+    line = x * slopes[-1] + offset
+    for end, steep, flat in zip(ends, slopes, slopes[1:], strict=False):
+        line = line - (end - x).relu() * (steep - flat)
+    return line
 
 
 def blocks_of(count: int, block: int, start: int = 0) -> int:
