@@ -27,6 +27,7 @@ from torch.nn import Parameter
 
 from lightning_optim import Executor, build_optimizer
 from lightning_optim.core.averages import averages_of
+from lightning_optim.core.layout import start_of
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.core.spread import spread
 from tests.rules import gradient, make
@@ -563,6 +564,20 @@ def aligned(rank: int, world: int, storage: str) -> Any:
 
 
 ALIGNED: dict[str, Any] = {"storage_min": 1, "storage_block": 16}
+
+
+def begun_within_a_block(rank: int, world: int) -> tuple[int, float]:
+    """Codes of rows that are no whole blocks: this rank's first element, how far a graph's steps are from others."""
+    whole = torch.randn(260, 131, generator=torch.Generator().manual_seed(0))
+    start = distribute_tensor(whole, init_device_mesh("cpu", (world,)), [Shard(0)])
+    ps = [Parameter(start.clone()) for _ in range(2)]
+    for p, graphs in zip(ps, (True, False), strict=True):
+        optimizer = Executor([p], {"rule": "adamw", "state_storage": "int8", "compile": graphs})
+        for t in range(1, 4):
+            p.grad = placed(gradient(torch.empty(whole.shape), "whole", t), p)
+            optimizer.step()
+    found, expected = (cast("DTensor", p).to_local().detach() for p in ps)
+    return start_of(ps[0]), ((found - expected).norm() / (expected - start.to_local()).norm()).item()
 
 
 class Deep(nn.Module):

@@ -180,4 +180,4 @@ def known(name: str) -> dict[str, Build]:
     Returns:
         Builders by package.
     """
-    return PEERS.get(name, PEERS.get(name.partition("-")[0], {}))
+    return PEERS.get(name.removesuffix("-compiled"), PEERS.get(name.partition("-")[0], {}))

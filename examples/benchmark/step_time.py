@@ -46,15 +46,15 @@ INTERVAL = 10
 POLICIES = (f"fixed:{INTERVAL}", f"staggered:{INTERVAL}")
 
 COMPILED = ("adafactor", "adam_mini", "came", "lamb", "lars", "lion", "racs", "signum", "sophia_g")
+NARROW = ("int8", "int8_grid", "fp8")
 VARIANTS: dict[str, dict[str, Any]] = {
-    "adamw-int8": {"state_storage": "int8"},
-    "adamw-int8_grid": {"state_storage": "int8_grid"},
-    "adamw-fp8": {"state_storage": "fp8"},
+    **{f"adamw-{kind}": {"state_storage": kind} for kind in NARROW},
     "racs-1": {"iterations": 1},
     "soap-bf16": {"rotation_dtype": "bfloat16"},
     "soap_muon-bf16": {"rotation_dtype": "bfloat16"},
     "shampoo-paper": {"accumulate": "sum", "betas": (0.0, 0.0), "graft": "none", "max_dim": None},
     **{f"{name}-compiled": {"compile": True} for name in COMPILED},
+    **{f"adamw-{kind}-compiled": {"state_storage": kind, "compile": True} for kind in NARROW},
 }
 """Settings that are measured beside a rule's defaults, as `rule-variant`."""
 
@@ -201,7 +201,7 @@ def floor(name: str, rule: Rule, matrices: Shapes, rest: Shapes, fused: float, r
         shape = matrices[0]
         shaped = rule.declared(*shape)
         moved = 12 + 2 * sum(4 * math.prod(x.shape(*shape)) for x in shaped.values()) / math.prod(shape)
-    moved = 16 if name in ("adamw-int8", "adamw-int8_grid", "adamw-fp8") else moved
+    moved = 16 if VARIANTS.get(name, {}).get("state_storage") in NARROW else moved
     seconds, said = fused * moved * sum(map(math.prod, matrices)), f"{moved:.0f} B"
     if rule.name in PRODUCTS:
         rank, products, parts = getattr(rule, "rank", 0), 0.0, []

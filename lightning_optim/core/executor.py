@@ -95,7 +95,7 @@ class Executor(torch.optim.Optimizer):
     * `compile`: step large parameters of elementwise and reducing rules by compiled graphs (`core.compiled`): fewest
       passes over memory, one graph per rule, whatever the step, the learning rate and the sizes; results differ by
       rounding. Made when the group is added, which takes seconds and, on a CPU, a C++ compiler. Rules with a fused
-      kernel of torch's keep it. A checkpoint does not change it.
+      kernel of torch's keep it for state that rests as values. A checkpoint does not change it.
     * `seed`: of the stochastic rounding of weights and state and of random projections.
 
     `wrap` adds look-ahead, averages and an outer optimizer; `train()` and `eval()` then change between the weights to

@@ -327,34 +327,66 @@ def _no_index() -> Tensor:
     raise AssertionError("only rounding to bfloat16 asks for indices")
 
 
-def _by_graph(job: Job, w: Work) -> bool:
-    """Step one parameter by a compiled graph, if its group asks for that and it can be."""
+def _by_graph(job: Job, w: Work) -> slice | None:
+    """Step one parameter by a compiled graph, if its group asks for that and it can be.
+
+    Returns:
+        The elements that were stepped, in memory order: all, or those in whole blocks of scales; None for none.
+    """
     rule, group, p = job.rule, job.group, layout.local(w.param)
     if not group["compile"] or w.replicas is not None or rule.rests(w.t) or compiled.refusal(rule, group) is not None:
-        return False
-    kind = compiled.kind_of(rule, group, p, w.dims)
-    state = {key: layout.local(w.state[key]) for key, form in w.forms.items() if form.direct(p.device)}
-    if kind is None or len(state) < len(w.forms) or len(w.parts) > 1 or any(part.rows is not None for part in w.parts):
-        return False
-    g = w.gradient()
-    alike = chunks.agree([p, g, *(x for x in state.values() if x.shape == p.shape)])
-    if not alike or (rule.reduces and not p.is_contiguous()):
-        return False
+        return None
+    kind = compiled.kind_of(rule, group, p, w.dims, list(w.forms.values()))
+    rests = all([form.quantised or form.direct(p.device) for form in w.forms.values()])
+    if kind is None or not rests or len(w.parts) > 1 or any(part.rows is not None for part in w.parts):
+        return None
+    g, state = w.gradient(), [layout.local(w.state[key]) for key in w.forms]
+    plain = [x for x, form in zip(state, w.forms.values(), strict=True) if not form.quantised and x.shape == p.shape]
+    if not chunks.agree([p, g, *plain]) or ((rule.reduces or kind.rest) and not p.is_contiguous()):
+        return None
+    size = rule.lr * factor_of(job, w.dims)
+    if kind.rest:
+        return _by_blocks(job, w, kind, [p, g, *state], size)
 
     def seen(x: Tensor) -> Tensor:
         if rule.elementwise:
             return (x if p.is_contiguous() else x.permute(chunks.dense_order(p))).view(-1)
         return chunks.turned(x, kind.turned).view(w.dims) if x.shape == p.shape else x.view(w.dims[0], *x.shape[-2:])
 
-    views = {key: seen(x) for key, x in state.items()}
-    compiled.step(rule, kind, seen(p), seen(g), views, w.t, rule.lr * factor_of(job, w.dims))
-    return True
+    compiled.step(rule, kind, [seen(x) for x in (p, g, *state)], w.t, size)
+    return slice(0, p.numel())
+
+
+def _by_blocks(job: Job, w: Work, kind: compiled.Kind, tensors: Sequence[Tensor], size: float) -> slice | None:
+    """Step whole blocks of scales of one parameter by a graph; see `_by_graph`."""
+    forms = {key: form for key, form in w.forms.items() if form.quantised}
+    scales = [layout.local(w.state[scale_key(key)]) for key in forms]
+    form, count = next(iter(forms.values())), tensors[0].numel()
+    start = first_index(job.rule, form, w)
+    first = -start % kind.block
+    blocks = (count - first) // kind.block
+    if blocks < 2 or any(x.numel() != storage.blocks_here(form, tensors[0], start) for x in scales):
+        return None  # of other blocks: the walk says so
+    done = slice(first, first + blocks * kind.block)
+    if done != slice(0, count):
+        tensors = [x.view(-1)[done] for x in tensors]
+        at = (start + first) // kind.block - start // kind.block
+        scales = [x[at : at + blocks] for x in scales]
+    rows = [x.view(-1, kind.block) for x in tensors] + [x.view(-1, 1) for x in scales]
+    compiled.step(job.rule, kind, rows, w.t, size)
+    return done
 
 
 def update_elementwise(job: Job, w: Work) -> None:
-    """Walk over one parameter in flat blocks, unless a graph does it at once."""
-    if _by_graph(job, w):
-        return
+    """Step one parameter: by a graph, and by a walk in flat blocks over what that leaves."""
+    done, count = _by_graph(job, w), layout.local(w.param).numel()
+    for part in (None,) if done is None else (slice(0, done.start), slice(done.stop, count)):
+        if part is None or part.stop > part.start:
+            _walk(job, w, part)
+
+
+def _walk(job: Job, w: Work, part: slice | None) -> None:
+    """Walk over one parameter, or some elements of a contiguous one without rounding at random, in flat blocks."""
     rule, p = job.rule, layout.local(w.param)
     dtype, write = storage.work_dtype(p.dtype), _Write(job, w)
     kept = kept_slots(job, w)
@@ -366,11 +398,14 @@ def update_elementwise(job: Job, w: Work) -> None:
     aside = len(shaped or write.carried)
     tensors += where.tensors if where else []
     grid = next((x for x in kept.values() if x.form.quantised), None)
-    align, start = (grid.form.block, grid.start) if grid else (1, 0)
+    first = 0
+    if part is not None:
+        first, tensors = part.start, [t.view(-1)[part] for t in tensors]
+    align, start = (grid.form.block, grid.start + first) if grid else (1, 0)
     for (pb, gb, *rest), cut in chunks.blocks(tensors, align, start):
         resting, rest = dict(zip(w.forms, rest, strict=False)), rest[len(w.forms) :]
         carried, held = rest[:aside], rest[aside:]
-        at = _offset(pb, cut)
+        at = first + _offset(pb, cut)
         views = {k: kept[k].open(x, at) if k in kept else x for k, x in resting.items()}
         index = _no_index if where is None else functools.cache(functools.partial(where, pb, cut, held))
         gb = gb.to(dtype) if w.scale == 1 else gb.to(dtype) * w.scale
@@ -421,7 +456,7 @@ def update_stack(
     pieces = zip(*(w.pieces(job.rule) for w in opened), strict=True)
     plain = sink is None and (frame is None or frame.cut is None) and not constraint.shapes_step(job.group)
     by_rows = plain and _goes_by_rows(chunk)
-    if by_rows and job.rule.reduces and _by_graph(job, chunk[0]):
+    if by_rows and job.rule.reduces and _by_graph(job, chunk[0]) is not None:
         return
     found = [_directions(job, piece, params, gradients, frame, by_rows) for piece in pieces]
     for w, slots in zip(opened, kept, strict=True):

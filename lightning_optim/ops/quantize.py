@@ -13,6 +13,7 @@ and coarser, moves zeros by 1.5e-5 of the block's largest and holds second momen
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -77,6 +78,116 @@ def _grid(nonnegative: bool, device: torch.device) -> Tensor:
     table = values("int8", nonnegative)
     points = torch.arange(2**16, dtype=torch.float64).div_((2**16 - 1) / 2).sub_(1).float()
     return torch.searchsorted((table[1:] + table[:-1]) / 2, points).to(torch.uint8).to(device)
+
+
+@functools.cache
+def table(form: Format, nonnegative: bool, device: torch.device) -> Tensor:
+    """The values of a table on a device.
+
+    Args:
+        form: of the codes.
+        nonnegative: as for `values`.
+        device: where they are wanted.
+
+    Returns:
+        float32, by code.
+    """
+    return _tables(form, nonnegative, device)[0]
+
+
+def looked_up(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
+    """The values behind whole blocks of codes: `decode` for a graph, bit for bit.
+
+    Args:
+        codes: `[blocks, block]`.
+        scale: `[blocks, 1]`.
+        values: the table.
+
+    Returns:
+        float32, `[blocks, block]`.
+    """
+    return torch.ops.aten._unsafe_index(values, [codes.int() & 255]) * scale
+
+
+def computed(x: Tensor, form: Format, *, nonnegative: bool) -> tuple[Tensor, Tensor]:
+    """The codes and scales of whole blocks: `encode` for a graph, where arithmetic is faster than look-ups.
+
+    Where a quotient is all but halfway between two values, the code may be the other one's.
+
+    Args:
+        x: float32, `[blocks, block]`.
+        form: of the codes.
+        nonnegative: whether no value is below zero.
+
+    Returns:
+        (codes `[blocks, block]`, scales `[blocks, 1]`).
+    """
+    scale = (x if nonnegative else x.abs()).amax(1, keepdim=True)
+    scale = (scale / E4M3_MAX if form == "fp8" else scale).clamp(min=TINY)
+    quotients = x / scale
+    if form == "fp8":
+        return _patterns(quotients, nonnegative), scale
+    if form == "int8_grid":
+        half = (2**16 - 1) / 2
+        quotients = ((quotients * half + half).round() - half) / half
+    return _counted(quotients, nonnegative), scale
+
+
+def _counted(x: Tensor, nonnegative: bool) -> Tensor:
+    """The code of the nearest value of the dynamic map: how many midpoints between values lie below.
+
+    With n values in a decade that ends at e, the midpoints between them are e (0.1 + 0.9 j / n): in the decade the
+    line n (8/9 + x / 0.9 e) counts them, and the lines of all decades meet at powers of two. Only the midpoint between
+    two decades lies above the end of the first, where the line is 0.2 above a power of two.
+
+    Args:
+        x: quotients.
+        nonnegative: as for `values`.
+
+    Returns:
+        uint8.
+    """
+    counts = [2.0 ** (i + nonnegative) for i in range(7)]
+    slopes = [n * 10.0 ** (6 - i) / 0.9 for i, n in enumerate(counts)]
+    if not nonnegative:
+        slopes[0] = 0.8 / (1e-6 - 2.75e-7)  # the midpoint between zero and the only value of the first decade
+    size = x if nonnegative else x.abs()
+    line = _bent(size, slopes, [10.0 ** (i - 7) for i in range(1, 7)], counts[-1] * 8 / 9)
+    below, lower = line.int(), (line - 0.2).int()
+    below = torch.where((below & lower) == 0, lower, below)  # a power of two and the number before share no bit
+    top = int(2 * counts[-1])
+    below = torch.where(line >= top - 0.25, top, below)
+    if nonnegative:
+        return torch.where(x > 0, (below - 1).clamp(min=1), 0).to(torch.uint8)
+    return (torch.where(x < 0, -below, below) + 127).clamp(min=0).to(torch.uint8)
+
+
+def _patterns(x: Tensor, nonnegative: bool) -> Tensor:
+    """The bit pattern of the nearest e4m3 number.
+
+    Patterns count the numbers above zero: 8 (e + 7) + 8 (x / 2^e - 1) from 2^e on, and 2^9 x below 2^-6.
+
+    Args:
+        x: quotients.
+        nonnegative: as for `values`.
+
+    Returns:
+        int8.
+    """
+    size = x if nonnegative else x.abs()
+    line = _bent(size, [2.0 ** (3 - e) for e in range(-6, 9)], [2.0**e for e in range(-5, 9)], 112.0)
+    found = line.round().int()  # halves to even, as the format does
+    if nonnegative:
+        return torch.maximum(found, (x > 0).int()).to(torch.int8)
+    return torch.where(x < 0, found - 128, found).to(torch.int8)
+
+
+def _bent(x: Tensor, slopes: Sequence[float], ends: Sequence[float], offset: float) -> Tensor:
+    """A line that bends down at `ends`, and goes on from the last of them as `slopes[-1] x + offset`."""
+    line = x * slopes[-1] + offset
+    for end, steep, flat in zip(ends, slopes, slopes[1:], strict=False):
+        line = line - (end - x).relu() * (steep - flat)
+    return line
 
 
 def blocks_of(count: int, block: int, start: int = 0) -> int:

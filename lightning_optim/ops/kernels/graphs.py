@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -27,7 +28,9 @@ def is_traced() -> bool:
     return _tracing
 
 
-def compiled(function: Callable[..., None], examples: Sequence[Tensor], numbers: int) -> Compiled:
+def compiled(
+    function: Callable[..., None], examples: Sequence[Tensor], numbers: int, fixed: Collection[int] = ()
+) -> Compiled:
     """Compile a function that writes tensors, by Inductor.
 
     The plain function is its twin; results differ by rounding.
@@ -37,6 +40,7 @@ def compiled(function: Callable[..., None], examples: Sequence[Tensor], numbers:
         examples: tensors of the dtypes, devices and strides, in size, to come. Sizes of one stay one and sizes that
             are equal stay equal; all others are open, from two on.
         numbers: how many.
+        fixed: sizes that stay what they are.
 
     Returns:
         Takes tensors and numbers.
@@ -46,7 +50,7 @@ def compiled(function: Callable[..., None], examples: Sequence[Tensor], numbers:
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of parts of its own
-        traced = _traced(function, examples, numbers)
+        traced = _traced(function, examples, numbers, fixed)
         env = cast("Any", traced.shape_env)
         if env.guards:
             raise RuntimeError(f"it branches on sizes: {', '.join(str(g.expr) for g in env.guards)}")
@@ -68,16 +72,30 @@ def compiled(function: Callable[..., None], examples: Sequence[Tensor], numbers:
     return call
 
 
-def _traced(function: Callable[..., None], examples: Sequence[Tensor], numbers: int) -> GraphModule:
+def _traced(
+    function: Callable[..., None], examples: Sequence[Tensor], numbers: int, fixed: Collection[int]
+) -> GraphModule:
     """The operations of a function, with symbols for sizes."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
     global _tracing
     # NaN: a value that could be read would become a symbol of the graph
     opened = [torch.full((), torch.nan, dtype=torch.float64) for _ in range(numbers)]
+    env = ShapeEnv()
+    mode, inputs = FakeTensorMode(shape_env=env, allow_fallback_kernels=False), []
+    for i, x in enumerate([*examples, *opened]):
+        kept = [DimDynamic.STATIC if size in fixed else DimDynamic.DUCK for size in x.shape]
+        context = StatelessSymbolicContext(dynamic_sizes=kept)
+        inputs.append(mode.from_tensor(x, source=ConstantSource(f"input{i}"), symbolic_context=context))
     _tracing = True
     try:
-        return make_fx(function, tracing_mode="symbolic")(*examples, *opened)
+        with mode:
+            traced = make_fx(function)(*inputs)
     finally:
         _tracing = False
+    traced.shape_env = env
+    return traced
 
 
 def _hoisted(traced: GraphModule, numbers: int) -> GraphModule:
