@@ -62,10 +62,12 @@ def test_one_graph_and_the_numbers_of_eager_steps(name: str) -> None:
 
 
 CODED = [("adamw", "int8"), *((n, "int8") for n in ELEMENTWISE), ("adamw", "int8_grid"), ("adamw", "fp8")]
+KERNELS = [("amsgrad", "int8"), ("rmsprop", "int8"), ("adagrad", "int8")]
+"""Rules that a kernel of torch's steps where their state rests as values."""
 
 
 @pytest.mark.parametrize(
-    ("name", "storage"), [pytest.param(*x, marks=() if x == CODED[0] else pytest.mark.slow) for x in CODED]
+    ("name", "storage"), [pytest.param(*x, marks=() if x == CODED[0] else pytest.mark.slow) for x in CODED + KERNELS]
 )
 def test_state_that_rests_as_codes(name: str, storage: str) -> None:
     shapes: list[tuple[int, ...]] = [(512, 520), (301, 150), (7, 9)]  # whole blocks in two pieces, and 94 elements over
@@ -151,6 +153,12 @@ def test_a_missing_compiler_is_found_before_training() -> None:
     missing = config.patch({"cpp.cxx": (None, "no-such-compiler")})
     with missing, pytest.raises(ValueError, match=r"lion cannot be compiled here: .*install g\+\+"):
         made("lion", compile=True, betas=(0.8, 0.98))  # of no other test
+
+
+def test_an_update_that_branches_on_the_step_is_named() -> None:
+    settings: dict[str, Any] = {"momentum": 0.9, "state_storage": "int8", "compile": True}
+    with pytest.raises(ValueError, match="sgd asks for the step or a rate"):
+        made("sgd", shapes=[(512, 520)], dampening=0.1, **settings)
 
 
 def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

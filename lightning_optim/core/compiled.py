@@ -93,9 +93,13 @@ def check(rule: Rule, group: Mapping[str, Any], params: Sequence[Tensor]) -> Non
     found = [kind_of(rule, group, p) for p in params if p.device.type != "meta"]
     kinds = {kind for kind in found if kind is not None}
     alone = type(rule).kernel is Rule.kernel or rule.reduces
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
     for kind in [kind for kind in kinds if alone or kind.rest]:
         try:
             _graph_of(rule, kind)
+        except GuardOnDataDependentSymNode as error:
+            raise ValueError(f"{said} asks for the step or a rate, which a graph leaves open; compile=False") from error
         except Exception as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(

@@ -51,7 +51,7 @@ class SGD(Rule):
         if not self.momentum:
             return g
         buffer = s.momentum_buffer
-        buffer.mul_(self.momentum).add_(g, alpha=1 - self.dampening if t > 1 else 1)
+        buffer.mul_(self.momentum).add_(g, alpha=1 - self.dampening if self.dampening and t > 1 else 1)
         return g.add(buffer, alpha=self.momentum) if self.nesterov else buffer
 
     def kernel(  # noqa: D102
