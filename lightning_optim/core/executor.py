@@ -432,19 +432,22 @@ class Executor(torch.optim.Optimizer):
             names, works = group.get("param_names", []), []
             own = self.compressing if rule.compresses or rule.votes else None
             blocks, turned = reading_of(rule, group)
+            read: dict[torch.Size, tuple[chunks.Part, ...]] = {}
             for i, p in enumerate(group["params"]):
-                if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
+                if not is_lazy(p) and (p.requires_grad or frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
-                    parts = chunks.parts(p.shape, blocks, conv=not rule.last_two, transposed=turned)
-                    state = self.state.get(p, {})
-                    team = self._team(rule, p, parts, turned, name)
-                    works.append(Work(p, name, index, parts, state, turned, team, own))
+                    parts = read.get(p.shape) or chunks.parts(
+                        p.shape, blocks, conv=not rule.last_two, transposed=turned
+                    )
+                    read[p.shape] = parts
+                    team = None if rule.elementwise else self._team(rule, p, parts, turned, name)
+                    works.append(Work(p, name, index, parts, self.state.get(p, {}), turned, team, own))
                 index += 1
             yield Job(rule, group, works)
 
     def _team(self, rule: Rule, p: Tensor, parts: Sequence[chunks.Part], turned: bool, name: str) -> travel.Team | None:
         """Ranks of which one works on a parameter; None where each works on what it has."""
-        if rule.elementwise or rule.joint:
+        if rule.joint:
             return None
         cut = layout.cut_of(p, name)
         if cut is None:
@@ -616,12 +619,14 @@ class Executor(torch.optim.Optimizer):
                     check_param(rule, w.name, w.param, group)
         self._assign_owners(jobs)
         for rule, group, works in jobs:
-            known: dict[tuple[Any, ...], dict[str, Form]] = {}
+            known: dict[tuple[Any, ...], tuple[dict[str, Form], bool, bool]] = {}
             for w in works:
-                kind = w.parts, w.param.shape, w.param.dtype
+                p = w.param
+                kind = p.shape, p.dtype
                 if kind not in known:
-                    known[kind] = forms_of(Job(rule, group, []), w)
-                w.forms = known[kind]
+                    narrow = storage.compensated(p.dtype, group), storage.keeps_radius(p.dtype, group)
+                    known[kind] = forms_of(Job(rule, group, []), w), *narrow
+                w.forms, compensated, has_radius = known[kind]
                 if not w.state:
                     w.state = self.state.setdefault(w.param, {})
                 if "step" not in w.state:
@@ -630,9 +635,9 @@ class Executor(torch.optim.Optimizer):
                     held = w.state.get(key)
                     if held is None or held.dtype != form.dtype:
                         self._allocate(rule, form, w, key)
-                if storage.compensated(w.param.dtype, group) and COMPENSATION not in w.state:
-                    w.state[COMPENSATION] = torch.zeros_like(w.param, requires_grad=False)
-                if storage.keeps_radius(w.param.dtype, group) and RADIUS not in w.state:
+                if compensated and COMPENSATION not in w.state:
+                    w.state[COMPENSATION] = torch.zeros_like(p, requires_grad=False)
+                if has_radius and RADIUS not in w.state:
                     count = sum(part.dims[0] for part in w.parts)
                     w.state[RADIUS] = torch.zeros(count, device=layout.local(w.param).device)
                 if self.averages is not None:
