@@ -117,6 +117,16 @@ def test_blocks_cover_every_element_once(shape: tuple[int, ...]) -> None:
     assert (x == 1).all() and (y == 2).all()
 
 
+def test_steps_are_counted_whatever_the_default_device() -> None:
+    p = Parameter(torch.zeros(4, 4))
+    optimizer = AdamW([p], lr=0.1)
+    for _ in range(3):
+        p.grad = torch.ones(4, 4)
+        with torch.device("meta"):
+            optimizer.step()
+    assert optimizer.state[p]["step"] == 3
+
+
 def test_several_rules_in_one_optimizer_and_settings_of_each() -> None:
     matrix, vector = Parameter(torch.randn(4, 3)), Parameter(torch.randn(3))
     optimizer = Executor([{"params": [matrix], "rule": "muon"}, {"params": [vector], "rule": "adamw", "lr": 1e-4}])

@@ -100,6 +100,8 @@ def test_rotations_in_bfloat16_are_nearly_those_of_the_arithmetic(cls: Any, sett
     exact, narrow = (path(cls, (24, 40), rotation_dtype=d, **settings) for d in ("float32", "bfloat16"))
     same(narrow, exact, 0.06)
     assert (narrow - exact).norm() > 1e-3 * exact.norm()
+    unturned = (path(cls, (24, 40), rotation_dtype=d, max_precond_dim=8, **settings) for d in ("float32", "bfloat16"))
+    assert torch.equal(*unturned), "nothing is rounded where nothing is turned"
 
 
 @pytest.mark.parametrize("settings", [{"refresh": "fixed:1"}, {"refresh": "fixed:3", "skip_first": False}])

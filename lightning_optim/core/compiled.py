@@ -37,6 +37,8 @@ VARIANTS = 16
 """Graphs of one rule, for parameters of one kind, after which a setting must be what changes from step to step."""
 
 _made: Counter[Any] = Counter()
+_recent: tuple[Rule | None, dict[Any, Compiled]] = None, {}
+"""The rule of the last call, and its graphs."""
 
 
 class Kind(NamedTuple):
@@ -172,8 +174,11 @@ def step(rule: Rule, kind: Kind, tensors: Sequence[Tensor], t: int, size: float)
 
 
 def _graph_of(rule: Rule, kind: Kind) -> Compiled:
-    """The graph for a parameter, kept by the rule, which is made anew for every step, and not a setting of it."""
-    kept, key = vars(rule).setdefault("graphs", {}), (kind, torch.get_num_threads())
+    """The graph for a parameter; that of the one before it in the step, which has the same rule, is not looked up."""
+    global _recent
+    if _recent[0] is not rule:
+        _recent = rule, {}
+    kept, key = _recent[1], (kind, torch.get_num_threads())
     if key not in kept:
         kept[key] = _graph(_open(rule), *key)
     return kept[key]

@@ -630,7 +630,7 @@ class Executor(torch.optim.Optimizer):
                 if not w.state:
                     w.state = self.state.setdefault(w.param, {})
                 if "step" not in w.state:
-                    w.state["step"] = torch.tensor(0.0, dtype=torch.float32)
+                    w.state["step"] = torch.zeros((), device="cpu", dtype=torch.float32)
                 for key, form in w.forms.items():
                     held = w.state.get(key)
                     if held is None or held.dtype != form.dtype:

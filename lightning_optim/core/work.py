@@ -134,7 +134,8 @@ def count(works: Sequence[Work]) -> None:
         if not w.state["step"].is_cpu:
             w.state["step"] = w.state["step"].cpu()
     if steps := [w.state["step"] for w in works]:
-        cast("Any", torch)._foreach_add_(steps, torch.ones(()), alpha=1.0)  # a number is four times slower
+        one = torch.ones((), device="cpu")
+        cast("Any", torch)._foreach_add_(steps, one, alpha=1.0)  # a number is four times slower
         for w, t in zip(works, steps, strict=True):
             w.t = int(t.item())
 
@@ -400,7 +401,7 @@ def _walk(job: Job, w: Work, part: slice | None) -> None:
     grid = next((x for x in kept.values() if x.form.quantised), None)
     first = 0
     if part is not None:
-        first, tensors = part.start, [t.view(-1)[part] for t in tensors]
+        first, tensors = part.start, [t.reshape(-1)[part] for t in tensors]
     align, start = (grid.form.block, grid.start + first) if grid else (1, 0)
     for (pb, gb, *rest), cut in chunks.blocks(tensors, align, start):
         resting, rest = dict(zip(w.forms, rest, strict=False)), rest[len(w.forms) :]

@@ -106,7 +106,7 @@ class Rotated(Rule):
 
     def _rotated(self, how: Callable[..., Tensor], x: Tensor, s: SimpleNamespace) -> Tensor:
         bases = by_side(s, "basis")
-        if self.rotation_dtype == "float32":
+        if self.rotation_dtype == "float32" or not bases:
             return how(x, **bases)
         return how(x.bfloat16(), **{side: q.bfloat16() for side, q in bases.items()}).to(x.dtype)
 

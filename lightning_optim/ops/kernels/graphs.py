@@ -76,6 +76,7 @@ def _traced(
     function: Callable[..., None], examples: Sequence[Tensor], numbers: int, fixed: Collection[int]
 ) -> GraphModule:
     """The operations of a function, with symbols for sizes."""
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -90,7 +91,7 @@ def _traced(
         inputs.append(mode.from_tensor(x, source=ConstantSource(f"input{i}"), symbolic_context=context))
     _tracing = True
     try:
-        with mode:
+        with mode, enable_python_dispatcher():  # without, some operations ask for sizes that are open
             traced = make_fx(function)(*inputs)
     finally:
         _tracing = False
