@@ -58,7 +58,7 @@ class SGD(Rule):
         self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int
     ) -> Literal[True]:
         if not (self.momentum or self.weight_decay):
-            torch.ops.aten._foreach_add_.List(p, g, alpha=-self.lr)  # faster than the fused kernel, by 3 to 6 % on a CPU
+            torch.ops.aten._foreach_add_.List(p, g, alpha=-self.lr)  # 3 to 6 % faster than the fused kernel
             return True
         torch.ops.aten._fused_sgd_(
             p,
