@@ -138,7 +138,7 @@ def test_ablations_are_of_the_registry_and_settings_of_its_rules() -> None:
     for name, ablation in ablations(128).items():
         rates = dict.fromkeys(ablation.variants, 1e-3)
         trials = ablation_trials(Setup(), name, lr=rates, size=(128, 256))
-        assert len({trial.key for *_, trial in trials}) == len(trials) >= 5
+        assert len({trial.key for *_, trial in trials}) == len(trials) >= 4
         for optimizer, _, trial in trials:
             assert optimizer in REGISTRY and trial.setup.untied == (name == "last_layer")
     assert {v["leading"] for v in _alice_ranks()} == {2, 5, 10, 20, 40}
