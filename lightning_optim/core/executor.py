@@ -432,22 +432,18 @@ class Executor(torch.optim.Optimizer):
             names, works = group.get("param_names", []), []
             own = self.compressing if rule.compresses or rule.votes else None
             blocks, turned = reading_of(rule, group)
-            read: dict[torch.Size, tuple[chunks.Part, ...]] = {}
             for i, p in enumerate(group["params"]):
-                if not is_lazy(p) and (p.requires_grad or frozen or _is_trained(p)) and p.numel():
+                if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
-                    parts = read.get(p.shape) or chunks.parts(
-                        p.shape, blocks, conv=not rule.last_two, transposed=turned
-                    )
-                    read[p.shape] = parts
-                    team = None if rule.elementwise else self._team(rule, p, parts, turned, name)
+                    parts = chunks.parts(p.shape, blocks, conv=not rule.last_two, transposed=turned)
+                    team = self._team(rule, p, parts, turned, name)
                     works.append(Work(p, name, index, parts, self.state.get(p, {}), turned, team, own))
                 index += 1
             yield Job(rule, group, works)
 
     def _team(self, rule: Rule, p: Tensor, parts: Sequence[chunks.Part], turned: bool, name: str) -> travel.Team | None:
         """Ranks of which one works on a parameter; None where each works on what it has."""
-        if rule.joint:
+        if rule.elementwise or rule.joint:
             return None
         cut = layout.cut_of(p, name)
         if cut is None:

@@ -240,8 +240,7 @@ def takes_kernels(group: Mapping[str, Any]) -> bool:
 
 def takes_kernel(job: Job, w: Work) -> bool:
     """Whether a kernel of torch's does what a group that takes any asks for, if dtypes and strides agree."""
-    wide = w.param.dtype == storage.work_dtype(w.param.dtype)
-    return wide and (job.group["lr_convention"] == "native" or factor_of(job, w.dims) == 1.0)
+    return w.param.dtype == storage.work_dtype(w.param.dtype) and factor_of(job, w.dims) == 1.0
 
 
 class Elements:

@@ -24,6 +24,8 @@ Format = Literal["int8", "int8_grid", "fp8"]
 
 E4M3_MAX = 448.0
 TINY = torch.finfo(torch.float32).tiny
+GRID_HALF = (2**16 - 1) / 2
+"""Half the number of steps of the even grid, by which `"int8_grid"` rounds to -1 ... 1."""
 PIECE = 2**17
 """Elements worked on at a time, so that temporaries stay in a CPU's cache."""
 
@@ -76,11 +78,10 @@ def _tables(form: Format, nonnegative: bool, device: torch.device) -> tuple[Tens
 def _grid(nonnegative: bool, device: torch.device) -> Tensor:
     """The code of every point of the even grid."""
     table = values("int8", nonnegative)
-    points = torch.arange(2**16, dtype=torch.float64).div_((2**16 - 1) / 2).sub_(1).float()
+    points = torch.arange(2**16, dtype=torch.float64).div_(GRID_HALF).sub_(1).float()
     return torch.searchsorted((table[1:] + table[:-1]) / 2, points).to(torch.uint8).to(device)
 
 
-@functools.cache
 def table(form: Format, nonnegative: bool, device: torch.device) -> Tensor:
     """The values of a table on a device.
 
@@ -128,8 +129,7 @@ def computed(x: Tensor, form: Format, *, nonnegative: bool) -> tuple[Tensor, Ten
     if form == "fp8":
         return _patterns(quotients, nonnegative), scale
     if form == "int8_grid":
-        half = (2**16 - 1) / 2
-        quotients = ((quotients * half + half).round() - half) / half
+        quotients = ((quotients * GRID_HALF + GRID_HALF).round() - GRID_HALF) / GRID_HALF
     return _counted(quotients, nonnegative), scale
 
 
@@ -234,8 +234,7 @@ def _encode(x: Tensor, codes: Tensor, scale: Tensor, form: Format, nonnegative: 
         if nonnegative:
             found = torch.maximum(found, (quotients > 0).view(torch.uint8))
     elif form == "int8_grid":
-        half = (2**16 - 1) / 2
-        point = quotients.mul_(half).add_(half).round_().nan_to_num_(0.0).int()
+        point = quotients.mul_(GRID_HALF).add_(GRID_HALF).round_().nan_to_num_(0.0).int()
         found = _grid(nonnegative, x.device).index_select(0, point)
     else:
         _, lower, above = _tables(form, nonnegative, x.device)
@@ -266,8 +265,7 @@ def decode(codes: Tensor, scale: Tensor, form: Format, *, nonnegative: bool, blo
 
 
 def _decode(codes: Tensor, scale: Tensor, out: Tensor, form: Format, nonnegative: bool, block: int, lead: int) -> None:
-    table = _tables(form, nonnegative, codes.device)[0]
-    torch.index_select(table, 0, codes.view(torch.uint8).int(), out=out)
+    torch.index_select(table(form, nonnegative, codes.device), 0, codes.view(torch.uint8).int(), out=out)
     if not lead and out.numel() == scale.numel() * block:
         out.view(-1, block).mul_(scale.unsqueeze(1))
     else:
