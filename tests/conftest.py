@@ -12,6 +12,17 @@ from tests.pool import Pool, opened
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where tensors are made: for the golden, contract and diagnostics tests, which then run on an accelerator."""
+    parser.addoption("--device", default="cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make tensors there."""
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(config.getoption("--device"))
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
     """One pool of gloo processes."""

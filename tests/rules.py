@@ -68,16 +68,21 @@ def shapes(rule: type[Rule]) -> dict[str, tuple[int, ...]]:
     return {k: s for k, s in SHAPES.items() if rule.vectors or len(s) >= 2}
 
 
+def drawing(seed: int) -> torch.Generator:
+    """Random numbers on the device where tensors are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def params(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Parameter]:
     """Random parameters of every shape a rule takes."""
-    made = torch.Generator().manual_seed(seed)
+    made = drawing(seed)
     draw = {k: torch.randn(s, generator=made, dtype=torch.float64) for k, s in shapes(REGISTRY[name]).items()}
     return {k: Parameter(x.to(dtype)) for k, x in draw.items()}
 
 
 def gradient(p: Tensor, key: str, t: int) -> Tensor:
     """The gradient of a parameter at step t: the same whatever the weights, the run or the rank."""
-    made = torch.Generator().manual_seed(sum(map(ord, key)) * 1000 + t)
+    made = drawing(sum(map(ord, key)) * 1000 + t)
     return torch.randn(p.shape, generator=made, dtype=torch.float64).to(p.dtype)
 
 

@@ -702,3 +702,23 @@ def test_embeddings_and_gains_may_have_a_rate_of_their_own(name: str, tmp_path: 
     optimizer = build(make(TOY, 300), Trial(setup, name, 1e-3, theirs))
     rates = {g["role"]: (rule_of(g).name, g["lr"]) for g in optimizer.param_groups}
     assert rates["embedding"] == ("lion", 1e-4), "a trial's own settings come first"
+
+
+def test_the_script_for_accelerators_runs_without_one(tmp_path: Path) -> None:
+    words = [
+        ROOT / "examples/benchmark/gpu.py",
+        *"--device cpu --small --rounds 1".split(),
+        "--jsonl",
+        tmp_path / "rows",
+    ]
+    subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert {row["part"] for row in rows} == {"ceilings", "newton_schulz", "matrices", "elementwise", "steps"}
+    assert all(row["rate"] > 0 for row in rows if row["part"] == "ceilings")
+    shares = {row["optimizer"]: row["share of copy"] for row in rows if row["part"] == "elementwise" and len(row) > 5}
+    assert {"torch fused AdamW", "lion", "lion, compiled", "sophia_g"} < shares.keys()
+    assert all(math.isfinite(x) and x > 0 for x in shares.values())
+    errors = [row["error"] for row in rows if row["part"] == "newton_schulz" and "error" in row]
+    assert errors and max(errors) < 1e-4  # five float32 iterations
+    steps = {row["optimizer"]: row for row in rows if row["part"] == "steps"}
+    assert steps["muon"]["T m / B (Jordan et al. 2024)"] == 5 * PRESETS["tiny"].width / 2**19

@@ -23,7 +23,7 @@ from lightning_optim.ops.orthogonal import QUINTIC
 
 
 def random(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def orthogonal(n: int, seed: int = 0) -> Tensor:
