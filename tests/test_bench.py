@@ -107,7 +107,7 @@ def test_search_goes_down_where_everything_diverges() -> None:
     assert [factor for factor, _ in searched("galore", lambda p: math.inf, 5)] == [1, 2, 0.5, 0.25, 0.125]
 
 
-def test_rank_and_interval_are_fitted_to_the_model() -> None:
+def test_rank_interval_and_iterations_are_fitted_to_the_model() -> None:
     assert fitted(lookup("adamw"), (128, 256)) == {}
     assert fitted(lookup("soap"), (128, 256)) == {}  # its interval is ten
     assert fitted(lookup("galore"), (128, 256)) == {"rank": 32, "refresh": "staggered:10"}
@@ -115,6 +115,8 @@ def test_rank_and_interval_are_fitted_to_the_model() -> None:
     assert fitted(lookup("alice"), (128, 1500)) == {"rank": 32, "leading": 10, "refresh": "staggered:50"}
     assert fitted(lookup("galore"), (512, 10_000)) == {}
     assert parse(fitted(lookup("flora"), (512, 10_000))["refresh"]) == parse("staggered:333")
+    assert fitted(lookup("hessian_free"), (128, 256)) == {"cg_iter": 5}
+    assert fitted(lookup("lbfgs"), (128, 256)) == {"max_iter": 5}
 
 
 def test_decay_is_shared_where_it_means_the_same() -> None:

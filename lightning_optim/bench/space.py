@@ -42,6 +42,8 @@ Point = tuple[float, Any]
 WIDTH_PER_RANK, REFRESHES, OFTEN = 4, 30, 10
 """Fitted settings: a rank is at most a quarter of the model's width; an interval of more than 10 steps is shortened to
 a thirtieth of the run."""
+INNER = {"cg_iter": 5, "max_iter": 5}
+"""Most iterations within a step of a rule that searches; a step costs as many gradients, or three times as many."""
 
 
 @dataclass(frozen=True)
@@ -174,14 +176,15 @@ def fitted(rule: type[Rule], size: Size) -> dict[str, Any]:
     """Hyperparameters whose defaults suppose a wider model or a longer run than this one.
 
     The published rank 128 is a quarter of the narrowest model it was published for, and a run there has 50 refreshes.
+    Rules that search take a hundred times AdamW's time per step with their defaults.
 
     Args:
         rule: class.
         size: of the model and the run.
 
     Returns:
-        A rank of at most a quarter of the width, Alice's `leading` in proportion, and an interval of refreshes of at
-        most a thirtieth of the run, or ten steps; nothing for rules without.
+        A rank of at most a quarter of the width, Alice's `leading` in proportion, an interval of refreshes of at most a
+        thirtieth of the run, or ten steps, and five iterations within a step; nothing for rules without.
     """
     (width, steps), known, out = size, hyperparameters(rule), {}
     rank = known.get("rank", 1)
@@ -194,6 +197,8 @@ def fitted(rule: type[Rule], size: Size) -> dict[str, Any]:
         if getattr(policy, "interval", 0) > most:
             name = known["refresh"].split(":")[0]
             out["refresh"] = f"{name}:{most}"
+    if rule.observes == "loss":
+        out |= {k: most for k, most in INNER.items() if known.get(k, 0) > most}
     return out
 
 
