@@ -80,13 +80,22 @@ def table() -> str:
     return "\n".join([head, *rows])
 
 
+def between(text: str, begin: str, end: str, content: str) -> str:
+    """Replace what a text has between two markers.
+
+    Returns:
+        The text, with the markers on lines of their own; unchanged without them.
+    """
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
+
+
 def readme(text: str) -> str:
     """Put the present table into a README.
 
     Returns:
         The README with everything between the markers replaced.
     """
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{table()}\n{END}", text, flags=re.DOTALL)
+    return between(text, BEGIN, END, table())
 
 
 def _spell(annotation: Any) -> str:

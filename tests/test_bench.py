@@ -724,3 +724,12 @@ def test_the_script_for_accelerators_runs_without_one(tmp_path: Path) -> None:
     assert errors and max(errors) < 1e-4  # five float32 iterations
     steps = {row["optimizer"]: row for row in rows if row["part"] == "steps"}
     assert steps["muon"]["T m / B (Jordan et al. 2024)"] == 5 * PRESETS["tiny"].width / 2**19
+
+
+def test_what_the_repository_says_comes_from_its_trials() -> None:
+    folder = ROOT / "examples/benchmark/cpu"
+    ledger, readme = Ledger(folder / "trials.jsonl"), (ROOT / "README.md").read_text()
+    told = f"{report.MARKS[0]}\n\n{report.summary(ledger)}\n\n{report.MARKS[1]}"
+    again = f"run `python -m lightning_optim bench report --out {folder.relative_to(ROOT)} --readme README.md`"
+    assert told in readme, again
+    assert page.markdown(report.build(ledger)) == (folder / "report.md").read_text(), again

@@ -56,7 +56,7 @@ ALLOWED = {
     "curvature": {"core", "diagnostics", "ops", "partition"},
     "lightning": {"callbacks", "core", "curvature", "factory", "partition", "recipes", "schedule"},
     "plan": {"core", "factory", "partition"},
-    "bench": {"bench", "core", "curvature", "diagnostics", "factory", "optimizers", "refresh", "schedule"},
+    "bench": {"bench", "core", "curvature", "diagnostics", "docs", "factory", "optimizers", "refresh", "schedule"},
     "__main__": {"bench.__main__", "core", "docs", "factory", "partition", "plan", "recipes"},
 }
 

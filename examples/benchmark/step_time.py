@@ -38,7 +38,7 @@ from torch.nn import Parameter
 
 from lightning_optim import Executor
 from lightning_optim.core.rule import REGISTRY, Rule
-from lightning_optim.docs import state_bytes
+from lightning_optim.docs import between, state_bytes
 from lightning_optim.ops.kernels.products import product
 
 Shapes = list[tuple[int, ...]]
@@ -490,12 +490,6 @@ def read(path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
 MARKS = "<!-- step_time: generated -->", "<!-- /step_time -->"
 
 
-def between_marks(path: Path, text: str) -> None:
-    """Replace what a file has between its marks."""
-    before, _, rest = path.read_text().partition(MARKS[0])
-    path.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
-
-
 def main() -> None:
     """Parse the command line, measure and print."""
     names = [*sorted(REGISTRY), *VARIANTS]
@@ -515,7 +509,10 @@ def main() -> None:
     rows = read(args.jsonl)
     if args.tables:
         text = tables(list(rows.values()))
-        print(text) if args.readme is None else between_marks(args.readme, text)
+        if args.readme is None:
+            print(text)
+        else:
+            args.readme.write_text(between(args.readme.read_text(), *MARKS, f"\n{text}\n"))
         return
     for shapes in args.shapes:
         for name in args.optim:

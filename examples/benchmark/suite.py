@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from lightning_optim.bench.__main__ import main as bench
+from lightning_optim.core.rule import REGISTRY
 
 OUT = Path(__file__).parent / "cpu"
 FINALISTS = ["adamw", "muon", "soap", "normuon", "lion", "adam_mini", "alice", "racs", "galore", "fira", "shampoo"]
@@ -21,9 +22,12 @@ TUNERS = ["adamw", "muon", "soap", "lion", "adam_mini", "galore"]
 SEEDS = ["--seeds", "0", "1", "2"]
 APART = ["--rest_lr", "0.02"]
 """AdamW's best rate for embeddings and gains (`frontier.py`), for all."""
+SEARCHING = sorted(name for name, rule in REGISTRY.items() if rule.observes == "loss")
+"""Rules whose trials take ten times as long: they come last."""
+OTHERS = sorted({*REGISTRY} - {*SEARCHING})
 STAGES: dict[str, list[str]] = {
-    "every optimizer": ["run", *APART, "--trials", "6"],
-    "finalists on three seeds": ["run", *APART, "--trials", "6", *SEEDS, "--finalists", "10"],
+    "every optimizer that does not search": ["run", *APART, "--trials", "6", "--optim", *OTHERS],
+    "finalists on three seeds": ["run", *APART, "--trials", "6", *SEEDS, "--finalists", "10", "--optim", *OTHERS],
     "a second size": ["run", *APART, "--model", "micro", "--trials", "6", "--optim", *FINALISTS, *SEEDS],
     "the same time": ["run", *APART, "--track", "seconds", "--trials", "6", "--optim", *FINALISTS],
     "the same memory": ["run", *APART, "--track", "memory", "--trials", "6", "--optim", *FINALISTS],
@@ -38,6 +42,8 @@ STAGES: dict[str, list[str]] = {
     "preferences": ["run", "--regime", "dpo", "--start", "adamw", "--tokens", "32768", "--trials", "4"]
     + ["--optim", "adamw", "muon", "lion"],
     "ablations": ["ablate", *APART],
+    "rules that search": ["run", *APART, "--trials", "6", "--optim", *SEARCHING],
+    "finalists of all": ["run", *APART, "--trials", "6", *SEEDS, "--finalists", "10"],
 }
 """What each stage types after `python -m lightning_optim bench`."""
 

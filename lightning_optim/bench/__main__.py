@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from lightning_optim.bench import report, run
 
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> bool:
     transferring.set_defaults(run=report.transfer_command)
     reporting = commands.add_parser("report", help="write report.md and report.html, a page of its own")
     run.add_arguments(reporting)
+    reporting.add_argument("--readme", type=Path, help="write a summary between this file's marks, too")
     reporting.set_defaults(run=report.report_command)
     args = parser.parse_args(argv)
     try:

@@ -15,10 +15,13 @@ from lightning_optim.bench.space import REGIMES, TRACKS, follows_adamw
 from lightning_optim.bench.statistics import front, kept, power_law, spread, tau
 from lightning_optim.bench.studies import BASELINE, Study, Variant, studies, tuned_besides, variants
 from lightning_optim.core.rule import REGISTRY
+from lightning_optim.docs import between
 
 MIB = 2**20
 SHOWN = 10
 """Lines in a chart: AdamW's and the best."""
+MARKS = "<!-- bench: generated -->", "<!-- /bench -->"
+"""In a README, around the summary."""
 NEIGHBOURS = (0.25, 0.5, 2.0, 4.0)
 """Multiples of the best learning rate at which sensitivity is shown."""
 
@@ -46,6 +49,26 @@ def build(ledger: Ledger) -> list[Block]:
     blocks += [Heading("What papers claim, and what was measured here"), claims(found, forms)]
     blocks += [Heading("Search spaces"), *spaces(compared), Heading("Precision"), *precision(compared)]
     return [*blocks, Heading("Runs that did not end well"), failures(ledger)]
+
+
+def summary(ledger: Ledger) -> str:
+    """What a README says of the report.
+
+    Args:
+        ledger: all trials.
+
+    Returns:
+        Markdown: the scale, and the table of what to take.
+    """
+    compared = [s for s in studies(ledger) if s.searched]
+    lines = [line for line in ledger if "model" in line]
+    weights = sorted({line["model"]["parameters"] for line in lines})
+    names = {n for s in compared for n in s.tuned}
+    told = (
+        f"{len(lines)} runs of {len(names)} optimizers, as many trials each: models of {weights[0]:,} to"
+        f" {weights[-1]:,} weights, at most {max(line['tokens'] for line in lines):,} tokens of one corpus."
+    )
+    return markdown([Text(told), *which(compared)[1:]]).strip()
 
 
 def title(study: Study) -> str:
@@ -211,7 +234,7 @@ def _costs(study: Study, names: Sequence[str]) -> Table:
         rows.append([
             name,
             f"{speed.mean:.0f}" if speed else None,
-            None if effective is None else f"{effective:.0f}",
+            None if effective is None else f"{effective:.0f}" if effective else "not reached",
             f"{line['time'][f'optimizer_{clock}'] / line['time'][clock]:.1%}",
             None if memory["state_predicted"] is None else memory["state_predicted"] / weights,
             memory["state"] / weights,
@@ -545,18 +568,22 @@ def _ratio(values: Sequence[float | None]) -> str | None:
 
 
 def report_command(args: argparse.Namespace) -> bool:
-    """Write `report.md` and `report.html` beside the ledger.
+    """Write `report.md` and `report.html` beside the ledger, and a summary between the marks of a README.
 
     Args:
-        args: with `out`.
+        args: with `out` and `readme`.
 
     Returns:
         True.
     """
-    blocks = build(_ledger(args))
+    ledger = _ledger(args)
+    blocks = build(ledger)
     for name, text in (("report.md", markdown(blocks)), ("report.html", page(blocks))):
         (args.out / name).write_text(text, encoding="utf-8")
         print(args.out / name)
+    if args.readme is not None:
+        args.readme.write_text(between(args.readme.read_text(encoding="utf-8"), *MARKS, f"\n{summary(ledger)}\n"))
+        print(args.readme)
     return True
 
 
