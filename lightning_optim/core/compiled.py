@@ -136,12 +136,12 @@ def kind_of(
         rest = _rest(rule, group, p, forms) if group["state_storage"] in CODES else ()
         if rest and p.dtype != torch.float32:
             return None
-        return Kind(p.dtype, p.device.type, rest=rest, block=group["storage_block"] if rest else 0)
+        return Kind(p.dtype, str(p.device), rest=rest, block=group["storage_block"] if rest else 0)
     if p.ndim < 2 or group.get("role") == "vector":
         return None
     b, m, n = dims or chunks.matrix_dims(p.shape, conv=not rule.last_two, transposed=group["transposed"])
     turned = group["transposed"] and 2 <= p.ndim <= 3
-    return Kind(p.dtype, p.device.type, b > 1, turned) if min(m, n) > 1 and not (b > 1 and turned) else None
+    return Kind(p.dtype, str(p.device), b > 1, turned) if min(m, n) > 1 and not (b > 1 and turned) else None
 
 
 def _rest(rule: Rule, group: Mapping[str, Any], p: Tensor, forms: Sequence[Form] | None) -> tuple[Storage, ...]:

@@ -20,7 +20,7 @@ from lightning_optim.ops.rounding import hash_key
 
 def noise(shape: Sequence[int], t: int, stream: int = 0) -> Tensor:
     """What a rule draws in the contract tests, where every matrix of a shape gets the same numbers."""
-    return normal(shape, hash_key(t, stream)).double()
+    return normal(shape, hash_key(t, stream), device=torch.get_default_device()).double()
 
 
 def due(h: dict, t: int) -> bool:

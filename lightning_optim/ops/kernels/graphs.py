@@ -63,7 +63,7 @@ def compiled(
 
     @functools.lru_cache(64)
     def derived(*given: float) -> list[Tensor]:
-        made = [torch.tensor(x, dtype=torch.float64) for x in given]
+        made = [torch.tensor(x, dtype=torch.float64, device="cpu") for x in given]
         return [*made, *prelude(*made)]
 
     def call(tensors: Sequence[Tensor], given: Sequence[float]) -> None:
@@ -82,7 +82,7 @@ def _traced(
 
     global _tracing
     # NaN: a value that could be read would become a symbol of the graph
-    opened = [torch.full((), torch.nan, dtype=torch.float64) for _ in range(numbers)]
+    opened = [torch.full((), torch.nan, dtype=torch.float64, device="cpu") for _ in range(numbers)]
     env = ShapeEnv()
     mode, inputs = FakeTensorMode(shape_env=env, allow_fallback_kernels=False), []
     for i, x in enumerate([*examples, *opened]):
