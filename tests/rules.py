@@ -69,8 +69,9 @@ def shapes(rule: type[Rule]) -> dict[str, tuple[int, ...]]:
 
 
 def drawing(seed: int) -> torch.Generator:
-    """Random numbers on the device where tensors are made."""
-    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+    """Random numbers for the device where tensors are made; a pretend one draws on the CPU."""
+    device = torch.get_default_device()
+    return torch.Generator(device if device.type == "cuda" else "cpu").manual_seed(seed)
 
 
 def params(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Parameter]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from lightning_optim.diagnostics import hessian, lanczos, memory, noise, spectru
 from lightning_optim.diagnostics.hessian import Hessian, frozen
 from lightning_optim.ops import eigenbasis
 from lightning_optim.ops.orthogonal import QUINTIC
+from tests.rules import drawing
 
 
 def random(seed: int = 0) -> torch.Generator:
-    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+    return drawing(seed)
 
 
 def orthogonal(n: int, seed: int = 0) -> Tensor:
@@ -616,6 +618,16 @@ def test_activations_grow_with_the_batch() -> None:
         sizes.append(saved.bytes)
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.01) and sizes[2] == pytest.approx(4 * sizes[0], rel=0.01)
     assert sizes[0] == 64 * 8 * (8 + 4 * (32 + 64))  # indices, two activations
+
+
+def test_saved_activations_die_with_a_loss_that_nobody_differentiates() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1))
+    with memory.SavedActivations(model):
+        out = model(torch.randn(2, 4))
+    held = weakref.ref(out)
+    del out
+    gc.collect()
+    assert held() is None
 
 
 def test_live_storages() -> None:

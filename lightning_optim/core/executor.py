@@ -875,7 +875,7 @@ class Executor(torch.optim.Optimizer):
                 of_forms |= set(self._of_averages(found[id(w.param)]))
                 state.update({k: _copied(v) for k, v in found[id(w.param)].items() if k not in of_forms})
                 # torch's SGD and Muon count no steps: it was not the first
-                state["step"] = torch.tensor(float(found[id(w.param)].get("step", 1.0)), dtype=torch.float32)
+                state["step"] = torch.tensor(float(found[id(w.param)].get("step", 1.0)), device="cpu")
                 self._place(job.rule, w, found[id(w.param)])
         entries = self._entries(jobs, lambda p, key: key in found[id(p)])
         described = [(e.key, e.shape, str(e.dtype), e.owner) for e in entries]

@@ -525,7 +525,7 @@ def agree_max(values: Sequence[float], params: Iterable[Tensor], group: dist.Pro
     """
     params = list(params)
     meshes = list(dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)))
-    out = torch.tensor(values, dtype=torch.float64)
+    out = torch.tensor(values, dtype=torch.float64, device="cpu")
     for mesh in meshes:
         moved = out.to(mesh.device_type)
         for d in range(mesh.ndim):

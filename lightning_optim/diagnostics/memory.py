@@ -164,7 +164,7 @@ class SavedActivations:
 
     def _pack(self, t: Tensor) -> Tensor:
         self._seen.update({k: v for k, v in storages([t]).items() if k not in self._own})
-        return t
+        return t.detach()  # what a node saves of its own result would keep the graph alive where nothing goes back
 
     def __enter__(self) -> SavedActivations:
         """Watch what autograd saves."""

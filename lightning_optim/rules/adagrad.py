@@ -56,7 +56,7 @@ class Adagrad(Rule):
             "maximize": False,
         }
         if p[0].is_cpu:
-            torch.ops.aten._fused_adagrad_(p, g, s["sum"], [torch.tensor(float(t))] * len(p), **given)
+            torch.ops.aten._fused_adagrad_(p, g, s["sum"], [torch.tensor(float(t), device="cpu")] * len(p), **given)
         else:  # counts up inside
-            adagrad(p, g, s["sum"], [torch.tensor(t - 1.0) for _ in p], foreach=True, **given)
+            adagrad(p, g, s["sum"], [torch.tensor(t - 1.0, device="cpu") for _ in p], foreach=True, **given)
         return True

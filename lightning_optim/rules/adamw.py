@@ -93,7 +93,7 @@ class AdamW(Averaging):
             s["exp_avg"],
             s["exp_avg_sq"],
             s.get("max_exp_avg_sq", []),
-            [torch.tensor(step, dtype=torch.float32, device=p[0].device)] * len(p),
+            [torch.full((), step, dtype=torch.float32, device=p[0].device)] * len(p),
             lr=self.lr,
             beta1=self.betas[0],
             beta2=self.betas[1],

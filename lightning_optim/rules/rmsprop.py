@@ -75,7 +75,7 @@ class RMSprop(Rule):
             s["square_avg"],
             [],
             s.get("momentum_buffer", []),
-            [torch.tensor(t - 1.0) for _ in p],
+            [torch.tensor(t - 1.0, device="cpu") for _ in p],
             foreach=True,
             lr=self.lr,
             alpha=self.alpha,
