@@ -13,12 +13,16 @@ torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Where tensors are made: for the golden, contract and diagnostics tests, which then run on an accelerator."""
+    """Where tensors are made: golden, contract and diagnostics tests run on `cuda`, the golden ones on `card`, too."""
     parser.addoption("--device", default="cpu")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make tensors there."""
+    if config.getoption("--device") == "card":
+        from tests.card import Card
+
+        Card().__enter__()
     if config.getoption("--device") != "cpu":
         torch.set_default_device(config.getoption("--device"))
 
