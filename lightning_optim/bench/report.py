@@ -107,7 +107,7 @@ def limits(ledger: Ledger, compared: Sequence[Study]) -> list[Block]:
     machines = sorted({f"{line['setup']['hardware']}, {line['setup']['threads']} thread(s)" for line in lines})
     seconds = sum(line["time"]["cpu_seconds"] for line in lines)
     seeds = max((study.loss(n).count for study in compared for n in study.tuned), default=0)
-    versions = sorted({", ".join(f"{k} {v}" for k, v in line["versions"].items()) for line in lines})
+    versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
     said = [
         f"{len(lines)} runs, {seconds / 3600:.2f} processor hours of training on {'; '.join(machines)}.",
         f"Everything below holds at this scale: models of {parameters[0]:,} to {parameters[-1]:,} weights"
@@ -126,7 +126,7 @@ def limits(ledger: Ledger, compared: Sequence[Study]) -> list[Block]:
         " activations and what operations return; what a fused kernel allocates inside itself is not seen. Predicted is"
         " the sum of weights, state, and the larger of gradients and what autograd keeps.",
     ]
-    return [Text(" ".join(said)), Text("Versions: " + "; ".join(versions) + ".")]
+    return [Text(" ".join(said)), Text("Versions: " + ", ".join(versions) + ".")]
 
 
 def which(compared: Sequence[Study]) -> list[Block]:
@@ -145,15 +145,15 @@ def which(compared: Sequence[Study]) -> list[Block]:
             continue
         best = min(names, key=lambda n: study.loss(n).mean)
         ties = [n for n in names if n != best and _tied(study, best, n)]
-        times = {n: t for n in names if (t := _mean(study.to_target(n, study.clock))) is not None}
-        fastest = min(times, key=lambda n: times[n])
+        times = {n: t for n in names if (t := _mean(study.to_target(n, study.clock)))}  # none where AdamW only lost
+        fastest = min(times, key=lambda n: times[n], default=None)
         no_worse = [n for n in names if study.loss(n).mean <= study.loss(BASELINE).mean]
         leanest = min(no_worse, key=lambda n: (_memory(study, n, "state"), study.loss(n).mean))
         rows.append([
             title(study),
             f"{best} ({study.loss(best)})",
             ", ".join(ties) or ("none" if study.loss(best).count > 1 else "unknown: one seed"),
-            f"{fastest} ({times[fastest]:.2f} of AdamW's time)",
+            fastest and f"{fastest} ({times[fastest]:.2f} of AdamW's time)",
             f"{leanest} ({_memory(study, leanest, 'state') / _memory(study, BASELINE, 'state'):.0%} of AdamW's state)",
         ])
     head = [

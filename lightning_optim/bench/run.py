@@ -31,7 +31,7 @@ from lightning_optim.bench.space import (
 from lightning_optim.bench.trial import Workspace, execute, needed_bytes
 from lightning_optim.core.rule import REGISTRY, lookup
 
-LR = {"pretrain": 2e-3, "continue": 1e-3, "full": 1e-3, "lora": 3e-3, "dpo": 1e-3}
+LR = {"pretrain": 2e-3, "continue": 1e-3, "full": 1e-3, "lora": 3e-3, "dpo": 2e-4}
 """The centre of AdamW's own grid."""
 SEARCH, SEEDS = "search", "seeds"
 

@@ -35,6 +35,8 @@ TRACKS: dict[Track, str] = {
 }
 FIRST = ("adamw", "muon", "soap")
 """Optimizers whose trials come first; AdamW's tuned learning rate is the centre of the others' grids."""
+UNCORRECTED = ("came",)
+"""Rules that follow AdamW's learning rate but for their start: CAME's first directions are 50 times as long."""
 Size = tuple[int, int]
 """Width of a model and steps of a run, to which ranks and intervals are fitted."""
 Point = tuple[float, Any]
@@ -164,11 +166,11 @@ def roles_apart(rule: type[Rule], rest_lr: float) -> dict[str, Any]:
 
     Returns:
         Arguments of `build_optimizer`. AdamW trains them where it does so anyway, and where the rule's direction has no
-        scale in which the rate would mean the same; nothing if the rate is 0.
+        scale in which the rate would mean the same, or not from the start; nothing if the rate is 0.
     """
     if not rest_lr:
         return {}
-    by = None if follows_adamw(rule) else "adamw"
+    by = None if follows_adamw(rule) and rule.name not in UNCORRECTED else "adamw"
     return {"rest_lr": rest_lr, "overrides": [(role, by, {"lr": rest_lr}) for role in ("embedding", "vector")]}
 
 

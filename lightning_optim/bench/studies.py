@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -192,7 +193,7 @@ def tuned_besides(line: Line, search: Iterable[Line]) -> dict[str, Any]:
 
 
 def _ends(lines: Iterable[Line]) -> str:
-    return ", ".join(sorted({f"{line['status']}: {line['reason']}" for line in lines}))
+    return ", ".join(f"{count} {status}" for status, count in sorted(Counter(x["status"] for x in lines).items()))
 
 
 def _but_seed(line: Line) -> Mapping[str, Any]:
