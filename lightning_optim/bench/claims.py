@@ -60,7 +60,9 @@ def _relative_throughput(name: str) -> Measure:
             return None
         effective, base = study.effective_throughput(name), theirs.mean
         told = f"tokens per second {ours.mean / base:.2f} of AdamW's"
-        return told + ("" if effective is None else f", effective throughput {effective / base:.2f}")
+        if effective is None:
+            return told
+        return told + (f", effective throughput {effective / base:.2f}" if effective else ", its last loss not reached")
 
     return measure
 

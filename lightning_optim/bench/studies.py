@@ -248,15 +248,21 @@ def variants(ledger: Ledger) -> list[Variant]:
         In the order in which `bench ablate` lists them.
     """
     out: dict[tuple[str, str, str, Setup], list[Line]] = {}
+    places: dict[tuple[str, str, str, Setup], tuple[int, ...]] = {}
     for line in ledger:
         for why in (w for w in line["why"] if w.startswith("ablation ") and "config" in line):
             trial, name = read_trial(line["config"]), why.removeprefix("ablation ")
-            width = line.get("model", {}).get("hidden_size", 0)
-            forms = ablations(width or 1)[name].variants[trial.optimizer]
+            known = ablations(line.get("model", {}).get("hidden_size", 0) or 1)
+            forms = known[name].variants[trial.optimizer]
             label = max(
                 (label for label, given in forms.items() if all(trial.settings.get(k) == v for k, v in given.items())),
                 key=lambda label: len(forms[label]),
                 default="",
             )
-            out.setdefault((name, trial.optimizer, label, trial.setup), []).append(line)
-    return [Variant(*key, lines) for key, lines in out.items()]
+            key = (name, trial.optimizer, label, trial.setup)
+            out.setdefault(key, []).append(line)
+            lists = (known, known[name].variants, forms)
+            places[key] = tuple(
+                [*names].index(one) if one in names else 0 for names, one in zip(lists, key, strict=False)
+            )
+    return [Variant(*key, out[key]) for key in sorted(out, key=lambda key: places[key])]
