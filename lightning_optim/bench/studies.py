@@ -261,8 +261,6 @@ def variants(ledger: Ledger) -> list[Variant]:
             )
             key = (name, trial.optimizer, label, trial.setup)
             out.setdefault(key, []).append(line)
-            lists = (known, known[name].variants, forms)
-            places[key] = tuple(
-                [*names].index(one) if one in names else 0 for names, one in zip(lists, key, strict=False)
-            )
+            of = ((known, name), (known[name].variants, trial.optimizer), (forms, label))
+            places[key] = tuple(list(names).index(one) if one in names else 0 for names, one in of)
     return [Variant(*key, out[key]) for key in sorted(out, key=lambda key: places[key])]
