@@ -61,6 +61,17 @@ class OnCard(Tensor):
         """The numbers, which the host waits for."""
         return self.cpu().tolist()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A copy of a leaf."""
+        out: Tensor = OnCard(self.held.clone())
+        out = Parameter(out, self.requires_grad) if isinstance(self, Parameter) else out
+        memo[id(self)] = out
+        return out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What is pickled: what is held."""
+        return OnCard, (self.held,)
+
     def __repr__(self, **_: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What is held."""
         return f"OnCard({self.held})"
@@ -69,6 +80,9 @@ class OnCard(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation that has such tensors."""
         return _run(func, args, kwargs or {})
+
+
+torch.serialization.add_safe_globals([OnCard])
 
 
 class Card(TorchDispatchMode):
