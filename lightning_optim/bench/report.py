@@ -434,7 +434,11 @@ def ablated(forms: Sequence[Variant]) -> list[Block]:
         cells: list[Cell] = [form.ablation, form.optimizer, form.label, told]
         rows.append([*cells, memory[0] if memory else None, spread(time).mean if time else None])
     head = ["ablation", "optimizer", "form", "loss (seeds)", "state B/weight", "optimizer ms per step"]
-    return [Table(head, rows)]
+    said = (
+        "Every form has the learning rate that was tuned for the optimizer's default, and might do better with another."
+        " Under `roles` AdamW has the matrices that the rule does not get at the rule's rate, not at its own."
+    )
+    return [*([Text(said)] if rows else []), Table(head, rows)]
 
 
 def claims(found: Sequence[Study], forms: Sequence[Variant]) -> Table:
