@@ -326,6 +326,19 @@ def test_a_trial_is_validated_with_the_averaged_weights(tmp_path: Path, cache: P
     assert len(losses[True]) == 4 and set(losses[True]) == {losses[False][0]} and len(set(losses[False])) == 4
 
 
+def test_an_optimizer_that_does_not_fit_is_a_result(tmp_path: Path, cache: Path) -> None:
+    words = "--track memory --tokens 1024 --trials 1 --optim adamw soap signum".split()
+    assert main(command(tmp_path, cache, *words))
+    ledger = Ledger(tmp_path / "trials.jsonl")
+    assert {x["config"]["optimizer"]: x["status"] for x in ledger} == {
+        "adamw": "ok",
+        "soap": "does not fit",
+        "signum": "ok",
+    }
+    told = page.markdown(report.build(ledger))
+    assert "Left out: soap (1 does not fit)." in told and "--budget" in told
+
+
 def test_seconds_track_ends_with_its_budget(tmp_path: Path, cache: Path) -> None:
     setup = dataclasses.replace(TOY, track="seconds", budget=0.5)
     line = execute(Trial(setup, "adamw", 1e-3), workspace(tmp_path, cache))

@@ -352,7 +352,9 @@ def resources(compared: Sequence[Study]) -> list[Block]:
                 line["tokens"],
                 str(study.loss(name)),
             ])
-    return [Table(["track", "budget", "optimizer", "weights", "tokens", "loss"], rows)]
+    left = [one for s in compared if s.setup.track != "model" for one in s.unfinished]
+    table = Table(["track", "budget", "optimizer", "weights", "tokens", "loss"], rows)
+    return [table, *([Text(f"Left out: {'; '.join(left)}.")] if left else [])]
 
 
 def finetuning(compared: Sequence[Study]) -> list[Block]:

@@ -28,7 +28,7 @@ from lightning_optim.bench.space import (
     read_trial,
     trial_at,
 )
-from lightning_optim.bench.trial import Workspace, execute, needed_bytes
+from lightning_optim.bench.trial import DoesNotFit, Workspace, execute, needed_bytes
 from lightning_optim.core.rule import REGISTRY, lookup
 
 LR = {"pretrain": 2e-3, "continue": 1e-3, "full": 1e-3, "lora": 3e-3, "dpo": 2e-4}
@@ -95,11 +95,15 @@ class Queue:
     def _attempt(self, trial: Trial) -> Line:
         try:
             return execute(trial, self.workspace)
+        except DoesNotFit as error:
+            if trial.optimizer == "adamw":  # the budget is nonsense
+                raise
+            status, reason = "does not fit", str(error)
         except (RuntimeError, ArithmeticError, NotImplementedError) as error:
             if not self.keep_going:
                 raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            return {"key": trial.key, "config": trial.config, "status": "failed", "reason": reason, "final": None}
+            status, reason = "failed", f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return {"key": trial.key, "config": trial.config, "status": status, "reason": reason, "final": None}
 
 
 def same_setup(line: Line, setup: Setup) -> bool:

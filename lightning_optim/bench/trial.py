@@ -34,6 +34,10 @@ HEADS = 2
 """A wider model's width grows by this many elements per attention head: rotary embeddings need an even number."""
 
 
+class DoesNotFit(ValueError):
+    """The budget of memory is less than the preset needs with an optimizer."""
+
+
 @dataclass
 class Stopwatch:
     """Time and processor time, of everything inside `with watch.running():`.
@@ -510,7 +514,7 @@ def widest(trial: Trial, task: tasks.Task) -> int:
         Width, at least the preset's.
 
     Raises:
-        ValueError: not even the preset's model fits.
+        DoesNotFit: not even the preset's model fits.
     """
     setup = trial.setup
     start, fits = size_of(setup)[0], 0
@@ -520,7 +524,7 @@ def widest(trial: Trial, task: tasks.Task) -> int:
             break
         fits = width
     if not fits:
-        raise ValueError(f"{trial.optimizer}: --budget {setup.budget:g} bytes are too few for {setup.model!r}")
+        raise DoesNotFit(f"{trial.optimizer}: --budget {setup.budget:g} bytes are too few for {setup.model!r}")
     return fits
 
 
