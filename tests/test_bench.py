@@ -739,6 +739,17 @@ def test_the_script_for_accelerators_runs_without_one(tmp_path: Path) -> None:
     assert steps["muon"]["T m / B (Jordan et al. 2024)"] == 5 * PRESETS["tiny"].width / 2**19
 
 
+def test_a_readme_without_marks_is_refused_before_anything_is_written(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "trials.jsonl").write_bytes((ROOT / "examples/benchmark/cpu/trials.jsonl").read_bytes())
+    page = tmp_path / "README.md"
+    for _ in range(2):  # there is none, and one without
+        with pytest.raises(SystemExit):
+            main(["report", "--out", str(tmp_path), "--readme", str(page)])
+        assert f"between lines {report.MARKS[0]} and {report.MARKS[1]}" in capsys.readouterr().err
+        assert not (tmp_path / "report.md").exists()
+        page.write_text("no marks")
+
+
 def test_what_the_repository_says_comes_from_its_trials() -> None:
     folder = ROOT / "examples/benchmark/cpu"
     ledger, readme = Ledger(folder / "trials.jsonl"), (ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Steps on a device that is not the CPU: nothing is left behind on it, and the host does not wait."""
+"""Steps on a device that is not the CPU: nothing leaves it, and the host does not wait."""
 
 from __future__ import annotations
 

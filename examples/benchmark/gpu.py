@@ -28,12 +28,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peers import peers  # pyright: ignore[reportImplicitRelativeImport]
-from step_time import INTERVAL, PASSES, PRODUCTS, markdown  # pyright: ignore[reportImplicitRelativeImport]
+from step_time import INTERVAL, PASSES, PRODUCTS, markdown, show  # pyright: ignore[reportImplicitRelativeImport]
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -48,6 +47,9 @@ from lightning_optim.ops import orthogonal
 LR = 1e-6
 Row = dict[str, Any]
 TABLE2 = ("adamw", "muon", "soap", "racs", "alice", "galore", "fira", "apollo", "adam_mini", "lion")
+MATRICES = ("muon", "normuon", "soap", "kl_soap", "psgd_kron", "alice", "racs", "galore", "fira", "apollo", "dion")
+ALONE = [name for name, rule in REGISTRY.items() if not rule.observes]
+"""Rules that take gradients and nothing else."""
 BATCHES = {"Alice and RACS": 512 * 256, "Muon": 2**19}
 """Tokens per step in the papers: Gong et al. 2025, Sec. 6; Jordan et al. 2024 (NanoGPT)."""
 BUSY = 50_000_000
@@ -148,18 +150,18 @@ def elementwise(bench: Bench) -> Iterator[Row]:
     copied = bench.copied()
     params = bench.parameters(bench.matrices)
     count = sum(p.numel() for p in params)
+    grads = [p.grad for p in params if p.grad is not None]
     names = [n for n, rule in REGISTRY.items() if (rule.elementwise or rule.reduces) and n != "mlbfgs"]
-    fused_adamw, foreach = (torch.optim.AdamW(params, lr=LR, fused=a, foreach=not a) for a in (True, False))
-    torchs = {"torch fused": fused_adamw, "torch foreach": foreach}
-    fused = bench.turns({k: x.step for k, x in torchs.items()})
+    fused = torch.optim.AdamW(params, lr=LR, fused=True)
 
-    def beside(alone: float, queued: float, moved: float) -> Row:
-        shares = {"queued / fused": queued / fused["torch fused"][1], "share of copy": moved / queued / copied}
-        return shares | {"alone / queued": alone / queued}
+    def beside(name: str, step: Callable[[], Any], moved: float) -> Row:
+        taken = bench.turns({"fused": fused.step, name: step})
+        alone, queued = taken[name]
+        shares = {"queued / fused": queued / taken["fused"][1], "share of copy": moved / queued / copied}
+        return {"optimizer": name, **shares, "alone / queued": alone / queued}
 
-    for name, (alone, queued) in fused.items():
-        yield {"optimizer": f"{name} AdamW", **beside(alone, queued, 28 * count)}
-    torchs.clear()
+    yield beside("torch fused AdamW", fused.step, 28 * count)
+    yield beside("torch foreach AdamW", torch.optim.AdamW(params, lr=LR, foreach=True).step, 28 * count)
     for name in names:
         moved = PASSES.get(name, 12 + 2 * state_bytes(REGISTRY[name]))
         for form in ({}, {"compile": True}):
@@ -168,16 +170,9 @@ def elementwise(bench: Bench) -> Iterator[Row]:
             except ValueError as error:  # it has no graph, and says why
                 yield {"optimizer": f"{name}, compiled", "refused": str(error)}
                 continue
-            show(ours, params)
-            alone, queued = bench.turns({name: ours.step})[name]
-            yield {"optimizer": f"{name}, compiled" if form else name, **beside(alone, queued, moved * count)}
+            show(ours, REGISTRY[name](), params, grads)
+            yield beside(f"{name}, compiled" if form else name, ours.step, moved * count)
             del ours
-
-
-def show(optimizer: Executor, params: Sequence[Parameter]) -> None:
-    """Hand over one measurement, if a rule observes elements."""
-    if any(REGISTRY[g["rule"]].observes for g in optimizer.param_groups):
-        optimizer.observe({p: SimpleNamespace(value=p.grad, count=1) for p in params})
 
 
 def newton_schulz(bench: Bench) -> Iterator[Row]:
@@ -205,7 +200,7 @@ def newton_schulz(bench: Bench) -> Iterator[Row]:
         plain = calls["ours"]()
         for form, (alone, queued) in bench.turns(calls).items():
             found = calls[form]()
-            operations = b * 5 * (4 * s * s * long + 2 * s**3)
+            operations = b * PRODUCTS["muon"][0].operations(s, long, 0)
             yield {
                 "stack": f"{b} x {s} x {long}",
                 "form": form,
@@ -243,28 +238,17 @@ def matrices(bench: Bench) -> Iterator[Row]:
     params = bench.parameters(bench.matrices[:4])
     rate = bench.multiplied(bench.matrices[0][0])
     fused = torch.optim.AdamW(params, lr=LR, fused=True)
-    base = bench.turns({"fused": fused.step})["fused"][1]
-    others = torch.optim.Muon(params, lr=LR)
-    theirs = {"torch": others.step}
-    for name in (
-        "muon",
-        "normuon",
-        "soap",
-        "kl_soap",
-        "psgd_kron",
-        "alice",
-        "racs",
-        "galore",
-        "fira",
-        "apollo",
-        "dion",
-    ):
+    for name in MATRICES:
         made = Executor(params, {"rule": name, "lr": LR, "on_nonfinite": "off"})
-        calls: dict[str, Callable[[], Any]] = {"ours": made.step, **(theirs if name == "muon" else {})}
+        calls: dict[str, Callable[[], Any]] = {"fused AdamW": fused.step, "ours": made.step}
+        if name == "muon":
+            calls["torch"] = torch.optim.Muon(params, lr=LR).step
         for package, build in peers(name).items():
             built = build(params, [], INTERVAL)
             calls[package] = lambda built=built: [optimizer.step() for optimizer in built]
-        for who, (alone, queued) in bench.turns(calls).items():
+        taken = bench.turns(calls)
+        base = taken.pop("fused AdamW")[1]
+        for who, (alone, queued) in taken.items():
             row: Row = {"optimizer": name, "by": who, "queued / fused": queued / base, "alone / queued": alone / queued}
             if name in ("muon", "normuon"):
                 done = sum(PRODUCTS[name][0].operations(min(p.shape), max(p.shape), 0) for p in params)
@@ -314,9 +298,7 @@ def waits(bench: Bench) -> Iterator[Row]:
     """How often the host waits for the device in an ordinary step; should be never with `on_nonfinite="off"`."""
     if bench.device == "cpu":
         return
-    for name, rule in REGISTRY.items():
-        if rule.observes:
-            continue
+    for name in ALONE:
         params = bench.parameters([(256, 512)] * 4)
         for check in ("off", "raise"):
             optimizer = Executor(params, {"rule": name, "lr": LR, "on_nonfinite": check})
@@ -334,9 +316,7 @@ def memory(bench: Bench) -> Iterator[Row]:
     """Predicted state beside what the allocator has more after the first step, and the most a step takes besides."""
     if bench.device == "cpu":
         return
-    for name, rule in REGISTRY.items():
-        if rule.observes:
-            continue
+    for name in ALONE:
         params = bench.parameters([(1024, 2048)] * 8)
         optimizer = Executor(params, {"rule": name, "lr": LR})
         bench.sync()

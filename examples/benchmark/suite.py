@@ -29,6 +29,10 @@ STAGES: dict[str, list[str]] = {
     "every optimizer that does not search": ["run", *APART, "--trials", "6", "--optim", *OTHERS],
     "finalists on three seeds": ["run", *APART, "--trials", "6", *SEEDS, "--finalists", "10", "--optim", *OTHERS],
     "a second size": ["run", *APART, "--model", "micro", "--trials", "6", "--optim", *FINALISTS, *SEEDS],
+    "the finalists of all on the second size": [
+        *["run", *APART, "--model", "micro", "--trials", "6", *SEEDS],
+        *["--optim", "sink_soap", "cosmos", "kl_soap", "muon_sq", "soap_muon", "moso", "swan"],
+    ],
     "what papers claim, on three seeds": ["run", *APART, "--trials", "6", "--optim", *FINALISTS, *SEEDS],
     "the same time": ["run", *APART, "--track", "seconds", "--trials", "6", "--optim", *FINALISTS],
     "the same memory": ["run", *APART, "--track", "memory", "--trials", "6", "--optim", *FINALISTS],

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from lightning_optim.bench.claims import CLAIMS
-from lightning_optim.bench.ledger import Ledger
+from lightning_optim.bench.ledger import Ledger, Line
 from lightning_optim.bench.page import NOTHING, Block, Cell, Chart, Heading, Table, Text, markdown, page
 from lightning_optim.bench.run import SEARCH
 from lightning_optim.bench.space import REGIMES, TRACKS, follows_adamw
@@ -62,13 +62,15 @@ def summary(ledger: Ledger) -> str:
     """
     compared = [s for s in studies(ledger) if s.searched]
     lines = [line for line in ledger if "model" in line]
-    weights = sorted({line["model"]["parameters"] for line in lines})
     names = {n for s in compared for n in s.tuned}
-    told = (
-        f"{len(lines)} runs of {len(names)} optimizers, as many trials each: models of {weights[0]:,} to"
-        f" {weights[-1]:,} weights, at most {max(line['tokens'] for line in lines):,} tokens of one corpus."
-    )
+    told = f"{len(lines)} runs of {len(names)} optimizers, as many trials each: {_scale(lines)}, one corpus."
     return markdown([Text(told), *which(compared)[1:]]).strip()
+
+
+def _scale(lines: Sequence[Line]) -> str:
+    weights = sorted({line["model"]["parameters"] for line in lines})
+    tokens = max((line["tokens"] for line in lines if line["status"] == "ok"), default=0)
+    return f"models of {weights[0]:,} to {weights[-1]:,} weights and runs of at most {tokens:,} tokens"
 
 
 def title(study: Study) -> str:
@@ -102,16 +104,13 @@ def limits(ledger: Ledger, compared: Sequence[Study]) -> list[Block]:
     lines = [line for line in ledger if "model" in line]
     if not lines:
         return [Text(NOTHING)]
-    parameters = sorted({line["model"]["parameters"] for line in lines})
-    tokens = sorted({line["tokens"] for line in lines if line["status"] == "ok"})
     machines = sorted({f"{line['setup']['hardware']}, {line['setup']['threads']} thread(s)" for line in lines})
     seconds = sum(line["time"]["cpu_seconds"] for line in lines)
     seeds = max((study.loss(n).count for study in compared for n in study.tuned), default=0)
     versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
     said = [
         f"{len(lines)} runs, {seconds / 3600:.2f} processor hours of training on {'; '.join(machines)}.",
-        f"Everything below holds at this scale: models of {parameters[0]:,} to {parameters[-1]:,} weights"
-        f" and runs of at most {max(tokens, default=0):,} tokens, one corpus, one batch size, one schedule.",
+        f"Everything below holds at this scale: {_scale(lines)}, one corpus, one batch size, one schedule.",
         "Orders at this scale are not those of large models: there, noise, batch and length of training differ.",
         f"At most {seeds} seed(s) per number. The seed that a learning rate was chosen on is among them, which flatters"
         " every optimizer alike. An optimizer's trials differ in learning rate and at most one more hyperparameter;"
@@ -581,14 +580,23 @@ def report_command(args: argparse.Namespace) -> bool:
 
     Returns:
         True.
+
+    Raises:
+        ValueError: no trials, or a README without the marks; nothing is written then.
     """
-    ledger = _ledger(args)
+    ledger, readme = _ledger(args), ""
+    if args.readme is not None:
+        readme = args.readme.read_text(encoding="utf-8") if args.readme.is_file() else ""
+        if not all(mark in readme for mark in MARKS):
+            raise ValueError(
+                f"--readme {args.readme}: the summary goes between lines {MARKS[0]} and {MARKS[1]}; add them"
+            )
     blocks = build(ledger)
     for name, text in (("report.md", markdown(blocks)), ("report.html", page(blocks))):
         (args.out / name).write_text(text, encoding="utf-8")
         print(args.out / name)
     if args.readme is not None:
-        args.readme.write_text(between(args.readme.read_text(encoding="utf-8"), *MARKS, f"\n{summary(ledger)}\n"))
+        args.readme.write_text(between(readme, *MARKS, f"\n{summary(ledger)}\n"), encoding="utf-8")
         print(args.readme)
     return True
 

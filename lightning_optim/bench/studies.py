@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lightning_optim.bench.ledger import Ledger, Line
@@ -28,7 +29,7 @@ class Study:
         """Which time is compared: processor seconds on a CPU, which a busy machine changes least."""
         return "cpu_seconds" if self.setup.device == "cpu" else "seconds"
 
-    @property
+    @cached_property
     def searched(self) -> dict[str, list[Line]]:
         """The search of every optimizer, by learning rate."""
         out: dict[str, list[Line]] = {}
@@ -37,7 +38,7 @@ class Study:
                 out.setdefault(line["config"]["optimizer"], []).append(line)
         return {name: sorted(found, key=lambda line: line["config"]["lr"]) for name, found in sorted(out.items())}
 
-    @property
+    @cached_property
     def tuned(self) -> list[str]:
         """Optimizers with as many trials as AdamW, one of which ended well; AdamW first, then by loss."""
         found = self.searched
