@@ -724,8 +724,8 @@ class Labels(TorchFunctionMode):
         if loss.grad_fn is not None:
             nodes = set(graph_nodes([loss]))
             self._used = [getattr(x, "grad_fn", None) in nodes for x in self._losses]
-        used = self._used if self._used is not None and len(self._used) == len(self._losses) else None
-        for kept in (self.inputs, self._counts, self._losses) if used is not None else ():
+        used = self._used or []
+        for kept in (self.inputs, self._counts) if len(used) == len(self._losses) else ():
             kept[:] = [x for x, u in zip(kept, used, strict=True) if u]
         self._losses = []
 

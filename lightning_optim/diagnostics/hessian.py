@@ -206,8 +206,17 @@ class Hessian:
         else:
             self.gradient = self._gradient(value)
         if reduce is not None:
-            self.gradient = [g.clone() for g in self.gradient]
-            reduce(self.gradient)
+            self.average_over(reduce)
+
+    def average_over(self, reduce: Callable[[list[Tensor]], None]) -> None:
+        """From now on, have gradients and products averaged.
+
+        Args:
+            reduce: averages over data-parallel ranks, in place.
+        """
+        self.reduce = reduce
+        self.gradient = [g.clone() for g in self.gradient]
+        reduce(self.gradient)
 
     def _gradient(self, value: Tensor, *, create_graph: bool = False) -> list[Tensor]:
         found = torch.autograd.grad(value, self.params, create_graph=create_graph, allow_unused=True)
