@@ -1,4 +1,4 @@
-"""What a trainer trains: its batches as `compute_loss` receives them, and the loss that `compute_loss` makes of them."""
+"""What a trainer trains: its batches as `compute_loss` receives them, and the loss that it makes of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_optim.diagnostics.hessian import in_full_precision, measuring
 ROW_BY_ROW = {"transformers.trainer.Trainer", "trl.trainer.sft_trainer.SFTTrainer"}
 """Trainers whose `compute_loss` is a mean over rows that do not depend on one another."""
 FEW = 4096
-"""Elements of the largest tensor, and members of the largest container, among a trainer's attributes that are put back."""
+"""Most elements of a tensor, and members of a container, among a trainer's attributes that are put back."""
 
 
 def current_trainer() -> Trainer | None:

@@ -70,8 +70,8 @@ class CurvatureFeed(TrainerCallback):
         trainer, own = current_trainer(), self._loss
         if trainer is None:
             raise RuntimeError(
-                "CurvatureFeed finds no transformers.Trainer whose batches and compute_loss it could take; in a loop of "
-                "your own use lightning_optim.curvature.Feed"
+                "CurvatureFeed finds no transformers.Trainer whose batches and compute_loss it could take; in a loop "
+                "of your own use lightning_optim.curvature.Feed"
             )
         batches = Batches(trainer, model, lambda batch: feed.see(batch))
         settings = dict(self._settings)

@@ -261,11 +261,14 @@ class Feed:
         return {} if broken else seen
 
     def _fall_back_to_hutchinson(self, params: Sequence[Tensor]) -> None:
-        why = f"the loss calls none of torch's {LABELLED}, so no labels can be drawn for the Gauss-Newton-Bartlett estimate"
+        why = (
+            f"the loss calls none of torch's {LABELLED}, so no labels can be drawn for the Gauss-Newton-Bartlett "
+            "estimate"
+        )
         if any(layout.local(p) is not p for p in params):
             raise ValueError(
-                f"{why}, and the other estimate needs products with the Hessian, which FSDP2 does not support; use one of "
-                "these (no fused loss kernel), or train under DDP"
+                f"{why}, and the other estimate needs products with the Hessian, which FSDP2 does not support; use one "
+                "of these (no fused loss kernel), or train under DDP"
             )
         self._undrawn = True
         warnings.warn(
@@ -331,11 +334,12 @@ class Feed:
                 raise RuntimeError(NO_SECOND_DERIVATIVE) from error
             if self.method == "exact" or not differences_may_help(error):
                 raise
-            reason = str(error)
+            second = isinstance(error, NoSecondDerivativeError)
+            reason = "a kernel has none, or a false one" if second else str(error)
         found = measure("difference")  # raises again what has another cause
         self._differences = True
         warnings.warn(
-            f"the curvature feed takes differences of gradients from now on, as second derivatives failed: {reason}",
+            f"the curvature feed takes differences of gradients in place of second derivatives: {reason}",
             stacklevel=6,
         )
         return found
@@ -604,8 +608,8 @@ def compare_losses(measured: float, trained: float, dtypes: Iterable[torch.dtype
     tolerance = max([torch.finfo(dtype).eps for dtype in dtypes], default=1e-7) ** 0.5
     if not math.isclose(measured, trained, rel_tol=tolerance, abs_tol=tolerance * 1e-3) and measured == measured:
         raise ValueError(
-            f"CurvatureFeed(loss=...) is not the loss that is trained: on the first batch it is {measured:.6g}, and the "
-            f"trainer's is {trained:.6g}; leave loss out, or give the trainer's own. Nothing was updated"
+            f"CurvatureFeed(loss=...) is not the loss that is trained: on the first batch it is {measured:.6g}, and "
+            f"the trainer's is {trained:.6g}; leave loss out, or give the trainer's own. Nothing was updated"
         )
 
 

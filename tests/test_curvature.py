@@ -373,9 +373,14 @@ def test_a_kernel_without_a_second_derivative(kernel: Any) -> None:
     model = Small()
     model.head.register_forward_pre_hook(lambda m, x: (kernel.apply(x[0]),))
     with pytest.raises(RuntimeError, match="method='difference'"):
-        measured(model, "sophia_h", batches())
+        measured(model, "sophia_h", batches(), method="exact")
     found = measured(model, "sophia_h", batches(), method="difference")
     assert all(x.value.isfinite().all() for x in found.values())
+    with pytest.warns(UserWarning, match="differences of gradients in place of second derivatives") as said:
+        fallen = measured(model, "sophia_h", batches(2))
+    assert len(said) == 1
+    expected = measured(model, "sophia_h", batches(2), method="difference")
+    assert all(torch.equal(a.value, b.value) for a, b in zip(fallen.values(), expected.values(), strict=True))
     assert measured(model, "sophia_g", batches())
 
 
@@ -397,10 +402,21 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 def test_a_loss_without_labels() -> None:
     model = Small()
     optimizer = build_optimizer(model, "sophia_g", lr=1e-3)
-    feed = Feed(model, optimizer, lambda batch: model(batch).square().mean())
+    seen = caught(optimizer)
+    feed = Feed(model, optimizer, lambda batch: model(batch).square().mean(), share=1.0)
     feed.see(batches()[0])
-    with pytest.raises(ValueError, match="cross_entropy"):
+    with pytest.warns(UserWarning, match="sophia_g: .*cross_entropy.*Hutchinson's estimate") as said:
         feed.ready()
+    feed.see(batches()[0])
+    feed.ready()  # says it once
+    assert len(said) == 1 and len(seen) == 2
+    other = build_optimizer(model, "sophia_h", lr=1e-3)
+    expected = caught(other)
+    feed = Feed(model, other, lambda batch: model(batch).square().mean(), share=1.0)
+    feed.see(batches()[0])
+    feed.ready()
+    for a, b, c in zip(seen[0].values(), seen[1].values(), expected[0].values(), strict=True):
+        assert a.diagonal and torch.equal(a.value, c.value) and torch.equal(b.value, c.value)
     with pytest.raises(ValueError, match="share"):
         Feed(model, optimizer, model.loss, share=0.0)
     with pytest.raises(ValueError, match="method"):

@@ -94,8 +94,9 @@ def in_full_precision() -> bool:
 def frozen(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
     """Make a model's loss a fixed, twice differentiable function, and put everything back.
 
-    No module is in training mode (dropout), random numbers are restored (torch's, Python's and NumPy's), gradients are
-    out of reach, autocast is off, attention has a second derivative (kernels without one are switched for the duration).
+    No module is in training mode (dropout), random numbers are restored (torch's, Python's and NumPy's), gradients
+    are out of reach, autocast is off, attention has a second derivative (kernels without one are switched for the
+    duration).
 
     Args:
         model: any module.

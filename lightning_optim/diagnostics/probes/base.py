@@ -62,8 +62,8 @@ class Run:
         ranks: number of data-parallel processes.
         rank: of this one.
         extra: what a framework knows besides: `checkpoint`, a function that gives the last checkpoint's path;
-            `ddp`, the wrapper; `group`, the process group; `rows_belong_together`, where a part of a batch's rows has no
-            loss that says something of the whole.
+            `ddp`, the wrapper; `group`, the process group; `rows_belong_together`, where the loss of some of a batch's
+            rows says nothing of the loss of all.
     """
 
     model: nn.Module
@@ -259,6 +259,9 @@ class Probe:
 
         Args:
             run: what there is to see.
+
+        Raises:
+            SettingError: a setting that the run cannot honor.
         """
         self.stop()
         self.stopped = self._untold = self._together = False
