@@ -239,7 +239,7 @@ class Feed:
                 ours = self.loss(batch)
             theirs = trained(batch)
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        compare_losses(float(ours), float(theirs), dtypes | labels.dtypes)
+        compare_losses(float(ours.detach()), float(theirs.detach()), dtypes | labels.dtypes)
 
     def _measured(self, kind: str, params: Sequence[Tensor], batches: Sequence[Any]) -> dict[Tensor, Seen] | None:
         """What is shown to the rules.

@@ -147,6 +147,36 @@ def frozen(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
 
 
 @contextmanager
+def again(model: nn.Module) -> Iterator[None]:
+    """Compute a loss a second time as it was trained, dropout included, and put gradients and buffers back.
+
+    Args:
+        model: any module.
+
+    Yields:
+        Nothing.
+    """
+    global _active
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    try:
+        _active += 1
+        for p, _ in grads:
+            p.grad = None
+        with torch.enable_grad(), _other_random_numbers():
+            yield
+    finally:
+        _active -= 1
+        with torch.no_grad():
+            for b, version, before in buffers:
+                if b._version != version:
+                    b.copy_(before)
+        for p, g in grads:
+            if p.grad is not g:
+                p.grad = g
+
+
+@contextmanager
 def _other_random_numbers() -> Iterator[None]:
     """Put Python's and NumPy's random numbers back, which a loss may draw."""
     state, numpy = random.getstate(), sys.modules.get("numpy")

@@ -146,6 +146,8 @@ class Probe:
         if self.stopped and name not in ("start", "stop", "state_dict"):
             if self._untold and name == "end" and self._made is not None:
                 self._tell()
+            if not self._untold:
+                self._leave()
             return default
         out = self._guarded(call, name, args, kwargs)
         return default if self.stopped and out is None else out
@@ -211,7 +213,7 @@ class Probe:
         self.stopped = True
         self._untold = alone and self.run is not None and self.run.ranks > 1
         self._clear()
-        if self._together or not self._untold:
+        if self._together:
             self._tell()
         warnings.warn(
             f"{self.title} stops measuring, and training continues without it: {reason.rstrip('.')}. "
@@ -225,7 +227,6 @@ class Probe:
         if untold:
             with contextlib.suppress(OtherRankError):
                 self._agree(failed=True)
-        self._leave()
 
     def _agree(self, *, failed: bool = False) -> None:
         """Exchange with all ranks whether the probe of one has failed."""
@@ -237,6 +238,7 @@ class Probe:
             raise OtherRankError
 
     def _leave(self) -> None:
+        """Remove the optimizer's hooks; not within one of them, as torch iterates over them."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
