@@ -120,10 +120,6 @@ def configure_optimizers(
     trainer = getattr(module, "_trainer", None)
     if trainer is not None and not any(isinstance(c, ModuleOrder) for c in trainer.callbacks):
         trainer.callbacks.insert(0, ModuleOrder())
-    groups = optimizer.param_groups
-    known = {"momentum": any("momentum" in g for g in groups), "betas": all("betas" in g for g in groups)}
-    for key in (k for k, there in known.items() if there):  # LearningRateMonitor looks for these in the defaults
-        optimizer.defaults.setdefault(key, next(g[key] for g in groups if key in g))
     curve = optimizer.curve or Curve()
     found: int | None = None
     if curve.needs_total and curve.total_steps is None and module.trainer.max_epochs == -1:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_optim.core.executor import Executor
+from lightning_optim.core.groups import momentum_of, set_momentum
 from lightning_optim.core.rule import check_value, nearest
 
 SCHEDULES = {
@@ -196,10 +197,7 @@ class Curve:
         for group in self.moving(optimizer, step):
             full = group.setdefault("initial_momentum", _full_momentum(group))
             now = self.momentum(step, total if callable(total) else lambda: self.total_steps or total, full)
-            if "momentum" in group:
-                group["momentum"] = now
-            else:
-                group["betas"] = (now, *group["betas"][1:])
+            set_momentum(group, now)
 
 
 def _steps(value: float, of: float) -> float:
@@ -233,7 +231,7 @@ class Schedule(LambdaLR):
             optimizer.total_steps = given
         self.momentum_warmup_steps, self.momentum_start = curve.momentum_warmup_steps, curve.momentum_start
         for group in curve.moving(optimizer, 0):
-            if "momentum" not in group and "betas" not in group:
+            if momentum_of(group) is None:
                 raise ValueError(f"{group['rule']} has no momentum to warm up")
             for key, steps in (("start", curve.momentum_warmup_steps), ("end", curve.momentum_cooldown_steps)):
                 value, full = getattr(curve, f"momentum_{key}"), _full_momentum(group)
@@ -287,5 +285,4 @@ class Schedule(LambdaLR):
 
 def _full_momentum(group: Mapping[str, Any]) -> float:
     """The momentum between warm-up and cooldown; kept in the group, as the learning rate's `initial_lr` is."""
-    now = group["momentum"] if "momentum" in group else group["betas"][0]
-    return group.get("initial_momentum", now)
+    return group.get("initial_momentum", momentum_of(group))
