@@ -175,7 +175,7 @@ class Executor(torch.optim.Optimizer):
         self.fused: fused.FusedBackward | None = None
         self.averages: averages.Averages | None = None
         self.curve: Any = None
-        self.total_steps: int | None = None
+        self._total_steps: int | Callable[[], int | None] | None = None
         self.fed = False
         self.look = None
         self.mates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -190,8 +190,17 @@ class Executor(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled or copied."""
-        kept = ("max_temp_bytes", "averages", "curve", "total_steps")
-        return super().__getstate__() | {key: getattr(self, key) for key in kept}
+        kept = {key: getattr(self, key) for key in ("max_temp_bytes", "averages", "curve")}
+        return super().__getstate__() | kept | {"_total_steps": self.total_steps}
+
+    @property
+    def total_steps(self) -> int | None:
+        """The length of the run, None where it is not known; may be set to what is to be called for it."""
+        return self._total_steps() if callable(self._total_steps) else self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, steps: int | Callable[[], int | None] | None) -> None:
+        self._total_steps = steps
 
     # -- groups ---------------------------------------------------------------------------------------------------
 
