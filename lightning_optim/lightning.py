@@ -258,7 +258,9 @@ class AveragedWeights(Callback):
             pl_module: its module.
             checkpoint: with the weights to train, and the state that belongs to them.
         """
-        stepped = [o for o in _wrapped(trainer) if o.state]  # before, both are the same; finders save, and train at once
+        stepped = [
+            o for o in _wrapped(trainer) if o.state
+        ]  # before, both are the same; finders save, and train at once
         if not stepped or any(optimizer.is_sharded() for optimizer in stepped):
             return
         for optimizer in stepped:
