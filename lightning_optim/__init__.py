@@ -10,6 +10,7 @@ Lightning when they are used.
 from typing import TYPE_CHECKING, Any
 
 from lightning_optim import optimizers
+from lightning_optim.config import OptimizerConfig
 from lightning_optim.core.averages import EMANesterov, MuLoCo, TailEMA
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import Rule, Slot, eye, lookup, zeros
@@ -20,7 +21,7 @@ from lightning_optim.plan import plan
 from lightning_optim.schedule import Curve, Schedule
 
 if TYPE_CHECKING:
-    from lightning_optim.lightning import OptimizerConfig, configure_optimizers
+    from lightning_optim.lightning import configure_optimizers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,8 +50,8 @@ __all__ += optimizers.__all__
 
 def __getattr__(name: str) -> Any:
     """Import Lightning only when a name that needs it is used."""
-    if name in ("OptimizerConfig", "configure_optimizers"):
-        from lightning_optim import lightning
+    if name == "configure_optimizers":
+        from lightning_optim.lightning import configure_optimizers
 
-        return getattr(lightning, name)
+        return configure_optimizers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

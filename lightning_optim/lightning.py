@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from lightning_optim.config import OptimizerConfig
 from lightning_optim.core.executor import Executor
-from lightning_optim.core.rule import lookup
 from lightning_optim.curvature import observes
 from lightning_optim.factory import build_optimizer
 from lightning_optim.partition import Override
-from lightning_optim.recipes import find
 from lightning_optim.schedule import SCHEDULES, Curve, Schedule
 
 __all__ = ["SCHEDULES", "OptimizerConfig", "Schedule", "configure_optimizers"]
@@ -260,7 +258,7 @@ class AveragedWeights(Callback):
         """
         stepped = [
             o for o in _wrapped(trainer) if o.state
-        ]  # before, both are the same; finders save, and train at once
+        ]  # before, both are the same, and finders go on
         if not stepped or any(optimizer.is_sharded() for optimizer in stepped):
             return
         for optimizer in stepped:
@@ -271,89 +269,6 @@ class AveragedWeights(Callback):
 
 def _wrapped(trainer: Trainer) -> list[Executor]:
     return [o for o in trainer.optimizers if isinstance(o, Executor) and o.averages is not None]
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """What `configure_optimizers` is to be given, as a value that LightningCLI reads from YAML.
-
-    A module takes it as an argument, `optimizer: OptimizerConfig`, and ends its `configure_optimizers` with
-    `return self.optimizer(self)`: it is called with the module because the parameters alone do not tell their roles.
-    `optimizer: OptimizerConfig | OptimizerCallable`, in this order, takes optimizer classes as well. jsonargparse lets
-    `OptimizerCallable` alone take only them; to such a module give `lightning_optim.callbacks.HybridOptimizer`.
-
-    Args:
-        name: see `configure_optimizers`, as are all the following but the last.
-        lr: see there.
-        recipe: see there.
-        preset: see there.
-        schedule: see there.
-        warmup_steps: see there.
-        total_steps: see there.
-        min_lr_ratio: see there.
-        cooldown: see there.
-        horizon: see there.
-        power: see there.
-        momentum_warmup_steps: see there.
-        momentum_start: see there.
-        momentum_cooldown_steps: see there.
-        momentum_end: see there.
-        weight_decay: see there.
-        rest: see there.
-        rest_lr: see there.
-        rest_settings: see there.
-        lr_convention: see there.
-        overrides: see there.
-        settings: hyperparameters of the main rule, and options of all groups.
-
-    Raises:
-        ValueError: an unknown name, recipe or schedule.
-    """
-
-    name: str
-    lr: float | None = None
-    recipe: str | None = None
-    preset: str | None = None
-    schedule: Literal["constant", "linear", "cosine", "power"] | None = None
-    warmup_steps: int | None = None
-    total_steps: int | None = None
-    min_lr_ratio: float | None = None
-    cooldown: int | float | None = None
-    horizon: int | float | None = None
-    power: float | None = None
-    momentum_warmup_steps: int | None = None
-    momentum_start: float | None = None
-    momentum_cooldown_steps: int | None = None
-    momentum_end: float | None = None
-    weight_decay: float | None = None
-    rest: str | None = None
-    rest_lr: float | None = None
-    rest_settings: dict[str, Any] = field(default_factory=dict)
-    lr_convention: Literal["adamw", "native"] | None = None
-    overrides: list[Override] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check the names before a model is built."""
-        lookup(self.name)
-        lookup(self.rest or self.name)
-        find(self.recipe or self.name)
-        if self.schedule is not None:
-            Curve(self.schedule)
-        if self.preset is not None:
-            find(self.preset)
-
-    def __call__(self, module: LightningModule) -> dict[str, Any]:
-        """Build what `LightningModule.configure_optimizers` returns.
-
-        Args:
-            module: the module; all its trainable parameters are taken.
-
-        Returns:
-            See `configure_optimizers`.
-        """
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
-        return configure_optimizers(module, **given, **self.settings)
 
 
 def _refuse_what_needs_gradients(module: LightningModule) -> None:
@@ -386,10 +301,7 @@ def _feed(module: LightningModule, optimizer: Executor) -> None:
 
 
 def _total_steps(module: LightningModule) -> int | None:
-    """Optimizer steps of the trainer's run as it is now; None before its loader is there.
-
-    Asked earlier, the trainer makes its loader, and never restores its position.
-    """
+    # None before the loader is there: asked earlier, the trainer makes it, and never restores its position
     trainer = module.trainer
     endless = trainer.max_epochs == -1
     if not endless and trainer.train_dataloader is None:
