@@ -256,9 +256,7 @@ class AveragedWeights(Callback):
             pl_module: its module.
             checkpoint: with the weights to train, and the state that belongs to them.
         """
-        stepped = [
-            o for o in _wrapped(trainer) if o.state
-        ]  # before, both are the same, and finders go on
+        stepped = [o for o in _wrapped(trainer) if o.state]  # before, both are the same, and finders go on
         if not stepped or any(optimizer.is_sharded() for optimizer in stepped):
             return
         for optimizer in stepped:
