@@ -245,7 +245,7 @@ class Sized(Net):
     batch_size = 2
 
     def train_dataloader(self) -> Any:
-        rows = torch.cat([Rows(1).row(k) for k in range(8)])
+        rows: Any = torch.cat([Rows(1).row(k) for k in range(8)])
         return torch.utils.data.DataLoader(rows, batch_size=self.batch_size)
 
 
@@ -329,7 +329,9 @@ def test_a_schedule_that_asks_at_once_resumes_within_an_epoch(tmp_path: Path) ->
     """Asking the trainer for the length of the run before it starts would lose the loader's position."""
 
     class Save(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             if trainer.global_step == 3:
                 trainer.save_checkpoint(tmp_path / "at.ckpt")
 

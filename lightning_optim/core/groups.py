@@ -156,11 +156,14 @@ def plain(value: Any) -> Any:
     Returns:
         The value with Python's numbers.
     """
-    if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
-    if type(value) in (tuple, list):
-        return type(value)(plain(x) for x in value)
-    return {k: plain(x) for k, x in value.items()} if type(value) is dict else value
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind(plain(x) for x in value)
+    if kind is dict:
+        return {k: plain(x) for k, x in value.items()}
+    if kind in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
