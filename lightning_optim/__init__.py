@@ -10,11 +10,10 @@ Lightning when they are used.
 from typing import TYPE_CHECKING, Any
 
 from lightning_optim import optimizers
-from lightning_optim.config import OptimizerConfig
 from lightning_optim.core.averages import EMANesterov, MuLoCo, TailEMA
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import Rule, Slot, eye, lookup, zeros
-from lightning_optim.factory import build_optimizer
+from lightning_optim.factory import OptimizerConfig, build_optimizer
 from lightning_optim.optimizers import *  # noqa: F403
 from lightning_optim.partition import assign, layerwise_decay, lora_plus, roles
 from lightning_optim.plan import plan

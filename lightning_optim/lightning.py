@@ -11,10 +11,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lightning_optim.config import OptimizerConfig
 from lightning_optim.core.executor import Executor
 from lightning_optim.curvature import observes
-from lightning_optim.factory import build_optimizer
+from lightning_optim.factory import OptimizerConfig, build_optimizer
 from lightning_optim.partition import Override
 from lightning_optim.schedule import SCHEDULES, Curve, Schedule
 

@@ -114,8 +114,7 @@ def test_a_stock_script_takes_our_names(tmp_path: Path):
         sys.path.insert(0, ".")
         from script import main
         from transformers import TrainingArguments
-        from transformers.trainer_utils import HPSearchBackend
-from transformers.training_args import OptimizerNames
+        from transformers.training_args import OptimizerNames
 
         import hf_integration
         from lightning_optim.core.rule import REGISTRY
@@ -326,6 +325,31 @@ def test_attach_comes_before_any_other_optimizer(tmp_path: Path):
     pair = (create_optimizer(model, "muon", lr=1e-2), None)
     with refused:
         attach(Trainer(model, stock(tmp_path), optimizers=pair), "lion")
+
+
+def test_a_cycle_moves_the_momentum_of_every_group(tmp_path: Path):
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            groups = kwargs["optimizer"].param_groups
+            seen.append([(g["lr"], g["momentum"] if g["rule"] == "muon" else g["betas"][0]) for g in groups])
+
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=5)
+
+    seen: list[Any] = []
+    model = llama()
+    made = create_optimizer(model, "muon", lr=1e-2)
+    pair: Any = (made, schedule(made))
+    Trainer(model, stock(tmp_path), train_dataset=Tokens(), optimizers=pair, callbacks=[Watch()]).train()
+    p = nn.Parameter(torch.zeros(1))
+    p.grad = torch.zeros(1)
+    theirs = torch.optim.AdamW([p])
+    expected = schedule(theirs)
+    for groups in seen:
+        assert groups == [(theirs.param_groups[0]["lr"], theirs.param_groups[0]["betas"][0])] * 3
+        theirs.step()
+        expected.step()
+    assert len(seen) == 4
 
 
 # -- flags that change before the optimizer is built -------------------------------------------------------------------
