@@ -32,7 +32,20 @@ from lightning_optim.core import (
     storage,
     travel,
 )
-from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, reading_of, rule_of
+from lightning_optim.core.groups import (
+    MOMENTUM_NAMES,
+    ParamGroup,
+    check_loaded,
+    check_param,
+    completed,
+    momentum_field,
+    momentum_names,
+    parts_of,
+    plain,
+    reading_of,
+    rule_of,
+    settings_of,
+)
 from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
 from lightning_optim.core.storage import COMPENSATION, RADIUS, Form, scale_key
@@ -98,6 +111,9 @@ class Executor(torch.optim.Optimizer):
       kernel of torch's keep it for state that rests as values. A checkpoint does not change it.
     * `seed`: of the stochastic rounding of weights and state and of random projections.
 
+    `defaults` name a momentum as torch's optimizers do, so `OneCycleLR`, `CyclicLR` and Lightning's monitor work: each
+    group answers to `momentum` and to `betas`, whichever its rule has (`groups.ParamGroup`).
+
     `wrap` adds look-ahead, averages and an outer optimizer; `train()` and `eval()` then change between the weights to
     train and those to evaluate. `total_steps`, if set, is the length of the run, which the doors of the trainers know;
     `curve` is the schedule that `build_optimizer` was given (`lightning_optim.schedule.Curve`).
@@ -123,6 +139,8 @@ class Executor(torch.optim.Optimizer):
         super().__init__(cast("Any", params), dict(defaults or {}))
         for key in ("lr", "weight_decay"):
             self.defaults.setdefault(key, self.param_groups[0][key])
+        self._complete = True
+        self._offer_momentum()
 
     divide: Callable[[dict[str, Any]], Sequence[dict[str, Any]]] | None
     """Gives a group that is added without a rule as groups with rules; set by `build_optimizer`."""
@@ -141,6 +159,7 @@ class Executor(torch.optim.Optimizer):
 
     def _start(self, max_temp_bytes: int = 2**25) -> None:
         self.max_temp_bytes = max_temp_bytes
+        self._complete = False
         self.divide = None  # not on the class, where Lightning's wrapper of an optimizer would find it
         self._owners: dict[Tensor, int] = {}  # no weak references: `Module.to` could not swap a DTensor that has one
         self._loads: dict[Any, list[float]] = {}
@@ -156,7 +175,7 @@ class Executor(torch.optim.Optimizer):
         self.fused: fused.FusedBackward | None = None
         self.averages: averages.Averages | None = None
         self.curve: Any = None
-        self.total_steps: int | None = None
+        self._total_steps: int | Callable[[], int | None] | None = None
         self.fed = False
         self.look = None
         self.mates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -165,12 +184,23 @@ class Executor(torch.optim.Optimizer):
         """Restore a pickled or copied optimizer."""
         if not hasattr(self, "_meeting"):
             self._start()
+            self._complete = True
         super().__setstate__(state)
+        self.param_groups[:] = map(ParamGroup, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled or copied."""
-        kept = ("max_temp_bytes", "averages", "curve", "total_steps")
-        return super().__getstate__() | {key: getattr(self, key) for key in kept}
+        kept = {key: getattr(self, key) for key in ("max_temp_bytes", "averages", "curve")}
+        return super().__getstate__() | kept | {"_total_steps": self.total_steps}
+
+    @property
+    def total_steps(self) -> int | None:
+        """The length of the run, None where it is not known; may be set to what is to be called for it."""
+        return self._total_steps() if callable(self._total_steps) else self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, steps: int | Callable[[], int | None] | None) -> None:
+        self._total_steps = steps
 
     # -- groups ---------------------------------------------------------------------------------------------------
 
@@ -194,7 +224,7 @@ class Executor(torch.optim.Optimizer):
             for part in parts:
                 self.add_param_group(part)
             return
-        group = completed(param_group, self.defaults, self.param_groups)
+        group = ParamGroup(completed(param_group, self.defaults, self.param_groups))
         foreign = self.defaults.keys() - group.keys()
         if self.fused is not None:
             fused.check(rule_of(group), group, ())
@@ -206,8 +236,18 @@ class Executor(torch.optim.Optimizer):
         super().add_param_group(group)
         for key in foreign:
             del group[key]
+        if self._complete:
+            self._offer_momentum()
         if self.fused is not None:
             self.fused.watch()
+
+    def _offer_momentum(self) -> None:
+        """Keep in `defaults` the names under which torch's schedules and Lightning's monitor look for a momentum."""
+        rule = self.defaults.get("rule", self.param_groups[0]["rule"])
+        own = settings_of(lookup(rule))
+        for key in (momentum_field(lookup(rule)), momentum_names(self.param_groups)):
+            if key in MOMENTUM_NAMES:
+                self.defaults.setdefault(key, own[key] if key in own else self.param_groups[0][key])
 
     # -- step -----------------------------------------------------------------------------------------------------
 
@@ -723,9 +763,11 @@ class Executor(torch.optim.Optimizer):
         trained = self.state
         self.state = self._saved() if trained else trained
         try:
-            return super().state_dict()
+            out = super().state_dict()
         finally:
             self.state = trained
+        out["param_groups"] = [plain(group) for group in out["param_groups"]]
+        return out
 
     def consolidate(self) -> None:
         """Collect the state that replicas share out (`share_work`), for calls of `state_dict` until the next step.
@@ -836,6 +878,7 @@ class Executor(torch.optim.Optimizer):
             if self.averages is None and group.get("average_step"):
                 raise ValueError("the checkpoint's optimizer was wrapped (EMANesterov, ...): wrap this one alike")
             known = group if "rule" in group else lookup(own["rule"]).translate(dict(group))
+            known = {k: v for k, v in known.items() if k in own or k not in MOMENTUM_NAMES}
             groups.append({**{k: v for k, v in own.items() if k != "params"}, **known, "compile": own["compile"]})
             check_loaded(groups[-1])
         return [*groups, *saved[len(groups) :]]
