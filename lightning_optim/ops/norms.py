@@ -130,7 +130,7 @@ def clip_rms_(x: Tensor, limit: float) -> Tensor:
 
 
 def quotient(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
-    """A / b where both are positive (and `where` is too), else 1: a layer's trust ratio.
+    """A / b where both are positive (and `where` is too) and the ratio is finite, else 1: a layer's trust ratio.
 
     Args:
         a: norms of a weight.
@@ -140,8 +140,9 @@ def quotient(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
     Returns:
         Finite ratios.
     """
-    safe = (a > 0) & (b > 0) if where is None else (a > 0) & (b > 0) & (where > 0)
-    return torch.where(safe, a / b, torch.ones_like(a))
+    ratio = a / b
+    safe = (a > 0) & (b > 0) & ratio.isfinite()
+    return torch.where(safe if where is None else safe & (where > 0), ratio, torch.ones_like(a))
 
 
 def variance_factor(x: Tensor, v: Tensor, beta: float) -> Tensor:
