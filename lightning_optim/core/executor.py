@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, Self, cast
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from lightning_optim.core import (
     storage,
     travel,
 )
-from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, reading_of, rule_of
+from lightning_optim.core.groups import check_loaded, check_param, completed, is_flat, parts_of, reading_of, rule_of
 from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
 from lightning_optim.core.storage import COMPENSATION, RADIUS, Form, scale_key
@@ -224,11 +224,13 @@ class Executor(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: a gradient is not finite and its group asks to raise; nothing was written.
-            RuntimeError: a sparse gradient, or ranks that disagree on which parameters have a gradient or, at the first
-                step, on the groups.
+            RuntimeError: a sparse gradient, a parameter whose shape is no longer that of its state or gradient, or
+                ranks that disagree on which parameters have a gradient or, at the first step, on the groups; nothing
+                was written.
         """
         if self.averages is None:
             return self._step(closure)[0]
+        self._check_shapes(self._jobs(frozen=True), gradients=False)
         self.averages.begin(self, closure=closure is not None)
         taken = False
         try:
@@ -245,6 +247,7 @@ class Executor(torch.optim.Optimizer):
                 loss = closure()
         look, self.look = self.look, None
         jobs = list(self._jobs())
+        self._check_shapes(jobs)
         if not self._compared:
             self._compare(jobs)
         self._refreshes.spread(jobs, self.process_group)
@@ -281,6 +284,7 @@ class Executor(torch.optim.Optimizer):
     def eval(self) -> None:
         """Put the weights to evaluate or to save in the place of those to train; nothing where they are the same."""
         if self.averages is not None:
+            self._check_shapes(self._jobs(frozen=True), gradients=False)
             with torch.inference_mode(False), torch.no_grad():
                 self.averages.eval(self)
 
@@ -295,6 +299,7 @@ class Executor(torch.optim.Optimizer):
     def train(self) -> None:
         """Put the weights to train back, bit for bit."""
         if self.averages is not None:
+            self._check_shapes(self._jobs(frozen=True), gradients=False)
             with torch.inference_mode(False), torch.no_grad():
                 self.averages.train(self)
 
@@ -320,9 +325,11 @@ class Executor(torch.optim.Optimizer):
 
         Raises:
             ValueError: a parameter whose rule observes nothing.
+            RuntimeError: a parameter whose shape is no longer that of its state or gradient; nothing was written.
         """
         self.fed = True
         every = list(self._jobs())
+        self._check_shapes(every)
         jobs = observing.chosen(every, seen)
         works = [w for job in every for w in job.works]
         given = [w.gradient() for w in works if (g := w.param.grad) is not None and g.layout == torch.strided]
@@ -435,7 +442,10 @@ class Executor(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
-                    parts = chunks.parts(p.shape, blocks, conv=not rule.last_two, transposed=turned)
+                    try:
+                        parts = chunks.parts(p.shape, blocks, conv=not rule.last_two, transposed=turned)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from None
                     team = self._team(rule, p, parts, turned, name)
                     works.append(Work(p, name, index, parts, self.state.get(p, {}), turned, team, own))
                 index += 1
@@ -541,6 +551,47 @@ class Executor(torch.optim.Optimizer):
 
     # -- what precedes the first write ----------------------------------------------------------------------------
 
+    def _check_shapes(self, jobs: Iterable[Job], *, gradients: bool = True) -> None:
+        """Check that every parameter still has the shape of its state and, if asked, of its gradient.
+
+        On ranks that keep no values of a parameter, empty slots have the shape of what the owner keeps, so that all
+        ranks come to the same answer.
+
+        Raises:
+            RuntimeError: a parameter was resized in place; the message names it, both shapes and what to do.
+        """
+        for rule, group, works in jobs:
+            known: dict[tuple[Any, ...], dict[str, Form]] = {}
+            for w in works:
+                p, g = w.param, w.param.grad
+                if gradients and g is not None and g.shape != p.shape and g.shape != layout.local(p).shape:
+                    raise RuntimeError(
+                        f"{w.name} has shape {tuple(p.shape)}, its gradient {tuple(g.shape)}: it was resized after the "
+                        "backward pass; nothing was updated. Call zero_grad() and take the gradient again"
+                    )
+                if not w.state:
+                    continue
+                kind = p.shape, p.dtype
+                if kind not in known:
+                    known[kind] = forms_of(Job(rule, group, []), w)
+                w.forms = forms = known[kind]
+                for key, form in forms.items():
+                    held = w.state.get(key)
+                    if held is not None and held.shape != form.shape and held.shape != (0, *form.shape):
+                        _refuse_resized(w, key, held.shape, form.shape)
+                if len(w.state) > len(forms) + 1:  # more than slots and "step"
+                    self._check_beside(w)
+
+    def _check_beside(self, w: Work) -> None:
+        """Check the shapes of what is kept for a parameter beside the slots of its rule."""
+        for key in (COMPENSATION, averages.TRAINED, *(() if self.averages is None else self.averages.keys)):
+            held = w.state.get(key)
+            if held is not None and held.shape != w.param.shape:
+                _refuse_resized(w, key, held.shape, w.param.shape)
+        radius, count = w.state.get(RADIUS), sum(part.dims[0] for part in w.parts)
+        if radius is not None and radius.numel() != count:
+            _refuse_resized(w, RADIUS, radius.shape, (count,))
+
     def _only_materialises(self, jobs: Sequence[Job]) -> bool:
         """Whether this is DCP's dummy step: every lr 0, every parameter with a gradient, every gradient 0."""
         if any(float(job.group["lr"]) != 0.0 for job in jobs):
@@ -621,7 +672,7 @@ class Executor(torch.optim.Optimizer):
                 kind = p.shape, p.dtype
                 if kind not in known:
                     narrow = storage.compensated(p.dtype, group), storage.keeps_radius(p.dtype, group)
-                    known[kind] = forms_of(Job(rule, group, []), w), *narrow
+                    known[kind] = dict(w.forms) or forms_of(Job(rule, group, []), w), *narrow
                 w.forms, compensated, has_radius = known[kind]
                 if not w.state:
                     w.state = self.state.setdefault(w.param, {})
@@ -654,7 +705,10 @@ class Executor(torch.optim.Optimizer):
         if w.team is not None:
             here = self._owners[w.param] == w.team.rank
             like = torch.empty(w.param.shape if here else 0, dtype=w.param.dtype, device=device)
-            made = storage.allocate(form, like, form.shape) if here else like.new_empty(0, dtype=form.dtype)
+            if here:
+                made = storage.allocate(form, like, form.shape)
+            else:  # the shape tells of which whole slot, see `_check_shapes`
+                made = like.new_empty((0, *form.shape), dtype=form.dtype)
         elif rule.reduces:
             made = layout.StackLayout(w.param, w.dims, w.name, w.transposed).allocate(form)
         elif cut is None and not form.quantised:
@@ -715,7 +769,8 @@ class Executor(torch.optim.Optimizer):
             As torch's: plain values and tensors only, loadable with `weights_only=True`.
 
         Raises:
-            RuntimeError: in a collective call, when some rank does not make it.
+            RuntimeError: in a collective call, when some rank does not make it; a parameter whose shape is no longer
+                that of its state.
         """
         known = {id(p) for group in self.param_groups for p in group["params"]}
         for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in known]:
@@ -758,6 +813,8 @@ class Executor(torch.optim.Optimizer):
                 "replicas have momenta of their own: call consolidate() on all ranks before state_dict()"
             )
         trained, jobs = self.state, list(self._jobs(frozen=True))
+        whole = [Job(r, g, [w for w in ws if not is_flat(w.param)]) for r, g, ws in jobs]  # others change their shapes
+        self._check_shapes(whole, gradients=False)
         self._materialise([Job(r, g, [w for w in ws if _is_trained(w.param)]) for r, g, ws in jobs])
         entries = [e for e in self._entries(jobs, lambda p, key: p in trained) if e.param not in self._gathered]
         out = defaultdict(dict, {p: dict(slots) for p, slots in trained.items()})
@@ -860,6 +917,10 @@ class Executor(torch.optim.Optimizer):
                     if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
                         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                         raise ValueError(f"{w.name}: the checkpoint's {key!r} has shape {got}, expected {shape}")
+                for key in (COMPENSATION, *self._of_averages(found)):
+                    if key in found and found[key].shape != w.param.shape:
+                        got, shape = tuple(found[key].shape), tuple(w.param.shape)
+                        raise ValueError(f"{w.name}: the checkpoint's {key!r} has shape {got}, expected {shape}")
 
     def _install(self, loaded: Mapping[int, Mapping[str, Any]], ids: Sequence[int]) -> None:
         """Copy loaded state into place, in the declared dtypes; matrices that travel go to their owners."""
@@ -871,6 +932,9 @@ class Executor(torch.optim.Optimizer):
         for job in jobs:
             for w in job.works:
                 state, w.forms = self.state[w.param], forms_of(job, w)
+                for key, form in w.forms.items():  # the parameter may have been resized since
+                    if key in state and state[key].shape not in (form.shape, (0, *form.shape)):
+                        del state[key]
                 of_forms = {*w.forms, *map(scale_key, w.forms), "step", COMPENSATION, RADIUS}
                 of_forms |= set(self._of_averages(found[id(w.param)]))
                 state.update({k: _copied(v) for k, v in found[id(w.param)].items() if k not in of_forms})
@@ -934,6 +998,22 @@ def _expected(forms: Mapping[str, Form], found: Mapping[str, Any]) -> Iterator[t
         yield key, form.shape
         if form.quantised and not (isinstance(x := found.get(key), Tensor) and x.is_floating_point()):
             yield scale_key(key), checkpoint.table_shape(form)
+
+
+def _refuse_resized(w: Work, key: str, held: Sequence[int], expected: Sequence[int]) -> NoReturn:
+    """Refuse a parameter whose state is that of another shape.
+
+    Raises:
+        RuntimeError: always.
+    """
+    whole = tuple(held)[1:] if len(held) > len(expected) else tuple(held)
+    raise RuntimeError(
+        f"{w.name} has shape {tuple(w.param.shape)}, and its state is that of another shape: {key!r} has {whole}, "
+        f"expected {tuple(expected)}; nothing was updated. The parameter was resized in place, as "
+        "resize_token_embeddings does, or a setting that shapes the state (rank, blocks) was changed. Resize before "
+        "the first step, build a new optimizer afterwards, or start this parameter's state again by "
+        "optimizer.state.pop(parameter), on every rank"
+    )
 
 
 def _copied(value: Any) -> Any:

@@ -190,6 +190,7 @@ class FusedBackward:
         self.watch()
 
     def _begin(self, jobs: Sequence[Job]) -> None:
+        self.optimizer._check_shapes(jobs)
         for rule, group, works in jobs:
             check(rule, group, works)
             for w in works:
