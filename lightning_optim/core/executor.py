@@ -53,6 +53,7 @@ from lightning_optim.core.work import (
     update_stack,
     work_of,
 )
+from lightning_optim.ops.lapack import failures
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -228,6 +229,11 @@ class Executor(torch.optim.Optimizer):
                 ranks that disagree on which parameters have a gradient or, at the first step, on the groups; nothing
                 was written.
         """
+        with failures.collected():
+            return self._whole_step(closure)
+
+    def _whole_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Take one step, and what averages do before and after it; what the closure returned."""
         if self.averages is None:
             return self._step(closure)[0]
         self._check_shapes(self._jobs(frozen=True), gradients=False)
@@ -332,8 +338,11 @@ class Executor(torch.optim.Optimizer):
         self._check_shapes(every)
         jobs = observing.chosen(every, seen)
         works = [w for job in every for w in job.works]
-        given = [w.gradient() for w in works if (g := w.param.grad) is not None and g.layout == torch.strided]
-        if self._agree_max([float(not _finite(given))], works)[0]:
+        squared = {
+            id(w) for rule, group, ws in every if group["on_nonfinite"] != "off" for w in ws if _squares(rule, group)
+        }
+        given = [w for w in works if (g := w.param.grad) is not None and g.layout == torch.strided]
+        if self._agree_max([float(_unusable([(w, id(w) in squared) for w in given]))], works)[0]:
             return {}
         self._materialise(jobs)
         return observing.observe(jobs, seen)
@@ -603,30 +612,37 @@ class Executor(torch.optim.Optimizer):
 
     def _gradients_usable(self, jobs: Sequence[Job]) -> bool:
         """Check all gradients before anything is written; one synchronisation if any group asks for it."""
-        asked: dict[str, list[tuple[str, Tensor]]] = {"raise": [], "skip": []}
+        asked: dict[str, list[tuple[Work, bool]]] = {"raise": [], "skip": []}
         talking: list[Work] = []
         for rule, group, works in jobs:
+            squared = _squares(rule, group)
             for w in works:
                 if w.param.grad is not None:
                     if w.param.grad.layout != torch.strided:
                         raise RuntimeError(f"{w.name}: sparse gradients are not supported; use sparse=False")
                     if group["on_nonfinite"] != "off":
-                        asked[group["on_nonfinite"]].append((w.name, w.gradient()))
+                        asked[group["on_nonfinite"]].append((w, squared))
             free = rule.elementwise and group["on_nonfinite"] == "off" and not constraint.shapes_step(group)
             if not free or self.compressing is not None:
                 talking += works
         if not talking:
             return True
-        bad = [float(not _finite([g for _, g in asked[k]])) for k in asked]
+        bad = [float(_unusable(some)) for some in asked.values()]
         bits = float(travel.fingerprint(w.has_gradient for w in talking))
         fail, skip, high, low = self._agree_max([*bad, bits, -bits], talking)
         if high != -low:
             raise RuntimeError("ranks disagree on which parameters have a gradient; nothing was updated")
         if fail:
-            where = [name for name, g in asked["raise"] if not g.isfinite().all()]
+            where = [w.name for w, squared in asked["raise"] if _unusable([(w, squared)]) == fail]
+            names = ", ".join(where[:5]) or "on another rank"
+            if fail == TOO_LARGE:
+                raise FloatingPointError(
+                    f"gradient too large: {names}. It is finite, but its squares overflow (a norm above 1.8e19 in "
+                    "float32), which would ruin the state; nothing was updated. Clip gradients (clip_norm, or the "
+                    'trainer\'s clipping), or leave such steps out with on_nonfinite="skip"'
+                )
             raise FloatingPointError(
-                f"gradient not finite: {', '.join(where[:5]) or 'on another rank'}; nothing was updated. "
-                'on_nonfinite="skip" leaves such steps out'
+                f'gradient not finite: {names}; nothing was updated. on_nonfinite="skip" leaves such steps out'
             )
         return not skip
 
@@ -1030,12 +1046,52 @@ def _present(slots: Any) -> Any:
     return {k: v for k, v in slots.items() if v is not None} if isinstance(slots, Mapping) else slots
 
 
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all elements are; one synchronisation per device, if their sums do not overflow."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for t in tensors:  # a sum takes 0.7 of the time of the largest element, and is not finite where an element is not
-        by_device.setdefault(t.device, []).append(t.sum().double())
-    return all(torch.stack(sums).isfinite().all() for sums in by_device.values()) or math.isfinite(_largest(tensors))
+TOO_LARGE, NOT_FINITE = 1, 2
+"""What is wrong with a gradient; the worse is the larger."""
+
+
+def _squares(rule: Rule, group: Mapping[str, Any]) -> bool:
+    """Whether a rule adds up squares of a gradient, as large as it comes: if they overflow, its state is lost."""
+    return not rule.elementwise and group["clip_norm"] is None
+
+
+def _unusable(given: Sequence[tuple[Work, bool]]) -> int:
+    """Whether some gradient cannot be used; one synchronisation per device, if all can.
+
+    Args:
+        given: parameters with a gradient, and whether its squares have to be finite, too.
+
+    Returns:
+        0, `TOO_LARGE` or `NOT_FINITE`.
+    """
+    # a sum takes 0.7 of the time of the largest element, and is not finite where an element is not; a norm takes as
+    # long as a sum out of memory, and overflows where the squares do. Those of float16 cannot
+    sums: dict[torch.device, list[Tensor]] = {}
+    norms: dict[tuple[torch.device, torch.dtype, int], list[Tensor]] = {}
+    for w, squared in given:
+        g = w.gradient()
+        if squared and g.dtype != torch.float16:
+            norms.setdefault((g.device, g.dtype, layout.parts_of_whole(w.param)), []).append(
+                torch.linalg.vector_norm(g)
+            )
+        else:
+            sums.setdefault(g.device, []).append(g.sum().double())
+    checks: dict[torch.device, list[Tensor]] = {}
+    for device, found in sums.items():
+        checks.setdefault(device, []).append(torch.stack(found).isfinite().all())
+    for (device, dtype, ranks), found in norms.items():
+        # parts on other ranks may be as large
+        most = (torch.finfo(storage.work_dtype(dtype)).max / ranks) ** 0.5
+        checks.setdefault(device, []).append((torch.stack(found) < most).all())
+    if all(torch.stack(found).all() for found in checks.values()):
+        return 0
+    if not math.isfinite(_largest([w.gradient() for w, _ in given])):
+        return NOT_FINITE
+    for (_, dtype, ranks), found in norms.items():
+        most = (torch.finfo(storage.work_dtype(dtype)).max / ranks) ** 0.5
+        if not (torch.stack(found) < most).all():
+            return TOO_LARGE
+    return 0
 
 
 def _largest(tensors: Sequence[Tensor]) -> float:
