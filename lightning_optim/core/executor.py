@@ -421,11 +421,11 @@ class Executor(torch.optim.Optimizer):
         clip(jobs)
         self._gathered, self._averaged = {}, False
         self._materialise(jobs)
-        if look is not None:
-            searching.search(jobs, look)
         present = [(job.group, [w for w in job.works if w.has_gradient]) for job in jobs]
         for group, works in present:
             constraint.check_first(group, works)
+        if look is not None:
+            searching.search(jobs, look)  # the last that may refuse the step
         count([w for _, works in present for w in works])
         trips = [trip for job in jobs for trip in self._trips(job)]
         for trip in trips:
