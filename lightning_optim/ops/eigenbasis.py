@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import Fallback, eigh, orthonormal
 from lightning_optim.ops.moments import gram
-from lightning_optim.ops.norms import unit_scale
+from lightning_optim.ops.norms import norm, unit_scale
 from lightning_optim.ops.projection import project
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -164,11 +164,13 @@ def average_kl_(
         The new roots.
     """
     m, n = x.shape[-2:]
+    most = torch.finfo(x.dtype).max ** 0.5 / 2
     out = {}
     for side, other, dim, size in (("left", "right", -1, n), ("right", "left", -2, m)):
         if side not in factors:
             continue
         white = project(x, **{other: bases[other]}) * roots[other] if other in factors else x
+        white = white * (most / norm(white)).clamp(max=1.0)  # the roots may be 4000: squares must stay finite
         factors[side].lerp_(gram(white, left=side == "left") / size, weight)
         seen = project(white, **{side: bases[side]}).square().mean(dim, keepdim=True)
         values = roots[side].square().reciprocal().lerp(seen, weight)

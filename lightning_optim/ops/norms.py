@@ -52,9 +52,9 @@ def gram_norm(x: Tensor) -> Tensor:
     Returns:
         `[..., 1, 1]`.
     """
-    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
-    scale = unit_scale(gram)
-    return norm(gram.mul_(scale)).div_(scale).sqrt_()
+    scale = unit_scale(x)
+    x = x * scale
+    return norm(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x).sqrt_().div_(scale)
 
 
 def cosine(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
