@@ -157,7 +157,7 @@ def singular_vectors(x: Tensor, fallback: Fallback | None = None) -> tuple[Tenso
 
     Args:
         x: `[..., m, n]`, float32 or float64.
-        fallback: (left, right) of matrices without convergence.
+        fallback: (left, transposed right) of matrices without convergence.
 
     Returns:
         (orthonormal columns `[..., m, k]`, likewise `[..., n, k]`), k = min(m, n). Signs are LAPACK's.
@@ -165,7 +165,12 @@ def singular_vectors(x: Tensor, fallback: Fallback | None = None) -> tuple[Tenso
     Raises:
         LinAlgError: no convergence in float64 either, and no fallback; the matrix is not finite, say.
     """
-    left, _, right = _with_retry(lambda a: torch.linalg.svd(a, full_matrices=False), x, fallback)
+
+    def decompose(a: Tensor) -> tuple[Tensor, ...]:
+        left, _, right = torch.linalg.svd(a, full_matrices=False)
+        return left, right
+
+    left, right = _with_retry(decompose, x, fallback)
     return left, right.mT
 
 
