@@ -515,6 +515,16 @@ def ranks_of(params: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(sorted({r for mesh in meshes for r in mesh.mesh.flatten().tolist()}))
 
 
+def parts_of_whole(p: Tensor) -> int:
+    """Over how many ranks the elements of a parameter are spread.
+
+    Returns:
+        1 for a tensor that is whole on this rank.
+    """
+    cut = cut_of(p)
+    return 1 if cut is None else cut.size
+
+
 def agree_max(values: Sequence[float], params: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> list[float]:
     """The largest of each value over all ranks that share the parameters; no communication without a mesh.
 
