@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lightning_optim.core import constraint
@@ -110,9 +111,15 @@ def roles(model: nn.Module) -> dict[str, Trait]:
                 out[name] = Trait("vector", f"{p.ndim} dimensions", kind=kinds.get(id(p), ""))
             else:
                 trait = known.get(id(p), Trait("other", "belongs to no known layer"))
-                flat = trait.role in MATRIX_ROLES and min(p.shape[-2:]) == 1
-                out[name] = Trait("vector", "a side of length one") if flat else trait
+                out[name] = Trait("vector", "a side of length one") if _is_flat(p, trait.role) else trait
     return out
+
+
+def _is_flat(p: Tensor, role: Role) -> bool:
+    """Whether a parameter of two dimensions or more holds vectors only."""
+    if role in MATRIX_ROLES:
+        return min(p.shape[-2:]) == 1
+    return role == "other" and p.numel() == max(p.shape)
 
 
 Found = Iterator[tuple[Any, Trait]]
@@ -244,33 +251,99 @@ def _kinds(model: nn.Module) -> Iterator[tuple[Any, str]]:
             yield linear[-1].bias, "output_bias"
 
 
+HALVES = {"Llama4TextExperts"}
+"""Transformers' experts that say nothing of their gate and up, which are the first and the second half of the outputs."""
+
+
 def _experts(model: nn.Module) -> Found:
     for parent in model.modules():
         for module in parent.children():
             count = getattr(module, "num_experts", None)
             own = list(module.parameters(recurse=False))
-            if not isinstance(count, int) or not any(p.ndim == 3 for p in own):
+            matrices = [p for p in own if p.ndim == 3]
+            if not isinstance(count, int) or not matrices:
                 continue
-            turned, kind = bool(getattr(module, "is_transposed", False)), type(module).__name__
-            inner = min(p.numel() for p in own if p.ndim == 3)
+            siblings = [m for m in parent.children() if m is not module]
+            routers = [p for m in siblings for p in m.parameters(recurse=False) if p.ndim == 2 and p.shape[0] == count]
+            width = routers[0].shape[1] if routers else getattr(module, "hidden_size", None)
+            turned, kind = _stored_transposed(module, matrices, width), type(module).__name__
+            inner = min(p.numel() for p in matrices)
             for p in own:
                 fused: Blocks = None
                 if p.numel() == 2 * inner and (halves := _gate_and_up_are_halves(module)) is not None:
                     fused = 2 if halves else (1, 1)
                 if p.ndim == 3:
-                    yield p, Trait("experts", f"matrices of {kind}", turned, fused)
+                    reason = f"matrices of {kind}"
+                    if p.numel() == 2 * inner and fused is None:
+                        reason += ", gate and up in an order that is not known"
+                    yield p, Trait("experts", reason, turned, fused)
                 else:
                     yield p, Trait("vector", f"biases of {kind}")
-            for sibling in (m for m in parent.children() if m is not module):
-                for p in sibling.parameters(recurse=False):
-                    if p.ndim == 2 and p.shape[0] == count:
-                        yield p, Trait("router", f"one row per expert of {kind}")
+            for p in routers:
+                yield p, Trait("router", f"one row per expert of {kind}")
+
+
+def _stored_transposed(experts: nn.Module, matrices: Sequence[Tensor], width: int | None) -> bool:
+    """Whether experts are stored inputs x outputs, by the shapes where they tell, else by what the module says.
+
+    Gate and up in one, [experts, 2 i, h] beside [experts, h, i], can be read in one way only. Of separate matrices the
+    first takes the model's width, if that is known.
+    """
+    first, last = matrices[0].shape, matrices[-1].shape
+    if len(matrices) == 2 and matrices[0].numel() == 2 * matrices[1].numel():
+        if first[2] == last[1]:
+            return False
+        if first[1] == last[2]:
+            return True
+    if hasattr(experts, "is_transposed"):
+        return bool(experts.is_transposed)
+    return len(matrices) > 1 and first[1] == width != first[2]
 
 
 def _gate_and_up_are_halves(experts: nn.Module) -> bool | None:
-    """Whether they are, rather than take turns; None for a module that says nothing."""
-    gate = getattr(type(experts), "_apply_gate", None)  # all that Transformers 5.2 has: its own, or GPT-OSS's
-    return getattr(experts, "is_concatenated", None if gate is None else gate.__name__ == "_default_apply_gate")
+    """Whether they are, rather than take turns; None for a module that says nothing.
+
+    A gate of the module's own is asked: which of eight outputs of gate and up does its first result depend on?
+    """
+    kinds = {c.__name__ for c in type(experts).__mro__}
+    if kinds & HALVES:
+        return True
+    said, gate = getattr(experts, "is_concatenated", None), getattr(experts, "_apply_gate", None)
+    if not callable(gate):
+        return said
+    asked = torch.full((3, 8), 0.5, device="cpu")
+    asked[1, 1], asked[2, 4] = 0.25, 0.25
+    try:
+        with torch.no_grad():
+            plain, second, fifth = torch.as_tensor(gate(asked))[:, 0].tolist()
+    except Exception:  # noqa: BLE001  # the function is not ours, and need not take what we ask it
+        return said
+    return said if (plain != second) == (plain != fifth) else plain != fifth
+
+
+ADAPTERS: dict[str, Role] = {
+    "lora_A": "lora_a",
+    "lora_B": "lora_b",
+    "lora_embedding_A": "lora_embedding",
+    "lora_embedding_B": "lora_embedding",
+    "hada_w1_b": "lora_a",
+    "hada_w1_a": "lora_b",
+    "hada_w2_b": "lora_a",
+    "hada_w2_a": "lora_b",
+    "lokr_w1": "hidden",
+    "lokr_w1_b": "lora_a",
+    "lokr_w1_a": "lora_b",
+    "lokr_w2": "hidden",
+    "lokr_w2_b": "lora_a",
+    "lokr_w2_a": "lora_b",
+    **{f"{kind}_A": "lora_a" for kind in ("delora", "hira")},
+    **{f"{kind}_B": "lora_b" for kind in ("delora", "hira")},
+    "trainable_tokens_delta": "embedding",
+}
+"""Roles of what PEFT's layers keep for each adapter: of LoRA and AdaLoRA, LoHa, LoKr, DeLoRA, HiRA and trained tokens.
+
+Products of two are `lora_b` times `lora_a`; of LoKr's two factors each may also be one matrix.
+"""
 
 
 def _lora(model: nn.Module) -> Found:
@@ -278,14 +351,13 @@ def _lora(model: nn.Module) -> Found:
         if not hasattr(layer, "adapter_layer_names"):
             continue
         kind = type(layer).__name__
-        adapters: tuple[tuple[str, Role], ...] = (("lora_A", "lora_a"), ("lora_B", "lora_b"))
-        for key, role in adapters:
-            for adapter in getattr(layer, key, nn.ModuleDict()).values():
-                if isinstance(adapter, nn.Linear):
-                    yield adapter.weight, Trait(role, f"adapter of {kind}")
-        for key in ("lora_embedding_A", "lora_embedding_B"):
-            for p in getattr(layer, key, nn.ParameterDict()).values():
-                yield p, Trait("lora_embedding", f"adapter of {kind}")
+        tucker = [name for key in ("hada_t1", "lokr_t2") for name in getattr(layer, key, ())]  # stored otherwise
+        for key, role in ADAPTERS.items():
+            held = getattr(layer, key, None)
+            for adapter, value in held.items() if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) else ():
+                p = value.weight if isinstance(value, nn.Linear) else value
+                if isinstance(p, Tensor) and p.ndim == 2 and adapter not in tucker:
+                    yield p, Trait(role, f"adapter of {kind}")
         for module in getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).values():
             for p in module.parameters():
                 yield p, Trait("vector", f"magnitudes of {kind}")
