@@ -6,17 +6,28 @@ because an `nn.Embedding` holds it, a fused query-key-value projection because i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from os.path import commonprefix
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_optim.core import constraint
-from lightning_optim.core.chunks import Blocks
+from lightning_optim.core.chunks import Blocks, frozen
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
+from lightning_optim.output_layers import (
+    is_conv1d,
+    is_linear,
+    is_pretrained,
+    of_pretrained,
+    output_embeddings,
+    output_layers,
+)
 
 Role = Literal[
     "hidden",
@@ -53,6 +64,8 @@ class Trait:
     """How the outputs are cut into matrices of their own, as the option `blocks` of the executor."""
     heads: int | None = None
     """Equal blocks of outputs that are attention heads."""
+    by_head: Blocks = None
+    """How queries and keys are cut into heads, and values in the same parameter into rows, as the option `blocks`."""
     kind: str = ""
     """Of a vector: `bias` of a layer, `output_bias` of an attention's output layer, `gain` of a norm."""
 
@@ -67,6 +80,7 @@ class Assignment:
     rule: str
     group: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of an override, and of queries and keys that a rule takes by head."""
     blocks: Blocks = None
     """How the rule gets it cut into matrices."""
     transposed: bool = False
@@ -125,38 +139,26 @@ def _is_flat(p: Tensor, role: Role) -> bool:
 Found = Iterator[tuple[Any, Trait]]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Transformers' Conv1D is a linear layer, stored inputs x outputs; it is recognised by its `nf`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, stored either way.
-
-    Returns:
-        True for `nn.Linear` and Transformers' Conv1D.
-    """
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
 def _sides(module: Any) -> tuple[int, int]:
     """Outputs and inputs of a linear layer."""
     rows, columns = module.weight.shape[-2:]
-    return (columns, rows) if _is_conv1d(module) else (rows, columns)
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
 def _linear_layers(model: nn.Module) -> Found:
     for module in model.modules():
         kind = type(module).__name__
         if isinstance(module, nn.MultiheadAttention):
-            heads = module.num_heads
-            yield module.in_proj_weight, Trait("qkv", f"input projection of {kind}", blocks=3, heads=3 * heads)
-            for p in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
-                yield p, Trait("hidden", f"input projection of {kind}", heads=heads)
+            heads, reason = module.num_heads, f"input projection of {kind}"
+            by_head = (module.head_dim, 2 * heads), (1, module.embed_dim)
+            yield module.in_proj_weight, Trait("qkv", reason, blocks=3, heads=3 * heads, by_head=by_head)
+            for p in (module.q_proj_weight, module.k_proj_weight):
+                yield p, Trait("hidden", reason, heads=heads, by_head=heads)
+            yield module.v_proj_weight, Trait("hidden", reason, heads=heads)
         elif isinstance(module, nn.modules.conv._ConvNd):
             yield module.weight, Trait("conv", f"weight of {kind}")
         elif is_linear(module) and getattr(module.weight, "ndim", 0) == 2:
-            yield module.weight, Trait("hidden", f"weight of {kind}", transposed=_is_conv1d(module))
+            yield module.weight, Trait("hidden", f"weight of {kind}", transposed=is_conv1d(module))
 
 
 APART = {"GPT2Attention", "ModernBertAttention", "MptAttention", "Phi3Attention", "Phi4MultimodalAttention"}
@@ -183,34 +185,45 @@ def _head_size(module: nn.Module, outputs: int) -> int | None:
     return None
 
 
-def _children(parent: nn.Module) -> list[nn.Module]:
-    return [m for m in parent.children() if is_linear(m) and getattr(m.weight, "ndim", 0) == 2]
+def _children(parent: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers of a module by their names; a layer that has two names has the first."""
+    return {k: m for k, m in parent.named_children() if is_linear(m) and getattr(m.weight, "ndim", 0) == 2}
+
+
+def _value_of(names: Sequence[str]) -> str:
+    """Which of three projections gives the values: the one named so beside q and k, or else the last one."""
+    start = len(commonprefix(names))
+    initials = {name[start : start + 1]: name for name in names}
+    return initials["v"] if set(initials) == {"q", "k", "v"} else names[-1]
 
 
 def _attention_layers(model: nn.Module) -> Found:
     """Query, key and value are the first three linear layers of an attention module, with one input."""
     for parent in model.modules():
         linear = _children(parent)
-        found = linear[:3]
+        names = list(linear)[:3]
+        found = [linear[name] for name in names]
         if len(found) < 3 or len({_sides(m)[1] for m in found}) > 1:
             continue
         outputs, size = [_sides(m)[0] for m in found], _head_size(parent, _sides(found[0])[0])
         if not size or (len(linear) == 3 and len(set(outputs)) > 1):  # the third may be the output projection
             continue
-        for m, count in zip(found, outputs, strict=True):
+        value, reason = _value_of(names), f"projection of {type(parent).__name__}"
+        for name, m, count in zip(names, found, outputs, strict=True):
             if count % size == 0:
-                turned = _is_conv1d(m)
-                yield m.weight, Trait("hidden", f"projection of {type(parent).__name__}", turned, heads=count // size)
+                heads = count // size
+                by_head = None if name == value else heads
+                yield m.weight, Trait("hidden", reason, is_conv1d(m), heads=heads, by_head=by_head)
 
 
 def _fused_layers(model: nn.Module) -> Found:
     for parent in model.modules():
-        linear = _children(parent)
+        linear = list(_children(parent).values())
         if len(linear) != 2:
             continue
         wide, back = sorted(linear, key=lambda m: -_sides(m)[0])
         (outputs, inputs), (width, inner) = _sides(wide), _sides(back)
-        kind, turned, size = type(parent).__name__, _is_conv1d(wide), _head_size(parent, inner)
+        kind, turned, size = type(parent).__name__, is_conv1d(wide), _head_size(parent, inner)
         if inputs != width or outputs <= inner:
             continue
         if size is None:
@@ -222,12 +235,15 @@ def _fused_layers(model: nn.Module) -> Found:
         if not whole or inner % keys or any(isinstance(m, nn.modules.conv._ConvNd) for m in parent.children()):
             continue  # a state-space layer
         blocks: Blocks = None
+        by_head: Blocks = None
         if kind in APART:
             blocks = 3 if keys == inner else (inner, keys, keys)
+            by_head = (size, (inner + keys) // size), (1, keys)
         elif kind in GROUPED:
             blocks = (inner // keys * size, size, size)
+            by_head = (size, inner // keys + 1), (1, size)
         reason = f"query, key, value of {kind}" + (", in an order that is not known" if blocks is None else "")
-        yield wide.weight, Trait("qkv", reason, turned, blocks, outputs // size)
+        yield wide.weight, Trait("qkv", reason, turned, blocks, outputs // size, by_head)
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[Any, str]]:
@@ -244,7 +260,7 @@ def _kinds(model: nn.Module) -> Iterator[tuple[Any, str]]:
             yield parent.in_proj_bias, "bias"
             yield parent.out_proj.bias, "output_bias"
             continue
-        linear = _children(parent)
+        linear = list(_children(parent).values())
         apart = len(linear) == 4 and len({_sides(m)[1] for m in linear[:3]}) == 1
         fused = len(linear) == 2 and _sides(linear[0])[0] > _sides(linear[1])[1]
         if (apart or fused) and _head_size(parent, _sides(linear[0])[0]):
@@ -370,25 +386,25 @@ def _embeddings(model: nn.Module) -> Found:
 
 
 def _heads(model: nn.Module) -> Found:
-    found = False
+    heads: dict[int, tuple[nn.Module, str]] = {}
     for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        head = getter() if callable(getter) else None
-        base = getattr(module, "base_model", None)
-        if head is None and hasattr(module, "base_model_prefix") and isinstance(base, nn.Module) and base is not module:
-            inside = {id(m) for m in base.modules()}
-            outer = [m for m in module.modules() if is_linear(m) and id(m) not in inside]
-            head = outer[-1] if outer else None
-        for layer in getattr(head, "modules_to_save", nn.ModuleDict()).values() if head is not None else ():
-            yield getattr(layer, "weight", None), Trait("head", "output layer, trained whole beside adapters")
-        if head is not None:
-            found = True
-            yield getattr(head, "weight", None), Trait("head", f"output layer of {type(module).__name__}")
-    if not found:
+        if is_pretrained(module) and getattr(module, "base_model", module) is not module:
+            layers = of_pretrained(module)
+        else:
+            layers = output_embeddings(module)
+        for layer in layers:
+            heads.setdefault(id(layer), (layer, f"output layer of {type(module).__name__}"))
+    for layer in output_layers(model):
+        heads.setdefault(id(layer), (layer, f"output layer of {type(model).__name__}"))
+    if not heads and not any(map(is_pretrained, model.modules())):
+        inside = {id(m) for x in model.modules() if isinstance(x, nn.ModuleList) for m in x.modules()}
         rows = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
-        wide = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == rows]
+        plain = (m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside)
+        wide = [m for m in plain if m.out_features == rows]
         if rows and wide:
             yield wide[-1].weight, Trait("head", "last linear layer with one output per embedding row")
+    for layer, reason in heads.values():
+        yield getattr(layer, "weight", None), Trait("head", reason)
 
 
 def assign(
@@ -400,6 +416,7 @@ def assign(
     last_layer: Literal["rest", "rule"] = "rest",
     blocks: Literal["layers", "heads"] = "layers",
     constrained: bool = False,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Assignment]:
     """Give every trainable parameter exactly one owner.
 
@@ -415,18 +432,23 @@ def assign(
             `output_bias` (of attention). A pattern is a shell-style glob over parameter names, with
             or without what DDP, `torch.compile` and PEFT put before them.
         last_layer: who owns an untied output layer when the main rule does not take everything.
-        blocks: what is a matrix to a rule that needs whole ones: `"layers"` or attention `"heads"`. Also a setting of
-            an override, where rules that only reduce follow it, too.
+        blocks: what is a matrix to a rule that needs whole ones: `"layers"` or attention `"heads"`, which rules that
+            only reduce follow, too. Also a setting of an override, where these follow `"layers"`, as well.
         constrained: whether norms of the main rule's matrices are to be kept, so that it sees matrices even if it is
             elementwise.
+        given: hyperparameters by rule. A rule with `head_settings` gets these for queries and keys, cut into heads,
+            unless it is given others, or norms are constrained.
 
     Returns:
         One assignment per trainable parameter, in the order of `named_parameters`.
 
     Raises:
-        ValueError: an unknown rule, no trainable parameter, or an override that matches nothing.
+        ValueError: an unknown rule, no trainable parameter, an override that matches nothing, or heads for a rule that
+            works on whole layers.
     """
     main, other = lookup(rule), lookup(rest)
+    if blocks == "heads" and main.joint:
+        raise ValueError(f"{main.name} works on whole layers, so that blocks='heads' would do nothing; leave it out")
     if last_layer not in ("rest", "rule"):
         raise ValueError(f"last_layer must be 'rest' or 'rule', got {last_layer!r}")
     check_value("blocks", blocks, Literal["layers", "heads"])
@@ -452,10 +474,13 @@ def assign(
         shapeless = lookup(owner).elementwise or lookup(owner).observes == "loss"
         blind = shapeless and not normed and not any(k in settings for k in constraint.OPTIONS)
         cut = None if blind else _blocks(lookup(owner), trait, settings.get("blocks"), blocks)
+        if not normed and not any(k in settings for k in constraint.OPTIONS):
+            by_head, of_heads = _by_head(lookup(owner), trait, settings, blocks, (given or {}).get(owner, {}))
+            cut, settings = by_head or cut, {**of_heads, **settings}
         turned = trait.transposed and not blind
         label += "/transposed" * turned
         if cut:
-            label += f"/{cut} blocks" if isinstance(cut, int) else f"/{'-'.join(map(str, cut))} rows"
+            label += f"/{cut} blocks" if isinstance(cut, int) else f"/{'-'.join(map(_run, cut))} rows"
         settings = {k: v for k, v in settings.items() if k != "blocks"}
         out.append(Assignment(name, params[name], trait, owner, f"{owner}/{label}", settings, cut, turned))
     for i, (pattern, _, _) in enumerate(checked):
@@ -463,6 +488,34 @@ def assign(
             hint = nearest(pattern, [*get_args(Role), *found]) if len(found) < 200 else ""
             raise ValueError(f"override {pattern!r} matches no parameter that an earlier one left; {hint}")
     return out
+
+
+def without_parameters(rule: str, parameters: Iterable[tuple[str, str, Sequence[int]]]) -> str:
+    """Why a main rule owns no parameter, and what to do.
+
+    Args:
+        rule: its name.
+        parameters: name, role and shape of every parameter.
+
+    Returns:
+        A message of two sentences.
+    """
+    found = list(parameters)
+    counts = Counter(role for _, role, _ in found)
+    here = ", ".join(f"{role} ({count})" for role, count in counts.most_common())
+    text = (
+        f"{rule} owns no parameter: it takes the roles {', '.join(sorted(MATRIX_ROLES))}, and the ones here are {here}"
+    )
+    sizes = Counter({r: sum(math.prod(s) for _, x, s in found if x == r) for r in counts if r != "vector"})
+    if not sizes:
+        return f"{text}. None of them is a matrix; take another optimizer"
+    role = next((r for r in ("other", "conv", "head") if r in sizes), sizes.most_common(1)[0][0])
+    names = [name for name, x, _ in found if x == role]
+    more = ", ..." if len(names) > 3 else ""
+    return (
+        f"{text}. If it should step those of role {role!r} ({', '.join(names[:3])}{more}), pass "
+        f"overrides=[({role!r}, {rule!r})], or patterns of names in place of the role"
+    )
 
 
 def of_use(model: nn.Module, first: Sequence[Override], more: Sequence[Override]) -> list[Override]:
@@ -498,12 +551,28 @@ def _bare(name: str) -> str:
 def _blocks(rule: type[Rule], trait: Trait, asked: Any, common: str) -> Blocks:
     """How a rule gets a parameter cut, given an override's setting and the common one."""
     if asked is not None and not isinstance(asked, str):
-        return tuple(asked) if isinstance(asked, list) else asked
+        return frozen(asked)
     if asked is not None:
         check_value("blocks", asked, Literal["layers", "heads"])
-    elif rule.reduces:
+    elif rule.reduces and common == "layers":
         return None
     return trait.heads or trait.blocks if (asked or common) == "heads" else trait.blocks
+
+
+def _by_head(
+    rule: type[Rule], trait: Trait, settings: Mapping[str, Any], common: str, given: Mapping[str, Any]
+) -> tuple[Blocks, Mapping[str, Any]]:
+    """How a rule that treats queries and keys by head gets them cut, and its settings for them."""
+    asked = settings.get("blocks")
+    cut = trait.heads if (asked or common) == "heads" else trait.by_head if asked is None else None
+    if cut is None or any({**given, **settings}.get(k, v) != v for k, v in rule.head_settings.items()):
+        return None, {}
+    return (cut, rule.head_settings) if rule.head_settings else (None, {})
+
+
+def _run(rows: int | tuple[int, int]) -> str:
+    """One number of `blocks` in a group's name: rows, or a number of blocks of so many."""
+    return f"{rows[1]}x{rows[0]}" if isinstance(rows, tuple) else str(rows)
 
 
 def layerwise_decay(model: nn.Module, factor: float) -> list[Override]:

@@ -143,7 +143,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
         hf.ViTForImageClassification,
         hf.ViTConfig(**BERT, image_size=8, patch_size=4),
         {
-            "cls_token": "other",
+            "cls_token": "vector",  # one row
             "position_embeddings": "other",
             "patch_embeddings.projection": "conv",
             "attention.q_proj": "hidden",
