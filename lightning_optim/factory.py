@@ -46,8 +46,8 @@ def build_optimizer(
     """Build one optimizer for a whole model.
 
     Rules for whole matrices (muon) get the hidden matrices and `rest` the embeddings, head and vectors; every other
-    rule gets everything. A warning says so if there is nothing for the main rule. Vectors are not decayed. The main rule's hidden matrices are group 0, whose learning rate
-    the trainers log.
+    rule gets everything. Vectors are not decayed. The main rule's hidden matrices are group 0, whose learning rate
+    the trainers log. If there is nothing for the main rule, a warning says so.
 
     Args:
         model: any module; its trainable parameters are taken.

@@ -144,7 +144,7 @@ def _ends(module: nn.Module) -> Ends:
     return own or (None, None)
 
 
-def _widths(module: nn.Module, side: int) -> Iterator[int]:
+def _widths(module: nn.Module, side: int) -> Iterator[int | None]:
     """Widths that some layer within takes (side 0) or gives (side 1)."""
     for m in module.modules():
         ends = _own_ends(m)
@@ -253,8 +253,9 @@ def _modulates(step: nn.Module, parent: nn.Module) -> bool:
 def _output_step(steps: Sequence[nn.Module], found: Collection[int], *, strict: bool) -> int | None:
     """Which step is the output: the last one, unless it has none or feeds one that was registered before it.
 
-    A layer that could feed a pretrained model beside it is its own output only if that is the only one, and not if
-    `strict`.
+    Returns:
+        Its index. None where the structure does not tell: a layer that could feed one of several pretrained models
+        beside it, or any if `strict`, need not be an output.
     """
     ends = [_ends(m) for m in steps]
     takes, gives = ([set(_widths(m, side)) for m in steps] for side in (0, 1))
@@ -286,7 +287,7 @@ def _prompts(model: nn.Module, width: int | None) -> bool:
 
 
 def _is_beside(steps: Sequence[nn.Module], found: Collection[int], i: int, output: int) -> bool:
-    """Whether a step is an output beside another one: next to it, takes or gives the same, and feeds nothing after it."""
+    """Whether a step is an output next to another one: it takes or gives the same, and feeds nothing after it."""
     (into, out), ends = _ends(steps[i]), _ends(steps[output])
     alike = (into is not None and into == ends[0]) or (out is not None and out == ends[1])
     later = {output, *range(i + 1, len(steps))}

@@ -115,7 +115,7 @@ def roles(model: nn.Module) -> dict[str, Trait]:
         Parameter name, as in `named_parameters`, to its trait.
     """
     known: dict[int, Trait] = {}
-    for find in (_linear_layers, _attention_layers, _fused_layers, _experts, _lora, _heads, _embeddings):
+    for find in (_linear_layers, _attention_layers, _fused_layers, _heads, _experts, _lora, _embeddings):
         known.update({id(p): trait for p, trait in find(model) if isinstance(p, Tensor)})
     out: dict[str, Trait] = {}
     kinds = {id(p): kind for p, kind in _kinds(model) if isinstance(p, Tensor)}
@@ -268,7 +268,7 @@ def _kinds(model: nn.Module) -> Iterator[tuple[Any, str]]:
 
 
 HALVES = {"Llama4TextExperts"}
-"""Transformers' experts that say nothing of their gate and up, which are the first and the second half of the outputs."""
+"""Transformers' experts that do not say that gate and up are the first and the second half of their outputs."""
 
 
 def _experts(model: nn.Module) -> Found:
@@ -304,6 +304,9 @@ def _stored_transposed(experts: nn.Module, matrices: Sequence[Tensor], width: in
 
     Gate and up in one, [experts, 2 i, h] beside [experts, h, i], can be read in one way only. Of separate matrices the
     first takes the model's width, if that is known.
+
+    Returns:
+        True if so, False if not or if nothing tells.
     """
     first, last = matrices[0].shape, matrices[-1].shape
     if len(matrices) == 2 and matrices[0].numel() == 2 * matrices[1].numel():
@@ -317,9 +320,12 @@ def _stored_transposed(experts: nn.Module, matrices: Sequence[Tensor], width: in
 
 
 def _gate_and_up_are_halves(experts: nn.Module) -> bool | None:
-    """Whether they are, rather than take turns; None for a module that says nothing.
+    """Whether they are, rather than take turns.
 
-    A gate of the module's own is asked: which of eight outputs of gate and up does its first result depend on?
+    A module's function for the gate is asked: on which of eight outputs of gate and up does its first result depend?
+
+    Returns:
+        None for a module that says nothing.
     """
     kinds = {c.__name__ for c in type(experts).__mro__}
     if kinds & HALVES:
@@ -332,7 +338,7 @@ def _gate_and_up_are_halves(experts: nn.Module) -> bool | None:
     try:
         with torch.no_grad():
             plain, second, fifth = torch.as_tensor(gate(asked))[:, 0].tolist()
-    except Exception:  # noqa: BLE001  # the function is not ours, and need not take what we ask it
+    except Exception:  # the function is not ours, and need not take what we ask it
         return said
     return said if (plain != second) == (plain != fifth) else plain != fifth
 
