@@ -57,7 +57,8 @@ def output_layers(model: nn.Module) -> list[nn.Module]:
     Returns:
         Linear layers; none where the structure does not tell, or nothing with weights comes before them.
     """
-    if isinstance(model, (nn.ModuleList, nn.ModuleDict)) or _is_block(model, None, ()):
+    takes_data = any(isinstance(m, nn.Embedding | _Convolution) for m in model.modules())
+    if isinstance(model, (nn.ModuleList, nn.ModuleDict)) or (not takes_data and _is_block(model, None, ())):
         return []
     layers = _outputs(model)
     inside = {id(p) for m in layers for p in m.parameters()}

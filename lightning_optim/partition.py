@@ -1,7 +1,8 @@
 """What each parameter of a model is, and which rule owns it.
 
 Roles are read from what modules are and how they are put together, never from names: a parameter is an embedding
-because an `nn.Embedding` holds it, a fused query-key-value projection because its attention module has one other.
+because an `nn.Embedding` holds it, a fused query-key-value projection because its attention module has one other. Only
+which of three projections gives the values is read from their names, where these say q, k and v.
 """
 
 from __future__ import annotations
@@ -96,16 +97,16 @@ def roles(model: nn.Module) -> dict[str, Trait]:
     """What every trainable parameter is.
 
     * `embedding`: of an `nn.Embedding`, a tied head included;
-    * `head`: of the output layer: what `get_output_embeddings()` returns (Transformers), the last linear layer outside
-      the base model (classifiers), or the last one with as many outputs as the largest embedding has rows;
+    * `head`: of an output layer: what `get_output_embeddings()` (Transformers) or `get_classifier()` (timm) returns, or
+      the last linear layers outside of pretrained models and repeated blocks (`lightning_optim.output_layers`);
     * `qkv`: the larger of the two linear layers of an attention module, query, key and value in one; cut into them
       where the order of the rows is known (`APART`, `GROUPED`);
     * `gate_up`: the larger of the two linear layers of a module, twice as wide as the other's input;
     * `experts`: three-dimensional, of a module that says its number of experts; `router`: one row per expert beside it;
-    * `lora_a`, `lora_b`, `lora_embedding`: of a PEFT layer;
+    * `lora_a`, `lora_b`, `lora_embedding`: of a PEFT layer (`ADAPTERS`);
     * `conv`: of a convolution;
     * `hidden`: of any other linear layer (Transformers' Conv1D and `nn.MultiheadAttention`'s projection included);
-    * `vector`: fewer than two dimensions, or a side of length one, or a bias per expert;
+    * `vector`: fewer than two dimensions, or a matrix with a side of length one, or a bias per expert;
     * `other`: everything else.
 
     Args:

@@ -170,6 +170,12 @@ MODELS: dict[str, tuple[Callable[[], Any], set[str]]] = {
         {"classifier"},
     ),
     "head registered before its input": (lambda: Parts(head=Linear(64, 10), fc1=Linear(784, 64)), {"head"}),
+    "everything registered backwards": (
+        lambda: Parts(
+            norm=nn.LayerNorm(WIDTH), head=Linear(WIDTH, 10), blocks=ModuleList([Block()]), patch=nn.Conv2d(3, WIDTH, 4)
+        ),
+        {"head"},
+    ),
     "hidden layers registered last": (
         lambda: Parts(first=Linear(2, 64), out=Linear(64, 3), hidden=ModuleList([Linear(64, 64) for _ in range(3)])),
         {"out"},
