@@ -327,7 +327,7 @@ def test_experts_that_say_nothing() -> None:
     routed = nn.Sequential(Unknown((8, 6), (6, 8)), nn.Linear(8, 2))
     assert roles(routed)["0.w0"].transposed and roles(routed)["1.weight"].role == "router"
     kept = Unknown((12, 8), (8, 6))
-    kept._apply_gate = lambda gate_up, extra: gate_up  # pyright: ignore[reportAttributeAccessIssue] # cannot be asked
+    kept.__dict__["_apply_gate"] = lambda gate_up, extra: gate_up  # cannot be asked
     assert roles(nn.Sequential(kept))["0.w0"].blocks is None
 
 
@@ -633,12 +633,9 @@ def test_rules_that_reduce_take_heads_if_asked(optim: str) -> None:
     model = cls(config)
     p = model.get_parameter("model.layers.0.self_attn.q_proj.weight")
     alone = [nn.Parameter(x.detach().clone()) for x in p.split(4)]
-    together, separate = (
-        build_optimizer(model, optim, lr=0.01, blocks="heads"),
-        CLASSES[optim](alone, lr_convention="adamw"),
-    )
-    for group in separate.param_groups:
-        group["lr"], group["weight_decay"] = 0.01, 0.0
+    common: dict[str, Any] = {"lr": 0.01, "lr_convention": "adamw", "weight_decay": 0.0}
+    together = build_optimizer(model, optim, blocks="heads", **common)
+    separate = CLASSES[optim](alone, **common)
     for t in range(1, 4):
         p.grad = gradient(p, "q", t)
         for x, g in zip(alone, p.grad.split(4), strict=True):
