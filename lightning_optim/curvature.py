@@ -42,7 +42,7 @@ from lightning_optim.diagnostics.hessian import (
     signs,
 )
 from lightning_optim.ops.rounding import hash_key
-from lightning_optim.partition import is_linear
+from lightning_optim.output_layers import is_linear
 
 SHARE = {"gauss_newton": 0.5, "hutchinson": 0.125, "loss": 1.0}
 """Of the rows of a batch that are measured; a product with the Hessian costs as much as three or four gradients."""

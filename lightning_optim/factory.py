@@ -16,7 +16,7 @@ from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import OPTIONS, plain, rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 from lightning_optim.optimizers import CLASSES
-from lightning_optim.partition import MATRIX_ROLES, Override, assign, of_use, roles
+from lightning_optim.partition import MATRIX_ROLES, Override, assign, of_use, roles, without_parameters
 from lightning_optim.recipes import PRESETS, find
 from lightning_optim.recipes import chosen as completed
 from lightning_optim.schedule import OF_ROLE, Curve
@@ -49,7 +49,7 @@ def build_optimizer(
 
     Rules for whole matrices (muon) get the hidden matrices and `rest` the embeddings, head and vectors; every other
     rule gets everything. Vectors are not decayed. The main rule's hidden matrices are group 0, whose learning rate
-    the trainers log.
+    the trainers log. If there is nothing for the main rule, a warning says so.
 
     Args:
         model: any module; its trainable parameters are taken.
@@ -72,7 +72,8 @@ def build_optimizer(
             too, and `cooldown` and `min_lr_ratio`, which the group then has in place of the schedule's.
         last_layer: whether `"rest"`, if not given, or the main `"rule"` gets an untied output layer.
         blocks: what is a matrix to rules that need whole ones: each of fused `"layers"`, if not given, or also each of
-            the `"heads"` of queries, keys and values.
+            the `"heads"` of queries, keys and values, which rules with row, column or whole sums then follow, too.
+            `adam_mini` has one second moment per head of queries and keys in any case, unless `block="row"` is given.
         wrap: what to do around the steps, by name: `{"ema_nesterov": {"step_size": 0.6}}`, `"tail_ema"`, `"muloco"`
             (`lightning_optim.core.averages`).
         schedule: settings of `lightning_optim.schedule.Curve`, which `Schedule` and the trainers' doors follow.
@@ -123,7 +124,8 @@ def build_optimizer(
     groups: dict[str, dict[str, Any]] = {}
     relatives: dict[str, dict[str, Any]] = {}
     cut = {key: chosen[key] for key in ("last_layer", "blocks")}
-    for a in assign(model, name, other.name, overrides, **cut, constrained=bool(normed)):
+    assigned = assign(model, name, other.name, overrides, **cut, constrained=bool(normed), given=of_rule)
+    for a in assigned:
         if a.group not in groups:
             owner = lookup(a.rule)
             extra = dict(a.settings)
@@ -160,6 +162,8 @@ def build_optimizer(
     given_all = {k: chosen[k] for k in ("lr", "weight_decay", "lr_convention")}
     optimizer.defaults.update(own | given_all | {"cautious_decay": masked})
     _say_native(optimizer, chosen["lr_convention"])
+    if all(a.rule != rule.name for a in assigned):
+        _log.warning("%s", without_parameters(rule.name, ((a.name, a.role, a.param.shape) for a in assigned)))
 
     def divide(group: dict[str, Any]) -> list[dict[str, Any]]:
         like = given | {"overrides": overrides, "wrap": {}}

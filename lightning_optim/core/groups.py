@@ -30,7 +30,7 @@ class Options:
     state_storage: Storage = "fp32"
     storage_block: int = 256
     storage_min: int = 4096
-    blocks: int | tuple[int, ...] | None = None
+    blocks: int | tuple[int, ...] | tuple[tuple[int, int], ...] | None = None
     transposed: bool = False
     constraint: Literal["none", "hyperball"] = "none"
     uw_floor: float = 0.0
@@ -258,8 +258,7 @@ def completed(
         out = {**rule.adamw_settings, **out}
     out = {**settings_of(rule), **out}
     out = {k: v if k == "params" else plain(v) for k, v in out.items()}
-    if isinstance(out["blocks"], list):
-        out["blocks"] = tuple(out["blocks"])
+    out["blocks"] = chunks.frozen(out["blocks"])
     taken = {g["name"] for g in groups}
     if out.setdefault("name", unused(rule.name, taken)) in taken:
         raise ValueError(f"two param groups are named {out['name']!r}; names must be unique")
@@ -302,7 +301,11 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     if group["clip_norm"] == 0:
         raise ValueError(f"{group['name']}: clip_norm must be positive, or None for no clipping, got 0")
     blocks = group["blocks"]
-    if blocks is not None and min(blocks if isinstance(blocks, tuple) else (blocks,), default=0) < 1:
+    sizes = blocks if isinstance(blocks, tuple) else (blocks,)
+    if (
+        blocks is not None
+        and min((x for size in sizes for x in (size if isinstance(size, tuple) else (size,))), default=0) < 1
+    ):
         raise ValueError(f"{group['name']}: blocks must be a positive integer or several, got {blocks!r}")
 
 
