@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import with_flags
+from lightning_optim.core import engines
 from lightning_optim.core.rule import REGISTRY, lookup, nearest
 
 PREFIX = "lightning_optim."
@@ -63,6 +64,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
         Returns:
             The factory and its arguments, or None for an optimizer of Transformers' own.
+
+        Raises:
+            ValueError: DeepSpeed, as these arguments set it up, cannot run the optimizer.
         """
         name = self.optim.removeprefix(PREFIX)
         if name not in REGISTRY:
@@ -72,6 +76,7 @@ class TrainingArguments(transformers.TrainingArguments):
             "rest_lr": self.rest_learning_rate,
             "lr_convention": self.lr_convention,
         }
+        engines.check([lookup(name)])
         given = literals(self.optim_args)
         if given.get("recipe") or given.get("preset"):  # what is not set by a flag is the recipe's
             settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}
