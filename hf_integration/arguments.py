@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import with_flags
+from lightning_optim.core import engines
 from lightning_optim.core.rule import REGISTRY, lookup, nearest
 
 PREFIX = "lightning_optim."
@@ -82,7 +83,8 @@ class TrainingArguments(transformers.TrainingArguments):
             Its name, and arguments of `build_optimizer`.
 
         Raises:
-            ValueError: the optimizer is not one of ours, or bad settings.
+            ValueError: the optimizer is not one of ours, bad settings, or a DeepSpeed configuration that cannot run the
+                optimizer.
         """
         name = self.optim.removeprefix(PREFIX)
         if name not in REGISTRY:
@@ -95,6 +97,7 @@ class TrainingArguments(transformers.TrainingArguments):
             "rest_lr": self.rest_learning_rate,
             "lr_convention": self.lr_convention,
         }
+        engines.check([lookup(name)])
         chosen = literals(self.optim_args) | dict(given or {})
         if chosen.get("recipe") or chosen.get("preset"):  # what is not set by a flag is the recipe's
             settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}

@@ -11,6 +11,8 @@ from hf_integration.checkpoint import Consolidate, KeepSchedule
 from hf_integration.curvature import CurvatureFeed
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import check_settings, with_flags
+from lightning_optim.core import engines
+from lightning_optim.core.rule import lookup
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
@@ -34,13 +36,15 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
         The trainer.
 
     Raises:
-        ValueError: the trainer has an optimizer, or an unknown name or bad value.
+        ValueError: the trainer has an optimizer, or an engine (DeepSpeed, FSDP1) that cannot run the rule; an unknown
+            name or bad value.
     """
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None or trainer.state.global_step:
         raise ValueError(
             f"attach(trainer, {name!r}): the trainer already has an optimizer or has trained; "
             "attach to a new one, before train() and without optimizers= or optimizer_cls_and_kwargs="
         )
+    engines.check([lookup(name)])
     given = settings if lr is None else settings | {"lr": lr}
     check_settings(name, given)
     with_flags(trainer.args, name, given)  # raises what they do not allow; they are read when the optimizer is built

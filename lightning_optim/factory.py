@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_optim.core import constraint, layout
 from lightning_optim.core.averages import EMANesterov, MuLoCo, TailEMA, averages_of
 from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import OPTIONS, plain, rule_of, settings_of, unused
+from lightning_optim.core.groups import OPTIONS, check_unflattened, plain, rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.partition import MATRIX_ROLES, Override, assign, of_use, roles, without_parameters
@@ -87,8 +87,10 @@ def build_optimizer(
         An instance of the main rule's class with one group per rule and role.
 
     Raises:
-        ValueError: an unknown name, setting or pattern, or a parameter its rule cannot take.
+        ValueError: an unknown name, setting or pattern, a parameter its rule cannot take, or parameters that FSDP1 or
+            ZeRO-3 has flattened or emptied.
     """
+    check_unflattened(lookup(name), model.named_parameters())
     given: dict[str, Any] = {
         "lr": lr,
         "weight_decay": weight_decay,

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
+from lightning_optim.core import engines
 from lightning_optim.core.executor import Executor
+from lightning_optim.core.rule import lookup
 from lightning_optim.curvature import observes
 from lightning_optim.factory import OptimizerConfig, build_optimizer
 from lightning_optim.partition import Override
@@ -81,7 +84,8 @@ def configure_optimizers(
 
     Raises:
         ValueError: an unknown schedule, a run of unknown length, `fused_backward` in a trainer that accumulates, clips
-            or scales gradients, or what `Schedule` and `build_optimizer` raise.
+            or scales gradients, a strategy (FSDP1, DeepSpeed) that cannot run the rule, or what `Schedule` and
+            `build_optimizer` raise.
     """
     asked = {
         "schedule": schedule,
@@ -98,6 +102,7 @@ def configure_optimizers(
     }
     asked = {k: v for k, v in asked.items() if v is not None}
     Curve.of(asked)
+    check_strategy(module, name)
     if settings.get("fused_backward"):
         _refuse_what_needs_gradients(module)
     optimizer = build_optimizer(
@@ -266,6 +271,29 @@ class AveragedWeights(Callback):
 
 def _wrapped(trainer: Trainer) -> list[Executor]:
     return [o for o in trainer.optimizers if isinstance(o, Executor) and o.averages is not None]
+
+
+def check_strategy(module: LightningModule, name: str) -> None:
+    """Check that the trainer's strategy can run a rule.
+
+    FSDP1 has flattened the parameters when it asks for the optimizer, DeepSpeed is going to.
+
+    Args:
+        module: of the trainer; without one nothing is checked.
+        name: of the main rule.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    trainer = getattr(module, "_trainer", None)
+    strategy = None if trainer is None else trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            f"{name}: strategy 'fsdp' is FSDP1, which hides matrices and their roles in flat parameters; use FSDP2 "
+            "(ModelParallelStrategy with fully_shard in configure_model) or DDP"
+        )
+    if isinstance(strategy, DeepSpeedStrategy) and isinstance(strategy.config, Mapping):
+        engines.check_deepspeed(strategy.config, [lookup(name)])
 
 
 def _refuse_what_needs_gradients(module: LightningModule) -> None:
