@@ -97,7 +97,7 @@ def magnitude(x: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
         Shaped like `x` with sizes of 1 in these dimensions; 1 where all elements are zero. At least the smallest normal
         number.
     """
-    top = vector_norm(x, ord=torch.inf, dim=dim, keepdim=True)
+    top = torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True))  # no temporary
     power = top / (2 * torch.frexp(top).mantissa)
     return torch.where(top > 0, power.clamp(min=torch.finfo(x.dtype).tiny), 1.0)
 
