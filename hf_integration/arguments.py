@@ -71,7 +71,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.optim.removeprefix(PREFIX) not in REGISTRY:
             return None
         self.optimizer_settings()  # raises here, before there is a model, what can be known here
-        return OptimizerFactory, {"args": self}
+        return OptimizerFactory, FactoryArguments(args=self)
 
     def optimizer_settings(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What the flags say of the optimizer now.
@@ -102,6 +102,14 @@ class TrainingArguments(transformers.TrainingArguments):
         if chosen.get("recipe") or chosen.get("preset"):  # what is not set by a flag is the recipe's
             settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}
         return with_flags(self, name, settings | chosen)
+
+
+class FactoryArguments(dict[str, Any]):
+    """Arguments of the factory: `args`, what the user adds, and, to be read, what the flags now say."""
+
+    def __missing__(self, key: str) -> Any:
+        """Read a setting from the flags."""
+        return self["args"].optimizer_settings()[key]
 
 
 def literals(text: str | None) -> dict[str, Any]:

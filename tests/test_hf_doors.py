@@ -409,7 +409,10 @@ def test_flags_count_until_the_optimizer_is_built(tmp_path: Path):
     assert (groups["soap/hidden"]["betas"], groups["soap/hidden"]["lr_convention"]) == ((0.8, 0.9), "native")
     assert {g["lr"] for name, g in groups.items() if name.startswith("lion/")} == {1e-3}
 
-    factory, kwargs = cast("Any", arguments(tmp_path).optimizer_cls_and_kwargs())
+    args = arguments(tmp_path)
+    factory, kwargs = cast("Any", args.optimizer_cls_and_kwargs())
+    args.learning_rate = 2e-3
+    assert (kwargs["name"], kwargs["lr"]) == ("muon", 2e-3)
     made = factory()(llama(), **kwargs | {"overrides": [("embedding", "sgd", {"lr": 0.5})]})
     assert {g["lr"] for g in made.param_groups if g["rule"] == "sgd"} == {0.5}
 
