@@ -42,11 +42,13 @@ from lightning_optim.core.work import (
     Work,
     alike,
     apply,
+    check_scales,
     count,
     first_index,
     forms_of,
     needs_param,
     portions,
+    state_beside,
     takes_kernel,
     takes_kernels,
     update_elementwise,
@@ -524,7 +526,7 @@ class Executor(torch.optim.Optimizer):
 
     def _whole(self, job: Job, works: list[Work]) -> None:
         for run in chunks.bucket(works, alike):
-            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
+            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes, state_beside(run[0])):
                 update_stack(job, chunk, [layout.local(w.param) for w in chunk], [w.gradient() for w in chunk])
 
     def _travel(self, job: Job, works: list[Work], teams: list[travel.Team]) -> Iterator[None]:
@@ -548,7 +550,7 @@ class Executor(torch.optim.Optimizer):
         mine = [works[i] for i in exchange.mine if works[i].has_gradient]
         self._refreshes.decide(job, mine, lambda w: gradients[at[id(w)]], self.on_refresh)
         for run in chunks.bucket(mine, alike):
-            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
+            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes, state_beside(run[0])):
                 here = [at[id(w)] for w in chunk]
                 update_stack(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
         like = layout.local(works[0].param).new_empty((), dtype=storage.work_dtype(works[0].param.dtype))
@@ -588,6 +590,8 @@ class Executor(torch.optim.Optimizer):
                     held = w.state.get(key)
                     if held is not None and held.shape != form.shape and held.shape != (0, *form.shape):
                         _refuse_resized(w, key, held.shape, form.shape)
+                    if form.quantised and held is not None and held.dtype == form.dtype:
+                        check_scales(rule, w, key)
                 if len(w.state) > len(forms) + 1:  # more than slots and "step"
                     self._check_beside(w)
 
