@@ -90,7 +90,10 @@ def inverse_power(x: Tensor, exponent: float, eps: float = 0.0) -> Tensor:
     eye = torch.eye(size, dtype=x.dtype, device=x.device)
     values, vectors = eigh(x + eps * eye if eps else x)
     if eps:
-        powers = (values + (eps - values[..., -1:]).clamp(min=0)).pow(-exponent)
+        lifted = values + (eps - values[..., -1:]).clamp(min=0)
+        if x.dtype == torch.float64:  # the last try: eps may be lost in the rounding of the others
+            lifted = lifted.clamp(min=eps / 2)
+        powers = lifted.pow(-exponent)
     else:
         floor = (size * kind.eps * values[..., :1]).clamp(min=kind.tiny)
         powers = torch.where(values > floor, values.clamp(min=kind.tiny).pow(-exponent), 0.0)
