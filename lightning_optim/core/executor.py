@@ -24,6 +24,7 @@ from lightning_optim.core import (
     chunks,
     compiled,
     constraint,
+    engines,
     fused,
     joint,
     layout,
@@ -32,7 +33,23 @@ from lightning_optim.core import (
     storage,
     travel,
 )
-from lightning_optim.core.groups import check_loaded, check_param, completed, is_flat, parts_of, reading_of, rule_of
+from lightning_optim.core.groups import (
+    MOMENTUM_NAMES,
+    REMEDY,
+    ParamGroup,
+    check_flat,
+    check_loaded,
+    check_param,
+    completed,
+    is_flat,
+    momentum_field,
+    momentum_names,
+    parts_of,
+    plain,
+    reading_of,
+    rule_of,
+    settings_of,
+)
 from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
 from lightning_optim.core.storage import COMPENSATION, RADIUS, Form, scale_key
@@ -101,6 +118,9 @@ class Executor(torch.optim.Optimizer):
       kernel of torch's keep it for state that rests as values. A checkpoint does not change it.
     * `seed`: of the stochastic rounding of weights and state and of random projections.
 
+    `defaults` name a momentum as torch's optimizers do, so `OneCycleLR`, `CyclicLR` and Lightning's monitor work: each
+    group answers to `momentum` and to `betas`, whichever its rule has (`groups.ParamGroup`).
+
     `wrap` adds look-ahead, averages and an outer optimizer; `train()` and `eval()` then change between the weights to
     train and those to evaluate. `total_steps`, if set, is the length of the run, which the doors of the trainers know;
     `curve` is the schedule that `build_optimizer` was given (`lightning_optim.schedule.Curve`).
@@ -126,6 +146,9 @@ class Executor(torch.optim.Optimizer):
         super().__init__(cast("Any", params), dict(defaults or {}))
         for key in ("lr", "weight_decay"):
             self.defaults.setdefault(key, self.param_groups[0][key])
+        self._complete = True
+        self._offer_momentum()
+        engines.check(lookup(group["rule"]) for group in self.param_groups)
 
     divide: Callable[[dict[str, Any]], Sequence[dict[str, Any]]] | None
     """Gives a group that is added without a rule as groups with rules; set by `build_optimizer`."""
@@ -144,7 +167,9 @@ class Executor(torch.optim.Optimizer):
 
     def _start(self, max_temp_bytes: int = 2**25) -> None:
         self.max_temp_bytes = max_temp_bytes
+        self._complete = False
         self.divide = None  # not on the class, where Lightning's wrapper of an optimizer would find it
+        self._given: dict[str, list[tuple[int, torch.Size | None]]] = {}
         self._owners: dict[Tensor, int] = {}  # no weak references: `Module.to` could not swap a DTensor that has one
         self._loads: dict[Any, list[float]] = {}
         self._meeting = travel.Meeting()
@@ -159,7 +184,7 @@ class Executor(torch.optim.Optimizer):
         self.fused: fused.FusedBackward | None = None
         self.averages: averages.Averages | None = None
         self.curve: Any = None
-        self.total_steps: int | None = None
+        self._total_steps: int | Callable[[], int | None] | None = None
         self.fed = False
         self.look = None
         self.mates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -168,12 +193,26 @@ class Executor(torch.optim.Optimizer):
         """Restore a pickled or copied optimizer."""
         if not hasattr(self, "_meeting"):
             self._start()
+            self._complete = True
         super().__setstate__(state)
+        self.param_groups[:] = map(ParamGroup, self.param_groups)
+        if not self._given:
+            for group in self.param_groups:
+                self._remember(group)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled or copied."""
-        kept = ("max_temp_bytes", "averages", "curve", "total_steps")
-        return super().__getstate__() | {key: getattr(self, key) for key in kept}
+        kept = {key: getattr(self, key) for key in ("max_temp_bytes", "averages", "curve")}
+        return super().__getstate__() | kept | {"_total_steps": self.total_steps}
+
+    @property
+    def total_steps(self) -> int | None:
+        """The length of the run, None where it is not known; may be set to what is to be called for it."""
+        return self._total_steps() if callable(self._total_steps) else self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, steps: int | Callable[[], int | None] | None) -> None:
+        self._total_steps = steps
 
     # -- groups ---------------------------------------------------------------------------------------------------
 
@@ -197,7 +236,7 @@ class Executor(torch.optim.Optimizer):
             for part in parts:
                 self.add_param_group(part)
             return
-        group = completed(param_group, self.defaults, self.param_groups)
+        group = ParamGroup(completed(param_group, self.defaults, self.param_groups))
         foreign = self.defaults.keys() - group.keys()
         if self.fused is not None:
             fused.check(rule_of(group), group, ())
@@ -207,10 +246,72 @@ class Executor(torch.optim.Optimizer):
         if group["compile"]:
             compiled.check(rule_of(group), group, [x[1] if isinstance(x, tuple) else x for x in group["params"]])
         super().add_param_group(group)
+        self._remember(group)
         for key in foreign:
             del group[key]
+        if self._complete:
+            self._offer_momentum()
         if self.fused is not None:
             self.fused.watch()
+
+    def _offer_momentum(self) -> None:
+        """Keep in `defaults` the names under which torch's schedules and Lightning's monitor look for a momentum."""
+        rule = self.defaults.get("rule", self.param_groups[0]["rule"])
+        own = settings_of(lookup(rule))
+        for key in (momentum_field(lookup(rule)), momentum_names(self.param_groups)):
+            if key in MOMENTUM_NAMES:
+                self.defaults.setdefault(key, own[key] if key in own else self.param_groups[0][key])
+
+    def _remember(self, group: Mapping[str, Any]) -> None:
+        """Note which parameters a group was given, to recognize what an engine puts in their place."""
+        self._given[group["name"]] = [(id(p), None if is_lazy(p) else p.shape) for p in group["params"]]
+
+    def flat_tensors(self, group: Mapping[str, Any]) -> list[Tensor]:
+        """The flat tensors that an engine (DeepSpeed ZeRO) has put in the place of a group's parameters.
+
+        A parameter may be replaced by a copy, or by a shard of the same shape (FSDP2); then the result is empty.
+
+        Args:
+            group: of `param_groups`.
+
+        Returns:
+            One-dimensional tensors that the group was not given, where it was given other shapes or more parameters.
+        """
+        given, params = self._given.get(group["name"], []), group["params"]
+        known, out = {number for number, _ in given}, []
+        for i, p in enumerate(params) if given else ():
+            if id(p) in known or p.ndim != 1:
+                continue
+            shape = given[i][1] if i < len(given) else None
+            # a vector of the user's own may replace another; DeepSpeed's flat tensors are no Parameters
+            vector = shape is None or shape == p.shape or (len(shape) == 1 and isinstance(p, torch.nn.Parameter))
+            if len(params) < len(given) or not vector:
+                out.append(p)
+        return out
+
+    def _check_params(self, jobs: Sequence[Job]) -> None:
+        """Check that rules can take the parameters that have no state yet: as they are now, not when they were added.
+
+        A parameter may have been frozen or without a shape then, or an engine may have replaced it.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        for rule, group, works in jobs:
+            new = [w for w in works if not w.state]
+            if new:
+                self._check_replaced(rule, group)
+            for w in new:
+                check_param(rule, w.name, w.param, group)
+
+    def _check_replaced(self, rule: Rule, group: Mapping[str, Any]) -> None:
+        """Refuse flat tensors that a rule, or the group's settings, cannot step in the place of parameters."""
+        for p in self.flat_tensors(group):
+            names = ", ".join([*group.get("param_names", ())[:3], "..."])
+            where = f"group {group['name']!r} ({names}), which DeepSpeed (or a like engine) has made a flat tensor"
+            check_flat(rule, where, p, group)
+            if self.averages is not None:
+                raise ValueError(f"{where}: the averages of `wrap` would not reach the model; {REMEDY}")
 
     # -- step -----------------------------------------------------------------------------------------------------
 
@@ -256,6 +357,7 @@ class Executor(torch.optim.Optimizer):
         look, self.look = self.look, None
         jobs = list(self._jobs())
         self._check_shapes(jobs)
+        self._check_params(jobs)
         if not self._compared:
             self._compare(jobs)
         self._refreshes.spread(jobs, self.process_group)
@@ -317,7 +419,9 @@ class Executor(torch.optim.Optimizer):
         Returns:
             Trainable parameters by what their rules observe; empty in most steps.
         """
-        return observing.due(self._jobs())
+        jobs = list(self._jobs())
+        self._check_params(jobs)
+        return observing.due(jobs)
 
     @torch.no_grad()
     def observe(self, seen: Mapping[Tensor, observing.Seen]) -> dict[str, float]:
@@ -691,10 +795,7 @@ class Executor(torch.optim.Optimizer):
 
     def _materialise(self, jobs: Sequence[Job]) -> None:
         """Allocate the state of every trainable parameter that has none: complete, in its final shape."""
-        for rule, group, works in jobs:
-            for w in works:
-                if not w.state:  # it may have been frozen, or without a shape, when it was added
-                    check_param(rule, w.name, w.param, group)
+        self._check_params(jobs)
         self._assign_owners(jobs)
         for rule, group, works in jobs:
             known: dict[tuple[Any, ...], tuple[dict[str, Form], bool, bool]] = {}
@@ -809,9 +910,11 @@ class Executor(torch.optim.Optimizer):
         trained = self.state
         self.state = self._saved() if trained else trained
         try:
-            return super().state_dict()
+            out = super().state_dict()
         finally:
             self.state = trained
+        out["param_groups"] = [plain(group) for group in out["param_groups"]]
+        return out
 
     def consolidate(self) -> None:
         """Collect the state that replicas share out (`share_work`), for calls of `state_dict` until the next step.
@@ -895,6 +998,8 @@ class Executor(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             ids.extend(chain.from_iterable(group["params"] for group in saved["param_groups"]))
             loaded.update({i: _present(slots) for i, slots in saved["state"].items()})
+            for job in self._jobs(frozen=True):
+                self._check_replaced(job.rule, job.group)
             groups = self._completed(saved["param_groups"])
             if self.averages is not None:
                 self.averages.check_loaded(groups, loaded.values())
@@ -904,6 +1009,7 @@ class Executor(torch.optim.Optimizer):
         def give(_: torch.optim.Optimizer) -> None:
             self._install(loaded, ids)
 
+        given = [self._given.get(group["name"], []) for group in self.param_groups]
         handles = [self.register_load_state_dict_pre_hook(take)]
         handles.append(self.register_load_state_dict_post_hook(give, prepend=True))
         try:
@@ -911,6 +1017,7 @@ class Executor(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        self._given |= {group["name"]: known for group, known in zip(self.param_groups, given, strict=True)}
 
     def _completed(self, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Saved groups with what they lack taken from the present ones."""
@@ -924,6 +1031,7 @@ class Executor(torch.optim.Optimizer):
             if self.averages is None and group.get("average_step"):
                 raise ValueError("the checkpoint's optimizer was wrapped (EMANesterov, ...): wrap this one alike")
             known = group if "rule" in group else lookup(own["rule"]).translate(dict(group))
+            known = {k: v for k, v in known.items() if k in own or k not in MOMENTUM_NAMES}
             groups.append({**{k: v for k, v in own.items() if k != "params"}, **known, "compile": own["compile"]})
             check_loaded(groups[-1])
         return [*groups, *saved[len(groups) :]]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import LinAlgError, eigh, failures
-from lightning_optim.ops.norms import unit_scale
+from lightning_optim.ops.norms import magnitude
 
 Method = Literal["eigh", "newton"]
 
@@ -169,8 +169,8 @@ def root_error(x: Tensor, r: Tensor, root: int) -> Tensor:
     left = x @ torch.linalg.matrix_power(r, root // 2)
     right = left if root % 2 == 0 else left @ r
     found, tiny = left @ right.mT, torch.finfo(x.dtype).tiny
-    scale = unit_scale(x)
-    found, x = found * scale, x * scale
+    scale = magnitude(x)
+    found, x = found / scale, x / scale
     sizes = torch.linalg.matrix_norm(found) + torch.linalg.matrix_norm(x)
     return torch.linalg.matrix_norm(found - x) / sizes.clamp(min=tiny)
 

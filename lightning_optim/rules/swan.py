@@ -13,7 +13,7 @@ from torch.linalg import vector_norm
 from lightning_optim.core.rule import Rule
 from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import LinAlgError, failures
-from lightning_optim.ops.norms import normalized, rms
+from lightning_optim.ops.norms import magnitude, normalized, rms
 from lightning_optim.ops.roots import Method, coupled_newton, inverse_power
 
 
@@ -59,8 +59,9 @@ class SWAN(Rule):
         tall = g.shape[-2] > g.shape[-1]
         x = g.mT if tall else g
         x = x - x.mean(-1, keepdim=True)
+        x.div_(magnitude(x, dim=-1))
         deviation = vector_norm(x, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-        x = x / deviation.clamp(min=torch.finfo(x.dtype).tiny)
+        x.div_(torch.where(deviation > 0, deviation, 1.0))
         gram = product(x, x.mT)
         d = product(self._inverse_root(gram), x)
         if self.rescale == "norm":
