@@ -35,8 +35,9 @@ from lightning_optim import (
     Signum,
     build_optimizer,
 )
+from lightning_optim.core.rule import REGISTRY
 from lightning_optim.ops.lapack import LinAlgError
-from tests.rules import SEARCHING, cases, give, gradient, params, refreshing
+from tests.rules import NAMES, SEARCHING, cases, give, gradient, params, refreshing
 
 
 def matrix() -> Parameter:
@@ -358,3 +359,163 @@ def test_a_warning_that_is_an_error_comes_after_the_step() -> None:
     with pytest.raises(RuntimeWarning, match="dion: parameter 0"), failing(1):
         optimizer.step()
     assert not torch.equal(beside, torch.ones(3)) and optimizer.state[beside]["step"] == 1
+
+
+def resize(p: Parameter, shape: tuple[int, ...]) -> None:
+    """Give a parameter another shape in place, as Transformers' `resize_token_embeddings` does."""
+    p.data = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(p.dtype)
+    p.grad = None
+
+
+def snapshot(optimizer: Executor) -> list[Any]:
+    """Copies of all weights and state."""
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    return [(p.detach().clone(), {k: t.clone() for k, t in optimizer.state[p].items()}) for p in owned]
+
+
+def unchanged(optimizer: Executor, before: list[Any]) -> bool:
+    """Whether all weights and state are what they were, bit for bit."""
+    pairs = zip(snapshot(optimizer), before, strict=True)
+    return all(
+        torch.equal(p, q) and state.keys() == old.keys() and all(torch.equal(state[k], old[k]) for k in old)
+        for (p, state), (q, old) in pairs
+    )
+
+
+@pytest.mark.parametrize("shape", [(9, 12), (3, 12), (12, 5), (60,)])
+@pytest.mark.parametrize("name", [*NAMES, *SEARCHING])
+def test_a_parameter_resized_under_its_state_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    rule, ps = REGISTRY[name], params(name)
+    beside = Parameter(torch.ones(3))
+    optimizer = Executor([
+        {"params": [beside], "rule": "adamw", "name": "beside"},
+        {"params": [*ps.values()], "rule": name},
+    ])
+    for t in (1, 2):
+        give(ps | {"beside": beside}, t)
+        optimizer.step()
+    resize(ps["wide"], shape)
+    give(ps | {"beside": beside}, 3)
+    before = snapshot(optimizer)
+    turned = name in ("alice", "alice0") and shape == (12, 5)  # their state is that of the wide matrix either way
+    if len(optimizer.state[ps["wide"]]) > 1 and (rule.vectors or len(shape) > 1) and not turned:
+        said = rf"{name}: parameter 0 has shape \({', '.join(map(str, shape))},?\).*has \(.*expected .*resized"
+        with pytest.raises(RuntimeError, match=said):
+            optimizer.step()
+        assert unchanged(optimizer, before)
+        with pytest.raises(RuntimeError, match="resized in place"):
+            optimizer.state_dict()
+        optimizer.state.pop(ps["wide"])
+    if rule.vectors or len(shape) > 1:
+        give(ps | {"beside": beside}, 3)
+        optimizer.step()
+        assert all(p.isfinite().all() for p in ps.values()) and int(optimizer.state[beside]["step"]) == 3
+        assert optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "settings"),
+    [
+        ("adamw", torch.bfloat16, {"param_rounding": "kahan"}),
+        ("sgd", torch.bfloat16, {"param_rounding": "kahan", "momentum": 0.0}),
+        ("adamw", torch.float32, {"state_storage": "int8", "storage_min": 16, "storage_block": 16}),
+        ("adamw", torch.float32, {"state_storage": "bf16", "storage_min": 16}),
+        ("muon", torch.float32, {"state_storage": "fp8", "storage_min": 16, "storage_block": 16}),
+        ("muon", torch.float32, {"state_storage": "host"}),
+        ("muon", torch.bfloat16, {"constraint": "hyperball"}),
+        ("soap", torch.float32, {"clip_norm": 1.0}),
+        ("adamw", torch.float32, {"cautious_decay": 0.1}),
+        ("lion", torch.float32, {"on_nonfinite": "skip"}),
+    ],
+)
+def test_a_resized_parameter_is_refused_however_its_state_rests(
+    name: str, dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    ps = params(name, dtype)
+    optimizer = Executor([{"params": [*ps.values()], "rule": name, **settings}])
+    for t in (1, 2):
+        give(ps, t)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    resize(ps["wide"], (9, 12))
+    give(ps, 3)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"parameter 0 has shape \(9, 12\)"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"parameter 0: the checkpoint's .* has shape \(5, .*, expected \(9, "):
+        optimizer.load_state_dict(saved)
+    assert unchanged(optimizer, before)
+    fresh = {k: Parameter(p.detach().clone()) for k, p in ps.items()}
+    other = Executor([{"params": [*fresh.values()], "rule": name, **settings}])
+    give(fresh, 1)
+    other.step()
+    optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    for some, one in ((ps, optimizer), (fresh, other)):
+        for p, q in zip(some.values(), fresh.values(), strict=True):
+            p.data.copy_(q)
+        for t in (3, 4):
+            give(some, t)
+            one.step()
+        ps = ps if one is other else {k: Parameter(p.detach().clone()) for k, p in ps.items()}
+
+
+def test_a_gradient_of_another_shape_than_its_parameter_is_refused() -> None:
+    for name in ("adamw", "muon", "adafactor"):
+        p, beside = matrix(), Parameter(torch.ones(3))
+        optimizer = Executor([{"params": [beside], "rule": "adamw"}, {"params": [p], "rule": name}])
+        p.grad, beside.grad = torch.ones_like(p), torch.ones(3)
+        p.data = torch.ones(3, 4)
+        with pytest.raises(RuntimeError, match=r"parameter 0 has shape \(3, 4\), its gradient \(4, 3\).*zero_grad"):
+            optimizer.step()
+        assert not optimizer.state and torch.equal(beside, torch.ones(3))
+
+
+def test_rows_that_no_longer_divide_into_blocks_are_named() -> None:
+    p = Parameter(torch.ones(4, 3))
+    optimizer = Muon([("layer.qkv", p)], blocks=2)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    resize(p, (5, 3))
+    with pytest.raises(ValueError, match=r"layer.qkv: 5 rows do not divide into 2 blocks"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not REGISTRY[n].elementwise])
+def test_a_gradient_whose_squares_overflow_is_refused(name: str) -> None:
+    """It is finite, but the state would not be; one that is a little smaller is taken, and ruins nothing."""
+    for mode in ("raise", "skip"):
+        ps, beside = params(name), {"beside": Parameter(torch.ones(3))}
+        own = {k: p for k, p in ps.items() if p.ndim >= 2}
+        optimizer = Executor([
+            {"params": [*beside.values()], "rule": "adamw"},
+            {"params": [*own.values()], "rule": name, "on_nonfinite": mode, **refreshing(name)},
+        ])
+        for t in range(1, 7):
+            give(own | beside, t)
+            grad = own["tall"].grad
+            assert grad is not None
+            grad.mul_({2: 1e10, 3: 1e17, 5: 1e20}.get(t, 1.0))
+            before = snapshot(optimizer)
+            if t == 5 and mode == "raise":
+                with pytest.raises(FloatingPointError, match=r"too large: .*parameter 1\. .*nothing was updated"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            assert unchanged(optimizer, before) == (t == 5)
+            for p in (own | beside).values():
+                assert p.isfinite().all() and all(x.isfinite().all() for x in optimizer.state[p].values()), (t, mode)
+
+
+def test_squares_of_clipped_and_of_elementwise_gradients_may_be_large() -> None:
+    p, q = matrix(), matrix()
+    optimizer = Executor([
+        {"params": [p], "rule": "muon", "clip_norm": 1.0},
+        {"params": [q], "rule": "lion", "on_nonfinite": "raise"},
+    ])
+    p.grad, q.grad = torch.full_like(p, 1e18), torch.full_like(q, 1e20)
+    optimizer.step()
+    half = Parameter(torch.ones(4, 3, dtype=torch.float16))
+    half.grad = torch.full_like(half, 6e4)
+    Muon([half]).step()
+    assert p.isfinite().all() and q.isfinite().all() and half.isfinite().all()
+    assert optimizer.state[p]["step"] == 1

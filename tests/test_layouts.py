@@ -174,6 +174,16 @@ def test_ranks_raise_together(pool: Pool, layout: str, world: int) -> None:
     assert any("another rank" in message for message, _ in others)
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw", "adafactor"])
+@pytest.mark.parametrize(("layout", "world"), [("shared", 3), ("fsdp2", 2), ("ddp", 2)])
+def test_a_resized_parameter_is_told_on_every_rank(pool: Pool, layout: str, world: int, name: str) -> None:
+    found = pool.run("tests.jobs:resized", world, name=name, layout=layout)
+    for messages, same, after in found:
+        assert len(messages) == 2 and same
+        assert all("has shape (9, 5)" in m and "has (7, " in m and "expected (9, " in m for m in messages), messages
+        assert all(torch.equal(after[k], found[0][2][k]) for k in after)
+
+
 @pytest.mark.parametrize("name", ["muon", "soap"])
 def test_shared_work_is_collected_before_one_rank_saves(pool: Pool, name: str) -> None:
     expected = straight(name, 6)

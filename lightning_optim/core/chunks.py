@@ -151,18 +151,20 @@ def bucket(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     return list(groups.values())
 
 
-def stacks(items: Sequence[T], elements: int, max_temp_bytes: int) -> Iterator[Sequence[T]]:
+def stacks(items: Sequence[T], elements: int, max_temp_bytes: int, beside: Sequence[int] = ()) -> Iterator[Sequence[T]]:
     """Cut items of one shape into chunks that become one stack each.
 
     Args:
         items: of one shape.
         elements: of one item.
         max_temp_bytes: bound for a stack and the temporaries of its update, counted as four float32 copies.
+        beside: elements of state of another shape (factors, bases) that is stacked with an item.
 
     Yields:
-        Runs of `items`; single ones from `STACK_LIMIT` elements on.
+        Runs of `items`; single ones from `STACK_LIMIT` elements on, of the item or of one of its states.
     """
-    size = 1 if elements >= STACK_LIMIT else max(1, max_temp_bytes // (16 * max(elements, 1)))
+    large = max(elements, *beside, 1) >= STACK_LIMIT
+    size = 1 if large else max(1, max_temp_bytes // (16 * max(elements + sum(beside), 1)))
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

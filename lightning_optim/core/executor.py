@@ -59,11 +59,13 @@ from lightning_optim.core.work import (
     Work,
     alike,
     apply,
+    check_scales,
     count,
     first_index,
     forms_of,
     needs_param,
     portions,
+    state_beside,
     takes_kernel,
     takes_kernels,
     update_elementwise,
@@ -628,7 +630,7 @@ class Executor(torch.optim.Optimizer):
 
     def _whole(self, job: Job, works: list[Work]) -> None:
         for run in chunks.bucket(works, alike):
-            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
+            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes, state_beside(run[0])):
                 update_stack(job, chunk, [layout.local(w.param) for w in chunk], [w.gradient() for w in chunk])
 
     def _travel(self, job: Job, works: list[Work], teams: list[travel.Team]) -> Iterator[None]:
@@ -652,7 +654,7 @@ class Executor(torch.optim.Optimizer):
         mine = [works[i] for i in exchange.mine if works[i].has_gradient]
         self._refreshes.decide(job, mine, lambda w: gradients[at[id(w)]], self.on_refresh)
         for run in chunks.bucket(mine, alike):
-            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
+            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes, state_beside(run[0])):
                 here = [at[id(w)] for w in chunk]
                 update_stack(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
         like = layout.local(works[0].param).new_empty((), dtype=storage.work_dtype(works[0].param.dtype))
@@ -688,15 +690,22 @@ class Executor(torch.optim.Optimizer):
                 if kind not in known:
                     known[kind] = forms_of(Job(rule, group, []), w)
                 w.forms = forms = known[kind]
+                missing = ""
                 for key, form in forms.items():
                     held = w.state.get(key)
-                    if held is not None and held.shape != form.shape and held.shape != (0, *form.shape):
+                    if held is None:
+                        missing = key
+                    elif held.shape != form.shape and held.shape != (0, *form.shape):
                         _refuse_resized(w, key, held.shape, form.shape)
-                if len(w.state) > len(forms) + 1:  # more than slots and "step"
-                    self._check_beside(w)
+                    elif form.quantised and held.dtype == form.dtype:
+                        check_scales(rule, w, key)
+                if missing or len(w.state) > len(forms) + 1:  # more than slots and "step"
+                    self._check_beside(w, missing)
 
-    def _check_beside(self, w: Work) -> None:
-        """Check the shapes of what is kept for a parameter beside the slots of its rule."""
+    def _check_beside(self, w: Work, missing: str) -> None:
+        """Check what is kept for a parameter beside the slots that its rule declares for the present shape."""
+        for key in self._foreign(w) if missing and w.state.get("step") else ():
+            _refuse_resized(w, key, w.state[key].shape, w.forms[missing].shape, missing)
         for key in (COMPENSATION, averages.TRAINED, *(() if self.averages is None else self.averages.keys)):
             held = w.state.get(key)
             if held is not None and held.shape != w.param.shape:
@@ -704,6 +713,12 @@ class Executor(torch.optim.Optimizer):
         radius, count = w.state.get(RADIUS), sum(part.dims[0] for part in w.parts)
         if radius is not None and radius.numel() != count:
             _refuse_resized(w, RADIUS, radius.shape, (count,))
+
+    def _foreign(self, w: Work) -> list[str]:
+        """Slots of a parameter that its rule would not declare for the present shape."""
+        known = {"step", COMPENSATION, RADIUS, averages.TRAINED, *w.forms, *map(scale_key, w.forms)}
+        known.update(() if self.averages is None else self.averages.keys)
+        return [key for key, held in w.state.items() if key not in known and isinstance(held, Tensor)]
 
     def _only_materialises(self, jobs: Sequence[Job]) -> bool:
         """Whether this is DCP's dummy step: every lr 0, every parameter with a gradient, every gradient 0."""
@@ -1124,16 +1139,17 @@ def _expected(forms: Mapping[str, Form], found: Mapping[str, Any]) -> Iterator[t
             yield scale_key(key), checkpoint.table_shape(form)
 
 
-def _refuse_resized(w: Work, key: str, held: Sequence[int], expected: Sequence[int]) -> NoReturn:
+def _refuse_resized(w: Work, key: str, held: Sequence[int], expected: Sequence[int], wanted: str = "") -> NoReturn:
     """Refuse a parameter whose state is that of another shape.
 
     Raises:
         RuntimeError: always.
     """
-    whole = tuple(held)[1:] if len(held) > len(expected) else tuple(held)
+    whole = tuple(held)[1:] if len(held) and held[0] == 0 else tuple(held)
+    said = f"{wanted!r} {tuple(expected)}" if wanted else tuple(expected)
     raise RuntimeError(
         f"{w.name} has shape {tuple(w.param.shape)}, and its state is that of another shape: {key!r} has {whole}, "
-        f"expected {tuple(expected)}; nothing was updated. The parameter was resized in place, as "
+        f"expected {said}; nothing was updated. The parameter was resized in place, as "
         "resize_token_embeddings does, or a setting that shapes the state (rank, blocks) was changed. Resize before "
         "the first step, build a new optimizer afterwards, or start this parameter's state again by "
         "optimizer.state.pop(parameter), on every rank"

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import Fallback, eigh, orthonormal
 from lightning_optim.ops.moments import gram
-from lightning_optim.ops.norms import norm, unit_scale
+from lightning_optim.ops.norms import magnitude, norm
 from lightning_optim.ops.projection import project
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -88,7 +88,7 @@ def off_diagonal(x: Tensor, q: Tensor, t: int = 0, top: int = 32, others: int = 
     shift = t * GOLDEN % 1
     rest = [top + int((i + shift) * step) for i in range(count)]
     columns = q[..., [*range(top), *rest]]
-    x = x * unit_scale(x)
+    x = x / magnitude(x)
     off = _residual(product(x, columns), columns)
     total = off[..., :top].sum(-1) + off[..., top:].sum(-1) * step
     return (total.clamp_min(0) / x.square().sum((-2, -1)).clamp_min(1e-30)).sqrt().clamp_max(1)
@@ -107,7 +107,7 @@ def unaligned(power: Tensor, q: Tensor) -> Tensor:
     Returns:
         `[b]`, in [0, 1]; 0 where X q is zero.
     """
-    power = power * unit_scale(power)
+    power = power / magnitude(power)
     whole = power.square().sum((-2, -1)).clamp_min(1e-30)
     return (_residual(power, q).sum(-1).clamp_min(0) / whole).sqrt().clamp_max(1)
 

@@ -18,7 +18,7 @@ from lightning_optim.ops.lapack import (
     orthonormal,
     unrotated,
 )
-from lightning_optim.ops.norms import unit_scale
+from lightning_optim.ops.norms import magnitude
 
 
 def aligned(new: Tensor, old: Tensor) -> Tensor:
@@ -77,9 +77,9 @@ def range_basis(x: Tensor, sketch: Tensor, rank: int, power: int = 1) -> Tensor:
     q = _basis(product(x, sketch))
     for _ in range(power):
         back = product(x.mT, q)
-        q = _basis(product(x, back.mul_(unit_scale(back))))
+        q = _basis(product(x, back.div_(magnitude(back))))
     inner = product(q.mT, x)
-    inner.mul_(unit_scale(inner))
+    inner.div_(magnitude(inner))
     return product(q, _turned(product(inner, inner.mT))[..., :rank])
 
 

@@ -22,25 +22,6 @@ def norm(x: Tensor) -> Tensor:
     return squares(x).sqrt() if is_traced() else vector_norm(x, dim=(-2, -1), keepdim=True)
 
 
-def unit_scale(x: Tensor) -> Tensor:
-    """The power of two that brings the largest element of every matrix into [2, 4).
-
-    Multiplying by it is exact, so that what does not depend on the scale of a matrix comes out the same, bit for bit,
-    and squares of squares neither overflow nor vanish.
-
-    Args:
-        x: `[..., m, n]`.
-
-    Returns:
-        `[..., 1, 1]` in the dtype of `x`; 1 for a matrix of zeros, or one that is not finite.
-    """
-    low, high = x.flatten(-2).aminmax(dim=-1, keepdim=True)
-    top = torch.maximum(high, -low).unsqueeze(-1).to(torch.promote_types(x.dtype, torch.float32))
-    mantissa, _ = torch.frexp(top.clamp(min=torch.finfo(top.dtype).tiny))
-    scale = 4 * mantissa / top.clamp(min=torch.finfo(top.dtype).tiny)
-    return torch.where(top.isfinite() & (top > 0), scale, 1.0).to(x.dtype)
-
-
 def gram_norm(x: Tensor) -> Tensor:
     """Schatten-4 norm of every matrix, |x x^T|^(1/2) = (sum sigma^4)^(1/4), from the smaller side.
 
@@ -52,9 +33,9 @@ def gram_norm(x: Tensor) -> Tensor:
     Returns:
         `[..., 1, 1]`.
     """
-    scale = unit_scale(x)
-    x = x * scale
-    return norm(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x).sqrt_().div_(scale)
+    scale = magnitude(x)
+    x = x / scale
+    return norm(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x).sqrt_().mul_(scale)
 
 
 def cosine(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:

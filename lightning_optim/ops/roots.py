@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import LinAlgError, eigh, failures
-from lightning_optim.ops.norms import unit_scale
+from lightning_optim.ops.norms import magnitude
 
 Method = Literal["eigh", "newton"]
 
@@ -90,7 +90,10 @@ def inverse_power(x: Tensor, exponent: float, eps: float = 0.0) -> Tensor:
     eye = torch.eye(size, dtype=x.dtype, device=x.device)
     values, vectors = eigh(x + eps * eye if eps else x)
     if eps:
-        powers = (values + (eps - values[..., -1:]).clamp(min=0)).pow(-exponent)
+        lifted = values + (eps - values[..., -1:]).clamp(min=0)
+        if x.dtype == torch.float64:  # the last try: eps may be lost in the rounding of the others
+            lifted = lifted.clamp(min=eps / 2)
+        powers = lifted.pow(-exponent)
     else:
         floor = (size * kind.eps * values[..., :1]).clamp(min=kind.tiny)
         powers = torch.where(values > floor, values.clamp(min=kind.tiny).pow(-exponent), 0.0)
@@ -166,8 +169,8 @@ def root_error(x: Tensor, r: Tensor, root: int) -> Tensor:
     left = x @ torch.linalg.matrix_power(r, root // 2)
     right = left if root % 2 == 0 else left @ r
     found, tiny = left @ right.mT, torch.finfo(x.dtype).tiny
-    scale = unit_scale(x)
-    found, x = found * scale, x * scale
+    scale = magnitude(x)
+    found, x = found / scale, x / scale
     sizes = torch.linalg.matrix_norm(found) + torch.linalg.matrix_norm(x)
     return torch.linalg.matrix_norm(found - x) / sizes.clamp(min=tiny)
 
