@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import curvature
-from lightning_optim.diagnostics.hessian import Method
+from lightning_optim.diagnostics.hessian import again
 
 from .observe import loss_scale, training_loss, unwrapped  # noqa: TID251
 
@@ -25,8 +26,10 @@ class CurvatureFeed(Callback):
 
     Args:
         share: of the rows of every batch that is measured; see `Feed`.
-        method: `"exact"` products with the Hessian, or `"difference"` of gradients where kernels do not allow those.
-        loss: of (module, batch), where `training_step` has side effects beside logging.
+        method: `"exact"` products with the Hessian, `"difference"` of gradients where kernels do not allow those, or
+            `"auto"`: exact until a kernel turns out not to allow it.
+        loss: of (module, batch), where `training_step` has side effects beside logging. It must be what `training_step`
+            returns: the two are compared on the first batch, in the same mode and with the same random numbers.
 
     Raises:
         ValueError: a value out of range.
@@ -35,13 +38,14 @@ class CurvatureFeed(Callback):
     def __init__(
         self,
         share: float | None = None,
-        method: Method = "exact",
+        method: curvature.FeedMethod = "auto",
         loss: Callable[[LightningModule, Any], Tensor] | None = None,
     ) -> None:
         curvature.check_settings(share, method)
         self._settings: dict[str, Any] = {"share": share, "method": method}
         self._loss = loss
         self.feed: curvature.Feed | None = None
+        self._first: FirstBatch | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the feed, if the optimizer needs one.
@@ -67,6 +71,7 @@ class CurvatureFeed(Callback):
 
         settings = self._settings | {"loss_scale": loss_scale(trainer), "rank": trainer.global_rank}
         self.feed = curvature.Feed(pl_module, optimizer, loss, **settings)
+        self._first = None if self._loss is None else FirstBatch(trainer, pl_module, loss)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Show the feed a batch.
@@ -77,8 +82,21 @@ class CurvatureFeed(Callback):
             batch: the batch.
             batch_idx: its number.
         """
+        if self._first is not None:
+            self._first.begin(batch)
         if self.feed is not None:
             self.feed.see(batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note what the first batch is trained by.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+            loss: what `training_step` returned.
+        """
+        if self._first is not None:
+            self._first.trained(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, if it is due.
@@ -88,6 +106,9 @@ class CurvatureFeed(Callback):
             pl_module: its module.
             optimizer: not looked at.
         """
+        if self._first is not None:
+            self._first.compare()
+            self._first = None
         said = self.feed.ready() if self.feed is not None else {}
         for logger in trainer.loggers if said else ():
             logger.log_metrics(said, step=trainer.global_step)
@@ -114,4 +135,72 @@ class CurvatureFeed(Callback):
     def _close(self) -> None:
         if self.feed is not None:
             self.feed.close()
-            self.feed = None
+        self.feed = self._first = None
+
+
+class FirstBatch:
+    """Compares the loss that a user gave with that of `training_step`, on the first batch of a run.
+
+    Args:
+        trainer: the trainer.
+        module: its module.
+        loss: of a batch.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, loss: Callable[[Any], Tensor]) -> None:
+        self.trainer, self.module, self.loss = trainer, module, loss
+        self.scale = loss_scale(trainer)
+        self._batch: Any = None
+        self._random: Any = None
+        self._measured: float | None = None
+        self._trained: list[float] = []
+
+    def begin(self, batch: Any) -> None:
+        """A batch is about to be trained on.
+
+        Args:
+            batch: the batch.
+        """
+        if self._random is None:
+            self._batch = batch
+            self._random = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self._devices()]
+        elif self._batch is not None:  # the second batch
+            self.compare()
+
+    def trained(self, loss: Tensor) -> None:
+        """A backward pass begins.
+
+        Args:
+            loss: scaled, and divided by the number of accumulated batches.
+        """
+        if self._batch is None:
+            return
+        many = self.trainer.accumulate_grad_batches if self.module.automatic_optimization else 1
+        self._trained.append(float(loss.detach()) * many / (self.scale() or 1.0))
+        if self._measured is None:
+            with again(self.module), torch.random.fork_rng(self._devices()):
+                torch.set_rng_state(self._random[0])
+                for device, state in zip(self._devices(), self._random[1], strict=True):
+                    torch.cuda.set_rng_state(state, device)
+                self._measured = float(self.loss(self._batch).detach())
+
+    def compare(self) -> None:
+        """Compare what is known; of several backward passes of a batch, the given loss may be one or the sum.
+
+        Raises:
+            ValueError: the losses differ.
+        """
+        self._batch = None
+        measured, self._measured = self._measured, None
+        if measured is None:
+            return
+        candidates = [*self._trained, sum(self._trained)]
+        nearest = min(candidates, key=lambda x: abs(x - measured))
+        dtypes = {p.dtype for p in self.module.parameters() if p.is_floating_point()}
+        precision = str(self.trainer.precision)
+        dtypes |= {torch.bfloat16} if precision.startswith("bf16") else set()
+        dtypes |= {torch.float16} if precision.startswith("16") else set()
+        curvature.compare_losses(measured, nearest, dtypes)
+
+    def _devices(self) -> list[int]:
+        return sorted({p.device.index or 0 for p in self.module.parameters() if p.device.type == "cuda"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,8 @@ class Diagnostic(Callback):
     """Base of the callbacks below; `settings` are those of the probe.
 
     Scalars go to every logger of the trainer, pictures and tables to TensorBoard (pictures also to loggers with
-    `log_image`), arrays into `diagnostics/` beside the log. The module's first optimizer is looked at.
+    `log_image`), arrays into `diagnostics/` beside the log. The module's first optimizer is looked at. An exception in
+    a measurement, or in what writes it, is one warning: measuring stops and training continues.
     """
 
     kind: ClassVar[type[Probe]]
@@ -37,6 +38,7 @@ class Diagnostic(Callback):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         self.probe = self.kind(*args, **settings)
+        self.probe.title = type(self).__name__
         self._folder: Path | None = None
         self._charts: Any = None
 
@@ -134,7 +136,7 @@ class Diagnostic(Callback):
         """
         report = self.probe.end()
         if report is not None and trainer.is_global_zero:
-            self._log(trainer, report, trainer.global_step - 1)
+            self.probe.safely(self._log, trainer, report, trainer.global_step - 1)
 
     def _log(self, trainer: Trainer, report: Report, step: int) -> None:
         scalars, charts = report.finite(), self.probe.layout()
@@ -230,6 +232,15 @@ class HessianBlocks(Diagnostic):  # noqa: D101
         if loss is not None:
             self.loss = loss
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        super().on_train_start(trainer, pl_module)
+        own = "loss" in vars(self) or type(self).loss is not Diagnostic.loss
+        if trainer.optimizers and not own and not pl_module.automatic_optimization:
+            self.probe.give_up(
+                "under manual optimization training_step steps the optimizer, so it cannot be called for its loss",
+                alone=False,
+            )
+
 
 CALLBACKS: dict[type[Probe], type[Diagnostic]] = {
     c.kind: c
@@ -266,11 +277,16 @@ def training_loss(module: LightningModule, batch: Any) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: it returns none.
     """
     with _silent(module):
         step = module.training_step
         out = step(batch, 0) if len(inspect.signature(step).parameters) > 1 else step(batch)
-    return out if isinstance(out, Tensor) else out["loss"]  # pyright: ignore[reportReturnType,reportCallIssue,reportArgumentType,reportOptionalSubscript]
+    if not isinstance(out, Tensor | Mapping):
+        raise ValueError("training_step returned no loss for the batch that is measured; give loss=")
+    return out if isinstance(out, Tensor) else out["loss"]
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 from transformers import Trainer
@@ -22,7 +23,8 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
     attach(DPOTrainer(model, args=args, ...), "muon", rest_lr=1e-5).train()
 
     `args.optim` and `args.optim_args` are not used. `adam_beta1`, `adam_beta2` and `adam_epsilon` hold for every
-    parameter that AdamW or Adam updates, unless `settings` say otherwise.
+    parameter that AdamW or Adam updates, unless `settings` say otherwise. The trainer's arguments are read whenever it
+    builds the optimizer, so each trial of `hyperparameter_search` has its own; what is given here holds for all.
 
     Args:
         trainer: any subclass whose `create_optimizer` is the Trainer's.
@@ -45,7 +47,9 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
     engines.check([lookup(name)])
     given = settings if lr is None else settings | {"lr": lr}
     check_settings(name, given)
-    trainer.optimizer_cls_and_kwargs = (OptimizerFactory, with_flags(trainer.args, name, given))  # pyright: ignore[reportAttributeAccessIssue]
+    with_flags(trainer.args, name, given)  # raises what they do not allow; they are read when the optimizer is built
+    kwargs = {"name": name, "args": partial(getattr, trainer, "args"), **given}
+    trainer.optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(KeepSchedule())
     trainer.add_callback(Consolidate())
     if not any(isinstance(callback, CurvatureFeed) for callback in trainer.callback_handler.callbacks):

@@ -17,6 +17,7 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import TrainingArguments
 
+from hf_integration.batches import Batches, copied, current_trainer
 from lightning_optim.diagnostics.probes import curvature, health, memory, noise, presets, rank, refresh
 from lightning_optim.diagnostics.probes.base import Probe, Run
 from lightning_optim.diagnostics.report import Report
@@ -27,7 +28,9 @@ class Diagnostic(TrainerCallback, ExportableState):
 
     Scalars go to the trainer's loggers (`report_to`), pictures and tables to TensorBoard, arrays into `diagnostics/`
     beside the log. Given as an instance or, with the defaults, as a class. With
-    `restore_callback_states_from_checkpoint` a resumed run continues the averages.
+    `restore_callback_states_from_checkpoint` a resumed run continues the averages. The batches are those that the
+    trainer's `compute_loss` receives. An exception in a measurement, or in what writes it, is one warning: measuring
+    stops and training continues.
     """
 
     kind: ClassVar[type[Probe]]
@@ -41,22 +44,28 @@ class Diagnostic(TrainerCallback, ExportableState):
     def __init__(self, *args: Any, **settings: Any) -> None:
         self.settings = dict(inspect.signature(self.kind).bind(*args, **settings).arguments)
         self.probe = self.kind(**self.settings)
+        self.probe.title = type(self).__name__
         self.saved: dict[str, Any] = {}
         self._siblings: Sequence[TrainerCallback] = ()
-        self._hooks: list[Any] = []
+        self._batches: Batches | None = None
         self._charts: Any = None
 
     def loss(self, model: nn.Module, batch: Any, /) -> Tensor:
-        """The loss of a batch.
+        """The loss of a batch: what the trainer's `compute_loss` makes of it.
 
         Args:
             model: the model.
-            batch: the keyword arguments of its forward pass.
+            batch: as `compute_loss` receives it.
 
         Returns:
             A scalar.
+
+        Raises:
+            RuntimeError: no trainer was found.
         """
-        return model(**{k: v for k, v in batch.items() if k != "num_items_in_batch"}).loss
+        if self._batches is None:
+            raise RuntimeError("there is no transformers.Trainer whose compute_loss could be taken")
+        return self._batches.loss(batch)
 
     def state(self) -> dict[str, Any]:
         """What continues in a resumed run.
@@ -82,7 +91,7 @@ class Diagnostic(TrainerCallback, ExportableState):
         run = Run(
             model=model,
             optimizer=unwrapped(optimizer),
-            loss=lambda batch: self.loss(model, batch),
+            loss=lambda batch: self.loss(model, copied(batch)),
             clip=args.max_grad_norm or None,
             loss_scale=lambda: None if scaler is None else scaler.get_scale(),
             step=state.global_step,
@@ -92,34 +101,27 @@ class Diagnostic(TrainerCallback, ExportableState):
         run.extra["checkpoint"] = lambda: _checkpoint(args)
         run.extra["group"] = torch.distributed.group.WORLD if args.world_size > 1 else None
         self._siblings, self._charts = siblings(), None
+        self._unwatch()
+        trainer = current_trainer()
+        if trainer is not None:
+            self._batches = Batches(trainer, model, self._see, self._forwarded)
+            run.extra["rows_belong_together"] = not self._batches.rows_are_independent
+            wrapper = getattr(trainer, "model_wrapped", None)
+            run.extra["ddp"] = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         if self.saved:
             self.probe.load_state_dict(self.saved)
         self.probe.start(run)
-        self._watch(model)
 
-    def _watch(self, model: nn.Module) -> None:
-        """See what goes into the model in training."""
+    def _see(self, batch: Any) -> None:
+        self.probe.see(batch)
 
-        def see(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if model.training:
-                if self.probe.run is not None:  # the trainer's event does not tell
-                    self.probe.run.extra["ddp"] = DistributedDataParallel._get_active_ddp_module()
-                self.probe.see(kwargs or args)
-
-        def forwarded(_: nn.Module, args: Any, out: Any) -> None:
-            if model.training:
-                self.probe.forwarded()
-
-        self._unwatch()
-        self._hooks = [
-            model.register_forward_pre_hook(see, with_kwargs=True),
-            model.register_forward_hook(forwarded, always_call=True),
-        ]
+    def _forwarded(self) -> None:
+        self.probe.forwarded()
 
     def _unwatch(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,6 +134,8 @@ class Diagnostic(TrainerCallback, ExportableState):
             control: the same.
             **kwargs: the same.
         """
+        if self._batches is not None and not self.probe.stopped:
+            self._batches.open()
         self.probe.begin()
 
     def on_substep_end(
@@ -169,9 +173,11 @@ class Diagnostic(TrainerCallback, ExportableState):
             control: of the trainer.
             **kwargs: passed on to the trainer's loggers.
         """
+        if self._batches is not None:
+            self._batches.close()
         report = self.probe.end()
         if report is not None and state.is_world_process_zero:
-            self._log(args, state, control, report, kwargs)
+            self.probe.safely(self._log, args, state, control, report, kwargs)
 
     def _log(
         self,
@@ -235,7 +241,7 @@ class PreconditionerRefresh(Diagnostic):  # noqa: D101
 class HessianBlocks(Diagnostic):  # noqa: D101
     kind = curvature.HessianBlocks
     __doc__ = f"""{(kind.__doc__ or "").rstrip()}
-        loss: of (model, keyword arguments of its forward pass), where it is not the output's `loss`.
+        loss: of (model, batch as `compute_loss` receives it), where it is not what the trainer's `compute_loss` gives.
     """
 
     def __init__(self, *, loss: Callable[[nn.Module, Any], Tensor] | None = None, **settings: Any) -> None:
@@ -306,11 +312,11 @@ def siblings() -> Sequence[TrainerCallback]:
         Empty outside a trainer's event.
     """
     frame = inspect.currentframe()
-    for _ in range(4):
-        frame = frame.f_back if frame is not None else None
-        caller = frame.f_locals.get("self") if frame is not None else None
+    while frame is not None:
+        caller = frame.f_locals.get("self")
         if isinstance(caller, CallbackHandler):
             return caller.callbacks
+        frame = frame.f_back
     return ()
 
 

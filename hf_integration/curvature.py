@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
+from hf_integration.batches import Batches, copied, current_trainer
 from hf_integration.callbacks import log_scalars, siblings, unwrapped
 from lightning_optim import curvature
-from lightning_optim.diagnostics.hessian import Method, measuring
 
 
 class CurvatureFeed(TrainerCallback):
@@ -21,10 +21,16 @@ class CurvatureFeed(TrainerCallback):
     other optimizers. It logs `curvature/win_rate` (Sophia: the share of coordinates that are not clipped, best between
     0.1 and 0.5) and `curvature/seconds`.
 
+    The batches are those that the trainer's `compute_loss` receives, and the loss is the one it computes, whether it is
+    overridden or not, label smoothing and `compute_loss_func` included.
+
     Args:
-        share: of the rows of every batch that is measured; see `Feed`.
-        method: `"exact"` products with the Hessian, or `"difference"` of gradients where kernels do not allow those.
-        loss: of (model, keyword arguments of its forward pass), where it is not the output's `loss`.
+        share: of the rows of every batch that is measured; see `Feed`. If not given, trainers with a `compute_loss` of
+            their own (but for TRL's SFTTrainer) are measured on all rows, which may belong together.
+        method: `"exact"` products with the Hessian, `"difference"` of gradients where kernels do not allow those, or
+            `"auto"`: exact until a kernel turns out not to allow it.
+        loss: of (model, batch as `compute_loss` receives it), where it is not to be computed by `compute_loss`, from
+            which it must not differ: the two are compared on the first batch.
 
     Raises:
         ValueError: a value out of range.
@@ -33,15 +39,15 @@ class CurvatureFeed(TrainerCallback):
     def __init__(
         self,
         share: float | None = None,
-        method: Method = "exact",
+        method: curvature.FeedMethod = "auto",
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
         curvature.check_settings(share, method)
         self._settings: dict[str, Any] = {"share": share, "method": method}
-        self._loss = _output_loss if loss is None else loss
+        self._loss = loss
         self.feed: curvature.Feed | None = None
+        self._batches: Batches | None = None
         self._others: Sequence[TrainerCallback] = ()
-        self._hook: Any = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -53,27 +59,50 @@ class CurvatureFeed(TrainerCallback):
             state: not looked at.
             control: not looked at.
             **kwargs: model and optimizer.
+
+        Raises:
+            RuntimeError: no trainer is found whose batches and loss could be taken.
         """
         self._close()
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
         if not curvature.observes(optimizer) or optimizer.fed:  # pyright: ignore[reportAttributeAccessIssue]
             return
+        trainer, own = current_trainer(), self._loss
+        if trainer is None:
+            raise RuntimeError(
+                "CurvatureFeed finds no transformers.Trainer whose batches and compute_loss it could take; in a loop "
+                "of your own use lightning_optim.curvature.Feed"
+            )
+        batches = Batches(trainer, model, lambda batch: feed.see(batch))
+        settings = dict(self._settings)
+        if settings["share"] is None and not batches.rows_are_independent:
+            settings["share"] = 1.0
         scaler = getattr(kwargs["optimizer"], "scaler", None)
-        feed = self.feed = curvature.Feed(
+        feed = curvature.Feed(
             model,
             optimizer,  # pyright: ignore[reportArgumentType]
-            lambda batch: self._loss(model, batch),
+            batches.loss if own is None else lambda batch: own(model, copied(batch)),
+            weight=batches.weight,
+            trained=None if own is None else batches.loss,
             loss_scale=lambda: None if scaler is None else scaler.get_scale(),
             rank=args.process_index,
-            **self._settings,
+            **settings,
         )
-        self._others = siblings()
+        self.feed, self._batches, self._others = feed, batches, siblings()
 
-        def see(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if model.training and not measuring():
-                feed.see({k: v for k, v in kwargs.items() if k != "num_items_in_batch"})
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch the batches of a step.
 
-        self._hook = model.register_forward_pre_hook(see, with_kwargs=True)
+        Args:
+            args: not looked at, as are the others.
+            state: the same.
+            control: the same.
+            **kwargs: the same.
+        """
+        if self._batches is not None:
+            self._batches.open()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,9 +115,25 @@ class CurvatureFeed(TrainerCallback):
             control: of the trainer.
             **kwargs: passed on to the trainer's loggers.
         """
-        said = self.feed.ready() if self.feed is not None else {}
+        try:
+            said = self.feed.ready() if self.feed is not None else {}
+        except BaseException:  # of which the trainer tells nobody
+            self._close()
+            raise
         if said and state.is_world_process_zero:
             log_scalars(self._others, args, state, control, said, kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave the trainer alone between steps.
+
+        Args:
+            args: not looked at, as are the others.
+            state: the same.
+            control: the same.
+            **kwargs: the same.
+        """
+        if self._batches is not None:
+            self._batches.close()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,15 +151,6 @@ class CurvatureFeed(TrainerCallback):
     def _close(self) -> None:
         if self.feed is not None:
             self.feed.close()
-            self._hook.remove()
-            self.feed = None
-
-
-def _output_loss(model: nn.Module, batch: Any) -> Tensor:
-    loss = model(**batch).loss
-    if loss is None:
-        raise ValueError(
-            "the model's output has no loss for what the trainer gives it; give CurvatureFeed(loss=...), a function of "
-            "the model and the keyword arguments of its forward pass"
-        )
-    return loss
+        if self._batches is not None:
+            self._batches.close()
+        self.feed = self._batches = None

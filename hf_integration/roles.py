@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from hf_integration.attach import attach
+from hf_integration.batches import current_trainer
 from hf_integration.callbacks import siblings, unwrapped, writers_of
 from hf_integration.settings import check_settings
 from lightning_optim import Executor
@@ -96,7 +96,7 @@ class HybridOptimizer(RoleTable):
             control: the same.
             **kwargs: the same.
         """
-        trainer = _trainer()
+        trainer = current_trainer()
         if trainer is not None:
             attach(trainer, self._name, **self._settings)
             self._attached = True
@@ -121,14 +121,3 @@ class HybridOptimizer(RoleTable):
                 f"or use hf_integration.attach(trainer, {self._name!r})"
             )
         super().on_train_begin(args, state, control, **kwargs)
-
-
-def _trainer() -> Trainer | None:
-    """The trainer whose event is under way; Transformers hands it to no callback."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller
-        frame = frame.f_back
-    return None

@@ -11,9 +11,10 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,21 +34,27 @@ from lightning_optim.diagnostics.hessian import (
     Method,
     NoSecondDerivativeError,
     apart,
+    differences_may_help,
     frozen,
+    graph_nodes,
     hutchinson,
     measuring,
     signs,
 )
 from lightning_optim.ops.rounding import hash_key
-from lightning_optim.partition import is_linear
+from lightning_optim.output_layers import is_linear
 
 SHARE = {"gauss_newton": 0.5, "hutchinson": 0.125, "loss": 1.0}
 """Of the rows of a batch that are measured; a product with the Hessian costs as much as three or four gradients."""
 CHUNK = 2**22
 NO_SECOND_DERIVATIVE = (
     "a kernel of the model has no second derivative, or a false one (its own attention, say): give the curvature feed "
-    "method='difference', or load the model with attn_implementation='sdpa' or 'eager'"
+    "method='auto' or method='difference', or load the model with attn_implementation='sdpa' or 'eager'"
 )
+LABELLED = "cross_entropy, nll_loss, binary_cross_entropy_with_logits and mse_loss"
+
+FeedMethod = Literal["auto"] | Method
+T = TypeVar("T")
 
 
 class Feed:
@@ -71,8 +78,12 @@ class Feed:
         loss: the mean training loss of a batch, without side effects.
         share: of the rows of every batch that is measured, in (0, 1]; half for labels drawn anew, an eighth for
             products with the Hessian, all for rules that search by the loss, if not given.
-        method: of products with the Hessian and the Gauss-Newton matrix: `"exact"`, or `"difference"` of gradients or
-            predictions for models with kernels that have no second derivative.
+        method: of products with the Hessian and the Gauss-Newton matrix: `"exact"`, `"difference"` of gradients or
+            predictions for models with kernels that have no second derivative, or `"auto"`, if not given: exact until a
+            kernel turns out to have none, and differences from then on, of which one warning tells.
+        weight: of a batch in the mean over micro-batches and ranks; the number of its labels, if not given.
+        trained: the loss by which the batch is trained, if that is known apart from `loss`: the two are compared on the
+            first batch that is measured.
         loss_scale: the present factor of mixed precision; None without.
         rank: of this process among those that train together.
         group: process group of those; all processes, if not given.
@@ -88,7 +99,9 @@ class Feed:
         loss: Callable[[Any], Tensor],
         *,
         share: float | None = None,
-        method: Method = "exact",
+        method: FeedMethod = "auto",
+        weight: Callable[[Any], float] | None = None,
+        trained: Callable[[Any], Tensor] | None = None,
         loss_scale: Callable[[], float | None] = lambda: None,
         rank: int = 0,
         group: Any = None,
@@ -96,11 +109,16 @@ class Feed:
         check_settings(share, method)
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.share, self.loss_scale, self.rank, self.group = share, loss_scale, rank, group
-        self.method: Method = method
+        self.method: FeedMethod = method
+        self.weight, self.trained = weight, trained
         self.seconds = 0.0
         """Spent on measurements so far."""
         self._believed = False
         """Whether second derivatives have been compared with differences of first ones."""
+        self._differences = method == "difference"
+        """Whether differences are taken."""
+        self._undrawn = False
+        """Whether the loss has turned out to call nothing whose labels can be drawn."""
         self._hooked = 0.0
         """Of this step, within the backward pass."""
         self._due: dict[str, list[Tensor]] | None = None
@@ -134,7 +152,7 @@ class Feed:
             Numbers to be logged, such as Sophia's `win_rate`; empty if nothing was due.
 
         Raises:
-            ValueError: a loss that the feed cannot draw labels for.
+            ValueError: a loss that the feed cannot draw labels for, or one that is not the loss that is trained.
             RuntimeError: no batch was seen, or a kernel or a way of checkpointing stands in the way; the message says
                 what to change.
         """
@@ -146,6 +164,9 @@ class Feed:
             raise RuntimeError("the curvature feed saw no batch of this step; call see(batch) before the forward pass")
         started = time.perf_counter()
         said: dict[str, float] = {}
+        if self.trained is not None and set(due) - {"factors"}:
+            self._compare_losses(self.trained, batches[0])
+            self.trained = None
         if due.pop("loss", None):
             self.optimizer.look = Look(self, [first_rows(batch, self.share or SHARE["loss"]) for batch in batches])
             if not due:
@@ -153,13 +174,10 @@ class Feed:
         if any(x.due for x in self._layers):
             self._show_factors([x for x in self._layers if x.due])
         for kind, params in ((k, v) for k, v in due.items() if k != "factors"):
-            measure = {"gauss_newton": self._gauss_newton, "hutchinson": self._hutchinson}[kind]
-            rows = [first_rows(batch, self.share or SHARE[kind]) for batch in batches]
-            with _explained():
-                values, count = measure(params, rows)
-            broken = not all(bool(x.isfinite().all()) for x in values)  # by a loss scale that is too large, say
-            if not layout.agree_max([float(broken)], params)[0]:
-                seen = {p: Seen(value=x, count=count) for p, x in zip(params, values, strict=True)}
+            seen = None if self._undrawn and kind == "gauss_newton" else self._measured(kind, params, batches)
+            if seen is None:  # no labels can be drawn
+                seen = self._measured("hutchinson", params, batches)
+            if seen:
                 said |= self.optimizer.observe(seen)
         spent = time.perf_counter() - started + self._hooked
         self.seconds += spent
@@ -215,22 +233,66 @@ class Feed:
 
     # -- estimates ------------------------------------------------------------------------------------------------
 
+    def _compare_losses(self, trained: Callable[[Any], Tensor], batch: Any) -> None:
+        with frozen(self.model, twice=False):
+            with Labels() as labels:
+                ours = self.loss(batch)
+            theirs = trained(batch)
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        compare_losses(float(ours.detach()), float(theirs.detach()), dtypes | labels.dtypes)
+
+    def _measured(self, kind: str, params: Sequence[Tensor], batches: Sequence[Any]) -> dict[Tensor, Seen] | None:
+        """What is shown to the rules.
+
+        Returns:
+            Nothing of what is not finite; None where no labels can be drawn.
+        """
+        measure = {"gauss_newton": self._gauss_newton, "hutchinson": self._hutchinson}[kind]
+        with _explained():
+            values, count = measure(params, [first_rows(batch, self.share or SHARE[kind]) for batch in batches])
+        broken = not all(bool(x.isfinite().all()) for x in values)  # by a loss scale that is too large, say
+        undrawn = kind == "gauss_newton" and self._undrawn
+        broken, undrawn = layout.agree_max([float(broken), float(undrawn)], params)
+        if undrawn:
+            self._fall_back_to_hutchinson(params)
+            return None
+        diagonal = kind == "hutchinson"
+        seen = {p: Seen(value=x, count=count, diagonal=diagonal) for p, x in zip(params, values, strict=True)}
+        return {} if broken else seen
+
+    def _fall_back_to_hutchinson(self, params: Sequence[Tensor]) -> None:
+        why = (
+            f"the loss calls none of torch's {LABELLED}, so no labels can be drawn for the Gauss-Newton-Bartlett "
+            "estimate"
+        )
+        if any(layout.local(p) is not p for p in params):
+            raise ValueError(
+                f"{why}, and the other estimate needs products with the Hessian, which FSDP2 does not support; use one "
+                "of these (no fused loss kernel), or train under DDP"
+            )
+        self._undrawn = True
+        warnings.warn(
+            f"sophia_g: {why}; Hutchinson's estimate of the Hessian's diagonal is measured instead, as for sophia_h "
+            "(a setting tokens has no effect on it)",
+            stacklevel=5,
+        )
+
     def _gauss_newton(self, params: Sequence[Tensor], batches: Sequence[Any]) -> tuple[list[Tensor], float]:
         """The gradient under labels drawn from the model, and over how many of them it is the mean."""
 
         def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
+            if self._undrawn:
+                return [torch.zeros_like(layout.local(p)) for p in params], 0.0
             scale = self.loss_scale() or 1.0
             owned = list(self.model.parameters())  # under FSDP2, others between forward and backward pass
             with frozen(self.model, twice=False):
                 with Labels(self._seed(i)) as labels:
                     loss = self.loss(batch)
-                if not labels.count:
-                    raise ValueError(
-                        "the loss calls none of torch's cross_entropy, nll_loss, binary_cross_entropy_with_logits and "
-                        "mse_loss, so no labels can be drawn for the Gauss-Newton-Bartlett estimate; use one of these "
-                        "(no fused loss kernel), or sophia_h"
-                    )
-                found = _gradients(loss * scale, params, owned)
+                labels.keep_used(loss)
+                self._undrawn = not labels.inputs
+                found = _gradients(loss * scale, params, owned)  # collective under FSDP2, so not left out
+            if not labels.count:  # nothing to draw, or not in this batch
+                return [torch.zeros_like(x) for x in found], 0.0
             return [x / scale for x in found], float(labels.count)
 
         return self._averaged(measure, params, batches)
@@ -242,25 +304,55 @@ class Feed:
 
         def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
             scale = self.loss_scale() or 1.0
-            with frozen(self.model):
-                try:
-                    with Labels() as labels:
-                        hessian = Hessian(lambda: self.loss(batch) * scale, params, self.method)
-                    found = hutchinson(hessian, [range(len(params))], [u])[2]
-                except NoSecondDerivativeError as error:
-                    raise RuntimeError(NO_SECOND_DERIVATIVE) from error
-                narrow = labels.autocast or any(p.dtype.itemsize < 4 for p in params)
-                if not (self._believed or self.method == "difference" or narrow):
+
+            def product(method: Method) -> tuple[list[Tensor], Labels]:
+                with Labels() as labels:
+                    hessian = Hessian(lambda: self.loss(batch) * scale, params, method)
+                found = hutchinson(hessian, [range(len(params))], [u])[2]
+                if method == "exact" and self._doubted(labels, params):
                     near = Hessian(hessian.loss, hessian.params, "difference")
                     self._compare(found, hutchinson(near, [range(len(u))], [u])[2])
-            return [x / scale for x in found], float(labels.count or 1)
+                return found, labels
+
+            with frozen(self.model):
+                found, labels = self._twice(product)
+            return [x / scale for x in found], self._weight(batch, labels)
 
         return self._averaged(measure, params, batches)
+
+    def _weight(self, batch: Any, labels: Labels) -> float:
+        return float(labels.count or 1) if self.weight is None else self.weight(batch)
+
+    def _twice(self, measure: Callable[[Method], T]) -> T:
+        """What needs second derivatives, by differences where there are none."""
+        if self._differences:
+            return measure("difference")
+        try:
+            return measure("exact")
+        except Exception as error:
+            if self.method == "exact" and isinstance(error, NoSecondDerivativeError):
+                raise RuntimeError(NO_SECOND_DERIVATIVE) from error
+            if self.method == "exact" or not differences_may_help(error):
+                raise
+            second = isinstance(error, NoSecondDerivativeError)
+            reason = "a kernel has none, or a false one" if second else str(error)
+        found = measure("difference")  # raises again what has another cause
+        self._differences = True
+        warnings.warn(
+            f"the curvature feed takes differences of gradients in place of second derivatives: {reason}",
+            stacklevel=6,
+        )
+        return found
+
+    def _doubted(self, labels: Labels, params: Sequence[Tensor]) -> bool:
+        """Whether second derivatives are to be compared with differences, which tell little in low precision."""
+        narrow = labels.autocast or any(p.dtype.itemsize < 4 for p in params)
+        return not self._believed and not narrow
 
     def _compare(self, found: Sequence[Tensor], near: Sequence[Tensor]) -> None:
         """Once, with differences: a kernel may leave its second derivative out without a word."""
         if apart(found, near) > TOLERANCE:
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
+            raise NoSecondDerivativeError
         self._believed = True
 
     def _averaged(
@@ -278,7 +370,7 @@ class Feed:
             n = torch.full_like(total, count)
             if sharded:  # their gradients are means over ranks already
                 layout.sum_([n], self.group)
-            for x, g in zip(sums, found, strict=True):
+            for x, g in zip(sums, found, strict=True) if n else ():  # the mean over no label is not a number
                 x.add_(g, alpha=float(n))
             total += n
         if not sharded:
@@ -324,7 +416,7 @@ class Look:
                 with Labels() as labels:
                     loss = self.feed.loss(batch)
                 found = _gradients(loss * scale, params, ())
-            return [loss.detach(), *(x / scale for x in found)], float(labels.count or 1)
+            return [loss.detach(), *(x / scale for x in found)], self.feed._weight(batch, labels)
 
         like = torch.zeros((), dtype=torch.float64, device=params[0].device)
         value, *found = self._measured(measure, [like, *params])
@@ -346,36 +438,40 @@ class Look:
         """
 
         def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
+            def multiplied(method: Method) -> tuple[list[Tensor], Labels]:
+                matrix = self._matrices[i][0] if i in self._matrices else None
+                if matrix is None or matrix.method != method:
+                    self._matrices[i] = self._matrix(params, batch, v, method)
+                matrix, labels = self._matrices[i]
+                return matrix.product(v), labels
+
             with frozen(self.feed.model):
-                try:
-                    if i not in self._matrices:
-                        self._matrices[i] = self._matrix(params, batch, v)
-                    matrix, labels = self._matrices[i]
-                    found = matrix.product(v)
-                except NoSecondDerivativeError as error:
-                    raise RuntimeError(NO_SECOND_DERIVATIVE) from error
+                found, labels = self.feed._twice(multiplied)
             if not labels.inputs:
                 raise ValueError(
-                    "the loss calls none of torch's cross_entropy, nll_loss, binary_cross_entropy_with_logits and "
-                    "mse_loss, so the Gauss-Newton matrix cannot be told from the Hessian; use one of these (no fused "
-                    "loss kernel)"
+                    f"the loss calls none of torch's {LABELLED}, so the Gauss-Newton matrix cannot be told from the "
+                    "Hessian; use one of these (no fused loss kernel), or lbfgs, which needs the loss only"
                 )
-            return found, float(labels.count or 1)
+            return found, self.feed._weight(batch, labels)
 
         return self._measured(measure, params)
 
-    def _matrix(self, params: Sequence[Tensor], batch: Any, v: Sequence[Tensor]) -> tuple[GaussNewton, Labels]:
+    def _matrix(
+        self, params: Sequence[Tensor], batch: Any, v: Sequence[Tensor], method: Method
+    ) -> tuple[GaussNewton, Labels]:
         """Of one micro-batch, and what its loss was given."""
         labels = Labels()
 
         def passes() -> tuple[Tensor, list[Tensor]]:
-            labels.inputs, labels.count = [], 0
+            labels.clear()
             with labels:
-                return self.feed.loss(batch), labels.inputs
+                loss = self.feed.loss(batch)
+            labels.keep_used(loss)
+            return loss, labels.inputs
 
-        matrix = GaussNewton(passes, params, self.feed.method)
-        narrow = labels.autocast or any(p.dtype.itemsize < 4 for p in params)
-        if not (self.feed._believed or self.feed.method == "difference" or narrow):
+        passes()  # tells which predictions are used; passes of a difference have no graph
+        matrix = GaussNewton(passes, params, method)
+        if method == "exact" and labels.inputs and self.feed._doubted(labels, params):
             self.feed._compare(matrix.pushed(v), GaussNewton(passes, params, "difference").pushed(v))
             matrix = GaussNewton(passes, params)  # the difference has written to what the graph holds
         return matrix, labels
@@ -494,8 +590,27 @@ def check_settings(share: float | None, method: str) -> None:
     """
     if share is not None and not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
-    if method not in ("exact", "difference"):
-        raise ValueError(f"method must be 'exact' or 'difference', got {method!r}")
+    if method not in ("auto", "exact", "difference"):
+        raise ValueError(f"method must be 'auto', 'exact' or 'difference', got {method!r}")
+
+
+def compare_losses(measured: float, trained: float, dtypes: Iterable[torch.dtype]) -> None:
+    """Check that the loss that is measured is the one that is trained.
+
+    Args:
+        measured: the loss of a batch that the feed was given.
+        trained: the trainer's loss of the same batch, in the same mode and with the same random numbers.
+        dtypes: of the weights and of the computation; the narrowest decides how far they may be apart.
+
+    Raises:
+        ValueError: they differ.
+    """
+    tolerance = max([torch.finfo(dtype).eps for dtype in dtypes], default=1e-7) ** 0.5
+    if not math.isclose(measured, trained, rel_tol=tolerance, abs_tol=tolerance * 1e-3) and measured == measured:
+        raise ValueError(
+            f"CurvatureFeed(loss=...) is not the loss that is trained: on the first batch it is {measured:.6g}, and "
+            f"the trainer's is {trained:.6g}; leave loss out, or give the trainer's own. Nothing was updated"
+        )
 
 
 def observes(optimizer: Any) -> bool:
@@ -587,9 +702,37 @@ class Labels(TorchFunctionMode):
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()
-        self.seed, self.count, self.autocast = seed, 0, False
+        self.seed, self.autocast = seed, False
+        self.dtypes: set[torch.dtype] = set()
+        """Of autocast, where it was on."""
+        self._used: list[bool] | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the losses so far."""
         self.inputs: list[Tensor] = []
         """What the losses were given for predictions."""
+        self._counts: list[int] = []
+        self._losses: list[Any] = []
+
+    @property
+    def count(self) -> int:
+        """The number of labels."""
+        return sum(self._counts)
+
+    def keep_used(self, loss: Tensor) -> None:
+        """Forget the losses that another loss is not made of, such as a model's own, where a trainer takes its logits.
+
+        Args:
+            loss: what the block has computed; without a graph, the losses of the call before are kept.
+        """
+        if loss.grad_fn is not None:
+            nodes = set(graph_nodes([loss]))
+            self._used = [getattr(x, "grad_fn", None) in nodes for x in self._losses]
+        used = self._used or []
+        for kept in (self.inputs, self._counts) if len(used) == len(self._losses) else ():
+            kept[:] = [x for x, u in zip(kept, used, strict=True) if u]
+        self._losses = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Change the labels of a loss; everything else goes on as it is.
@@ -611,16 +754,18 @@ class Labels(TorchFunctionMode):
         given = bound.arguments
         self.inputs.append(given["input"])
         x, y = given["input"].detach(), given["target"]
-        self.autocast |= torch.is_autocast_enabled(x.device.type)
+        if torch.is_autocast_enabled(x.device.type):
+            self.autocast = True
+            self.dtypes.add(torch.get_autocast_dtype(x.device.type))
         if func in (F.cross_entropy, F.nll_loss):
             by_index = not y.is_floating_point()
             counted = y != given["ignore_index"] if by_index else torch.ones(y.movedim(_classes(x), -1).shape[:-1])
-            self.count += int(counted.sum())
+            self._counts.append(int(counted.sum()))
             if self.seed is not None:
                 drawn = categorical(x.movedim(_classes(x), -1), self._generator(x))
                 given["target"] = torch.where(counted, drawn, y) if by_index else drawn
         else:
-            self.count += y.numel()
+            self._counts.append(y.numel())
             if self.seed is not None and func is F.mse_loss:
                 noise = torch.randn(x.shape, generator=self._generator(x), device=x.device, dtype=_wide(x.dtype))
                 given["target"] = x + (0.5**0.5 * noise).to(x.dtype)
@@ -628,7 +773,9 @@ class Labels(TorchFunctionMode):
                 given["target"] = torch.bernoulli(x.sigmoid(), generator=self._generator(x))
         if self.seed is not None and "label_smoothing" in given:
             given["label_smoothing"] = 0.0
-        return func(*bound.args, **bound.kwargs)
+        out = func(*bound.args, **bound.kwargs)
+        self._losses.append(out)
+        return out
 
     def _generator(self, like: Tensor) -> torch.Generator:
         """New numbers for every loss of the block."""

@@ -52,7 +52,8 @@ class Model(nn.Module):
     def __init__(self, name: str, dtype: torch.dtype = torch.float32, shapes: Shapes | None = None) -> None:
         super().__init__()
         made = torch.Generator().manual_seed(0)
-        for key, shape in (shapes or SHAPES).items():
+        self.shapes = shapes or SHAPES
+        for key, shape in self.shapes.items():
             value = torch.randn(shape, generator=made).to(dtype)
             if REGISTRY[name].vectors or len(shape) >= 2:
                 self.register_parameter(key, Parameter(value))
@@ -147,7 +148,7 @@ def laid_out(rank: int, world: int, layout: str, names: Sequence[str], steps: in
     """Train with every rule; whole weights, or what a rule says that refuses the mesh."""
     out: dict[str, Any] = {}
     for name in names:
-        model = lay_out(Model(name, kwargs.get("dtype", torch.float32)), layout, world)
+        model = lay_out(Model(name, kwargs.get("dtype", torch.float32), kwargs.get("shapes")), layout, world)
         try:
             optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
             if layout == "shared":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ from lightning_optim.callbacks import (
     diagnostics,
 )
 from lightning_optim.diagnostics import figures, view
-from lightning_optim.diagnostics.probes import curvature, presets
+from lightning_optim.diagnostics import memory as memory_of
+from lightning_optim.diagnostics.probes import curvature, health, noise, presets, refresh
 from lightning_optim.diagnostics.report import Pace
 from tests.test_diagnostics import Detached, Once
 from tests.test_hf import CONTEXT, VOCABULARY, arguments, llama, one_thread, trainer_of  # noqa: F401
@@ -403,6 +405,209 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path: Path) -> None:
     assert all(not c.probe._handles for c in own)
     assert not any(p._backward_hooks for p in module.parameters())
     assert not _get_current_dispatch_mode_stack()
+
+
+# -- measurements that fail -------------------------------------------------------------------------------------------
+
+
+class Broken(health.Health):
+    """Raises in one of its methods, at the second call."""
+
+    where: str = ""
+    calls: int = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name != Broken.where:
+            return value
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            Broken.calls += 1
+            if Broken.calls > 1:
+                raise ZeroDivisionError("broken")
+            return value(*args, **kwargs)
+
+        return call
+
+
+class BrokenHere(callbacks.OptimizerHealth):
+    kind = Broken
+
+
+class BrokenThere(hf_integration.OptimizerHealth):
+    kind = Broken
+
+
+def messages(said: Any, words: str = "stops measuring") -> list[str]:
+    return [str(w.message) for w in said if words in str(w.message)]
+
+
+METHODS = ["before", "always", "after", "finish", "_show", "_judge", "_before", "_after"]
+
+
+@pytest.mark.parametrize("framework", ["lightning", "transformers"])
+def test_a_probe_that_raises_is_one_warning(tmp_path: Path, framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(folder: str, *own: Any) -> dict[str, Tensor]:
+        if framework == "lightning":
+            module = Module("adamw", dropout=0.1)
+            made = fit(tmp_path / folder, module, *own, steps=4)
+            return kept(module, made.optimizers[0])
+        model = llama(dropout=0.1)
+        return kept(model, hf_run(tmp_path / folder, model, *own, optim="adamw").optimizer)
+
+    expected = run("plain") | {"random": torch.rand(2)}
+    kind = BrokenHere if framework == "lightning" else BrokenThere
+    for where in METHODS:
+        monkeypatch.setattr(Broken, "where", where)
+        monkeypatch.setattr(Broken, "calls", 0)
+        own = kind(**ALWAYS)
+        with pytest.warns(UserWarning) as said:
+            found = run(where, own) | {"random": torch.rand(2)}
+        assert_same(found, expected)
+        (text,) = messages(said)
+        assert text.startswith(f"{kind.__name__} stops measuring, and training continues") and "broken" in text
+        assert "ZeroDivisionError" in text and "test_callbacks.py" in text and own.probe.stopped
+        assert not own.probe._handles
+
+
+@pytest.mark.parametrize("method", ["prepare", "begin", "see", "forwarded", "backward", "ready", "layout", "clear"])
+def test_whatever_a_framework_calls_may_raise(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("broken")
+
+    module, plain = Module("adamw"), Module("adamw")
+    fit(tmp_path / "plain", plain, steps=3)
+    for kind in (health.Health, noise.GradientNoiseScale):
+        monkeypatch.setattr(kind, method, fails)
+    own = [OptimizerHealth(**ALWAYS), GradientNoiseScale(**ALWAYS)]
+    with pytest.warns(UserWarning) as said:
+        fit(tmp_path / "a", module, *own, steps=3)
+    assert_same(weights(module), weights(plain))
+    assert len(messages(said, "put everything away" if method == "clear" else "stops measuring")) >= 1
+    with pytest.warns(UserWarning) as said:
+        hf_run(tmp_path / "b", llama(), hf_integration.OptimizerHealth(**ALWAYS), optim="adamw", max_steps=2)
+    assert len(messages(said, "put everything away" if method == "clear" else "stops measuring")) >= 1
+
+
+def test_a_hook_on_a_gradient_may_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> None:
+        raise ZeroDivisionError("broken")
+
+    module, plain = Module("adamw"), Module("adamw")
+    fit(tmp_path / "plain", plain, steps=3)
+    monkeypatch.setattr(noise.GradientNoiseScale, "_note", fails)
+    monkeypatch.setattr(memory_of, "storages", fails)
+    with pytest.warns(UserWarning) as said:
+        fit(tmp_path / "a", module, GradientNoiseScale(**ALWAYS), MemoryLogger(**ALWAYS), steps=3)
+    assert len(messages(said)) == 2
+    assert_same(weights(module), weights(plain))
+    assert not any(p._backward_hooks for p in module.parameters())
+    assert not _get_current_dispatch_mode_stack()
+
+
+@pytest.mark.parametrize(("call", "method"), [(1, "auto"), (4, "auto"), ("last", "auto"), (7, "difference")])
+def test_a_loss_that_fails_in_the_middle(tmp_path: Path, call: Any, method: Any) -> None:
+    """The last call is at the weights before the step."""
+
+    def loss(module: Any, batch: Tensor) -> Tensor:
+        calls.append(module.model.lm_head.weight.detach().clone())
+        random.random(), np.random.rand(), torch.rand(1)
+        if len(calls) == (0 if call == "last" else call) or (call == "last" and not torch.equal(calls[0], calls[-1])):
+            module.requires_grad_(False)
+            raise ArithmeticError("no loss")
+        return module.model(input_ids=batch, labels=batch).loss
+
+    states = []
+    calls: list[Tensor] = []
+    for own in ([], [HessianBlocks(loss=loss, **CURVATURE | {"method": method, "exact": ()})]):
+        random.seed(0), np.random.seed(0)
+        module = Module("adamw", dropout=0.1)
+        if own:
+            with pytest.warns(UserWarning, match=r"ArithmeticError: no loss.*Give HessianBlocks\(loss") as said:
+                made = fit(tmp_path / "watched", module, *own, steps=5)
+            assert len(messages(said)) == 1
+        else:
+            made = fit(tmp_path / "plain", module, steps=5)
+        flags = torch.tensor([m.training for m in module.modules()] + [p.requires_grad for p in module.parameters()])
+        drawn = torch.tensor([random.random(), np.random.rand(), float(torch.rand(1))])
+        states.append(kept(module, made.optimizers[0]) | {"flags": flags, "random": drawn})
+        assert module.model.config._attn_implementation == "sdpa"
+    assert_same(*states)
+
+
+def test_an_interruption_passes(tmp_path: Path) -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hf_run(tmp_path, llama(), hf_integration.HessianBlocks(loss=loss, **CURVATURE), optim="adamw")
+
+
+@pytest.mark.parametrize("framework", ["lightning", "transformers"])
+def test_what_cannot_be_written_is_one_warning(tmp_path: Path, framework: str) -> None:
+    class Blocks(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (hf_folder(tmp_path) / "diagnostics").write_text("in the way")
+
+    with pytest.warns(UserWarning, match="OptimizerHealth stops measuring.*FileExistsError") as said:
+        if framework == "lightning":
+            (tmp_path / "diagnostics").write_text("in the way")
+            fit(tmp_path, Module("adamw"), OptimizerHealth(**ALWAYS, image_every=1), steps=3)
+        else:
+            own = hf_integration.OptimizerHealth(**ALWAYS, image_every=1)
+            assert hf_run(tmp_path, llama(), own, Blocks(), optim="adamw").state.global_step == 4
+    assert len(messages(said)) == 1
+
+
+def test_manual_optimization_needs_a_loss(tmp_path: Path) -> None:
+    class Manual(Module):
+        calls = 0
+
+        def __init__(self) -> None:
+            super().__init__("adamw")
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.calls += 1
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.model(input_ids=batch, labels=batch).loss)
+            optimizer.step()
+
+    module, own = Manual(), HessianBlocks(**CURVATURE)
+    with pytest.warns(UserWarning, match=r"manual optimization.*Give HessianBlocks\(loss=") as said:
+        fit(tmp_path / "a", module, own, steps=4, gradient_clip_val=None)
+    assert len(messages(said)) == 1 and module.calls == 4 and not of(scalars(tmp_path / "a"), "hessian/")
+    own = HessianBlocks(loss=lambda m, batch: m.model(input_ids=batch, labels=batch).loss, **CURVATURE)
+    fit(tmp_path / "b", Manual(), own, steps=4, gradient_clip_val=None)
+    assert of(scalars(tmp_path / "b"), "hessian/trace")
+
+
+def test_a_policy_is_refused_and_outlives_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="psgd_kron: .*cannot decide"):
+        fit(tmp_path / "a", Module("psgd_kron"), PreconditionerRefresh("staggered:3", {4: "lazy:10"}), steps=2)
+
+    def fails(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(refresh.PreconditionerRefresh, "after", fails)
+    with pytest.warns(UserWarning, match="PreconditionerRefresh stops measuring"):
+        made = fit(tmp_path / "b", Module("soap"), PreconditionerRefresh("fixed:1", {3: "fixed:7"}, **ALWAYS), steps=4)
+    assert {g["refresh"] for g in made.optimizers[0].param_groups if "refresh" in g} == {"fixed:7"}
+
+
+def test_a_probe_that_has_failed_saves_and_begins_afresh(tmp_path: Path) -> None:
+    own = HessianBlocks(loss=lambda module, batch: 1 / 0, **CURVATURE)
+    with pytest.warns(UserWarning, match="stops measuring"):
+        made = fit(tmp_path / "a", Module("adamw"), own, steps=2)
+    made.save_checkpoint(tmp_path / "last.ckpt")
+    again = HessianBlocks(**CURVATURE)
+    logger = TensorBoardLogger(tmp_path / "b", name="")
+    fresh = trainer(tmp_path, max_steps=4, callbacks=[again], logger=logger, log_every_n_steps=1)
+    fresh.fit(Module("adamw"), Batches(4), ckpt_path=tmp_path / "last.ckpt")
+    assert again.probe.measured == 1  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.warns(UserWarning, match="HessianBlocks begins afresh.*KeyError"):
+        again.load_state_dict({"pace": {}, "filled": []})
 
 
 # -- presets and what they may cost -----------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -16,9 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import hf_integration
+from hf_integration.batches import Batches
 from hf_integration.callbacks import unwrapped
 from lightning_optim import Executor, build_optimizer, curvature
 from lightning_optim.callbacks import CurvatureFeed
@@ -351,6 +354,184 @@ def test_transformers_attach_installs_the_feed_and_resumes_bitwise(tmp_path: Pat
     test_hf.assert_same(test_hf.weights(whole), test_hf.weights(resumed))
 
 
+class Ragged(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Rows with different numbers of labels."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.randint(1, 8, (test_hf.CONTEXT,), generator=torch.Generator().manual_seed(index))
+        labels = ids.clone()
+        labels[: index % (test_hf.CONTEXT - 2)] = -100
+        return {"input_ids": ids, "labels": labels}
+
+
+class Popping(Trainer):
+    """Takes the labels out, trains another loss than the model's, and keeps account."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.calls, self.lengths = 0, {"train": [0]}
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.pop("labels")
+        out = model(**inputs)
+        self.calls += 1
+        self.lengths["train"].append(len(labels))
+        loss = F.cross_entropy(out.logits.flatten(0, 1), torch.full_like(labels, 5).flatten())
+        return (loss, out) if return_outputs else loss
+
+
+def per_item(out: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Needs the number of items, as functions for the Trainer may."""
+    logits = out.logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+class Compared(TrainerCallback):
+    """Compares the gradient that a feed measures with the one that the trainer took."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer: Any = unwrapped(kwargs["optimizer"])
+        params = [p for p in kwargs["model"].parameters() if p.grad is not None]
+        loss, found = optimizer.look.gradient(params)
+        self.losses.append(loss)
+        trained = torch.cat([p.grad.flatten() for p in params])
+        measured = torch.cat([x.flatten() for x in found])
+        assert (measured - trained).norm() < 1e-5 * trained.norm()
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "more", "accumulate"),
+    [
+        (Trainer, {}, {}, 2),
+        (Trainer, {"label_smoothing_factor": 0.1}, {}, 2),
+        (Trainer, {}, {"compute_loss_func": per_item}, 2),
+        (Popping, {}, {}, 1),
+        (Trainer, {"bf16": True}, {}, 1),
+    ],
+)
+def test_the_loss_is_the_trainers(
+    tmp_path: Path, kind: Any, flags: dict[str, Any], more: dict[str, Any], accumulate: int
+) -> None:
+    compared = Compared()
+    args = test_hf.arguments(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulate,
+        max_grad_norm=0.0,
+        logging_strategy="steps",
+        **flags,
+    )
+    run = hf_integration.attach(kind(test_hf.llama(), args, train_dataset=Ragged(), **more), "lbfgs", lr=1e-3)
+    run.add_callback(compared)
+    run.train()
+    assert compared.losses == pytest.approx(test_hf.logged(run, "loss"), rel=2e-4)  # what is logged is rounded
+    assert "compute_loss" not in vars(run)
+    if kind is Popping:
+        assert run.calls == 2 and run.lengths == {"train": [0, 4, 4]}
+
+
+def test_passes_of_a_trainer_that_are_not_training_are_no_batches(tmp_path: Path) -> None:
+    class Generates(Trainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            with torch.no_grad():
+                model(input_ids=inputs["input_ids"][:1])
+                self.compute_loss(model, dict(inputs))
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    args = test_hf.arguments(tmp_path, max_steps=1, gradient_accumulation_steps=2)
+    run = hf_integration.attach(Generates(test_hf.llama(), args, train_dataset=Ragged()), "lbfgs")
+    seen: list[int] = []
+
+    class Count(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(len(cast("Any", unwrapped(kwargs["optimizer"])).look.batches))
+
+    run.add_callback(Count())
+    run.train()
+    assert seen == [2]
+
+
+def test_an_exception_leaves_the_trainer_its_own_method(tmp_path: Path) -> None:
+    class Fails(Popping):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.calls == 1:
+                raise ZeroDivisionError
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    run = hf_integration.attach(Fails(test_hf.llama(), test_hf.arguments(tmp_path), train_dataset=Ragged()), "sophia_h")
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    assert "compute_loss" not in vars(run)
+
+
+def test_a_copy_of_a_watched_trainer_has_its_own_method() -> None:
+    for own in (False, True):
+        run: Any = Popping.__new__(Popping)
+        if own:
+            run.compute_loss = math.sqrt
+        watching = Batches(run, nn.Linear(1, 1), lambda batch: None)
+        watching.open()
+        again = copy.deepcopy(run)
+        assert again.compute_loss == math.sqrt if own else again.compute_loss.__self__ is again
+        watching.close()
+        assert vars(run).get("compute_loss") is (math.sqrt if own else None)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "sophia_g"])
+def test_transformers_refuses_another_loss_than_the_trainers(tmp_path: Path, name: str) -> None:
+    model = test_hf.llama()
+    before = test_hf.weights(model)
+    feed = hf_integration.CurvatureFeed(loss=lambda model, batch: model(**batch).loss)
+    args = test_hf.arguments(tmp_path)
+    run = hf_integration.attach(Popping(model, args, train_dataset=Ragged(), callbacks=[feed]), name)
+    with pytest.raises(ValueError, match=r"loss=\.\.\.\) is not the loss that is trained: .*is \d.*trainer's is \d"):
+        run.train()
+    test_hf.assert_same(test_hf.weights(model), before)
+    assert "compute_loss" not in vars(run) and not cast("Any", unwrapped(run.optimizer)).state
+    same = hf_integration.CurvatureFeed(loss=lambda model, batch: Popping.compute_loss(run, model, dict(batch)))
+    run = Popping(test_hf.llama(), args, train_dataset=Ragged(), callbacks=[same])
+    hf_integration.attach(run, name).train()
+
+
+@pytest.mark.parametrize(("manual", "accumulate"), [(False, 1), (False, 2), (True, 1)])
+def test_lightning_refuses_another_loss_than_the_modules(tmp_path: Path, manual: bool, accumulate: int) -> None:
+    class Drops(Dropped):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if manual:
+                optimizer: Any = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
+
+    for factor in (1.0, 1.5):
+        net = Drops("sophia_h")
+        net.automatic_optimization = not manual
+        before = weights(net)
+
+        def loss(module: Any, batch: Any, factor: float = factor) -> Tensor:
+            return factor * Dropped.training_step(module, batch, 0)
+
+        own = {} if manual else {"accumulate_grad_batches": accumulate}
+        run = trainer(tmp_path, callbacks=[CurvatureFeed(loss=loss)], max_steps=2, **own)
+        if factor == 1:
+            run.fit(net, Rows(4))
+        else:
+            with pytest.raises(ValueError, match=r"is not the loss that is trained: .*is \d.*trainer's is \d"):
+                run.fit(net, Rows(4))
+            assert_same(before, weights(net))
+
+
 def test_without_a_feed_the_error_says_what_to_add(tmp_path: Path) -> None:
     model = Small()
     optimizer = build_optimizer(model, "sophia_g", lr=1e-3)
@@ -373,9 +554,14 @@ def test_a_kernel_without_a_second_derivative(kernel: Any) -> None:
     model = Small()
     model.head.register_forward_pre_hook(lambda m, x: (kernel.apply(x[0]),))
     with pytest.raises(RuntimeError, match="method='difference'"):
-        measured(model, "sophia_h", batches())
+        measured(model, "sophia_h", batches(), method="exact")
     found = measured(model, "sophia_h", batches(), method="difference")
     assert all(x.value.isfinite().all() for x in found.values())
+    with pytest.warns(UserWarning, match="differences of gradients in place of second derivatives") as said:
+        fallen = measured(model, "sophia_h", batches(2))
+    assert len(said) == 1
+    expected = measured(model, "sophia_h", batches(2), method="difference")
+    assert all(torch.equal(a.value, b.value) for a, b in zip(fallen.values(), expected.values(), strict=True))
     assert measured(model, "sophia_g", batches())
 
 
@@ -397,10 +583,21 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 def test_a_loss_without_labels() -> None:
     model = Small()
     optimizer = build_optimizer(model, "sophia_g", lr=1e-3)
-    feed = Feed(model, optimizer, lambda batch: model(batch).square().mean())
+    seen = caught(optimizer)
+    feed = Feed(model, optimizer, lambda batch: model(batch).square().mean(), share=1.0)
     feed.see(batches()[0])
-    with pytest.raises(ValueError, match="cross_entropy"):
+    with pytest.warns(UserWarning, match="sophia_g: .*cross_entropy.*Hutchinson's estimate") as said:
         feed.ready()
+    feed.see(batches()[0])
+    feed.ready()  # says it once
+    assert len(said) == 1 and len(seen) == 2
+    other = build_optimizer(model, "sophia_h", lr=1e-3)
+    expected = caught(other)
+    feed = Feed(model, other, lambda batch: model(batch).square().mean(), share=1.0)
+    feed.see(batches()[0])
+    feed.ready()
+    for a, b, c in zip(seen[0].values(), seen[1].values(), expected[0].values(), strict=True):
+        assert a.diagonal and torch.equal(a.value, c.value) and torch.equal(b.value, c.value)
     with pytest.raises(ValueError, match="share"):
         Feed(model, optimizer, model.loss, share=0.0)
     with pytest.raises(ValueError, match="method"):

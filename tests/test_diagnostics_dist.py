@@ -21,7 +21,7 @@ from lightning_optim.diagnostics.probes.memory import Memory
 from lightning_optim.diagnostics.probes.noise import GradientNoiseScale
 from lightning_optim.diagnostics.probes.rank import GradientRank
 from lightning_optim.diagnostics.probes.refresh import PreconditionerRefresh
-from lightning_optim.diagnostics.report import over_ranks
+from lightning_optim.diagnostics.report import Report, over_ranks
 from tests.pool import Pool
 
 pytestmark = pytest.mark.dist
@@ -107,6 +107,86 @@ def sharded(rank: int, world: int, name: str, parts: int, curved: bool = False) 
     return watch(model, model, name, parts, rank, world, curved)
 
 
+class Fails(Probe):
+    """Talks over ranks, and raises on the second of them in one place."""
+
+    name = "fails"
+
+    def __init__(self, where: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.where = where
+
+    def fail(self, where: str) -> None:
+        if self.run is not None and self.run.rank == 1 and where == self.where:
+            raise ZeroDivisionError(where)
+
+    def see(self, batch: Any) -> None:
+        self.fail("see")
+
+    def before(self, run: Run) -> None:
+        self.fail("before")
+
+    def always(self, run: Run, advanced: bool) -> None:
+        self.fail("always" if self.step != 2 else "always, measured")
+
+    def after(self, run: Run) -> Report | None:
+        over_ranks(torch.ones(2))
+        self.fail("after")
+        over_ranks(torch.ones(3))
+        return Report({"fails/x": 1.0})
+
+    def finish(self, run: Run, report: Report) -> None:
+        over_ranks(torch.ones(1))
+        self.fail("finish")
+        over_ranks(torch.ones(2))
+
+
+PLACES = ["nowhere", "see", "before", "always", "always, measured", "after", "finish"]
+PLACES += [f"loss {call}" for call in (1, 3, 6, 9)]
+
+
+def failing_everywhere(rank: int, world: int) -> dict[str, tuple[list[str], list[float], int]]:
+    """By place of the failure."""
+    return {where: failing(rank, world, where) for where in PLACES}
+
+
+def failing(rank: int, world: int, where: str) -> tuple[list[str], list[float], int]:
+    """Warnings, weights and number of reports of a data-parallel run in which a probe fails on one rank."""
+    model = Net().double()
+    trained = DistributedDataParallel(model)
+    optimizer = build_optimizer(model, "adamw", lr=1e-2)
+    often: dict[str, Any] = {"every": 2, "max_overhead": 1e9}
+    calls = []
+
+    def loss(batch: Tensor) -> Tensor:
+        calls.append(0)
+        if rank == 1 and where == f"loss {len(calls)}":
+            raise ZeroDivisionError(where)
+        return loss_of(model, batch)
+
+    few: dict[str, Any] = {"probes": 2, "steps": 3, "coupling_probes": 1, "exact": (), "sequences": 2}
+    own: list[Probe] = [Fails(where, **often), Health(**often), HessianBlocks(**often, **few)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for probe in own:
+            probe.start(Run(model, optimizer, loss, ranks=world, rank=rank))
+        reports = 0
+        for step in range(8):
+            batch = torch.randint(11, (ROWS, 6), generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
+            for probe in own:
+                probe.begin()
+                probe.see(batch)
+            optimizer.zero_grad()
+            loss_of(trained, batch).backward()
+            optimizer.step()
+            reports += sum(probe.end() is not None for probe in own)
+        assert own[1]._handles
+        for probe in own:
+            probe.stop()
+    texts = [str(w.message) for w in said if "stops measuring" in str(w.message)]
+    return texts, [float(p.detach().sum()) for p in model.parameters()], reports
+
+
 def sharded_and_warned(rank: int, world: int) -> tuple[list[str], list[str]]:
     """The Hessian's tags and the warnings of a run under FSDP2."""
     with warnings.catch_warnings(record=True) as said:
@@ -186,6 +266,19 @@ def test_curvature_of_sharded_weights_is_left_out_with_one_warning(pool: Pool) -
     for tags, said in pool.run("tests.test_diagnostics_dist:sharded_and_warned", 2):
         assert not tags and len([text for text in said if "HessianBlocks logs nothing" in text]) == 1
         assert any("lie in shards (FSDP2)" in text and "under DDP" in text for text in said)
+
+
+def test_a_probe_that_fails_on_one_rank_stops_on_all(pool: Pool) -> None:
+    first, second = pool.run("tests.test_diagnostics_dist:failing_everywhere", 2)
+    said, weights, reports = first.pop("nowhere")
+    assert not said and reports == 12 and second.pop("nowhere")[1:] == (weights, 12)
+    for where, (texts, own, count) in first.items():
+        others, theirs, number = second[where]
+        name = "HessianBlocks" if where.startswith("loss") else "Fails"
+        assert own == theirs == weights and 8 <= count == number < 12, where
+        assert len(texts) == len(others) == 1, where
+        assert texts[0].startswith(f"{name} stops measuring") and "failed on another rank" in texts[0]
+        assert others[0].startswith(f"{name} stops measuring") and f"ZeroDivisionError: {where}" in others[0]
 
 
 def test_sums_over_ranks(pool: Pool) -> None:

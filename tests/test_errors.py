@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,7 +36,8 @@ from lightning_optim import (
     Signum,
     build_optimizer,
 )
-from tests.rules import gradient
+from lightning_optim.ops.lapack import LinAlgError
+from tests.rules import SEARCHING, cases, give, gradient, params, refreshing
 
 
 def matrix() -> Parameter:
@@ -318,3 +322,68 @@ def test_a_slot_saved_as_none_is_absent() -> None:
     p.grad = torch.ones(4, 3)
     optimizer.step()
     assert set(optimizer.state[p]) == {"step"}
+
+
+DECOMPOSITIONS = ("eigh", "eigvalsh", "qr", "svd", "svdvals", "cholesky", "inv", "solve", "solve_triangular", "lstsq")
+"""Of `torch.linalg`; all that may fail for a matrix that is finite."""
+
+
+@contextmanager
+def failing(every: int) -> Iterator[list[str]]:
+    """Let every so many-th decomposition fail, none for 0; gives the names of those that were asked for."""
+    calls: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DECOMPOSITIONS:
+            real = getattr(torch.linalg, name)
+
+            def fail(*args: Any, real: Any = real, name: str = name, **kwargs: Any) -> Any:
+                calls.append(name)
+                if every and len(calls) % every == 0:
+                    raise LinAlgError(f"linalg.{name} does not converge")
+                return real(*args, **kwargs)
+
+            patch.setattr(torch.linalg, name, fail)
+        yield calls
+
+
+@pytest.mark.parametrize(("name", "settings"), [*cases(), *[(name, {}) for name in SEARCHING]])
+def test_a_decomposition_that_fails_in_mid_step_leaves_the_step_whole(name: str, settings: dict[str, Any]) -> None:
+    """All groups step, to finite weights, with one warning that names the parameters; a retry says nothing."""
+    for every, at in [(1, 1), (1, 3), (2, 3)]:
+        own = {k: p for k, p in params(name).items() if p.ndim >= 2}
+        beside = {"beside": Parameter(torch.ones(3))}
+        optimizer = Executor([
+            {"params": [*beside.values()], "rule": "adamw", "lr": 0.1},
+            {"params": [*own.values()], "rule": name, **refreshing(name), **settings},
+        ])
+        used = False
+        for t in range(1, 5):
+            give(own | beside, t)
+            before = beside["beside"].detach().clone()
+            with warnings.catch_warnings(record=True) as said, failing(every if t == at else 0) as calls:
+                warnings.simplefilter("always")
+                optimizer.step()
+            used = used or bool(calls)
+            messages = [str(x.message) for x in said]
+            if t == at and calls and every == 1:
+                assert len(messages) == 1 and said[0].category is RuntimeWarning, messages
+                assert name in SEARCHING or f"{name}: parameter " in messages[0], messages
+            else:
+                assert len(messages) <= (t == at and every > 1), messages
+            assert not torch.equal(before, beside["beside"])
+            for key, p in (own | beside).items():
+                assert optimizer.state[p]["step"] == t
+                assert p.isfinite().all() and all(x.isfinite().all() for x in optimizer.state[p].values()), (key, t)
+        assert not torch.equal(own["wide"], params(name)["wide"])
+        if not used:
+            return  # it decomposes nothing
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_comes_after_the_step() -> None:
+    p, beside = matrix(), Parameter(torch.ones(3))
+    optimizer = Executor([{"params": [p], "rule": "dion"}, {"params": [beside], "rule": "adamw"}])
+    p.grad, beside.grad = torch.ones_like(p), torch.ones_like(beside)
+    with pytest.raises(RuntimeWarning, match="dion: parameter 0"), failing(1):
+        optimizer.step()
+    assert not torch.equal(beside, torch.ones(3)) and optimizer.state[beside]["step"] == 1

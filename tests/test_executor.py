@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -398,3 +400,18 @@ def test_settings_changed_to_nonsense_mid_run_are_refused() -> None:
         with pytest.raises(ValueError, match=match):
             optimizer.step()
         assert not optimizer.state
+
+
+def test_numbers_of_numpy_do_not_end_in_a_checkpoint() -> None:
+    """They do not load with `weights_only=True`."""
+    p = Parameter(torch.zeros(4))
+    settings: Any = {"lr": np.float64(1e-2), "betas": (np.float64(0.8), np.float32(0.5)), "seed": np.int64(3)}
+    optimizer = AdamW([p], **settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cast("float", np.float64(0.5)))
+    p.grad = torch.ones(4)
+    optimizer.step()
+    schedule.step()
+    torch.save(optimizer.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    (group,) = torch.load(file, weights_only=True)["param_groups"]
+    assert (group["lr"], group["betas"], group["seed"], type(group["seed"])) == (5e-3, (0.8, 0.5), 3, int)

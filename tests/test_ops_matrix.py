@@ -11,7 +11,7 @@ from lightning_optim.ops.eigenbasis import average_kl_, eigenbasis
 from lightning_optim.ops.lapack import LinAlgError, complement, eigh, orthonormal
 from lightning_optim.ops.lowrank import follow_subspace, leading_basis, range_basis, switch
 from lightning_optim.ops.moments import rank_one
-from lightning_optim.ops.norms import growth_factor, normalized, rms
+from lightning_optim.ops.norms import growth_factor, normalized, quotient, rms
 from lightning_optim.ops.orthogonal import GRAM_ASPECT, GRAM_ROWS, orthogonalize
 from lightning_optim.ops.roots import coupled_newton, inverse_power, inverse_root, root_error
 from lightning_optim.ops.spectral import norm_lower_bound
@@ -56,6 +56,16 @@ def test_rank_one_of_float32_squares_at_any_scale(scale: float) -> None:
     torch.testing.assert_close(s.double() / scale**2, columns, rtol=1e-5, atol=0)
 
 
+def test_rank_one_of_float32_squares_that_underflow() -> None:
+    g = draw(1, 6, 9, dtype=torch.float32)
+    expected, columns = rank_one(g.double().square())
+    q, s = rank_one(1e-20 * g, squared=True)  # squares of few digits
+    torch.testing.assert_close(q.double(), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(s.double() * 1e40, columns, rtol=1e-3, atol=0)
+    assert all(not x.any() for x in rank_one(1e-30 * g, squared=True))
+    assert all(not x.any() for x in rank_one(0 * g))
+
+
 def test_growth_is_limited_and_a_fall_is_not() -> None:
     last, out = torch.zeros(1, 1, 1, dtype=F64), []
     for size in (1.0, 2.0, 1.5, 0.1, 5.0, 0.0, 3.0):
@@ -68,6 +78,22 @@ def test_growth_is_limited_and_a_fall_is_not() -> None:
 def test_normalized() -> None:
     x = torch.stack([draw(3, 4), torch.zeros(3, 4, dtype=F64)])
     torch.testing.assert_close(rms(normalized(x, 0.2)).flatten(), torch.tensor([0.2, 0], dtype=F64))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-30, 1e-38, 1e-42, 1e30])
+@pytest.mark.parametrize("target", [0.2, 128**0.5, 1e6])
+def test_normalized_at_any_scale(scale: float, target: float) -> None:
+    x = scale * torch.stack([draw(3, 4), 1e-3 * draw(3, 4, seed=1), torch.zeros(3, 4, dtype=F64)])
+    found = normalized(x.float(), target)
+    torch.testing.assert_close(rms(found).flatten(), torch.tensor([target, target, 0]))
+    if scale == 1:
+        plain = x[:2].float()
+        assert torch.equal(found[:2], plain * (target / rms(plain))), "a power of two changes nothing"
+
+
+def test_a_quotient_of_norms_is_finite() -> None:
+    a, b = torch.tensor([0.0, 2.0, 0.0, 2.0, 2.0]), torch.tensor([0.0, 0.0, 1.0, 1e-44, 4.0])
+    assert quotient(a, b).tolist() == [1, 1, 1, 1, 0.5]
 
 
 @pytest.mark.parametrize("root", [1, 2, 3, 4])

@@ -813,8 +813,10 @@ def test_a_kernel_without_a_second_derivative() -> None:
         return optimizer
 
     with pytest.raises(RuntimeError, match="method='difference'"):
-        run()
+        run(method="exact")
     assert run(method="difference").state
+    with pytest.warns(UserWarning, match="differences of gradients in place of second derivatives"):
+        assert run().state
 
 
 def test_zero_is_refused_by_name() -> None:

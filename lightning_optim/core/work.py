@@ -20,6 +20,7 @@ from lightning_optim.core.rule import ADAMW_RMS, Rows, Rule, Slot
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
 from lightning_optim.core.travel import Replicas, Team
 from lightning_optim.ops.eigenbasis import overlap
+from lightning_optim.ops.lapack import LinAlgError, failures
 from lightning_optim.ops.noise import normal
 from lightning_optim.ops.rounding import hash_key, indices, stochastic_round
 from lightning_optim.ops.runs import rows_of, runs
@@ -527,7 +528,12 @@ def _directions(
     s.mean = _as_is if first.replicas is None else first.replicas.mean
     s.refresh = functools.partial(_refresh, job, chunk, s)
     whole = wrap(g)
-    d = rule.update(whole, s, wrap(p) if rule.reads_param and p is not None else None, first.t)
+    try:
+        d = rule.update(whole, s, wrap(p) if rule.reads_param and p is not None else None, first.t)
+    except LinAlgError as error:  # others have moved: the step has to end
+        failures.add(f"{rule.name} could not be computed and does not move ({error})")
+        d = torch.zeros_like(whole)
+    failures.name(lambda: [w.name for w in chunk])
     if "refreshed" in slots:
         age = s.refreshed[..., 0]
         age.copy_(torch.ones_like(age) if first.due else age + 1)
@@ -596,6 +602,7 @@ def _refresh(job: Job, chunk: Sequence[Work], s: SimpleNamespace, g: Tensor) -> 
     old = {k: getattr(s, k).clone() for k in names if looked}
     started = time.perf_counter()
     job.rule.rebuild(g, s, first.t)
+    failures.name(lambda: [w.name for w in chunk])
     seconds = (time.perf_counter() - started) / len(chunk)
     if old:
         shared = [overlap(*(_squares(x, slots[k]) for x in (old[k], getattr(s, k)))) for k in names]

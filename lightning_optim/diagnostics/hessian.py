@@ -7,6 +7,8 @@ call (one batch, no dropout). Products never touch `.grad`.
 from __future__ import annotations
 
 import math
+import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -21,7 +23,9 @@ Block = Sequence[int]
 """Indices of the parameters that form a block."""
 Method = Literal["exact", "difference"]
 
-DIFFERENTIATED_TWICE = ("not implemented", "differentiate twice", "double backward", "once_differentiable")
+DIFFERENTIATED_TWICE = (
+    "not implemented", "differentiate twice", "double backward", "once_differentiable", "functions with out="
+)  # fmt: skip
 """What the error of a kernel without a second derivative may say."""
 ENDS = ("torch::autograd::NotImplemented", "torch::autograd::Error")
 """Where the graph of a gradient ends at such a kernel."""
@@ -29,6 +33,7 @@ TOLERANCE = 0.1
 """Relative difference above which second derivatives are not believed; differences are off by 1e-3."""
 
 _active = 0
+_precise = 0
 
 
 class NoSecondDerivativeError(RuntimeError):
@@ -39,6 +44,21 @@ class NoSecondDerivativeError(RuntimeError):
             "a kernel of the model has no second derivative (flash attention, say); compute the loss inside "
             "diagnostics.hessian.frozen(model), or use method='difference'"
         )
+
+
+def differences_may_help(error: Exception) -> bool:
+    """Whether an error of second derivatives may be absent with differences of gradients.
+
+    Kernels say in many ways that they have no second derivative, so the only proof is to try.
+
+    Args:
+        error: of an exact product, or of what precedes it.
+
+    Returns:
+        False for errors that have another cause: no memory, and reentrant activation checkpointing.
+    """
+    other = isinstance(error, torch.OutOfMemoryError) or "use_reentrant" in str(error)
+    return isinstance(error, RuntimeError | NotImplementedError) and not other
 
 
 @contextmanager
@@ -61,12 +81,22 @@ def measuring() -> bool:
     return _active > 0
 
 
+def in_full_precision() -> bool:
+    """Whether second derivatives are being taken, for which autocast is to be off.
+
+    Returns:
+        True inside `frozen` with `twice`.
+    """
+    return _precise > 0
+
+
 @contextmanager
 def frozen(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
     """Make a model's loss a fixed, twice differentiable function, and put everything back.
 
-    No module is in training mode (dropout), random numbers are restored, autocast is off, attention has a second
-    derivative (kernels without one are switched for the duration).
+    No module is in training mode (dropout), random numbers are restored (torch's, Python's and NumPy's), gradients
+    are out of reach, autocast is off, attention has a second derivative (kernels without one are switched for the
+    duration).
 
     Args:
         model: any module.
@@ -76,14 +106,16 @@ def frozen(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    global _active
+    global _active, _precise
     flags = [(m, m.training) for m in model.modules()]
+    params = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     fused = [(c, k) for c in configs.values() if (k := getattr(c, "_attn_implementation", None)) not in _TWICE]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     kinds = {p.device.type for p in model.parameters()} | {"cpu"}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(_other_random_numbers())
         stack.enter_context(torch.enable_grad())
         if twice:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -91,6 +123,10 @@ def frozen(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
                 stack.enter_context(torch.autocast(kind, enabled=False))
         try:
             _active += 1
+            _precise += twice
+            for p, g, _ in params:
+                if g is not None:  # a loss that calls backward() must not add to it
+                    p.grad = None
             for m, flag in flags:
                 m.training = flag and not twice and getattr(m, "gradient_checkpointing", False) is True
             for c, _ in fused if twice else ():
@@ -98,10 +134,59 @@ def frozen(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
             yield
         finally:
             _active -= 1
+            _precise -= twice
             for m, flag in flags:
                 m.training = flag
             for c, kind in fused:
                 c._attn_implementation = kind
+            for p, g, wanted in params:
+                if p.grad is not g:
+                    p.grad = g
+                if p.requires_grad != wanted:
+                    p.requires_grad_(wanted)
+
+
+@contextmanager
+def again(model: nn.Module) -> Iterator[None]:
+    """Compute a loss a second time as it was trained, dropout included, and put gradients and buffers back.
+
+    Args:
+        model: any module.
+
+    Yields:
+        Nothing.
+    """
+    global _active
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    try:
+        _active += 1
+        for p, _ in grads:
+            p.grad = None
+        with torch.enable_grad(), _other_random_numbers():
+            yield
+    finally:
+        _active -= 1
+        with torch.no_grad():
+            for b, version, before in buffers:
+                if b._version != version:
+                    b.copy_(before)
+        for p, g in grads:
+            if p.grad is not g:
+                p.grad = g
+
+
+@contextmanager
+def _other_random_numbers() -> Iterator[None]:
+    """Put Python's and NumPy's random numbers back, which a loss may draw."""
+    state, numpy = random.getstate(), sys.modules.get("numpy")
+    arrays: Any = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(arrays)
 
 
 _TWICE = (None, "eager", "sdpa")
@@ -120,7 +205,7 @@ class Hessian:
         loss: computes the loss.
         params: the parameters, all floating-point.
         method: how.
-        step: of the difference, relative.
+        step: of the difference, relative; 1e-3 if not given, and more where weights are too narrow for that.
         reduce: averages gradients and products over data-parallel ranks, in place.
 
     Raises:
@@ -134,10 +219,11 @@ class Hessian:
         params: Sequence[Tensor],
         method: Method = "exact",
         *,
-        step: float = 1e-3,
+        step: float | None = None,
         reduce: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
-        self.loss, self.params, self.method, self.step, self.reduce = loss, list(params), method, step, reduce
+        self.loss, self.params, self.method, self.reduce = loss, list(params), method, reduce
+        self.step = step_of(params) if step is None else step
         self.products = 0
         value = loss()
         self.value = value.detach()
@@ -145,14 +231,23 @@ class Hessian:
         if method == "exact":
             with _refused():
                 self._graph = self._gradient(value, create_graph=True)
-            if any(_ends(node) for node in _nodes([value, *self._graph])):
+            if any(_ends(node) for node in graph_nodes([value, *self._graph])):
                 raise NoSecondDerivativeError
             self.gradient = [g.detach() for g in self._graph]
         else:
             self.gradient = self._gradient(value)
         if reduce is not None:
-            self.gradient = [g.clone() for g in self.gradient]
-            reduce(self.gradient)
+            self.average_over(reduce)
+
+    def average_over(self, reduce: Callable[[list[Tensor]], None]) -> None:
+        """From now on, have gradients and products averaged.
+
+        Args:
+            reduce: averages over data-parallel ranks, in place.
+        """
+        self.reduce = reduce
+        self.gradient = [g.clone() for g in self.gradient]
+        reduce(self.gradient)
 
     def _gradient(self, value: Tensor, *, create_graph: bool = False) -> list[Tensor]:
         found = torch.autograd.grad(value, self.params, create_graph=create_graph, allow_unused=True)
@@ -236,8 +331,15 @@ class Hessian:
         return torch.cat([signs(self.params[i], generator).reshape(-1) for i in block])
 
 
-def _nodes(found: Sequence[Tensor]) -> Iterator[Node]:
-    """Every node of some tensors' graphs once."""
+def graph_nodes(found: Sequence[Tensor]) -> Iterator[Node]:
+    """Every node of some tensors' graphs once.
+
+    Args:
+        found: the tensors.
+
+    Yields:
+        Nodes.
+    """
     todo = [t.grad_fn for t in found if t.grad_fn is not None]
     seen = set(todo)
     while todo:
@@ -281,7 +383,7 @@ class GaussNewton:
         passes: computes the loss and the predictions it is made of.
         params: the parameters, all floating-point.
         method: how.
-        step: of the difference, relative.
+        step: of the difference, relative; 1e-3 if not given, and more where weights are too narrow for that.
 
     Raises:
         NoSecondDerivativeError: a kernel without a second derivative, with the exact method.
@@ -293,15 +395,16 @@ class GaussNewton:
         params: Sequence[Tensor],
         method: Method = "exact",
         *,
-        step: float = 1e-3,
+        step: float | None = None,
     ) -> None:
-        self.passes, self.params, self.method, self.step = passes, list(params), method, step
+        self.passes, self.params, self.method = passes, list(params), method
+        self.step = step_of(params) if step is None else step
         if method == "exact":
             with _refused():
                 self._open()
                 self._w = [torch.zeros_like(z, requires_grad=True) for z in self._z]
                 self._back = self._pulled(self._w, create_graph=True)
-            if any(_ends(node) for node in _nodes([*self._z, *(g for g in self._back if g is not None)])):
+            if any(_ends(node) for node in graph_nodes([*self._z, *(g for g in self._back if g is not None)])):
                 raise NoSecondDerivativeError
 
     def product(self, v: Sequence[Tensor]) -> list[Tensor]:
@@ -382,6 +485,18 @@ def _both_sides(
             for p, start in zip(moved, saved, strict=True):
                 p.copy_(start)
     return sides[0], sides[1], e
+
+
+def step_of(params: Sequence[Tensor]) -> float:
+    """The relative step of a difference that weights of their precision can take.
+
+    Args:
+        params: the parameters.
+
+    Returns:
+        1e-3, or sixteen units in the last place of the narrowest weights.
+    """
+    return max(1e-3, *(16 * torch.finfo(p.dtype).eps for p in params), 0.0)
 
 
 def signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -156,6 +156,8 @@ class SavedActivations:
         self._own = set(storages([*model.parameters(), *model.buffers()]))
         self._seen: dict[Key, int] = {}
         self._hooks: saved_tensors_hooks | None = None
+        self.error: Exception | None = None
+        """What went wrong in counting, which training must not notice."""
 
     @property
     def bytes(self) -> int:
@@ -163,7 +165,10 @@ class SavedActivations:
         return sum(self._seen.values())
 
     def _pack(self, t: Tensor) -> Tensor:
-        self._seen.update({k: v for k, v in storages([t]).items() if k not in self._own})
+        try:
+            self._seen.update({k: v for k, v in storages([t]).items() if k not in self._own})
+        except Exception as error:
+            self.error = error
         return t.detach()  # what a node saves of its own result would keep the graph alive where nothing goes back
 
     def __enter__(self) -> SavedActivations:
@@ -192,6 +197,8 @@ class LiveStorages(TorchDispatchMode):
         super().__init__()
         self.current = self.peak = 0
         self._alive: set[int] = set()
+        self.error: Exception | None = None
+        """What went wrong in counting, which the operations must not notice."""
 
     def _free(self, key: int, size: int) -> None:
         self._alive.discard(key)
@@ -201,8 +208,21 @@ class LiveStorages(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation and count the storages it makes."""
-        before = {id(t.untyped_storage()) for t in _flat((args, kwargs)) if t.layout == torch.strided}
+        before = self._safely(self._held, (args, kwargs)) or set()
         out = func(*args, **(kwargs or {}))
+        self._safely(self._count, out, before)
+        return out
+
+    def _safely(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return None if self.error is not None else call(*args)
+        except Exception as error:
+            self.error = error
+
+    def _held(self, value: Any) -> set[int]:
+        return {id(t.untyped_storage()) for t in _flat(value) if t.layout == torch.strided}
+
+    def _count(self, out: Any, before: set[int]) -> None:
         for t in _flat(out):
             if t.device.type == "meta" or t.layout != torch.strided:
                 continue
@@ -214,7 +234,6 @@ class LiveStorages(TorchDispatchMode):
             self.current += size
             weakref.finalize(held, self._free, key, size)
         self.peak = max(self.peak, self.current)
-        return out
 
 
 def _flat(value: Any) -> list[Tensor]:

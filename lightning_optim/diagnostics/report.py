@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -85,6 +87,32 @@ class RankSum(Metric):
         return self.total
 
 
+_checks: list[Callable[[], None]] = []
+
+
+@contextmanager
+def checked(check: Callable[[], None]) -> Iterator[None]:
+    """Have every exchange between ranks in the block preceded by a check that is itself one, and may raise.
+
+    Args:
+        check: called on every rank before each exchange.
+
+    Yields:
+        Nothing.
+    """
+    _checks.append(check)
+    try:
+        yield
+    finally:
+        _checks.remove(check)
+
+
+def before_exchange() -> None:
+    """Make the check of the block, if there is one; called before every exchange between ranks."""
+    for check in _checks[-1:]:
+        check()
+
+
 def over_ranks(values: Tensor) -> Tensor:
     """Sum a vector over all ranks; the vector itself without a process group.
 
@@ -93,6 +121,19 @@ def over_ranks(values: Tensor) -> Tensor:
 
     Returns:
         `[n]`, float64, equal on every rank.
+    """
+    before_exchange()
+    return summed(values)
+
+
+def summed(values: Tensor) -> Tensor:
+    """`over_ranks` without a check.
+
+    Args:
+        values: `[n]`.
+
+    Returns:
+        `[n]`, float64.
     """
     metric = RankSum(values.numel()).to(values.device)
     metric.update(values.double())

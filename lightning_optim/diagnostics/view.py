@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_optim.core import chunks, layout
 from lightning_optim.core.groups import parts_of, rule_of
 from lightning_optim.core.rule import Rule
+from lightning_optim.diagnostics.report import before_exchange
 
 MAX_ROLES = 10
 NAMED_ROLES = ("embedding", "head", "router", "conv", "experts", "lora_a", "lora_b", "lora_embedding")
@@ -60,6 +61,8 @@ def whole(t: Tensor) -> Tensor:
     Returns:
         A plain tensor.
     """
+    if is_cut(t):
+        before_exchange()
     return layout.place(t.detach(), None)
 
 

@@ -74,7 +74,8 @@ class SophiaG(SophiaH):
 
     `refresh="fixed:10"` measures h before steps 1, 11, 21, as the paper; the authors' script does so after every tenth
     step, so that its first ten are signs (`"fixed:10:10"` measures before steps 10, 20, 30). Needs a curvature feed and
-    a loss that ends in torch's cross-entropy.
+    a loss that ends in torch's cross-entropy; where the loss calls none (a fused kernel, say), the feed measures
+    Hutchinson's estimate instead, says so once, and h is kept at or above zero.
 
     Differs: B multiplies the estimate when it is made, not h when it is used (the same unless B changes).
     """
@@ -91,9 +92,16 @@ class SophiaG(SophiaH):
     observes: ClassVar[Observable | None] = "gauss_newton"
     search: ClassVar = Rule.search | {"rho": (0.04, 0.1)}
 
+    def observe(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
+        said = super().observe(seen, s)
+        s.hessian.clamp_(min=0)  # Hutchinson's estimate can be negative
+        return said
+
     def _scale(self, h: Tensor) -> Tensor:
         return (self.rho * h).add_(self.eps) if self.form == "reference" else super()._scale(h)
 
     def _estimate(self, seen: SimpleNamespace) -> Tensor:
+        if getattr(seen, "diagonal", False):
+            return seen.value
         tokens = seen.count if self.tokens is None else self.tokens
         return torch.square(seen.value).mul_(tokens)

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
+import traceback
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_optim.core import layout
 from lightning_optim.diagnostics import figures, view
-from lightning_optim.diagnostics.report import Pace, Report, over_ranks
+from lightning_optim.diagnostics.report import Pace, Report, checked, over_ranks, summed
 
+T = TypeVar("T")
+ENTRIES: Mapping[str, Callable[[], Any]] = {
+    "start": lambda: None,
+    "begin": lambda: None,
+    "see": lambda: None,
+    "forwarded": lambda: None,
+    "backward": lambda: None,
+    "ready": lambda: None,
+    "failed": lambda: None,
+    "end": lambda: None,
+    "stop": lambda: None,
+    "layout": dict,
+    "state_dict": dict,
+    "load_state_dict": lambda: None,
+}
+"""What a framework calls of a probe, and what it gets from one that has stopped measuring."""
 HISTORY = 120
 """Columns of a picture over time; beyond it every second one is dropped."""
+
+
+class SettingError(ValueError):
+    """A setting that the run cannot honor: refused, where any other exception only ends the measuring."""
+
+
+class OtherRankError(RuntimeError):
+    """The probe of another rank has failed."""
 
 
 @dataclass
@@ -35,7 +62,8 @@ class Run:
         ranks: number of data-parallel processes.
         rank: of this one.
         extra: what a framework knows besides: `checkpoint`, a function that gives the last checkpoint's path;
-            `ddp`, the wrapper; `group`, the process group.
+            `ddp`, the wrapper; `group`, the process group; `rows_belong_together`, where the loss of some of a batch's
+            rows says nothing of the loss of all.
     """
 
     model: nn.Module
@@ -57,6 +85,9 @@ class Probe:
     seen by hooks of the optimizer. Nothing that training depends on is changed: weights, gradients, state, modes and
     random numbers are as without the probe.
 
+    A probe never ends a run: an exception in any of these methods is one warning, and the probe stops measuring, on all
+    ranks with the next measurement. Only a `SettingError` is raised.
+
     What is measured is scalars where `charts` shows it (at most 60 tags of all probes together); otherwise what has a
     value per role is curves in a picture, `<measure>_by_role`, and the rest is the table `<name>/measures`. Both come
     with every `picture_every`-th measurement, the first of them with the second one, their numbers with them as arrays.
@@ -72,6 +103,8 @@ class Probe:
     """Title of a chart to patterns of tags, for a dashboard; these tags are scalars."""
     curves: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Start of tags that end in a role to title and vertical axis of a picture."""
+    remedy: ClassVar[str] = "leave it out, or change what it is given"
+    """What a user can do where the probe fails."""
 
     def __init__(self, every: int, max_overhead: float, detail: bool = False) -> None:
         if every < 1 or not max_overhead > 0:
@@ -88,6 +121,138 @@ class Probe:
         self._started: float | None = None
         self._sampled = False
         self._made: Report | None = None
+        self.title = type(self).__name__
+        """What the user calls it."""
+        self.stopped = False
+        """Whether it measures no more in this run, after an exception."""
+        self._together = False
+        """Whether all ranks are in the same part of a measurement, and will hear of a failure at the next exchange."""
+        self._untold = False
+        """Whether the other ranks have yet to hear that this one has failed."""
+
+    # -- failures -------------------------------------------------------------------------------------------------
+
+    def __getattribute__(self, name: str) -> Any:
+        """Have what frameworks call never end a run, whoever overrides it."""
+        value = object.__getattribute__(self, name)
+        if name not in ENTRIES or object.__getattribute__(self, "_inside"):
+            return value
+        return lambda *args, **kwargs: self._entry(name, value, args, kwargs)
+
+    def _entry(self, name: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        default = ENTRIES[name]()
+        if name == "load_state_dict":
+            return self._load(call, *args, **kwargs)
+        if self.stopped and name not in ("start", "stop", "state_dict"):
+            if self._untold and name == "end" and self._made is not None:
+                self._tell()
+            if not self._untold:
+                self._leave()
+            return default
+        out = self._guarded(call, name, args, kwargs)
+        return default if self.stopped and out is None else out
+
+    def _load(self, load: Callable[[Any], None], state: Mapping[str, Any]) -> None:
+        """Continue what was saved; a probe that had failed saved nothing."""
+        if not state:
+            return
+        try:
+            self._inside = True
+            load(state)
+        except Exception as error:
+            warnings.warn(
+                f"{self.title} begins afresh, as it cannot read its state in the checkpoint: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=4,
+            )
+        finally:
+            self._inside = False
+
+    def safely(self, call: Callable[..., T], *args: Any) -> T | None:
+        """Call something that belongs to measuring; an exception becomes a warning, and the end of measuring.
+
+        Args:
+            call: what writes reports, say.
+            *args: of the call.
+
+        Returns:
+            What the call returns; None of a probe that has stopped.
+
+        Raises:
+            SettingError: a setting that cannot be honored.
+        """
+        return None if self.stopped else self._guarded(call, getattr(call, "__name__", "a call"), args, {})
+
+    def _guarded(self, call: Callable[..., T], name: str, args: Any, kwargs: Any) -> T | None:
+        outer, self._inside = self._inside, True
+        try:
+            return call(*args, **kwargs)
+        except SettingError:
+            raise
+        except Exception as error:
+            if outer:
+                raise
+            self._inside = False
+            if isinstance(error, OtherRankError):
+                self.give_up("it failed on another rank, whose warning says why", alone=False)
+            else:
+                self.give_up(f"{type(error).__name__}: {error} ({_place_of(error)}, in {name})")
+            return None
+        finally:
+            self._inside = outer
+
+    def give_up(self, reason: str, *, alone: bool = True) -> None:
+        """Stop measuring for the rest of the run, with one warning.
+
+        Args:
+            reason: why.
+            alone: whether the other ranks do not know it, nor come to the same conclusion.
+        """
+        if self.stopped:
+            return
+        self.stopped = True
+        self._untold = alone and self.run is not None and self.run.ranks > 1
+        self._clear()
+        if self._together:
+            self._tell()
+        warnings.warn(
+            f"{self.title} stops measuring, and training continues without it: {reason.rstrip('.')}. "
+            f"{self.remedy[0].upper()}{self.remedy[1:]}",
+            stacklevel=2,
+        )
+
+    def _tell(self) -> None:
+        """Let the other ranks, which wait in an exchange, know that this one has failed."""
+        untold, self._untold, self._together = self._untold, False, False
+        if untold:
+            with contextlib.suppress(OtherRankError):
+                self._agree(failed=True)
+
+    def _agree(self, *, failed: bool = False) -> None:
+        """Exchange with all ranks whether the probe of one has failed."""
+        run = self.run
+        if run is None or run.ranks == 1:
+            return
+        device = layout.local(run.optimizer.param_groups[0]["params"][0]).device
+        if summed(torch.tensor([float(failed)], device=device)).sum() > 0:
+            raise OtherRankError
+
+    def _leave(self) -> None:
+        """Remove the optimizer's hooks; not within one of them, as torch iterates over them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _clear(self) -> None:
+        """Let hooks and copies go; an exception here has nothing left to stop."""
+        self._started = None
+        inside, self._inside = self._inside, True
+        try:
+            self.clear()
+        except Exception as error:
+            warnings.warn(f"{self.title} could not put everything away: {type(error).__name__}: {error}", stacklevel=3)
+        finally:
+            self._inside = inside
 
     # -- called by a framework ------------------------------------------------------------------------------------
 
@@ -96,22 +261,29 @@ class Probe:
 
         Args:
             run: what there is to see.
+
+        Raises:
+            SettingError: a setting that the run cannot honor.
         """
         self.stop()
+        self.stopped = self._untold = self._together = False
         self.run, self.step = run, run.step
         self._handles = [
-            run.optimizer.register_step_pre_hook(lambda *_: self._before()),
-            run.optimizer.register_step_post_hook(lambda *_: self._after()),
+            run.optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            run.optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
-        self.prepare(run)
+        try:
+            self.prepare(run)
+        except SettingError:
+            self._leave()
+            raise
 
     def stop(self) -> None:
         """Stop watching; also after an exception."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._sampled, self._made, self._started = False, None, None
-        self.clear()
+        self._leave()
+        self._sampled = self._untold = self._together = False
+        self._made = None
+        self._clear()
 
     def begin(self) -> None:
         """A step, or one of its micro-batches, begins."""
@@ -152,10 +324,12 @@ class Probe:
         report, self._made = self._made, None
         if report is None or self.run is None:
             return None
-        with self._timed():
-            self.finish(self.run, report)
-            self._show(report)
-        self._judge(report)
+        self._together = True
+        with checked(self._agree):
+            with self._timed():
+                self.finish(self.run, report)
+                self._show(report)
+            self._judge(report)
         return report
 
     def draws(self) -> bool:
@@ -233,15 +407,33 @@ class Probe:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    _inside = False
+    """Whether a method that a framework calls is under way."""
     _cost_inside = 0.0
     _count_before: float | None = None
 
     def _timed(self) -> _Timed:
         return _Timed(self)
 
-    def _before(self) -> None:
+    def _before_step(self) -> None:
         if self.run is None:
             return
+        if self._untold:  # counts on, so as to tell the others when they measure next
+            self.step += 1
+            self._sampled = self.pace.due(self.step)
+        else:
+            self.safely(self._before)
+
+    def _after_step(self) -> None:
+        if self.run is None:
+            return
+        if not self._untold:
+            self.safely(self._after)
+        if self._untold and self._sampled:
+            self._tell()
+
+    def _before(self) -> None:
+        assert self.run is not None
         self.step += 1
         self._sampled = self.pace.due(self.step)
         self._count_before = _count(self.run.optimizer)
@@ -250,14 +442,16 @@ class Probe:
                 self.before(self.run)
 
     def _after(self) -> None:
-        if self.run is None:
-            return
+        assert self.run is not None
         now = _count(self.run.optimizer)
         self.always(self.run, now is None or self._count_before is None or now > self._count_before)
         if self._sampled:
-            with self._timed(), torch.no_grad():
+            self._together = True
+            with self._timed(), torch.no_grad(), checked(self._agree):
+                self._agree()
                 self._made = self.after(self.run)
-            self._sampled = False
+                self._agree()
+            self._sampled = self._together = False
 
     def _judge(self, report: Report) -> None:
         """Note the cost, agreed on by all ranks so that they keep measuring together."""
@@ -265,6 +459,7 @@ class Probe:
         device = layout.local(self.run.optimizer.param_groups[0]["params"][0]).device
         trained = self.pace._since
         agreed = over_ranks(torch.tensor([self._cost, trained], dtype=torch.float64, device=device)) / self.run.ranks
+        self._together = False
         seconds, self.pace._since = agreed.tolist()
         self.pace.note(seconds)
         self._cost = 0.0
@@ -326,6 +521,12 @@ class Probe:
             A generator.
         """
         return torch.Generator(device).manual_seed(1_000_003 * self.step + salt)
+
+
+def _place_of(error: BaseException) -> str:
+    """Where an exception was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "no traceback"
 
 
 class _Timed:

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_optim.core import chunks, layout
 from lightning_optim.diagnostics import figures, hessian, lanczos, view
 from lightning_optim.diagnostics.hessian import Hessian
 from lightning_optim.diagnostics.probes.base import Probe, Run, found_entries
-from lightning_optim.diagnostics.report import Report
+from lightning_optim.diagnostics.report import Report, before_exchange, over_ranks
 
 EXACT_LIMIT, AUTO_LIMIT = 512, 64
 """Most weights of a block whose entries are computed, on request and by default; each costs a product."""
@@ -45,7 +45,8 @@ class HessianBlocks(Probe):
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
-        sequences: of the batch.
+        sequences: of the batch; if not given, one, or all where rows may belong together (in trainers of Transformers
+            with a `compute_loss` of their own, but for TRL's SFTTrainer: pairs of preferences, say).
         probes: random vectors per role for traces, the starts of the Lanczos recursions among them.
         steps: of Lanczos recursions.
         starts: random start vectors per role, for spectral densities.
@@ -72,11 +73,16 @@ class HessianBlocks(Probe):
         "hessian/frobenius": ("Frobenius norm of the Hessian's diagonal blocks, by role", "norm"),
     }
 
+    remedy: ClassVar[str] = (
+        "give HessianBlocks(loss=...), a function of the model and a batch that returns the training loss and changes "
+        "nothing, or leave it out"
+    )
+
     def __init__(
         self,
         every: int = 1000,
         max_overhead: float = 0.02,
-        sequences: int = 1,
+        sequences: int | None = None,
         probes: int = 10,
         steps: int = 10,
         starts: int = 1,
@@ -87,7 +93,12 @@ class HessianBlocks(Probe):
         detail: bool = False,
     ) -> None:
         super().__init__(every, max_overhead, detail)
-        counts = {"sequences": sequences, "probes": probes, "steps": steps, "starts": starts}
+        counts = {
+            "sequences": 1 if sequences is None else sequences,
+            "probes": probes,
+            "steps": steps,
+            "starts": starts,
+        }
         for key, value in (counts | {"coupling_every": coupling_every, "coupling_probes": coupling_probes}).items():
             if value < 1:
                 raise ValueError(f"hessian: {key} must be at least 1, got {value}")
@@ -110,8 +121,9 @@ class HessianBlocks(Probe):
         self._start = []
 
     def see(self, batch: Any) -> None:  # noqa: D102
-        if self._batch is None:
-            self._batch = first_sequences(batch, self.sequences)
+        if self._batch is None and self.run is not None:
+            one = None if self.run.extra.get("rows_belong_together") else 1
+            self._batch = first_sequences(batch, one if self.sequences is None else self.sequences)
 
     def before(self, run: Run) -> None:  # noqa: D102
         self._start = [e.param.detach().clone() for e in found_entries(run)]
@@ -153,27 +165,33 @@ class HessianBlocks(Probe):
     def _hessian(self, loss: Callable[[], Tensor], params: Sequence[Tensor]) -> Hessian:
         """The exact one unless that fails, or differs from differences of gradients by more than they can be off."""
         if self._difference or self.method == "difference":
-            return Hessian(loss, params, "difference", reduce=layout.average_)
+            return Hessian(loss, params, "difference", reduce=_average)
         every = range(len(params))
         z = [hessian.signs(p, self.generator(p.device, 1)) for p in params]
         check = self.method == "auto" and self.measured == 0 and all(p.dtype.itemsize >= 4 for p in params)
-        near = Hessian(loss, params, "difference", reduce=layout.average_).product(z, every) if check else []
+        near = Hessian(loss, params, "difference").product(z, every) if check else []
+        full, reason = None, ""
         try:
-            full = Hessian(loss, params, "exact", reduce=layout.average_)
+            full = Hessian(loss, params, "exact")
             found = full.product(z, every) if self.measured == 0 else []
-        except hessian.NoSecondDerivativeError as error:
-            if self.method == "exact":
+            if near and hessian.apart(found, near) > hessian.TOLERANCE:
+                reason = "second derivatives differ from them"
+        except Exception as error:
+            if self.method == "exact" or not hessian.differences_may_help(error):
                 raise
-            return self._fall_back(loss, params, str(error))
-        if near and hessian.apart(found, near) > hessian.TOLERANCE:
-            return self._fall_back(loss, params, "second derivatives differ from them")
+            reason = str(error)
+        flag = torch.tensor([float(bool(reason))], device=params[0].device)
+        if over_ranks(flag).sum() > 0 or full is None:  # all ranks take the same products
+            return self._fall_back(loss, params, reason or "second derivatives failed on another rank")
+        full.average_over(_average)
         full.products = 0
         return full
 
     def _fall_back(self, loss: Callable[[], Tensor], params: Sequence[Tensor], reason: str) -> Hessian:
+        full = Hessian(loss, params, "difference", reduce=_average)  # raises again what has another cause
         warnings.warn(f"HessianBlocks takes differences of gradients: {reason}", stacklevel=2)
         self._difference = True
-        return Hessian(loss, params, "difference", reduce=layout.average_)
+        return full
 
     def _spectra(
         self, full: Hessian, roles: dict[str, list[int]], generator: torch.Generator, report: Report
@@ -300,8 +318,8 @@ class HessianBlocks(Probe):
                 for p, k in zip(full.params, kept, strict=True):
                     p.copy_(k)
         after = [full.value.double().reshape(1)]
-        layout.average_(before)
-        layout.average_(after)
+        _average(before)
+        _average(after)
         measured, predicted = float(after[0] - before[0]), slope - 0.5 * curved * square
         report.scalars["hessian/curvature_along_update"] = curved
         if predicted:
@@ -349,21 +367,30 @@ def starts_of(runs: Sequence[lanczos.Ritz]) -> Tensor:
     return torch.stack([run.size * torch.dot(run.values, run.weights) for run in runs])
 
 
-def first_sequences(batch: Any, count: int) -> Any:
+def _average(tensors: Sequence[Tensor]) -> None:
+    before_exchange()
+    layout.average_(tensors)
+
+
+def first_sequences(batch: Any, count: int | None) -> Any:
     """Copies of the first sequences of a batch.
 
     Args:
-        batch: tensors in any nesting; those with a first dimension are cut along it.
-        count: how many.
+        batch: tensors in any nesting; those with as many rows as the first one are cut.
+        count: how many; None for all.
 
     Returns:
         The same nesting.
     """
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    rows = next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0), 0)
 
     def cut(t: Any) -> Any:
-        return t[:count].detach().clone() if isinstance(t, Tensor) and t.ndim > 0 else t
+        if not isinstance(t, Tensor):
+            return t
+        return (t[:count] if t.ndim > 0 and len(t) == rows else t).detach().clone()
 
-    return tree_map(cut, dict(batch) if isinstance(batch, Mapping) else batch)
+    return tree_map(cut, batch)
 
 
 def chosen(found: Sequence[view.Entry], patterns: Sequence[str] | Literal["auto"]) -> list[int]:

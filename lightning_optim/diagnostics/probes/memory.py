@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -71,14 +72,15 @@ class Memory(Probe):
             torch.cuda.memory._record_memory_history()
 
     def clear(self) -> None:  # noqa: D102
-        self._leave()
+        self._exit()
         self._phases, self._coming = None, False
 
-    def _leave(self) -> None:
-        for context in (self._saved, self._live):
-            if context is not None:
-                context.__exit__(None, None, None)
-        self._saved = self._live = None
+    def _exit(self) -> None:
+        contexts, self._saved, self._live = (self._saved, self._live), None, None
+        with ExitStack() as stack:
+            for context in contexts:
+                if context is not None:
+                    stack.push(context)
 
     def failed(self, error: BaseException) -> None:  # noqa: D102
         if isinstance(error, torch.OutOfMemoryError) and self.snapshot is not None:
@@ -98,8 +100,11 @@ class Memory(Probe):
 
     def forwarded(self) -> None:  # noqa: D102
         if self._saved is not None:
-            self._saved.__exit__(None, None, None)
-            self._activations, self._saved = self._saved.bytes, None
+            saved, self._saved = self._saved, None
+            saved.__exit__(None, None, None)
+            if saved.error is not None:
+                raise saved.error
+            self._activations = saved.bytes
             if self._phases is not None:
                 self._phases.mark("forward")
 
@@ -117,8 +122,10 @@ class Memory(Probe):
         if self._live is not None:
             live, self._live = self._live, None
             live.__exit__(None, None, None)
+            if live.error is not None:
+                raise live.error
             temporary = live.peak - live.current
-        self._leave()
+        self._exit()
         self._coming = False
         found: dict[str, float] = {k: float(v) for k, v in memory.categories(run.model, run.optimizer).items()}
         table = {k.removeprefix("state."): v for k, v in found.items() if k.startswith("state.")}

@@ -15,7 +15,7 @@ from lightning_optim.core import layout
 from lightning_optim.diagnostics import noise, view
 from lightning_optim.diagnostics.hessian import measuring
 from lightning_optim.diagnostics.probes.base import Probe, Run, found_entries
-from lightning_optim.diagnostics.report import Report, over_ranks
+from lightning_optim.diagnostics.report import Report, before_exchange, over_ranks
 
 
 class GradientNoiseScale(Probe):
@@ -91,7 +91,7 @@ class GradientNoiseScale(Probe):
     def _hook(self, i: int) -> Any:
         def note(increment: Tensor) -> None:
             if not measuring():
-                self._note(i, increment.detach())
+                self.safely(self._note, i, increment.detach())
 
         return note
 
@@ -129,6 +129,7 @@ class GradientNoiseScale(Probe):
         metric = noise.MicroBatches(len(found)).to(device)
         if watched:
             metric.update(vectors[0], vectors[1], calls, counted)
+            before_exchange()
             result = {k: v.cpu() for k, v in metric.compute().items()}
             finals = [e.param.grad for e in found]
             square = view.reduce_local(found, lambda e: _square(layout.local_gradient(e.param)), run.ranks)

@@ -14,7 +14,7 @@ from lightning_optim.core import layout, work
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.groups import rule_of
 from lightning_optim.diagnostics import figures
-from lightning_optim.diagnostics.probes.base import History, Probe, Run
+from lightning_optim.diagnostics.probes.base import History, Probe, Run, SettingError
 from lightning_optim.diagnostics.report import Report, over_ranks
 from lightning_optim.refresh import parse
 
@@ -68,6 +68,8 @@ class PreconditionerRefresh(Probe):
         self.total = 0
         self.history = History()
         self._since = 0.0
+        self._policy: Any = None
+        self._policy_step = 0
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return super().state_dict() | {"total": self.total}
@@ -83,37 +85,51 @@ class PreconditionerRefresh(Probe):
             run: what there is to see.
 
         Raises:
-            ValueError: a policy that measures staleness, for a rule that does not define it.
+            SettingError: a policy that measures staleness, for a rule that does not define it.
         """
         self.events = []
         if isinstance(run.optimizer, Executor):
+            for text in self.schedule.values():
+                self._set(run.optimizer, text, only_check=True)
             run.optimizer.on_refresh = self.events.append
             if run.optimizer.process_group is None:
                 run.optimizer.process_group = run.extra.get("group")
-            self._set(run, run.step + 1)
+            self._policy_step = run.step
+            self._follow(run.optimizer, run.step + 1)
+            if self.schedule:  # apart from what is measured: a policy holds where that fails
+                self._policy = run.optimizer.register_step_pre_hook(lambda *_: self._before_policy(run))
 
     def clear(self) -> None:  # noqa: D102
         if self.run is not None and isinstance(self.run.optimizer, Executor):
             self.run.optimizer.on_refresh = None
 
-    def _before(self) -> None:
-        super()._before()
-        if self.run is not None:
-            self._set(self.run, self.step)
+    def stop(self) -> None:  # noqa: D102
+        super().stop()
+        if self._policy is not None:
+            self._policy.remove()
+            self._policy = None
 
-    def _set(self, run: Run, step: int) -> None:
+    def _before_policy(self, run: Run) -> None:
+        self._policy_step += 1
+        self._follow(run.optimizer, self._policy_step)
+
+    def _follow(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         texts = [text for start, text in self.schedule.items() if start <= step]
-        if not texts or not isinstance(run.optimizer, Executor):
-            return
-        for job in run.optimizer._jobs():
-            if job.rule.costly and job.group["refresh"] != texts[-1]:
+        if texts and isinstance(optimizer, Executor):
+            self._set(optimizer, texts[-1])
+
+    def _set(self, optimizer: Executor, text: str, *, only_check: bool = False) -> None:
+        for job in optimizer._jobs():
+            if job.rule.costly and job.group["refresh"] != text:
                 own = job.group["refresh"]
-                job.group["refresh"] = texts[-1]
+                job.group["refresh"] = text
                 try:
                     rule_of(job.group).validate()
-                except ValueError:
+                except ValueError as error:
                     job.group["refresh"] = own
-                    raise
+                    raise SettingError(str(error)) from error
+                if only_check:
+                    job.group["refresh"] = own
 
     def after(self, run: Run) -> Report | None:  # noqa: D102
         if not isinstance(run.optimizer, Executor):

@@ -1,0 +1,322 @@
+"""What a trainer trains: its batches as `compute_loss` receives them, and the loss that it makes of them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from lightning_optim.diagnostics.hessian import in_full_precision, measuring
+
+ROW_BY_ROW = {"transformers.trainer.Trainer", "trl.trainer.sft_trainer.SFTTrainer"}
+"""Trainers whose `compute_loss` is a mean over rows that do not depend on one another."""
+FEW = 4096
+"""Most elements of a tensor, and members of a container, among a trainer's attributes that are put back."""
+
+
+def current_trainer() -> Trainer | None:
+    """The trainer whose event is under way; Transformers hands it to no callback.
+
+    Returns:
+        None outside a trainer's event.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+class Batches:
+    """Watches the batches of a trainer, and computes their loss again as the trainer does.
+
+    Between `open` and `close`, that is within a step, every call of `trainer.compute_loss` with gradients enabled is a
+    training batch. Passes that a trainer makes for other ends (generation, reference models, evaluation) are none.
+
+    Args:
+        trainer: the trainer.
+        model: its model, outside DDP and compiled wrappers.
+        see: told each batch before `compute_loss` gets it: a copy, with the same tensors.
+        forwarded: told when `compute_loss` is done.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: nn.Module,
+        see: Callable[[Any], None],
+        forwarded: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.trainer, self.model = trainer, model
+        self.see, self.forwarded = see, forwarded
+        self._counted = False
+        """Whether the trainer tells `compute_loss` how many items the step has."""
+        self._kind: Callable[[Any], Any] = lambda inputs: inputs
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether the loss of some of the rows is known to say something of the loss of all.
+
+        It is not where rows belong together, as pairs and groups of preferences and other examples of a contrast do.
+        """
+        owner = next(c for c in type(self.trainer).__mro__ if "compute_loss" in vars(c))
+        known = f"{owner.__module__}.{owner.__qualname__}" in ROW_BY_ROW
+        return known and getattr(self.trainer, "compute_loss_func", None) is None
+
+    def open(self) -> None:
+        """Watch `compute_loss`; a second call changes nothing."""
+        watched = vars(self.trainer).get("compute_loss")
+        if not isinstance(watched, _Watched):
+            watched = _Watched(self.trainer)
+            self.trainer.compute_loss = watched  # pyright: ignore[reportAttributeAccessIssue]
+        if self not in watched.listeners:
+            watched.listeners.append(self)
+
+    def close(self) -> None:
+        """Leave `compute_loss` as it was."""
+        watched = vars(self.trainer).get("compute_loss")
+        if isinstance(watched, _Watched) and self in watched.listeners:
+            watched.listeners.remove(self)
+            if not watched.listeners:
+                watched.remove()
+
+    def begin(self, inputs: Any, items: Any) -> None:
+        """A batch is about to be trained on.
+
+        Args:
+            inputs: of `compute_loss`.
+            items: `num_items_in_batch`.
+        """
+        self._counted = items is not None
+        if isinstance(inputs, Mapping) and type(inputs) is not dict:  # BatchEncoding
+            kind: Any = type(inputs)
+            self._kind = lambda plain: kind(plain)
+        self.see(copied(inputs))
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of a batch, or of some of its rows, as if the batch were the whole step of one process.
+
+        What a trainer keeps account of is left as it was.
+
+        Args:
+            batch: from `see`.
+
+        Returns:
+            A scalar.
+        """
+        trainer: Any = self.trainer
+        with self._alone(), trainer.compute_loss_context_manager():
+            inputs = self._kind(copied(batch))
+            out = trainer.compute_loss(self.model, inputs, num_items_in_batch=self._items(inputs))
+        loss = out[0] if isinstance(out, tuple) else out
+        return loss.mean() if loss.ndim else loss
+
+    def weight(self, batch: Any) -> float:
+        """The weight of a batch in the step's loss, of which the trainer takes a mean over micro-batches or over items.
+
+        Args:
+            batch: from `see`.
+
+        Returns:
+            The number of items, or 1 where all micro-batches count the same.
+        """
+        trainer: Any = self.trainer
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            func = getattr(trainer, "compute_loss_func", None)
+            scaled = (trainer.model_accepts_loss_kwargs and self._counted) or func is not None
+        with self._alone():
+            items = self._items(batch) if scaled else None
+        return 1.0 if items is None else float(items)
+
+    def _items(self, inputs: Any) -> Any:
+        """What `num_items_in_batch` is for a step of these inputs only."""
+        count = getattr(self.trainer, "_get_num_items_in_batch", None)
+        if not self._counted or count is None:
+            return None
+        return count([inputs], self.trainer.args.device)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Have the trainer believe that the step is one batch of one process, in training mode."""
+        trainer, model = self.trainer, self.model
+        dropout = model.training
+        with ExitStack() as stack:
+            stack.enter_context(unchanged(trainer))
+            for owner, key, value in (
+                (trainer.args, "average_tokens_across_devices", False),
+                (trainer.args, "_n_gpu", 1),
+                (trainer, "current_gradient_accumulation_steps", 1),
+                (trainer, "model_wrapped", model),
+                (trainer.model, "training", True),
+                (model, "forward", vars(model).get("_original_forward")),  # without accelerate's autocast
+            ):
+                wanted = key != "forward" or (value is not None and in_full_precision())
+                if wanted and hasattr(owner, key):
+                    stack.enter_context(_set(owner, key, value))
+            # trainers ask the model for the mode; its own forward pass is to be without dropout
+            for register, flag in (
+                (functools.partial(model.register_forward_pre_hook, prepend=True), dropout),
+                (functools.partial(model.register_forward_hook, always_call=True), True),
+            ):
+                handle = register(lambda *_, flag=flag: vars(model).__setitem__("training", flag))
+                stack.callback(handle.remove)
+            yield
+
+
+class _Watched:
+    """Stands for `trainer.compute_loss` within a step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.original = trainer, trainer.compute_loss
+        self.own = "compute_loss" in vars(trainer)
+        self.listeners: list[Batches] = []
+        functools.update_wrapper(self, self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell of a training batch, and compute its loss as ever."""
+        told = [] if measuring() or not torch.is_grad_enabled() else list(self.listeners)
+        inputs = args[1] if len(args) > 1 else kwargs.get("inputs")
+        items = args[3] if len(args) > 3 else kwargs.get("num_items_in_batch")
+        try:
+            for listener in told:
+                listener.begin(inputs, items)
+            out = self.original(*args, **kwargs)
+        except BaseException:  # the next step, if there is one, watches again
+            self.remove()
+            raise
+        for listener in told:
+            listener.forwarded()
+        return out
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+        self.listeners.clear()
+        if vars(self.trainer).get("compute_loss") is self:
+            if self.own:
+                self.trainer.compute_loss = self.original  # pyright: ignore[reportAttributeAccessIssue]
+            else:
+                del self.trainer.compute_loss
+
+    def __reduce__(self) -> Any:
+        """A copy of the trainer has the trainer's own method."""
+        return (_itself, (self.original,)) if self.own else (getattr, (self.trainer, "compute_loss"))
+
+
+def _itself(x: Any) -> Any:
+    return x
+
+
+@contextmanager
+def _set(owner: Any, key: str, value: Any) -> Iterator[None]:
+    """An attribute has another value for a while."""
+    own = vars(owner)
+    had, before = key in own, own.get(key)
+    own[key] = value
+    try:
+        yield
+    finally:
+        if had:
+            own[key] = before
+        else:
+            del own[key]
+
+
+def copied(inputs: Any) -> Any:
+    """A batch in containers of its own, as `compute_loss` may take labels out.
+
+    Args:
+        inputs: tensors and anything else, in any nesting.
+
+    Returns:
+        The same tensors; the outermost mapping is a plain dict.
+    """
+    if isinstance(inputs, Mapping):
+        return {key: _copied(value) for key, value in inputs.items()}
+    return _copied(inputs)
+
+
+def _copied(x: Any) -> Any:
+    if type(x) in (list, tuple):
+        return type(x)(_copied(value) for value in x)
+    return {key: _copied(value) for key, value in x.items()} if type(x) is dict else x
+
+
+@contextmanager
+def unchanged(trainer: Any) -> Iterator[None]:
+    """Put back the numbers and containers among a trainer's attributes, such as TRL's metrics.
+
+    Args:
+        trainer: any object.
+
+    Yields:
+        Nothing.
+    """
+    own = vars(trainer)
+    before = {key: (value, _snapshot(value)) for key, value in own.items() if not key.endswith("_dataset")}
+    try:
+        yield
+    finally:
+        for key in [k for k, v in own.items() if k not in before and isinstance(v, _PLAIN)]:
+            if not key.endswith("_dataset"):
+                del own[key]
+        for key, (value, restore) in before.items():
+            if restore is not None:
+                restore()
+                own[key] = value
+
+
+_CONTAINERS = (dict, list, set, deque)
+_PLAIN = (*_CONTAINERS, int, float, str, Tensor, type(None))
+
+
+def _snapshot(value: Any) -> Callable[[], None] | None:
+    """What puts the contents of a value back; None for what is left alone."""
+    if isinstance(value, Tensor):
+        if value.numel() > FEW or value.requires_grad:
+            return None
+        version, kept = value._version, value.clone()
+
+        def restore_tensor() -> None:
+            if value._version != version:
+                value.copy_(kept)
+
+        return restore_tensor
+    if not isinstance(value, _PLAIN) or (isinstance(value, _CONTAINERS) and len(value) > FEW):
+        return None
+    if isinstance(value, dict):
+        items = dict(value)
+        inner = [_snapshot(x) for x in items.values()]
+
+        def restore_dict() -> None:
+            if len(value) != len(items) or any(value.get(k, value) is not x for k, x in items.items()):
+                value.clear()
+                value.update(items)
+            for restore in inner:
+                if restore is not None:
+                    restore()
+
+        return restore_dict
+    if isinstance(value, list | deque | set):
+        members = list(value)
+        inside = [_snapshot(x) for x in members]
+
+        def restore_members() -> None:
+            if len(value) != len(members) or any(a is not b for a, b in zip(value, members, strict=True)):
+                value.clear()
+                (value.update if isinstance(value, set) else value.extend)(members)
+            for restore in inside:
+                if restore is not None:
+                    restore()
+
+        return restore_members
+    return lambda: None
