@@ -7,11 +7,12 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import Parameter
 
@@ -176,18 +177,46 @@ def test_flat_parameters_of_fsdp1_and_zero_are_refused(cls: Any) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch announces FSDP1's end
 @pytest.mark.filterwarnings("ignore:FSDP.*")
 def test_real_fsdp1_is_refused(pool: Any) -> None:
-    for message in pool.run("tests.test_errors:fsdp1", 2):
-        assert "use FSDP2" in message
+    for original in (False, True):
+        for said, weights, alone in pool.run("tests.test_errors:fsdp1", 2, original=original):
+            assert said.keys() == {"class", "muon", "adafactor", "sophia_g", "adamw", "clip_norm"}
+            assert all("use FSDP2" in message for message in said.values()), said
+            assert "so roles (vectors are not decayed, say) cannot be told" in said["adamw"]
+            assert "clip_norm=1.0 needs whole parameters" in said["clip_norm"]
+            torch.testing.assert_close(weights, alone)
 
 
-def fsdp1(rank: int, world: int) -> str:
-    """Wrap a model in FSDP1 and ask for Muon."""
-    wrapped = FullyShardedDataParallel(nn.Linear(6, 5, bias=False), device_id=torch.device("cpu"))
-    try:
-        Muon(wrapped.parameters())
-    except ValueError as error:
-        return str(error)
-    return "no error"
+def fsdp1(rank: int, world: int, original: bool) -> tuple[dict[str, str], list[Tensor], list[Tensor]]:
+    """Wrap a model in FSDP1, ask for optimizers, and take a step of an elementwise one, here and in one process."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+
+    model, x = made(), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+    ways: dict[str, Any] = {
+        "class": lambda: Muon(wrapped.parameters()),
+        **{
+            name: partial(build_optimizer, wrapped, name, lr=0.1) for name in ("muon", "adafactor", "sophia_g", "adamw")
+        },
+        "clip_norm": lambda: AdamW(wrapped.parameters(), clip_norm=1.0),
+    }
+    said = {}
+    for label, build in ways.items():
+        try:
+            build()
+        except ValueError as error:
+            said[label] = str(error)
+    whole = made()
+    for trained in (wrapped, whole):
+        optimizer = AdamW(trained.parameters(), lr=0.1, weight_decay=0.1)
+        trained(x).square().mean().backward()
+        optimizer.step()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        weights = [p.detach().clone() for p in wrapped.parameters()]
+    expected = [p.detach() for p in whole.parameters()]
+    return said, [torch.cat([p.reshape(-1) for p in weights])], [torch.cat([p.reshape(-1) for p in expected])]
 
 
 def test_loading_another_optimizers_checkpoint_is_refused() -> None:

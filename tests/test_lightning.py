@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_optim
 from lightning_optim import Executor, build_optimizer, configure_optimizers
+from lightning_optim.callbacks import HybridOptimizer
 
 pytestmark = [
     # Lightning asks torch's pytree in a way that torch has deprecated.
@@ -581,3 +583,33 @@ def test_fused_backward_is_refused_where_gradients_are_needed(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, max_steps=1, **settings).fit(Net("lomo", fused_backward=True), Rows(1))
+
+
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "match"),
+    [
+        ("muon", lambda: FSDPStrategy(), "muon: strategy 'fsdp' is FSDP1.*use FSDP2"),
+        ("adamw", lambda: FSDPStrategy(), "adamw: strategy 'fsdp' is FSDP1.*use FSDP2"),
+        ("muon", lambda: DeepSpeedStrategy(stage=1), "muon needs whole matrices.*ZeRO stage is 1; use FSDP2"),
+        ("lion", lambda: DeepSpeedStrategy(stage=2), None),
+        ("lion", lambda: DeepSpeedStrategy(config=dict(OFFLOAD)), "DeepSpeedCPUAdam in the place of 'lion'"),
+    ],
+)
+def test_strategies_that_flatten_parameters_are_refused(tmp_path: Path, name: str, strategy: Any, match: Any) -> None:
+    """They need a card: the trainer gets the strategy when it is there."""
+    if "FSDP1" not in str(match):
+        pytest.importorskip("deepspeed", reason="DeepSpeedStrategy needs deepspeed")
+    module, run = Net(name), trainer(tmp_path, max_steps=2)
+    module.trainer = run
+    run._accelerator_connector.strategy = strategy()
+    if match is None:
+        assert module.configure_optimizers()["optimizer"].param_groups[0]["rule"] == name
+        return
+    with pytest.raises(ValueError, match=match):
+        module.configure_optimizers()
+    with pytest.raises(ValueError, match=match):
+        HybridOptimizer(name, lr=1e-2).setup(run, module, "fit")
+    assert "configure_optimizers" not in vars(module)

@@ -72,7 +72,10 @@ def _whole(rules: Iterable[type[Rule]]) -> str:
 def _of_accelerate() -> Mapping[str, Any] | None:
     """DeepSpeed's configuration, if an `Accelerator` with it is in use."""
     state = _accelerator()
-    return state.deepspeed_plugin.deepspeed_config if state is not None and _is(state, "DEEPSPEED") else None
+    plugins = state.get("deepspeed_plugins") if state.get("distributed_type") == "DEEPSPEED" else None
+    if isinstance(plugins, Mapping):
+        plugins = next((plugin for plugin in plugins.values() if plugin.selected), None)
+    return None if plugins is None else plugins.deepspeed_config
 
 
 def _of_transformers() -> Mapping[str, Any] | None:
@@ -83,14 +86,10 @@ def _of_transformers() -> Mapping[str, Any] | None:
 
 def _is_fsdp1() -> bool:
     state = _accelerator()
-    return state is not None and _is(state, "FSDP") and not state.is_fsdp2
+    return state.get("distributed_type") == "FSDP" and getattr(state.get("fsdp_plugin"), "fsdp_version", 1) == 1
 
 
-def _accelerator() -> Any:
-    """Accelerate's state, if an `Accelerator` is in use."""
+def _accelerator() -> Mapping[str, Any]:
+    """The state of the `Accelerator` in use; calling `AcceleratorState()` would reset its `distributed_type`."""
     module = sys.modules.get("accelerate.state")
-    return module.AcceleratorState() if module is not None and module.is_initialized() else None
-
-
-def _is(state: Any, kind: str) -> bool:
-    return state.distributed_type == kind
+    return {} if module is None else module.AcceleratorState._shared_state

@@ -307,7 +307,7 @@ class Executor(torch.optim.Optimizer):
     def _check_replaced(self, rule: Rule, group: Mapping[str, Any]) -> None:
         """Refuse flat tensors that a rule, or the group's settings, cannot step in the place of parameters."""
         for p in self.flat_tensors(group):
-            names = ", ".join([*group.get("param_names", ())[:3], "..."])
+            names = ", ".join([*group.get("param_names", ("parameters",))[:3], "..."])
             where = f"group {group['name']!r} ({names}), which DeepSpeed (or a like engine) has made a flat tensor"
             check_flat(rule, where, p, group)
             if self.averages is not None:
