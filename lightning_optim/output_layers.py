@@ -217,11 +217,8 @@ def of_pretrained(module: nn.Module) -> list[nn.Module]:
     """
     said = output_embeddings(module)
     base = getattr(module, "base_model", module)
-    inner = base is not module or any(_is_model(m) for m in module.modules() if m is not module)
-    steps = [m for m in _steps(module) if m is not base] if inner else []
-    outer = _of_steps(module, _steps(module), None if base is module else base) if steps else []
-    more = [m for m in outer if all(m is not x for x in said)]
-    return [*said, *more]
+    outer = _of_steps(module, _steps(module), None if base is module else base)
+    return [*said, *(m for m in outer if all(m is not x for x in said))]
 
 
 def _of_steps(parent: nn.Module, steps: Sequence[nn.Module], base: nn.Module | None = None) -> list[nn.Module]:
@@ -256,7 +253,7 @@ def _output_step(steps: Sequence[nn.Module], found: Collection[int], *, strict: 
 
     Returns:
         Its index. None where the structure does not tell: a layer that could feed one of several pretrained models
-        beside it, or any if `strict`, need not be an output.
+        beside it, or anything if `strict`, need not be an output.
     """
     ends = [_ends(m) for m in steps]
     takes, gives = ([set(_widths(m, side)) for m in steps] for side in (0, 1))
@@ -268,7 +265,8 @@ def _output_step(steps: Sequence[nn.Module], found: Collection[int], *, strict: 
         return _is_model(steps[i]) or any(ends[i][0] in gives[j] for j in range(len(steps)) if j != i)
 
     last = len(steps) - 1
-    early = [i for i in found if i != last and not users(i) and is_fed(i)]
+    models = [i for i, m in enumerate(steps) if _is_model(m)]
+    early = [i for i in found if i != last and not users(i) and is_fed(i)] if models or not strict else []
     if last not in found:
         return early[-1] if early else None
     after = users(last)
@@ -276,8 +274,8 @@ def _output_step(steps: Sequence[nn.Module], found: Collection[int], *, strict: 
         return last
     if early and (not is_fed(last) or early[-1] in after):
         return early[-1]
-    models = [i for i, m in enumerate(steps) if _is_model(m)]
-    return None if (strict or len(models) > 1) and set(models) & set(after) else last
+    unclear = strict or (len(models) > 1 and set(models) & set(after))
+    return (early[-1] if early else None) if unclear else last
 
 
 def _prompts(model: nn.Module, width: int | None) -> bool:
