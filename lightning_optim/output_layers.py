@@ -146,8 +146,10 @@ def _ends(module: nn.Module) -> Ends:
 
 
 def _widths(module: nn.Module, side: int) -> Iterator[int | None]:
-    """Widths that some layer within takes (side 0) or gives (side 1)."""
+    """Widths that some layer within takes (side 0) or gives (side 1); a convolution takes no linear layer's outputs."""
     for m in module.modules():
+        if side == 0 and isinstance(m, _Convolution):
+            continue
         ends = _own_ends(m)
         if ends is not None and (width := ends[1] if ends[0] is None else ends[side]) is not None:
             yield width
@@ -176,6 +178,8 @@ def _is_block(module: nn.Module, parent: nn.Module | None, siblings: Sequence[nn
         return False
     plain, ends = isinstance(module, _CONTAINERS), _ends(module)
     if plain and (parent is None or isinstance(parent, nn.Sequential)):
+        return False
+    if parent is not None and is_pretrained(parent):
         return False
     alike = not plain and any(m is not module and type(m) is type(module) and _ends(m) == ends for m in siblings)
     if isinstance(parent, nn.Sequential) and alike:
@@ -232,13 +236,12 @@ def _of_steps(parent: nn.Module, steps: Sequence[nn.Module], base: nn.Module | N
             found[i] = layers
     if not found:
         return []
-    first = _output_step(steps, found, strict=is_pretrained(parent) and base is None)
+    ends = [(_ends(m)[0], _ends(found[i][0] if i in found else m)[1]) for i, m in enumerate(steps)]
+    first = _output_step(steps, ends, found, strict=is_pretrained(parent) and base is None)
     if first is None:
         return []
-    out = list(found[first])
-    if not _attends(parent):
-        out += [x for i, layers in found.items() if i != first and _is_beside(steps, found, i, first) for x in layers]
-    return out
+    beside = [i for i in found if i != first and not _attends(parent) and _is_beside(steps, ends, found, i, first)]
+    return [layer for i in (first, *beside) for layer in found[i]]
 
 
 def _modulates(step: nn.Module, parent: nn.Module) -> bool:
@@ -248,14 +251,15 @@ def _modulates(step: nn.Module, parent: nn.Module) -> bool:
     return into is not None and out is not None and any(out > width and out % width == 0 for width in bare)
 
 
-def _output_step(steps: Sequence[nn.Module], found: Collection[int], *, strict: bool) -> int | None:
+def _output_step(
+    steps: Sequence[nn.Module], ends: Sequence[Ends], found: Collection[int], *, strict: bool
+) -> int | None:
     """Which step is the output: the last one, unless it has none or feeds one that was registered before it.
 
     Returns:
         Its index. None where the structure does not tell: a layer that could feed one of several pretrained models
         beside it, or anything if `strict`, need not be an output.
     """
-    ends = [_ends(m) for m in steps]
     takes, gives = ([set(_widths(m, side)) for m in steps] for side in (0, 1))
 
     def users(i: int) -> list[int]:
@@ -285,14 +289,14 @@ def _prompts(model: nn.Module, width: int | None) -> bool:
     return any(width % m.embedding_dim == 0 for m in model.modules() if isinstance(m, nn.Embedding))
 
 
-def _is_beside(steps: Sequence[nn.Module], found: Collection[int], i: int, output: int) -> bool:
+def _is_beside(steps: Sequence[nn.Module], ends: Sequence[Ends], found: Collection[int], i: int, output: int) -> bool:
     """Whether a step is an output next to another one: it takes or gives the same, and feeds nothing after it."""
-    (into, out), ends = _ends(steps[i]), _ends(steps[output])
-    alike = (into is not None and into == ends[0]) or (out is not None and out == ends[1])
+    into, out = ends[i]
+    alike = (into is not None and into == ends[output][0]) or (out is not None and out == ends[output][1])
     later = {output, *range(i + 1, len(steps))}
     if not alike or any(j not in found for j in range(min(i, output), max(i, output))):
         return False
-    if any(out == _ends(steps[j])[0] if j in found else out in _widths(steps[j], 0) for j in later):
+    if any(out == ends[j][0] if j in found else out in _widths(steps[j], 0) for j in later):
         return False
     layers = [m for m in steps[i].modules() if is_linear(m) or _norm_width(m) is not None]
     return bool(layers) and is_linear(layers[-1])
