@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from lightning_optim.diagnostics.hessian import in_full_precision, measuring
+from lightning_optim.diagnostics.hessian import frozen, in_full_precision, measuring
 
 ROW_BY_ROW = {"transformers.trainer.Trainer", "trl.trainer.sft_trainer.SFTTrainer"}
 """Trainers whose `compute_loss` is a mean over rows that do not depend on one another."""
@@ -61,6 +62,8 @@ class Batches:
         self._counted = False
         """Whether the trainer tells `compute_loss` how many items the step has."""
         self._kind: Callable[[Any], Any] = lambda inputs: inputs
+        self._by_items: bool | None = None
+        """Whether the loss of a batch is divided by the number of items of the step."""
 
     @property
     def rows_are_independent(self) -> bool:
@@ -113,10 +116,15 @@ class Batches:
         Returns:
             A scalar.
         """
+        return self._loss(batch)
+
+    def _loss(self, batch: Any, factor: int = 1) -> Tensor:
         trainer: Any = self.trainer
         with self._alone(), trainer.compute_loss_context_manager():
             inputs = self._kind(copied(batch))
-            out = trainer.compute_loss(self.model, inputs, num_items_in_batch=self._items(inputs))
+            items = self._items(inputs)
+            items = None if items is None else items * factor
+            out = trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
         loss = out[0] if isinstance(out, tuple) else out
         return loss.mean() if loss.ndim else loss
 
@@ -129,14 +137,15 @@ class Batches:
         Returns:
             The number of items, or 1 where all micro-batches count the same.
         """
-        trainer: Any = self.trainer
-        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            func = getattr(trainer, "compute_loss_func", None)
-            scaled = (trainer.model_accepts_loss_kwargs and self._counted) or func is not None
         with self._alone():
-            items = self._items(batch) if scaled else None
-        return 1.0 if items is None else float(items)
+            items = self._items(batch)
+        if items is None:
+            return 1.0
+        if self._by_items is None:  # only the loss itself tells what it does with the number
+            with frozen(self.model, twice=False):
+                losses = [float(self._loss(batch, factor).detach()) for factor in (1, 2)]
+            self._by_items = not math.isclose(*losses, rel_tol=0.25)
+        return float(items) if self._by_items else 1.0
 
     def _items(self, inputs: Any) -> Any:
         """What `num_items_in_batch` is for a step of these inputs only."""
@@ -152,6 +161,9 @@ class Batches:
         dropout = model.training
         with ExitStack() as stack:
             stack.enter_context(unchanged(trainer))
+            watched = vars(trainer).get("compute_loss")
+            if isinstance(watched, _Watched):
+                stack.enter_context(_set(watched, "paused", True))
             for owner, key, value in (
                 (trainer.args, "average_tokens_across_devices", False),
                 (trainer.args, "_n_gpu", 1),
@@ -180,11 +192,13 @@ class _Watched:
         self.trainer, self.original = trainer, trainer.compute_loss
         self.own = "compute_loss" in vars(trainer)
         self.listeners: list[Batches] = []
+        self.paused = False
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Tell of a training batch, and compute its loss as ever."""
-        told = [] if measuring() or not torch.is_grad_enabled() else list(self.listeners)
+        quiet = self.paused or measuring() or not torch.is_grad_enabled()
+        told = [] if quiet else list(self.listeners)
         inputs = args[1] if len(args) > 1 else kwargs.get("inputs")
         items = args[3] if len(args) > 3 else kwargs.get("num_items_in_batch")
         try:

@@ -730,8 +730,9 @@ class Labels(TorchFunctionMode):
             nodes = set(graph_nodes([loss]))
             self._used = [getattr(x, "grad_fn", None) in nodes for x in self._losses]
         used = self._used or []
-        for kept in (self.inputs, self._counts) if len(used) == len(self._losses) else ():
-            kept[:] = [x for x, u in zip(kept, used, strict=True) if u]
+        if len(used) == len(self._losses):
+            self.inputs = [x for x, u in zip(self.inputs, used, strict=True) if u]
+            self._counts = [n for n, u in zip(self._counts, used, strict=True) if u]
         self._losses = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -511,7 +511,8 @@ def test_a_loss_that_fails_in_the_middle(tmp_path: Path, call: Any, method: Any)
 
     def loss(module: Any, batch: Tensor) -> Tensor:
         calls.append(module.model.lm_head.weight.detach().clone())
-        random.random(), np.random.rand(), torch.rand(1)
+        for draw in (random.random, np.random.rand, lambda: torch.rand(1)):
+            draw()
         if len(calls) == (0 if call == "last" else call) or (call == "last" and not torch.equal(calls[0], calls[-1])):
             module.requires_grad_(False)
             raise ArithmeticError("no loss")
@@ -520,7 +521,8 @@ def test_a_loss_that_fails_in_the_middle(tmp_path: Path, call: Any, method: Any)
     states = []
     calls: list[Tensor] = []
     for own in ([], [HessianBlocks(loss=loss, **CURVATURE | {"method": method, "exact": ()})]):
-        random.seed(0), np.random.seed(0)
+        random.seed(0)
+        np.random.seed(0)
         module = Module("adamw", dropout=0.1)
         if own:
             with pytest.warns(UserWarning, match=r"ArithmeticError: no loss.*Give HessianBlocks\(loss") as said:
@@ -578,7 +580,8 @@ def test_manual_optimization_needs_a_loss(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"manual optimization.*Give HessianBlocks\(loss=") as said:
         fit(tmp_path / "a", module, own, steps=4, gradient_clip_val=None)
     assert len(messages(said)) == 1 and module.calls == 4 and not of(scalars(tmp_path / "a"), "hessian/")
-    own = HessianBlocks(loss=lambda m, batch: m.model(input_ids=batch, labels=batch).loss, **CURVATURE)
+    of_batch: Any = lambda m, batch: m.model(input_ids=batch, labels=batch).loss  # noqa: E731
+    own = HessianBlocks(loss=of_batch, **CURVATURE)
     fit(tmp_path / "b", Manual(), own, steps=4, gradient_clip_val=None)
     assert of(scalars(tmp_path / "b"), "hessian/trace")
 
@@ -596,8 +599,9 @@ def test_a_policy_is_refused_and_outlives_what_is_measured(tmp_path: Path, monke
     assert {g["refresh"] for g in made.optimizers[0].param_groups if "refresh" in g} == {"fixed:7"}
 
 
-def test_a_probe_that_has_failed_saves_and_begins_afresh(tmp_path: Path) -> None:
-    own = HessianBlocks(loss=lambda module, batch: 1 / 0, **CURVATURE)
+def test_a_probe_that_has_failed_saves_and_starts_over(tmp_path: Path) -> None:
+    failing: Any = lambda module, batch: 1 / 0  # noqa: E731
+    own = HessianBlocks(loss=failing, **CURVATURE)
     with pytest.warns(UserWarning, match="stops measuring"):
         made = fit(tmp_path / "a", Module("adamw"), own, steps=2)
     made.save_checkpoint(tmp_path / "last.ckpt")
@@ -606,7 +610,7 @@ def test_a_probe_that_has_failed_saves_and_begins_afresh(tmp_path: Path) -> None
     fresh = trainer(tmp_path, max_steps=4, callbacks=[again], logger=logger, log_every_n_steps=1)
     fresh.fit(Module("adamw"), Batches(4), ckpt_path=tmp_path / "last.ckpt")
     assert again.probe.measured == 1  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.warns(UserWarning, match="HessianBlocks begins afresh.*KeyError"):
+    with pytest.warns(UserWarning, match="HessianBlocks starts over.*KeyError"):
         again.load_state_dict({"pace": {}, "filled": []})
 
 

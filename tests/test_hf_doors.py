@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,17 @@ from transformers import (
 from transformers.trainer_utils import HPSearchBackend
 from transformers.training_args import OptimizerNames
 
-from hf_integration import HybridOptimizer, OptimizerFactory, RoleTable, attach, create_optimizer, register
+from hf_integration import (
+    GradientNoiseScale,
+    HessianBlocks,
+    HybridOptimizer,
+    OptimizerFactory,
+    RoleTable,
+    attach,
+    create_optimizer,
+    register,
+)
+from hf_integration.callbacks import unwrapped
 from hf_integration.register import _value
 from lightning_optim import Executor, build_optimizer
 from tests.test_hf import (
@@ -589,6 +600,60 @@ def test_trl_dpo_by_attach(tmp_path: Path):
     attach(trainer, "muon", rest_lr=1e-3).train()
     losses = logged(trainer, "loss")
     assert list(groups_of(trainer))[0] == "muon/hidden" and losses[-1] < losses[0] - 0.01
+
+
+def trl_trainer(kind: str, folder: Path, **more: Any) -> Trainer:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    model, tokenizer = trl_model(folder)
+    rows: dict[str, list[dict[str, str]]] = {
+        "SFT": [{"text": "def load(text): return decode(text)"}, {"text": "import json"}] * 8,
+        "DPO": [{"prompt": "def load", "chosen": "(text): return", "rejected": "; while 1"}] * 16,
+        "GRPO": [{"prompt": "def load"}, {"prompt": "import"}] * 8,
+    }
+    flags = FLAGS | {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "bf16": False}
+    flags |= {"GRPO": {"num_generations": 2, "max_completion_length": 4, "gradient_accumulation_steps": 2}}.get(
+        kind, {}
+    )
+    config = getattr(trl, f"{kind}Config")(output_dir=str(folder), **flags)
+    if kind == "GRPO":
+        more["reward_funcs"] = lambda completions, **_: [float(len(set(text))) for text in completions]
+    data = datasets.Dataset.from_list(rows[kind])
+    return getattr(trl, f"{kind}Trainer")(model, args=config, train_dataset=data, processing_class=tokenizer, **more)
+
+
+@others_use_old_names
+@pytest.mark.filterwarnings("ignore:the gradient noise scale needs")
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO"])
+def test_what_is_measured_under_trl(tmp_path: Path, kind: str):
+    """Fused heads have no second derivative and no labels to draw; logs are as without measurements."""
+    few: dict[str, Any] = {"every": 1, "max_overhead": 1e6, "probes": 2, "steps": 2, "coupling_probes": 1, "exact": ()}
+    runs = []
+    for watched in (False, True):
+        transformers.set_seed(0)
+        noise = GradientNoiseScale(every=1, max_overhead=1e6)
+        own = [HessianBlocks(**few), noise] if watched else []
+        trainer = trl_trainer(kind, tmp_path / str(watched), callbacks=own)
+        attach(trainer, "muon")
+        with pytest.warns(UserWarning, match="HessianBlocks takes differences") if watched else nullcontext():
+            trainer.train()
+        times = ("time", "runtime", "per_second", "flos")
+        logs = [{k: v for k, v in x.items() if not any(t in k for t in times)} for x in trainer.state.log_history]
+        runs.append((weights(model_of(trainer)), logs))
+        if watched:
+            assert own[0].probe.measured == 2 and not own[0].probe.stopped  # pyright: ignore
+            assert noise.probe._examples[0] == {"SFT": 4, "DPO": 8, "GRPO": 8}[kind]  # pyright: ignore
+    assert_same(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    for name in ("sophia_g", "sophia_h"):
+        trainer = attach(trl_trainer(kind, tmp_path / name), name)
+        with pytest.warns(UserWarning, match="differences of gradients in place of second|no labels can") as said:
+            trainer.train()
+        texts = [str(w.message) for w in said]
+        assert sum("no labels can be drawn" in text for text in texts) == (name == "sophia_g")
+        assert sum("differences of gradients in place" in text for text in texts) == 1
+        state = cast("Executor", unwrapped(trainer.optimizer)).state.values()
+        assert any(bool(s["hessian"].any()) for s in state if "hessian" in s)
 
 
 def test_optim_args_are_read_as_they_are_written() -> None:
