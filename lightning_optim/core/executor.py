@@ -87,6 +87,7 @@ class Executor(torch.optim.Optimizer):
       lr), so that AdamW's learning rate stays valid.
     * `on_nonfinite`: before the first write of a step, `"raise"` FloatingPointError, `"skip"` the step, or `"off"`.
       Default: off for elementwise rules, as in torch; raise for the others, of which one NaN destroys a whole matrix.
+      For these a gradient counts as not finite, too, if its squares overflow, unless the group has `clip_norm`.
     * `param_rounding`: how bfloat16 weights are rounded: `"stochastic"`, `"nearest"`, or `"kahan"`, to nearest with
       what was lost kept in one more narrow tensor (float16 weights: to nearest unless `"kahan"`).
     * `state_storage`: how state rests between steps; arithmetic is float32 always. `"fp32"`; `"bf16"`, rounded
@@ -427,7 +428,7 @@ class Executor(torch.optim.Optimizer):
     def observe(self, seen: Mapping[Tensor, observing.Seen]) -> dict[str, float]:
         """Hand over what was measured of parameters; `lightning_optim.curvature` does so for models.
 
-        Nothing is taken in while a gradient is not finite: the step is going to be refused, here or by a GradScaler.
+        Nothing is taken in while a gradient cannot be used: the step is going to be refused, here or by a GradScaler.
 
         Args:
             seen: by parameter, fields as in `Rule.observe`.
