@@ -368,6 +368,10 @@ def trainer(rank: int, world: int, folder: str) -> dict[str, Any]:
     out["fsdp1"] = str(found.value)
     state.fsdp_plugin.fsdp_version = 2
     build_optimizer(model, "muon", lr=1e-3)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    args = [transformers.TrainingArguments(output_dir=folder, deepspeed=x, use_cpu=x is None) for x in (zero, None)]
+    build_optimizer(model, "muon", lr=1e-3)  # the last arguments count, also while the others are alive
+    assert all(args)
     return out
 
 

@@ -25,9 +25,9 @@ def check(rules: Iterable[type[Rule]]) -> None:
         ValueError: it cannot.
     """
     rules = list(rules)
-    for config in (_of_accelerate(), _of_transformers()):
-        if config is not None:
-            check_deepspeed(config, rules)
+    config = _deepspeed_config()
+    if config is not None:
+        check_deepspeed(config, rules)
     whole = _whole(rules)
     if whole and _is_fsdp1():
         raise ValueError(f"{whole} needs whole matrices, {HIDDEN}: accelerate's fsdp_version is 1; {REMEDY}")
@@ -69,27 +69,26 @@ def _whole(rules: Iterable[type[Rule]]) -> str:
     return next((rule.name for rule in rules if not rule.elementwise or rule.observes), "")
 
 
-def _of_accelerate() -> Mapping[str, Any] | None:
-    """DeepSpeed's configuration, if an `Accelerator` with it is in use."""
-    state = _accelerator()
-    plugins = state.get("deepspeed_plugins") if state.get("distributed_type") == "DEEPSPEED" else None
+def _deepspeed_config() -> Mapping[str, Any] | None:
+    """DeepSpeed's configuration, if an `Accelerator` or `TrainingArguments` with one are the last that were made."""
+    state = _state()
+    if state.get("distributed_type") != "DEEPSPEED":
+        return None
+    plugins = state.get("deepspeed_plugins")
     if isinstance(plugins, Mapping):
         plugins = next((plugin for plugin in plugins.values() if plugin.selected), None)
-    return None if plugins is None else plugins.deepspeed_config
-
-
-def _of_transformers() -> Mapping[str, Any] | None:
-    """DeepSpeed's configuration, if there are `TrainingArguments` with one."""
+    if plugins is not None:
+        return plugins.deepspeed_config
     module = sys.modules.get("transformers.integrations.deepspeed")
     return None if module is None else module.deepspeed_config()
 
 
 def _is_fsdp1() -> bool:
-    state = _accelerator()
+    state = _state()
     return state.get("distributed_type") == "FSDP" and getattr(state.get("fsdp_plugin"), "fsdp_version", 1) == 1
 
 
-def _accelerator() -> Mapping[str, Any]:
-    """The state of the `Accelerator` in use; calling `AcceleratorState()` would reset its `distributed_type`."""
+def _state() -> Mapping[str, Any]:
+    """The state of accelerate in this process; calling `AcceleratorState()` would reset its `distributed_type`."""
     module = sys.modules.get("accelerate.state")
-    return {} if module is None else module.AcceleratorState._shared_state
+    return {} if module is None else module.AcceleratorState._shared_state or module.PartialState._shared_state
