@@ -9,7 +9,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from lightning_optim.core.rule import lookup
-from lightning_optim.lightning import configure_optimizers
+from lightning_optim.lightning import check_strategy, configure_optimizers
 
 from .roles import RoleTable  # noqa: TID251
 
@@ -32,7 +32,7 @@ class HybridOptimizer(RoleTable):
         **settings: the other arguments of `lightning_optim.configure_optimizers`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name; when `fit` begins, a strategy (FSDP1, DeepSpeed) that cannot run the rule.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class HybridOptimizer(RoleTable):
             raise ValueError("the trainer has more than one HybridOptimizer; a module has one optimizer")
         if self._replaced is not None:
             return
+        check_strategy(module, self._name)
         self._replaced = module, vars(module).get("configure_optimizers")  # LightningCLI puts one on the instance
         module.configure_optimizers = MethodType(self._build, module)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import with_flags
+from lightning_optim.core import engines
 from lightning_optim.core.rule import REGISTRY, lookup, nearest
 
 PREFIX = "lightning_optim."
@@ -62,20 +64,52 @@ class TrainingArguments(transformers.TrainingArguments):
         """The Trainer's argument of the same name.
 
         Returns:
-            The factory and its arguments, or None for an optimizer of Transformers' own.
+            The factory and its arguments, or None for an optimizer of Transformers' own. The factory reads these
+            arguments when the Trainer builds the optimizer, so changes until then count, those of
+            `Trainer.hyperparameter_search` among them. Arguments of `build_optimizer` may be added to the dictionary.
+        """
+        if self.optim.removeprefix(PREFIX) not in REGISTRY:
+            return None
+        self.optimizer_settings()  # raises here, before there is a model, what can be known here
+        return OptimizerFactory, FactoryArguments(args=self)
+
+    def optimizer_settings(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What the flags say of the optimizer now.
+
+        Args:
+            given: arguments of `build_optimizer` that win over the flags.
+
+        Returns:
+            Its name, and arguments of `build_optimizer`.
+
+        Raises:
+            ValueError: the optimizer is not one of ours, bad settings, or a DeepSpeed configuration that cannot run the
+                optimizer.
         """
         name = self.optim.removeprefix(PREFIX)
         if name not in REGISTRY:
-            return None
+            raise ValueError(
+                f"optim was changed to {self.optim!r}, which is not an optimizer of lightning_optim; for one of "
+                "Transformers' own make a new Trainer, without optimizer_cls_and_kwargs"
+            )
         settings = {
             "rest": self.rest_optim,
             "rest_lr": self.rest_learning_rate,
             "lr_convention": self.lr_convention,
         }
-        given = literals(self.optim_args)
-        if given.get("recipe") or given.get("preset"):  # what is not set by a flag is the recipe's
+        engines.check([lookup(name)])
+        chosen = literals(self.optim_args) | dict(given or {})
+        if chosen.get("recipe") or chosen.get("preset"):  # what is not set by a flag is the recipe's
             settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}
-        return OptimizerFactory, with_flags(self, name, settings | given)
+        return with_flags(self, name, settings | chosen)
+
+
+class FactoryArguments(dict[str, Any]):
+    """Arguments of the factory: `args`, what the user adds, and, to be read, what the flags now say."""
+
+    def __missing__(self, key: str) -> Any:
+        """Read a setting from the flags."""
+        return self["args"].optimizer_settings()[key]
 
 
 def literals(text: str | None) -> dict[str, Any]:

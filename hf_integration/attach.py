@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 from transformers import Trainer
@@ -10,6 +11,8 @@ from hf_integration.checkpoint import Consolidate, KeepSchedule
 from hf_integration.curvature import CurvatureFeed
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import check_settings, with_flags
+from lightning_optim.core import engines
+from lightning_optim.core.rule import lookup
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
@@ -20,7 +23,8 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
     attach(DPOTrainer(model, args=args, ...), "muon", rest_lr=1e-5).train()
 
     `args.optim` and `args.optim_args` are not used. `adam_beta1`, `adam_beta2` and `adam_epsilon` hold for every
-    parameter that AdamW or Adam updates, unless `settings` say otherwise.
+    parameter that AdamW or Adam updates, unless `settings` say otherwise. The trainer's arguments are read whenever it
+    builds the optimizer, so each trial of `hyperparameter_search` has its own; what is given here holds for all.
 
     Args:
         trainer: any subclass whose `create_optimizer` is the Trainer's.
@@ -32,16 +36,20 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
         The trainer.
 
     Raises:
-        ValueError: the trainer has an optimizer, or an unknown name or bad value.
+        ValueError: the trainer has an optimizer, or an engine (DeepSpeed, FSDP1) that cannot run the rule; an unknown
+            name or bad value.
     """
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None or trainer.state.global_step:
         raise ValueError(
             f"attach(trainer, {name!r}): the trainer already has an optimizer or has trained; "
             "attach to a new one, before train() and without optimizers= or optimizer_cls_and_kwargs="
         )
+    engines.check([lookup(name)])
     given = settings if lr is None else settings | {"lr": lr}
     check_settings(name, given)
-    trainer.optimizer_cls_and_kwargs = (OptimizerFactory, with_flags(trainer.args, name, given))  # pyright: ignore[reportAttributeAccessIssue]
+    with_flags(trainer.args, name, given)  # raises what they do not allow; they are read when the optimizer is built
+    kwargs = {"name": name, "args": partial(getattr, trainer, "args"), **given}
+    trainer.optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(KeepSchedule())
     trainer.add_callback(Consolidate())
     if not any(isinstance(callback, CurvatureFeed) for callback in trainer.callback_handler.callbacks):

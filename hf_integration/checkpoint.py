@@ -17,10 +17,13 @@ from transformers import Trainer, TrainerCallback
 
 from hf_integration.settings import ADAM
 from lightning_optim import Executor, lookup
+from lightning_optim.core import engines
 from lightning_optim.schedule import Curve
 
 _log = logging.getLogger(__name__)
 
+PREFIX = "LIGHTNING_OPTIM_"
+"""Of the names that `register` adds to Transformers' `OptimizerNames`."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """Slots of `torch.optim.AdamW`, the last with `amsgrad` only."""
 
@@ -70,9 +73,12 @@ class KeepSchedule(TrainerCallback):
         """Give every group its own learning rate at the schedule's present place.
 
         Raises:
-            ValueError: the optimizer has a schedule, and the Trainer one that cannot follow it.
+            ValueError: the optimizer has a schedule, and the Trainer one that cannot follow it; or `--optim` has one of
+                our names, and DeepSpeed's configuration an optimizer, which the Trainer took instead.
         """
         scheduler, optimizer = kwargs["lr_scheduler"], _ours(kwargs["optimizer"])
+        if optimizer is None and getattr(args.optim, "name", "").startswith(PREFIX):
+            engines.check([lookup(args.optim.value)])
         groups = kwargs["optimizer"].param_groups
         if isinstance(scheduler, LambdaLR) and all("rule" in group for group in groups):
             scheduler.base_lrs = [group["initial_lr"] for group in groups]
@@ -130,8 +136,9 @@ class KeepSchedule(TrainerCallback):
 
 def _ours(optimizer: Any) -> Executor | None:
     """Our optimizer, out of what accelerate wraps it in."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, Executor) else None
+    while not isinstance(optimizer, Executor) and hasattr(optimizer, "optimizer"):  # of accelerate, and of DeepSpeed
+        optimizer = optimizer.optimizer
+    return optimizer if isinstance(optimizer, Executor) else None
 
 
 class Consolidate(TrainerCallback):
@@ -142,8 +149,8 @@ class Consolidate(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Collect if this step ends with a checkpoint."""
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        if control.should_save and isinstance(optimizer, Executor):
+        optimizer = _ours(kwargs["optimizer"])
+        if control.should_save and optimizer is not None:
             optimizer.consolidate()
 
     on_epoch_end = on_step_end

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 
 from hf_integration.checkpoint import accept_adamw
+from hf_integration.settings import with_flags
 from lightning_optim import Executor, build_optimizer
 
 
@@ -14,25 +17,50 @@ class OptimizerFactory:
     """Builds the optimizer inside the stock Trainer.
 
     Trainer(..., optimizer_cls_and_kwargs=(OptimizerFactory, {"name": "muon", "lr": 2e-5}))
+    Trainer(model, args, optimizer_cls_and_kwargs=(OptimizerFactory, {"name": "muon", "args": args}))
 
     The Trainer calls `OptimizerFactory()(model, **kwargs)` once the model is placed; its own learning-rate and decay
-    groups are not used, so the keyword arguments are those of `build_optimizer`. With `preset`, `schedule` or `wrap`
-    give the Trainer `callbacks=[KeepSchedule()]`, too, which follows them; `attach` and `register` do.
+    groups are not used, so the keyword arguments are those of `build_optimizer`. With `args`, what they do not set is
+    read from the Trainer's arguments at that moment, so `Trainer.hyperparameter_search` reaches the optimizer. With
+    `preset`, `schedule` or `wrap` give the Trainer `callbacks=[KeepSchedule()]`, too, which follows them; `attach` and
+    `register` do.
     """
 
-    def __call__(self, model: nn.Module, *, name: str, lr: float | None = None, **settings: Any) -> Executor:
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        name: str | None = None,
+        lr: float | None = None,
+        args: TrainingArguments | Callable[[], TrainingArguments] | None = None,
+        **settings: Any,
+    ) -> Executor:
         """Build the optimizer.
 
         Args:
             model: the Trainer's model.
-            name: of the main rule.
-            lr: learning rate; with the default convention, AdamW's. Needed unless a `recipe` is given.
+            name: of the main rule; the name in `args` if not given, where those are our `TrainingArguments`.
+            lr: learning rate; with the default convention, AdamW's. Needed unless `args` or a `recipe` is given.
+            args: of the Trainer, or what returns them; `--learning_rate`, `--weight_decay` and the `--adam_*` flags
+                hold where `lr` and `settings` do not say otherwise.
             **settings: of `build_optimizer`.
 
         Returns:
             One optimizer for the whole model.
+
+        Raises:
+            ValueError: no name, or what `build_optimizer` raises.
         """
-        return create_optimizer(model, name, lr=lr, **settings)
+        given = settings if lr is None else settings | {"lr": lr}
+        flags = args() if callable(args) else args
+        of_flags = getattr(flags, "optimizer_settings", None)
+        if name is None and of_flags is None:
+            raise ValueError("OptimizerFactory needs the name of an optimizer: {'name': 'muon', ...}")
+        if name is None:
+            given = of_flags(given)  # pyright: ignore[reportOptionalCall]
+        else:
+            given = {"name": name, **given} if flags is None else with_flags(flags, name, given)
+        return create_optimizer(model, **given)
 
 
 def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **settings: Any) -> Executor:

@@ -9,7 +9,7 @@ from transformers import trainer as of_transformers
 from transformers.training_args import OptimizerNames
 
 from hf_integration.arguments import TrainingArguments
-from hf_integration.checkpoint import Consolidate, KeepSchedule
+from hf_integration.checkpoint import PREFIX, Consolidate, KeepSchedule
 from hf_integration.curvature import CurvatureFeed
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import check_settings, with_flags
@@ -75,7 +75,7 @@ def _handlers() -> dict[Any, Any]:
 def _add_member(name: str) -> OptimizerNames:
     member = str.__new__(OptimizerNames, name)
     vars(member).update(
-        _name_=f"LIGHTNING_OPTIM_{name.upper()}",  # LION is Transformers' lion_32bit
+        _name_=f"{PREFIX}{name.upper()}",  # LION is Transformers' lion_32bit
         _value_=name,
         __objclass__=OptimizerNames,
         _sort_order_=len(OptimizerNames._member_names_),

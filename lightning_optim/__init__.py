@@ -13,14 +13,14 @@ from lightning_optim import optimizers
 from lightning_optim.core.averages import EMANesterov, MuLoCo, TailEMA
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import Rule, Slot, eye, lookup, zeros
-from lightning_optim.factory import build_optimizer
+from lightning_optim.factory import OptimizerConfig, build_optimizer
 from lightning_optim.optimizers import *  # noqa: F403
 from lightning_optim.partition import assign, layerwise_decay, lora_plus, roles
 from lightning_optim.plan import plan
 from lightning_optim.schedule import Curve, Schedule
 
 if TYPE_CHECKING:
-    from lightning_optim.lightning import OptimizerConfig, configure_optimizers
+    from lightning_optim.lightning import configure_optimizers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,8 +49,8 @@ __all__ += optimizers.__all__
 
 def __getattr__(name: str) -> Any:
     """Import Lightning only when a name that needs it is used."""
-    if name in ("OptimizerConfig", "configure_optimizers"):
-        from lightning_optim import lightning
+    if name == "configure_optimizers":
+        from lightning_optim.lightning import configure_optimizers
 
-        return getattr(lightning, name)
+        return configure_optimizers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,7 +42,7 @@ from lightning_optim.diagnostics.hessian import (
     signs,
 )
 from lightning_optim.ops.rounding import hash_key
-from lightning_optim.partition import is_linear
+from lightning_optim.output_layers import is_linear
 
 SHARE = {"gauss_newton": 0.5, "hutchinson": 0.125, "loss": 1.0}
 """Of the rows of a batch that are measured; a product with the Hessian costs as much as three or four gradients."""
@@ -625,8 +625,9 @@ def observes(optimizer: Any) -> bool:
 def _check_params(model: nn.Module, optimizer: Executor) -> None:
     for job in optimizer._jobs():
         if job.rule.observes:
+            flat = optimizer.flat_tensors(job.group)
             for w in job.works:
-                if is_flat(w.param):
+                if is_flat(w.param) or any(w.param is p for p in flat):
                     raise ValueError(
                         f"{w.name}: {job.rule.name} cannot be measured in the flat parameters of FSDP1 and ZeRO; "
                         f"use DDP{' or FSDP2 (fully_shard)' if job.rule.observes == 'gauss_newton' else ''}"

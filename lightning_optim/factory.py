@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_optim.core import constraint, layout
-from lightning_optim.core.averages import averages_of
+from lightning_optim.core.averages import EMANesterov, MuLoCo, TailEMA, averages_of
 from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import OPTIONS, rule_of, settings_of, unused
+from lightning_optim.core.groups import OPTIONS, check_unflattened, plain, rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 from lightning_optim.optimizers import CLASSES
-from lightning_optim.partition import MATRIX_ROLES, Override, assign, of_use, roles
-from lightning_optim.recipes import PRESETS
+from lightning_optim.partition import MATRIX_ROLES, Override, assign, of_use, roles, without_parameters
+from lightning_optim.recipes import PRESETS, find
 from lightning_optim.recipes import chosen as completed
 from lightning_optim.schedule import OF_ROLE, Curve
 
@@ -47,7 +49,7 @@ def build_optimizer(
 
     Rules for whole matrices (muon) get the hidden matrices and `rest` the embeddings, head and vectors; every other
     rule gets everything. Vectors are not decayed. The main rule's hidden matrices are group 0, whose learning rate
-    the trainers log.
+    the trainers log. If there is nothing for the main rule, a warning says so.
 
     Args:
         model: any module; its trainable parameters are taken.
@@ -70,7 +72,8 @@ def build_optimizer(
             too, and `cooldown` and `min_lr_ratio`, which the group then has in place of the schedule's.
         last_layer: whether `"rest"`, if not given, or the main `"rule"` gets an untied output layer.
         blocks: what is a matrix to rules that need whole ones: each of fused `"layers"`, if not given, or also each of
-            the `"heads"` of queries, keys and values.
+            the `"heads"` of queries, keys and values, which rules with row, column or whole sums then follow, too.
+            `adam_mini` has one second moment per head of queries and keys in any case, unless `block="row"` is given.
         wrap: what to do around the steps, by name: `{"ema_nesterov": {"step_size": 0.6}}`, `"tail_ema"`, `"muloco"`
             (`lightning_optim.core.averages`).
         schedule: settings of `lightning_optim.schedule.Curve`, which `Schedule` and the trainers' doors follow.
@@ -84,8 +87,10 @@ def build_optimizer(
         An instance of the main rule's class with one group per rule and role.
 
     Raises:
-        ValueError: an unknown name, setting or pattern, or a parameter its rule cannot take.
+        ValueError: an unknown name, setting or pattern, a parameter its rule cannot take, or parameters that FSDP1 or
+            ZeRO-3 has flattened or emptied.
     """
+    check_unflattened(lookup(name), model.named_parameters())
     given: dict[str, Any] = {
         "lr": lr,
         "weight_decay": weight_decay,
@@ -121,7 +126,8 @@ def build_optimizer(
     groups: dict[str, dict[str, Any]] = {}
     relatives: dict[str, dict[str, Any]] = {}
     cut = {key: chosen[key] for key in ("last_layer", "blocks")}
-    for a in assign(model, name, other.name, overrides, **cut, constrained=bool(normed)):
+    assigned = assign(model, name, other.name, overrides, **cut, constrained=bool(normed), given=of_rule)
+    for a in assigned:
         if a.group not in groups:
             owner = lookup(a.rule)
             extra = dict(a.settings)
@@ -158,6 +164,8 @@ def build_optimizer(
     given_all = {k: chosen[k] for k in ("lr", "weight_decay", "lr_convention")}
     optimizer.defaults.update(own | given_all | {"cautious_decay": masked})
     _say_native(optimizer, chosen["lr_convention"])
+    if all(a.rule != rule.name for a in assigned):
+        _log.warning("%s", without_parameters(rule.name, ((a.name, a.role, a.param.shape) for a in assigned)))
 
     def divide(group: dict[str, Any]) -> list[dict[str, Any]]:
         like = given | {"overrides": overrides, "wrap": {}}
@@ -173,6 +181,99 @@ def build_optimizer(
     if share_work:
         optimizer.share_work()
     return optimizer
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """What `configure_optimizers` is to be given, as a value that LightningCLI reads from YAML.
+
+    A module takes it as an argument, `optimizer: OptimizerConfig`, and ends its `configure_optimizers` with
+    `return self.optimizer(self)`: it is called with the module because the parameters alone do not tell their roles.
+    `optimizer: OptimizerConfig | OptimizerCallable`, in this order, takes optimizer classes as well. jsonargparse lets
+    `OptimizerCallable` alone take only them; to such a module give `lightning_optim.callbacks.HybridOptimizer`.
+
+    Args:
+        name: see `configure_optimizers`, as are all the following but the last.
+        lr: see there.
+        recipe: see there.
+        preset: see there.
+        schedule: see there.
+        warmup_steps: see there.
+        total_steps: see there.
+        min_lr_ratio: see there.
+        cooldown: see there.
+        horizon: see there.
+        power: see there.
+        momentum_warmup_steps: see there.
+        momentum_start: see there.
+        momentum_cooldown_steps: see there.
+        momentum_end: see there.
+        weight_decay: see there.
+        rest: see there.
+        rest_lr: see there.
+        rest_settings: see there.
+        lr_convention: see there.
+        overrides: see there.
+        settings: hyperparameters of the main rule, and options of all groups.
+
+    Raises:
+        ValueError: an unknown name, recipe or schedule.
+    """
+
+    name: str
+    lr: float | None = None
+    recipe: str | None = None
+    preset: str | None = None
+    schedule: Literal["constant", "linear", "cosine", "power"] | None = None
+    warmup_steps: int | None = None
+    total_steps: int | None = None
+    min_lr_ratio: float | None = None
+    cooldown: int | float | None = None
+    horizon: int | float | None = None
+    power: float | None = None
+    momentum_warmup_steps: int | None = None
+    momentum_start: float | None = None
+    momentum_cooldown_steps: int | None = None
+    momentum_end: float | None = None
+    weight_decay: float | None = None
+    rest: str | None = None
+    rest_lr: float | None = None
+    rest_settings: dict[str, Any] = field(default_factory=dict)
+    lr_convention: Literal["adamw", "native"] | None = None
+    overrides: list[Override] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the names before a model is built, and make numbers plain."""
+        lookup(self.name)
+        lookup(self.rest or self.name)
+        find(self.recipe or self.name)
+        for f in fields(self):
+            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
+        if self.schedule is not None:
+            Curve(self.schedule)
+        if self.preset is not None:
+            find(self.preset)
+
+    def __call__(self, module: Any) -> dict[str, Any]:
+        """Build what `LightningModule.configure_optimizers` returns.
+
+        Args:
+            module: a LightningModule; all its trainable parameters are taken.
+
+        Returns:
+            See `configure_optimizers`.
+        """
+        import lightning_optim  # which imports Lightning only now
+
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+        return lightning_optim.configure_optimizers(module, **given, **self.settings)
+
+
+# `save_hyperparameters()` puts these into checkpoints, which load with `weights_only=True`: all hold plain values. The
+# second name is that of checkpoints written while the class was defined there.
+torch.serialization.add_safe_globals([OptimizerConfig, Curve, EMANesterov, MuLoCo, TailEMA])
+torch.serialization.add_safe_globals([(OptimizerConfig, "lightning_optim.lightning.OptimizerConfig")])
 
 
 def _divided(group: Mapping[str, Any], like: Executor, taken: Collection[str]) -> list[dict[str, Any]]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
+from lightning_optim.core import engines
 from lightning_optim.core.executor import Executor
 from lightning_optim.core.rule import lookup
 from lightning_optim.curvature import observes
-from lightning_optim.factory import build_optimizer
+from lightning_optim.factory import OptimizerConfig, build_optimizer
 from lightning_optim.partition import Override
-from lightning_optim.recipes import find
 from lightning_optim.schedule import SCHEDULES, Curve, Schedule
 
 __all__ = ["SCHEDULES", "OptimizerConfig", "Schedule", "configure_optimizers"]
@@ -82,7 +84,8 @@ def configure_optimizers(
 
     Raises:
         ValueError: an unknown schedule, a run of unknown length, `fused_backward` in a trainer that accumulates, clips
-            or scales gradients, or what `Schedule` and `build_optimizer` raise.
+            or scales gradients, a strategy (FSDP1, DeepSpeed) that cannot run the rule, or what `Schedule` and
+            `build_optimizer` raise.
     """
     asked = {
         "schedule": schedule,
@@ -99,6 +102,7 @@ def configure_optimizers(
     }
     asked = {k: v for k, v in asked.items() if v is not None}
     Curve.of(asked)
+    check_strategy(module, name)
     if settings.get("fused_backward"):
         _refuse_what_needs_gradients(module)
     optimizer = build_optimizer(
@@ -118,20 +122,16 @@ def configure_optimizers(
     )
     _feed(module, optimizer)
     trainer = getattr(module, "_trainer", None)
-    if trainer is not None and not any(isinstance(c, ModuleOrder) for c in trainer.callbacks):
-        trainer.callbacks.insert(0, ModuleOrder())
-    groups = optimizer.param_groups
-    known = {"momentum": any("momentum" in g for g in groups), "betas": all("betas" in g for g in groups)}
-    for key in (k for k, there in known.items() if there):  # LearningRateMonitor looks for these in the defaults
-        optimizer.defaults.setdefault(key, next(g[key] for g in groups if key in g))
+    for kind in (ModuleOrder, RunStart):
+        if trainer is not None and not any(isinstance(c, kind) for c in trainer.callbacks):
+            trainer.callbacks.insert(0, kind())
     curve = optimizer.curve or Curve()
-    found: int | None = None
-    if curve.needs_total and curve.total_steps is None and module.trainer.max_epochs == -1:
-        found = _total_steps(module)
-    # not asked earlier: the trainer then makes its loader, and never restores its position
-    scheduler = Schedule(optimizer, curve, found or (lambda: _total_steps(module)))
-    if optimizer.averages is not None:
-        _watch(module, optimizer, curve)
+    if curve.needs_total and curve.total_steps is None:
+        _total_steps(module)  # raises where it is known that nobody will know
+    scheduler = Schedule(optimizer, curve, partial(_total_steps, module))
+    if optimizer.averages is not None and trainer is not None:
+        if not any(isinstance(c, AveragedWeights) for c in trainer.callbacks):
+            trainer.callbacks.insert(0, AveragedWeights())
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -163,6 +163,27 @@ class ModuleOrder(Callback):
                 "state": {place.get(i, i): slots for i, slots in saved["state"].items()},
                 "param_groups": [g | {"params": [place[i] for i in g["params"]]} for g in saved["param_groups"]],
             }
+
+
+class RunStart(Callback):
+    """Tells schedules of ours when the run starts; `configure_optimizers` gives it to the trainer.
+
+    They are made earlier: a `BatchSizeFinder` or `LearningRateFinder` then changes how long the run is, or its rates.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the learning rates of the first step.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+
+        Raises:
+            ValueError: a schedule depends on the length of the run, which the trainer does not know.
+        """
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, Schedule):
+                config.scheduler.begin()
 
 
 class AveragedWeights(Callback):
@@ -239,9 +260,11 @@ class AveragedWeights(Callback):
             pl_module: its module.
             checkpoint: with the weights to train, and the state that belongs to them.
         """
-        if not _wrapped(trainer) or any(optimizer.is_sharded() for optimizer in _wrapped(trainer)):
+        stepped = [o for o in _wrapped(trainer) if o.state]  # before, both are the same, and finders go on
+        if not stepped or any(optimizer.is_sharded() for optimizer in stepped):
             return
-        self.on_validation_start(trainer, pl_module)
+        for optimizer in stepped:
+            optimizer.eval()
         checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
         checkpoint["optimizer_states"] = [trainer.strategy.optimizer_state(o) for o in trainer.optimizers]
 
@@ -250,101 +273,27 @@ def _wrapped(trainer: Trainer) -> list[Executor]:
     return [o for o in trainer.optimizers if isinstance(o, Executor) and o.averages is not None]
 
 
-def _watch(module: LightningModule, optimizer: Executor, curve: Curve) -> None:
-    """Have the trainer change between the weights of a wrapped optimizer, and tell it the length of the run."""
-    trainer = getattr(module, "_trainer", None)
-    if trainer is not None:
-        if not any(isinstance(c, AveragedWeights) for c in trainer.callbacks):
-            trainer.callbacks.insert(0, AveragedWeights())
-        optimizer.total_steps = curve.total_steps if curve.total_steps is not None else _known_steps(trainer)
+def check_strategy(module: LightningModule, name: str) -> None:
+    """Check that the trainer's strategy can run a rule.
 
-
-def _known_steps(trainer: Trainer) -> int | None:
-    """Steps of a run whose length is given as such; else the schedule asks when it must."""
-    return trainer.max_steps if trainer.max_steps > 0 else None
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """What `configure_optimizers` is to be given, as a value that LightningCLI reads from YAML.
-
-    A module takes it as an argument, `optimizer: OptimizerConfig`, and ends its `configure_optimizers` with
-    `return self.optimizer(self)`: it is called with the module because the parameters alone do not tell their roles.
-    `optimizer: OptimizerConfig | OptimizerCallable`, in this order, takes optimizer classes as well. jsonargparse lets
-    `OptimizerCallable` alone take only them; to such a module give `lightning_optim.callbacks.HybridOptimizer`.
+    FSDP1 has flattened the parameters when it asks for the optimizer, DeepSpeed is going to.
 
     Args:
-        name: see `configure_optimizers`, as are all the following but the last.
-        lr: see there.
-        recipe: see there.
-        preset: see there.
-        schedule: see there.
-        warmup_steps: see there.
-        total_steps: see there.
-        min_lr_ratio: see there.
-        cooldown: see there.
-        horizon: see there.
-        power: see there.
-        momentum_warmup_steps: see there.
-        momentum_start: see there.
-        momentum_cooldown_steps: see there.
-        momentum_end: see there.
-        weight_decay: see there.
-        rest: see there.
-        rest_lr: see there.
-        rest_settings: see there.
-        lr_convention: see there.
-        overrides: see there.
-        settings: hyperparameters of the main rule, and options of all groups.
+        module: of the trainer; without one nothing is checked.
+        name: of the main rule.
 
     Raises:
-        ValueError: an unknown name, recipe or schedule.
+        ValueError: it cannot.
     """
-
-    name: str
-    lr: float | None = None
-    recipe: str | None = None
-    preset: str | None = None
-    schedule: Literal["constant", "linear", "cosine", "power"] | None = None
-    warmup_steps: int | None = None
-    total_steps: int | None = None
-    min_lr_ratio: float | None = None
-    cooldown: int | float | None = None
-    horizon: int | float | None = None
-    power: float | None = None
-    momentum_warmup_steps: int | None = None
-    momentum_start: float | None = None
-    momentum_cooldown_steps: int | None = None
-    momentum_end: float | None = None
-    weight_decay: float | None = None
-    rest: str | None = None
-    rest_lr: float | None = None
-    rest_settings: dict[str, Any] = field(default_factory=dict)
-    lr_convention: Literal["adamw", "native"] | None = None
-    overrides: list[Override] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check the names before a model is built."""
-        lookup(self.name)
-        lookup(self.rest or self.name)
-        find(self.recipe or self.name)
-        if self.schedule is not None:
-            Curve(self.schedule)
-        if self.preset is not None:
-            find(self.preset)
-
-    def __call__(self, module: LightningModule) -> dict[str, Any]:
-        """Build what `LightningModule.configure_optimizers` returns.
-
-        Args:
-            module: the module; all its trainable parameters are taken.
-
-        Returns:
-            See `configure_optimizers`.
-        """
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
-        return configure_optimizers(module, **given, **self.settings)
+    trainer = getattr(module, "_trainer", None)
+    strategy = None if trainer is None else trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            f"{name}: strategy 'fsdp' is FSDP1, which hides matrices and their roles in flat parameters; use FSDP2 "
+            "(ModelParallelStrategy with fully_shard in configure_model) or DDP"
+        )
+    if isinstance(strategy, DeepSpeedStrategy) and isinstance(strategy.config, Mapping):
+        engines.check_deepspeed(strategy.config, [lookup(name)])
 
 
 def _refuse_what_needs_gradients(module: LightningModule) -> None:
@@ -376,9 +325,19 @@ def _feed(module: LightningModule, optimizer: Executor) -> None:
             trainer.callbacks.insert(0, CurvatureFeed())
 
 
-def _total_steps(module: LightningModule) -> int:
-    """Optimizer steps of the trainer's run."""
-    steps = module.trainer.estimated_stepping_batches
+def _total_steps(module: LightningModule) -> int | None:
+    # None before the loader is there: asked earlier, the trainer makes it, and never restores its position
+    trainer = module.trainer
+    endless = trainer.max_epochs == -1
+    if not endless and trainer.train_dataloader is None:
+        return None
+    varied = next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)  # pyright: ignore
+    if endless or varied is None or math.isinf(trainer.num_training_batches):
+        steps = trainer.estimated_stepping_batches
+    else:  # the trainer itself takes the present accumulation for that of all epochs
+        every = [varied.get_accumulate_grad_batches(epoch) for epoch in range(max(trainer.max_epochs or 1, 1))]
+        steps = sum(math.ceil(trainer.num_training_batches / count) for count in every)
+        steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     if not 0 < steps < math.inf:
         raise ValueError("the trainer does not know how many steps it will take; give configure_optimizers total_steps")
     return int(steps)

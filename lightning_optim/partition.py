@@ -1,21 +1,34 @@
 """What each parameter of a model is, and which rule owns it.
 
 Roles are read from what modules are and how they are put together, never from names: a parameter is an embedding
-because an `nn.Embedding` holds it, a fused query-key-value projection because its attention module has one other.
+because an `nn.Embedding` holds it, a fused query-key-value projection because its attention module has one other. Only
+which of three projections gives the values is read from their names, where these say q, k and v.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from os.path import commonprefix
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lightning_optim.core import constraint
-from lightning_optim.core.chunks import Blocks
+from lightning_optim.core.chunks import Blocks, frozen
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
+from lightning_optim.output_layers import (
+    is_conv1d,
+    is_linear,
+    is_pretrained,
+    of_pretrained,
+    output_embeddings,
+    output_layers,
+)
 
 Role = Literal[
     "hidden",
@@ -52,6 +65,8 @@ class Trait:
     """How the outputs are cut into matrices of their own, as the option `blocks` of the executor."""
     heads: int | None = None
     """Equal blocks of outputs that are attention heads."""
+    by_head: Blocks = None
+    """How queries and keys are cut into heads, and values in the same parameter into rows, as the option `blocks`."""
     kind: str = ""
     """Of a vector: `bias` of a layer, `output_bias` of an attention's output layer, `gain` of a norm."""
 
@@ -66,6 +81,7 @@ class Assignment:
     rule: str
     group: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of an override, and of queries and keys that a rule takes by head."""
     blocks: Blocks = None
     """How the rule gets it cut into matrices."""
     transposed: bool = False
@@ -81,16 +97,16 @@ def roles(model: nn.Module) -> dict[str, Trait]:
     """What every trainable parameter is.
 
     * `embedding`: of an `nn.Embedding`, a tied head included;
-    * `head`: of the output layer: what `get_output_embeddings()` returns (Transformers), the last linear layer outside
-      the base model (classifiers), or the last one with as many outputs as the largest embedding has rows;
+    * `head`: of an output layer: what `get_output_embeddings()` (Transformers) or `get_classifier()` (timm) returns, or
+      the last linear layers outside of pretrained models and repeated blocks (`lightning_optim.output_layers`);
     * `qkv`: the larger of the two linear layers of an attention module, query, key and value in one; cut into them
       where the order of the rows is known (`APART`, `GROUPED`);
     * `gate_up`: the larger of the two linear layers of a module, twice as wide as the other's input;
     * `experts`: three-dimensional, of a module that says its number of experts; `router`: one row per expert beside it;
-    * `lora_a`, `lora_b`, `lora_embedding`: of a PEFT layer;
+    * `lora_a`, `lora_b`, `lora_embedding`: of a PEFT layer (`ADAPTERS`);
     * `conv`: of a convolution;
     * `hidden`: of any other linear layer (Transformers' Conv1D and `nn.MultiheadAttention`'s projection included);
-    * `vector`: fewer than two dimensions, or a side of length one, or a bias per expert;
+    * `vector`: fewer than two dimensions, or a matrix with a side of length one, or a bias per expert;
     * `other`: everything else.
 
     Args:
@@ -100,7 +116,7 @@ def roles(model: nn.Module) -> dict[str, Trait]:
         Parameter name, as in `named_parameters`, to its trait.
     """
     known: dict[int, Trait] = {}
-    for find in (_linear_layers, _attention_layers, _fused_layers, _experts, _lora, _heads, _embeddings):
+    for find in (_linear_layers, _attention_layers, _fused_layers, _heads, _experts, _lora, _embeddings):
         known.update({id(p): trait for p, trait in find(model) if isinstance(p, Tensor)})
     out: dict[str, Trait] = {}
     kinds = {id(p): kind for p, kind in _kinds(model) if isinstance(p, Tensor)}
@@ -110,46 +126,40 @@ def roles(model: nn.Module) -> dict[str, Trait]:
                 out[name] = Trait("vector", f"{p.ndim} dimensions", kind=kinds.get(id(p), ""))
             else:
                 trait = known.get(id(p), Trait("other", "belongs to no known layer"))
-                flat = trait.role in MATRIX_ROLES and min(p.shape[-2:]) == 1
-                out[name] = Trait("vector", "a side of length one") if flat else trait
+                out[name] = Trait("vector", "a side of length one") if _is_flat(p, trait.role) else trait
     return out
+
+
+def _is_flat(p: Tensor, role: Role) -> bool:
+    """Whether a parameter of two dimensions or more holds vectors only."""
+    if role in MATRIX_ROLES:
+        return min(p.shape[-2:]) == 1
+    return role == "other" and p.numel() == max(p.shape)
 
 
 Found = Iterator[tuple[Any, Trait]]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Transformers' Conv1D is a linear layer, stored inputs x outputs; it is recognised by its `nf`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, stored either way.
-
-    Returns:
-        True for `nn.Linear` and Transformers' Conv1D.
-    """
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
 def _sides(module: Any) -> tuple[int, int]:
     """Outputs and inputs of a linear layer."""
     rows, columns = module.weight.shape[-2:]
-    return (columns, rows) if _is_conv1d(module) else (rows, columns)
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
 def _linear_layers(model: nn.Module) -> Found:
     for module in model.modules():
         kind = type(module).__name__
         if isinstance(module, nn.MultiheadAttention):
-            heads = module.num_heads
-            yield module.in_proj_weight, Trait("qkv", f"input projection of {kind}", blocks=3, heads=3 * heads)
-            for p in (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
-                yield p, Trait("hidden", f"input projection of {kind}", heads=heads)
+            heads, reason = module.num_heads, f"input projection of {kind}"
+            by_head = (module.head_dim, 2 * heads), (1, module.embed_dim)
+            yield module.in_proj_weight, Trait("qkv", reason, blocks=3, heads=3 * heads, by_head=by_head)
+            for p in (module.q_proj_weight, module.k_proj_weight):
+                yield p, Trait("hidden", reason, heads=heads, by_head=heads)
+            yield module.v_proj_weight, Trait("hidden", reason, heads=heads)
         elif isinstance(module, nn.modules.conv._ConvNd):
             yield module.weight, Trait("conv", f"weight of {kind}")
         elif is_linear(module) and getattr(module.weight, "ndim", 0) == 2:
-            yield module.weight, Trait("hidden", f"weight of {kind}", transposed=_is_conv1d(module))
+            yield module.weight, Trait("hidden", f"weight of {kind}", transposed=is_conv1d(module))
 
 
 APART = {"GPT2Attention", "ModernBertAttention", "MptAttention", "Phi3Attention", "Phi4MultimodalAttention"}
@@ -176,34 +186,45 @@ def _head_size(module: nn.Module, outputs: int) -> int | None:
     return None
 
 
-def _children(parent: nn.Module) -> list[nn.Module]:
-    return [m for m in parent.children() if is_linear(m) and getattr(m.weight, "ndim", 0) == 2]
+def _children(parent: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers of a module by their names; a layer that has two names has the first."""
+    return {k: m for k, m in parent.named_children() if is_linear(m) and getattr(m.weight, "ndim", 0) == 2}
+
+
+def _value_of(names: Sequence[str]) -> str:
+    """Which of three projections gives the values: the one named so beside q and k, or else the last one."""
+    start = len(commonprefix(names))
+    initials = {name[start : start + 1]: name for name in names}
+    return initials["v"] if set(initials) == {"q", "k", "v"} else names[-1]
 
 
 def _attention_layers(model: nn.Module) -> Found:
     """Query, key and value are the first three linear layers of an attention module, with one input."""
     for parent in model.modules():
         linear = _children(parent)
-        found = linear[:3]
+        names = list(linear)[:3]
+        found = [linear[name] for name in names]
         if len(found) < 3 or len({_sides(m)[1] for m in found}) > 1:
             continue
         outputs, size = [_sides(m)[0] for m in found], _head_size(parent, _sides(found[0])[0])
         if not size or (len(linear) == 3 and len(set(outputs)) > 1):  # the third may be the output projection
             continue
-        for m, count in zip(found, outputs, strict=True):
+        value, reason = _value_of(names), f"projection of {type(parent).__name__}"
+        for name, m, count in zip(names, found, outputs, strict=True):
             if count % size == 0:
-                turned = _is_conv1d(m)
-                yield m.weight, Trait("hidden", f"projection of {type(parent).__name__}", turned, heads=count // size)
+                heads = count // size
+                by_head = None if name == value else heads
+                yield m.weight, Trait("hidden", reason, is_conv1d(m), heads=heads, by_head=by_head)
 
 
 def _fused_layers(model: nn.Module) -> Found:
     for parent in model.modules():
-        linear = _children(parent)
+        linear = list(_children(parent).values())
         if len(linear) != 2:
             continue
         wide, back = sorted(linear, key=lambda m: -_sides(m)[0])
         (outputs, inputs), (width, inner) = _sides(wide), _sides(back)
-        kind, turned, size = type(parent).__name__, _is_conv1d(wide), _head_size(parent, inner)
+        kind, turned, size = type(parent).__name__, is_conv1d(wide), _head_size(parent, inner)
         if inputs != width or outputs <= inner:
             continue
         if size is None:
@@ -215,12 +236,15 @@ def _fused_layers(model: nn.Module) -> Found:
         if not whole or inner % keys or any(isinstance(m, nn.modules.conv._ConvNd) for m in parent.children()):
             continue  # a state-space layer
         blocks: Blocks = None
+        by_head: Blocks = None
         if kind in APART:
             blocks = 3 if keys == inner else (inner, keys, keys)
+            by_head = (size, (inner + keys) // size), (1, keys)
         elif kind in GROUPED:
             blocks = (inner // keys * size, size, size)
+            by_head = (size, inner // keys + 1), (1, size)
         reason = f"query, key, value of {kind}" + (", in an order that is not known" if blocks is None else "")
-        yield wide.weight, Trait("qkv", reason, turned, blocks, outputs // size)
+        yield wide.weight, Trait("qkv", reason, turned, blocks, outputs // size, by_head)
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[Any, str]]:
@@ -237,11 +261,15 @@ def _kinds(model: nn.Module) -> Iterator[tuple[Any, str]]:
             yield parent.in_proj_bias, "bias"
             yield parent.out_proj.bias, "output_bias"
             continue
-        linear = _children(parent)
+        linear = list(_children(parent).values())
         apart = len(linear) == 4 and len({_sides(m)[1] for m in linear[:3]}) == 1
         fused = len(linear) == 2 and _sides(linear[0])[0] > _sides(linear[1])[1]
         if (apart or fused) and _head_size(parent, _sides(linear[0])[0]):
             yield linear[-1].bias, "output_bias"
+
+
+HALVES = {"Llama4TextExperts"}
+"""Transformers' experts that do not say that gate and up are the first and the second half of their outputs."""
 
 
 def _experts(model: nn.Module) -> Found:
@@ -249,28 +277,96 @@ def _experts(model: nn.Module) -> Found:
         for module in parent.children():
             count = getattr(module, "num_experts", None)
             own = list(module.parameters(recurse=False))
-            if not isinstance(count, int) or not any(p.ndim == 3 for p in own):
+            matrices = [p for p in own if p.ndim == 3]
+            if not isinstance(count, int) or not matrices:
                 continue
-            turned, kind = bool(getattr(module, "is_transposed", False)), type(module).__name__
-            inner = min(p.numel() for p in own if p.ndim == 3)
+            siblings = [m for m in parent.children() if m is not module]
+            routers = [p for m in siblings for p in m.parameters(recurse=False) if p.ndim == 2 and p.shape[0] == count]
+            width = routers[0].shape[1] if routers else getattr(module, "hidden_size", None)
+            turned, kind = _stored_transposed(module, matrices, width), type(module).__name__
+            inner = min(p.numel() for p in matrices)
             for p in own:
                 fused: Blocks = None
                 if p.numel() == 2 * inner and (halves := _gate_and_up_are_halves(module)) is not None:
                     fused = 2 if halves else (1, 1)
                 if p.ndim == 3:
-                    yield p, Trait("experts", f"matrices of {kind}", turned, fused)
+                    reason = f"matrices of {kind}"
+                    if p.numel() == 2 * inner and fused is None:
+                        reason += ", gate and up in an order that is not known"
+                    yield p, Trait("experts", reason, turned, fused)
                 else:
                     yield p, Trait("vector", f"biases of {kind}")
-            for sibling in (m for m in parent.children() if m is not module):
-                for p in sibling.parameters(recurse=False):
-                    if p.ndim == 2 and p.shape[0] == count:
-                        yield p, Trait("router", f"one row per expert of {kind}")
+            for p in routers:
+                yield p, Trait("router", f"one row per expert of {kind}")
+
+
+def _stored_transposed(experts: nn.Module, matrices: Sequence[Tensor], width: int | None) -> bool:
+    """Whether experts are stored inputs x outputs, by the shapes where they tell, else by what the module says.
+
+    Gate and up in one, [experts, 2 i, h] beside [experts, h, i], can be read in one way only. Of separate matrices the
+    first takes the model's width, if that is known.
+
+    Returns:
+        True if so, False if not or if nothing tells.
+    """
+    first, last = matrices[0].shape, matrices[-1].shape
+    if len(matrices) == 2 and matrices[0].numel() == 2 * matrices[1].numel():
+        if first[2] == last[1]:
+            return False
+        if first[1] == last[2]:
+            return True
+    if hasattr(experts, "is_transposed"):
+        return bool(experts.is_transposed)
+    return len(matrices) > 1 and first[1] == width != first[2]
 
 
 def _gate_and_up_are_halves(experts: nn.Module) -> bool | None:
-    """Whether they are, rather than take turns; None for a module that says nothing."""
-    gate = getattr(type(experts), "_apply_gate", None)  # all that Transformers 5.2 has: its own, or GPT-OSS's
-    return getattr(experts, "is_concatenated", None if gate is None else gate.__name__ == "_default_apply_gate")
+    """Whether they are, rather than take turns.
+
+    A module's function for the gate is asked: on which of eight outputs of gate and up does its first result depend?
+
+    Returns:
+        None for a module that says nothing.
+    """
+    kinds = {c.__name__ for c in type(experts).__mro__}
+    if kinds & HALVES:
+        return True
+    said, gate = getattr(experts, "is_concatenated", None), getattr(experts, "_apply_gate", None)
+    if not callable(gate):
+        return said
+    asked = torch.full((3, 8), 0.5, device="cpu")
+    asked[1, 1], asked[2, 4] = 0.25, 0.25
+    try:
+        with torch.no_grad():
+            plain, second, fifth = torch.as_tensor(gate(asked))[:, 0].tolist()
+    except Exception:  # the function is not ours, and need not take what we ask it
+        return said
+    return said if (plain != second) == (plain != fifth) else plain != fifth
+
+
+ADAPTERS: dict[str, Role] = {
+    "lora_A": "lora_a",
+    "lora_B": "lora_b",
+    "lora_embedding_A": "lora_embedding",
+    "lora_embedding_B": "lora_embedding",
+    "hada_w1_b": "lora_a",
+    "hada_w1_a": "lora_b",
+    "hada_w2_b": "lora_a",
+    "hada_w2_a": "lora_b",
+    "lokr_w1": "hidden",
+    "lokr_w1_b": "lora_a",
+    "lokr_w1_a": "lora_b",
+    "lokr_w2": "hidden",
+    "lokr_w2_b": "lora_a",
+    "lokr_w2_a": "lora_b",
+    **{f"{kind}_A": "lora_a" for kind in ("delora", "hira")},
+    **{f"{kind}_B": "lora_b" for kind in ("delora", "hira")},
+    "trainable_tokens_delta": "embedding",
+}
+"""Roles of what PEFT's layers keep for each adapter: of LoRA and AdaLoRA, LoHa, LoKr, DeLoRA, HiRA and trained tokens.
+
+Products of two are `lora_b` times `lora_a`; of LoKr's two factors each may also be one matrix.
+"""
 
 
 def _lora(model: nn.Module) -> Found:
@@ -278,14 +374,13 @@ def _lora(model: nn.Module) -> Found:
         if not hasattr(layer, "adapter_layer_names"):
             continue
         kind = type(layer).__name__
-        adapters: tuple[tuple[str, Role], ...] = (("lora_A", "lora_a"), ("lora_B", "lora_b"))
-        for key, role in adapters:
-            for adapter in getattr(layer, key, nn.ModuleDict()).values():
-                if isinstance(adapter, nn.Linear):
-                    yield adapter.weight, Trait(role, f"adapter of {kind}")
-        for key in ("lora_embedding_A", "lora_embedding_B"):
-            for p in getattr(layer, key, nn.ParameterDict()).values():
-                yield p, Trait("lora_embedding", f"adapter of {kind}")
+        tucker = [name for key in ("hada_t1", "lokr_t2") for name in getattr(layer, key, ())]  # stored otherwise
+        for key, role in ADAPTERS.items():
+            held = getattr(layer, key, None)
+            for adapter, value in held.items() if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) else ():
+                p = value.weight if isinstance(value, nn.Linear) else value
+                if isinstance(p, Tensor) and p.ndim == 2 and adapter not in tucker:
+                    yield p, Trait(role, f"adapter of {kind}")
         for module in getattr(layer, "lora_magnitude_vector", nn.ModuleDict()).values():
             for p in module.parameters():
                 yield p, Trait("vector", f"magnitudes of {kind}")
@@ -298,25 +393,25 @@ def _embeddings(model: nn.Module) -> Found:
 
 
 def _heads(model: nn.Module) -> Found:
-    found = False
+    heads: dict[int, tuple[nn.Module, str]] = {}
     for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        head = getter() if callable(getter) else None
-        base = getattr(module, "base_model", None)
-        if head is None and hasattr(module, "base_model_prefix") and isinstance(base, nn.Module) and base is not module:
-            inside = {id(m) for m in base.modules()}
-            outer = [m for m in module.modules() if is_linear(m) and id(m) not in inside]
-            head = outer[-1] if outer else None
-        for layer in getattr(head, "modules_to_save", nn.ModuleDict()).values() if head is not None else ():
-            yield getattr(layer, "weight", None), Trait("head", "output layer, trained whole beside adapters")
-        if head is not None:
-            found = True
-            yield getattr(head, "weight", None), Trait("head", f"output layer of {type(module).__name__}")
-    if not found:
+        if is_pretrained(module) and getattr(module, "base_model", module) is not module:
+            layers = of_pretrained(module)
+        else:
+            layers = output_embeddings(module)
+        for layer in layers:
+            heads.setdefault(id(layer), (layer, f"output layer of {type(module).__name__}"))
+    for layer in output_layers(model):
+        heads.setdefault(id(layer), (layer, f"output layer of {type(model).__name__}"))
+    if not heads and not any(map(is_pretrained, model.modules())):
+        inside = {id(m) for x in model.modules() if isinstance(x, nn.ModuleList) for m in x.modules()}
         rows = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
-        wide = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == rows]
+        plain = (m for m in model.modules() if isinstance(m, nn.Linear) and id(m) not in inside)
+        wide = [m for m in plain if m.out_features == rows]
         if rows and wide:
             yield wide[-1].weight, Trait("head", "last linear layer with one output per embedding row")
+    for layer, reason in heads.values():
+        yield getattr(layer, "weight", None), Trait("head", reason)
 
 
 def assign(
@@ -328,6 +423,7 @@ def assign(
     last_layer: Literal["rest", "rule"] = "rest",
     blocks: Literal["layers", "heads"] = "layers",
     constrained: bool = False,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Assignment]:
     """Give every trainable parameter exactly one owner.
 
@@ -343,18 +439,23 @@ def assign(
             `output_bias` (of attention). A pattern is a shell-style glob over parameter names, with
             or without what DDP, `torch.compile` and PEFT put before them.
         last_layer: who owns an untied output layer when the main rule does not take everything.
-        blocks: what is a matrix to a rule that needs whole ones: `"layers"` or attention `"heads"`. Also a setting of
-            an override, where rules that only reduce follow it, too.
+        blocks: what is a matrix to a rule that needs whole ones: `"layers"` or attention `"heads"`, which rules that
+            only reduce follow, too. Also a setting of an override, where these follow `"layers"`, as well.
         constrained: whether norms of the main rule's matrices are to be kept, so that it sees matrices even if it is
             elementwise.
+        given: hyperparameters by rule. A rule with `head_settings` gets these for queries and keys, cut into heads,
+            unless it is given others, or norms are constrained.
 
     Returns:
         One assignment per trainable parameter, in the order of `named_parameters`.
 
     Raises:
-        ValueError: an unknown rule, no trainable parameter, or an override that matches nothing.
+        ValueError: an unknown rule, no trainable parameter, an override that matches nothing, or heads for a rule that
+            works on whole layers.
     """
     main, other = lookup(rule), lookup(rest)
+    if blocks == "heads" and main.joint:
+        raise ValueError(f"{main.name} works on whole layers, so that blocks='heads' would do nothing; leave it out")
     if last_layer not in ("rest", "rule"):
         raise ValueError(f"last_layer must be 'rest' or 'rule', got {last_layer!r}")
     check_value("blocks", blocks, Literal["layers", "heads"])
@@ -380,10 +481,13 @@ def assign(
         shapeless = lookup(owner).elementwise or lookup(owner).observes == "loss"
         blind = shapeless and not normed and not any(k in settings for k in constraint.OPTIONS)
         cut = None if blind else _blocks(lookup(owner), trait, settings.get("blocks"), blocks)
+        if not normed and not any(k in settings for k in constraint.OPTIONS):
+            by_head, of_heads = _by_head(lookup(owner), trait, settings, blocks, (given or {}).get(owner, {}))
+            cut, settings = by_head or cut, {**of_heads, **settings}
         turned = trait.transposed and not blind
         label += "/transposed" * turned
         if cut:
-            label += f"/{cut} blocks" if isinstance(cut, int) else f"/{'-'.join(map(str, cut))} rows"
+            label += f"/{cut} blocks" if isinstance(cut, int) else f"/{'-'.join(map(_run, cut))} rows"
         settings = {k: v for k, v in settings.items() if k != "blocks"}
         out.append(Assignment(name, params[name], trait, owner, f"{owner}/{label}", settings, cut, turned))
     for i, (pattern, _, _) in enumerate(checked):
@@ -391,6 +495,34 @@ def assign(
             hint = nearest(pattern, [*get_args(Role), *found]) if len(found) < 200 else ""
             raise ValueError(f"override {pattern!r} matches no parameter that an earlier one left; {hint}")
     return out
+
+
+def without_parameters(rule: str, parameters: Iterable[tuple[str, str, Sequence[int]]]) -> str:
+    """Why a main rule owns no parameter, and what to do.
+
+    Args:
+        rule: its name.
+        parameters: name, role and shape of every parameter.
+
+    Returns:
+        A message of two sentences.
+    """
+    found = list(parameters)
+    counts = Counter(role for _, role, _ in found)
+    here = ", ".join(f"{role} ({count})" for role, count in counts.most_common())
+    text = (
+        f"{rule} owns no parameter: it takes the roles {', '.join(sorted(MATRIX_ROLES))}, and the ones here are {here}"
+    )
+    sizes = Counter({r: sum(math.prod(s) for _, x, s in found if x == r) for r in counts if r != "vector"})
+    if not sizes:
+        return f"{text}. None of them is a matrix; take another optimizer"
+    role = next((r for r in ("other", "conv", "head") if r in sizes), sizes.most_common(1)[0][0])
+    names = [name for name, x, _ in found if x == role]
+    more = ", ..." if len(names) > 3 else ""
+    return (
+        f"{text}. If it should step those of role {role!r} ({', '.join(names[:3])}{more}), pass "
+        f"overrides=[({role!r}, {rule!r})], or patterns of names in place of the role"
+    )
 
 
 def of_use(model: nn.Module, first: Sequence[Override], more: Sequence[Override]) -> list[Override]:
@@ -426,12 +558,28 @@ def _bare(name: str) -> str:
 def _blocks(rule: type[Rule], trait: Trait, asked: Any, common: str) -> Blocks:
     """How a rule gets a parameter cut, given an override's setting and the common one."""
     if asked is not None and not isinstance(asked, str):
-        return tuple(asked) if isinstance(asked, list) else asked
+        return frozen(asked)
     if asked is not None:
         check_value("blocks", asked, Literal["layers", "heads"])
-    elif rule.reduces:
+    elif rule.reduces and common == "layers":
         return None
     return trait.heads or trait.blocks if (asked or common) == "heads" else trait.blocks
+
+
+def _by_head(
+    rule: type[Rule], trait: Trait, settings: Mapping[str, Any], common: str, given: Mapping[str, Any]
+) -> tuple[Blocks, Mapping[str, Any]]:
+    """How a rule that treats queries and keys by head gets them cut, and its settings for them."""
+    asked = settings.get("blocks")
+    cut = trait.heads if (asked or common) == "heads" else trait.by_head if asked is None else None
+    if cut is None or any({**given, **settings}.get(k, v) != v for k, v in rule.head_settings.items()):
+        return None, {}
+    return (cut, rule.head_settings) if rule.head_settings else (None, {})
+
+
+def _run(rows: int | tuple[int, int]) -> str:
+    """One number of `blocks` in a group's name: rows, or a number of blocks of so many."""
+    return f"{rows[1]}x{rows[0]}" if isinstance(rows, tuple) else str(rows)
 
 
 def layerwise_decay(model: nn.Module, factor: float) -> list[Override]:

@@ -16,7 +16,7 @@ from lightning_optim.core.groups import parts_of, rule_of
 from lightning_optim.core.spread import Spread, Strategy, spread
 from lightning_optim.core.work import forms_for
 from lightning_optim.factory import build_optimizer
-from lightning_optim.partition import matches, roles
+from lightning_optim.partition import matches, roles, without_parameters
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Plan:
     """Shapes of parameters that get gradients, but that no group has: they never move."""
     spread: Spread | None = None
     """What falls on each rank, if a mesh was asked for."""
+    warning: str = ""
+    """Why the main rule owns no parameter, if it owns none."""
 
     @property
     def state_bytes(self) -> int:
@@ -96,6 +98,8 @@ class Plan:
                     alike.setdefault(_layerless(name), []).append(name)
                 listed = (f"{n} ({len(same)} times)" if len(same) > 1 else same[0] for n, same in alike.items())
                 text.append(f"\n{sum(map(math.prod, found.values())):,} weights {said}: {', '.join(listed)}")
+        if self.warning:
+            text.append(f"\nWarning: {self.warning}")
         return "\n".join([*text, *(_lines(self.spread) if self.spread is not None else ())])
 
 
@@ -186,7 +190,11 @@ def describe(model: nn.Module, optimizer: Executor) -> Plan:
     owned = {row.name for row in rows}
     others = {name: p for name, p in model.named_parameters() if name not in owned}
     frozen = {name: tuple(p.shape) for name, p in others.items() if name not in traits}
-    return Plan(rows, frozen, {name: tuple(p.shape) for name, p in others.items() if name in traits})
+    unowned = {name: tuple(p.shape) for name, p in others.items() if name in traits}
+    main, warning = optimizer.defaults.get("rule"), ""
+    if main is not None and rows and all(row.rule != main for row in rows):
+        warning = without_parameters(main, ((row.name, row.role, row.shape) for row in rows))
+    return Plan(rows, frozen, unowned, warning=warning)
 
 
 class Owners:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_optim.core.executor import Executor
+from lightning_optim.core.groups import momentum_of, set_momentum
 from lightning_optim.core.rule import check_value, nearest
 
 SCHEDULES = {
@@ -131,12 +132,13 @@ class Curve:
         """
         return _steps(self.horizon, total) if self.horizon is not None else total
 
-    def factor(self, step: int, total: Callable[[], int], group: Mapping[str, Any]) -> float:
+    def factor(self, step: int, total: Callable[[], int | None], group: Mapping[str, Any]) -> float:
         """The factor of a group's learning rate.
 
         Args:
             step: from 0.
-            total: gives the steps of the run; only asked where it matters.
+            total: gives the steps of the run, or None as long as they are not known, for which the factor after the
+                warm-up is 1; only asked where it matters.
             group: may have what `OF_ROLE` names.
 
         Returns:
@@ -147,19 +149,22 @@ class Curve:
             return (step + 1) / warm
         if self.schedule == "constant" or (step == warm and self.schedule != "power"):
             return 1.0
+        steps = total() if self.needs_total else 0
+        if steps is None:
+            return 1.0
         floor = group.get("min_lr_ratio", self.min_lr_ratio)
-        end = self.end(0 if not self.needs_total else total())
+        end = self.end(steps)
         cooldown = group.get("cooldown", self.cooldown) if self.schedule == "power" else None
         length = end - warm if cooldown is None else _steps(cooldown, end)
         share = min(1.0, max(0.0, 1 - (end - step) / max(1, length)))
         return floor + (1 - floor) * SCHEDULES[self.schedule](share) ** self.power
 
-    def momentum(self, step: int, total: Callable[[], int], full: float) -> float:
+    def momentum(self, step: int, total: Callable[[], int | None], full: float) -> float:
         """The momentum of the main rule.
 
         Args:
             step: from 0.
-            total: gives the steps of the run; only asked where it matters.
+            total: gives the steps of the run, or None as long as they are not known; only asked where it matters.
             full: its value between the two ends.
 
         Returns:
@@ -167,9 +172,10 @@ class Curve:
         """
         if step < self.momentum_warmup_steps:
             return self.momentum_start + (full - self.momentum_start) * (step / self.momentum_warmup_steps)
-        if not self.momentum_cooldown_steps:
+        steps = total() if self.momentum_cooldown_steps and self.needs_total else 0
+        if not self.momentum_cooldown_steps or steps is None:
             return full
-        left = (self.end(total() if self.needs_total else 0) - step) / self.momentum_cooldown_steps
+        left = (self.end(steps) - step) / self.momentum_cooldown_steps
         return self.momentum_end + (full - self.momentum_end) * min(1.0, max(0.0, left))
 
     def moving(self, optimizer: Executor, step: int) -> list[dict[str, Any]]:
@@ -185,7 +191,7 @@ class Curve:
         moves = self.momentum_cooldown_steps or (self.momentum_warmup_steps and step <= self.momentum_warmup_steps)
         return [g for g in optimizer.param_groups if moves and g["rule"] == optimizer.defaults["rule"]]
 
-    def move_momentum(self, optimizer: Executor, step: int, total: int | Callable[[], int]) -> None:
+    def move_momentum(self, optimizer: Executor, step: int, total: int | Callable[[], int | None]) -> None:
         """Set the momentum of a step.
 
         Args:
@@ -196,10 +202,7 @@ class Curve:
         for group in self.moving(optimizer, step):
             full = group.setdefault("initial_momentum", _full_momentum(group))
             now = self.momentum(step, total if callable(total) else lambda: self.total_steps or total, full)
-            if "momentum" in group:
-                group["momentum"] = now
-            else:
-                group["betas"] = (now, *group["betas"][1:])
+            set_momentum(group, now)
 
 
 def _steps(value: float, of: float) -> float:
@@ -215,25 +218,27 @@ class Schedule(LambdaLR):
     Args:
         optimizer: of this package.
         curve: what to follow; the optimizer's own (`build_optimizer(..., schedule=...)`) if not given.
-        total_steps: of the run, or what to call for it; the curve's if not given.
+        total_steps: of the run, or what to call for it whenever it matters, which may say None as long as nobody knows;
+            the curve's if not given.
 
     Raises:
         ValueError: no curve, or the main rule has no momentum, or one that is not above the curve's ends.
     """
 
     def __init__(
-        self, optimizer: Executor, curve: Curve | None = None, total_steps: int | Callable[[], int] | None = None
+        self, optimizer: Executor, curve: Curve | None = None, total_steps: int | Callable[[], int | None] | None = None
     ) -> None:
         curve = curve or optimizer.curve
         if curve is None:
             raise ValueError("Schedule: give a curve, or build the optimizer with schedule=...")
         given = curve.total_steps if curve.total_steps is not None else total_steps
         self.optimizer, self._curve, self._total = optimizer, curve, given
-        if isinstance(given, int):
+        shares = optimizer.averages is not None and optimizer.averages.needs_total
+        if isinstance(given, int) or (given is not None and shares):
             optimizer.total_steps = given
         self.momentum_warmup_steps, self.momentum_start = curve.momentum_warmup_steps, curve.momentum_start
         for group in curve.moving(optimizer, 0):
-            if "momentum" not in group and "betas" not in group:
+            if momentum_of(group) is None:
                 raise ValueError(f"{group['rule']} has no momentum to warm up")
             for key, steps in (("start", curve.momentum_warmup_steps), ("end", curve.momentum_cooldown_steps)):
                 value, full = getattr(curve, f"momentum_{key}"), _full_momentum(group)
@@ -243,14 +248,34 @@ class Schedule(LambdaLR):
                     )
         super().__init__(optimizer, [partial(self._factor, i) for i in range(len(optimizer.param_groups))])
 
-    def _asked(self) -> int:
-        """Steps of the run, asked once: a trainer makes its loader when asked."""
-        if callable(self._total):
-            self._total = self._total()
+    def _asked(self) -> int | None:
+        """Steps of the run as it is now: a trainer's search for a batch size is a run too, of another length."""
         if self._total is None:
             raise ValueError("the schedule depends on the length of the run: give total_steps")
-        self.optimizer.total_steps = self._total
-        return self._total
+        return self._total() if callable(self._total) else self._total
+
+    def begin(self) -> None:
+        """Say that the run starts: its length is known now, and a finder may have set the learning rates.
+
+        A learning rate that somebody set before the first step is the group's peak from then on. A run that is resumed
+        goes on as it was.
+
+        Raises:
+            ValueError: the schedule depends on the length of the run, which is not known.
+        """
+        if self._curve.needs_total:
+            self._asked()
+        if self.last_epoch == 0:
+            for i, group in enumerate(self.optimizer.param_groups[: len(self.lr_lambdas)]):
+                if float(group["lr"]) != float(self._last_lr[i]):
+                    self.base_lrs[i] = group["initial_lr"] = _copied(group["lr"])
+                now = self.base_lrs[i] * self._factor(i, 0)
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(now)
+                else:
+                    group["lr"] = now
+            self._last_lr = [_copied(group["lr"]) for group in self.optimizer.param_groups]
+            self._curve.move_momentum(self.optimizer, 0, self._asked)
 
     def _factor(self, i: int, step: int) -> float:
         return self._curve.factor(step, self._asked, self.optimizer.param_groups[i])
@@ -285,7 +310,10 @@ class Schedule(LambdaLR):
         return out
 
 
+def _copied(lr: float | Tensor) -> float | Tensor:
+    return lr.clone() if isinstance(lr, Tensor) else lr
+
+
 def _full_momentum(group: Mapping[str, Any]) -> float:
     """The momentum between warm-up and cooldown; kept in the group, as the learning rate's `initial_lr` is."""
-    now = group["momentum"] if "momentum" in group else group["betas"][0]
-    return group.get("initial_momentum", now)
+    return group.get("initial_momentum", momentum_of(group))

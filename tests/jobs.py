@@ -52,7 +52,8 @@ class Model(nn.Module):
     def __init__(self, name: str, dtype: torch.dtype = torch.float32, shapes: Shapes | None = None) -> None:
         super().__init__()
         made = torch.Generator().manual_seed(0)
-        for key, shape in (shapes or SHAPES).items():
+        self.shapes = shapes or SHAPES
+        for key, shape in self.shapes.items():
             value = torch.randn(shape, generator=made).to(dtype)
             if REGISTRY[name].vectors or len(shape) >= 2:
                 self.register_parameter(key, Parameter(value))
@@ -147,7 +148,7 @@ def laid_out(rank: int, world: int, layout: str, names: Sequence[str], steps: in
     """Train with every rule; whole weights, or what a rule says that refuses the mesh."""
     out: dict[str, Any] = {}
     for name in names:
-        model = lay_out(Model(name, kwargs.get("dtype", torch.float32)), layout, world)
+        model = lay_out(Model(name, kwargs.get("dtype", torch.float32), kwargs.get("shapes")), layout, world)
         try:
             optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
             if layout == "shared":
@@ -512,6 +513,38 @@ def not_finite(rank: int, world: int, name: str, layout: str = "fsdp2") -> Any:
         message = str(error)
     same = all(torch.equal(before[k], v) for k, v in weights(model).items())
     return message, same
+
+
+def resized(rank: int, world: int, name: str, layout: str) -> Any:
+    """A parameter resized in place is told on every rank, also where others keep its state; then it starts again."""
+    model = lay_out(Model(name), layout, world)
+    optimizer = make(name, model.parameters())
+    if layout == "shared":
+        optimizer.share_work()
+    take_steps(model, optimizer, range(1, 3))
+    state = {k: {key: t.clone() for key, t in optimizer.state[p].items()} for k, p in model.named_parameters()}
+    p = model.get_parameter("odd")
+    larger = torch.randn(9, 5, generator=torch.Generator().manual_seed(3))
+    if isinstance(p, DTensor):
+        p.data = distribute_tensor(larger, p.device_mesh, p.placements)
+    else:
+        p.data = larger
+    p.grad = None
+    before = {k: x.detach().clone() for k, x in model.named_parameters() if k != "odd"}
+    messages = []
+    for call in (optimizer.step, optimizer.state_dict):
+        try:
+            call()
+        except RuntimeError as error:
+            messages.append(str(error))
+    same = all(torch.equal(v, model.get_parameter(k)) for k, v in before.items())
+    now = {k: optimizer.state[p] for k, p in model.named_parameters()}
+    same = same and all(now[k][key].equal(t) for k, slots in state.items() for key, t in slots.items())
+    if layout == "fsdp2":  # a DTensor keeps its old part when its data is set: training could not go on
+        return messages, same, {}
+    optimizer.state.pop(p)
+    take_steps(model, optimizer, range(3, 5))
+    return messages, same, weights(model)
 
 
 def lonely_state_dict(rank: int, world: int, name: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import typing
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from weakref import WeakSet
@@ -60,6 +62,22 @@ def cases() -> list[Any]:
         except ModuleNotFoundError:
             settings = [{}]
         out += [pytest.param(name, s, id=f"{name}-{i}") for i, s in enumerate(settings)]
+    return out
+
+
+def switches(name: str) -> list[dict[str, Any]]:
+    """The settings of a rule's reference, and every other value of each switch, if the rule allows it alone."""
+    rule, out = REGISTRY[name], [{}, *([] if name in SEARCHING else reference(name).SETTINGS)]
+    hints, defaults = typing.get_type_hints(rule), hyperparameters(rule)
+    for key, default in defaults.items():
+        values = (True, False) if hints[key] is bool else typing.get_args(hints[key])
+        if hints[key] is not bool and typing.get_origin(hints[key]) is not typing.Literal:
+            continue
+        for value in values:
+            with suppress(ValueError):
+                if value != default:
+                    rule(**{**defaults, key: value}).validate()
+                    out.append({key: value})
     return out
 
 

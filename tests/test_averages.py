@@ -245,6 +245,30 @@ def test_a_group_that_joins_is_averaged_too() -> None:
     assert not torch.equal(before, late)
 
 
+@pytest.mark.parametrize("members", [(TailEMA(start=0),), (EMANesterov(0.5, 0.9, start=0),), (MuLoCo(every=2),)])
+def test_a_resized_parameter_is_refused_before_weights_move(members: Any) -> None:
+    """Also of a rule without state of its own, where only the averages know the old shape."""
+    p, other = Parameter(torch.ones(4, 5)), Parameter(torch.ones(5))
+    optimizer = make("sgd", [p, other], lr=0.1, momentum=0.0).wrap(*members)
+    for t in range(1, 6):
+        for key, x in (("p", p), ("other", other)):
+            x.grad = gradient(x, key, t)
+        if t == 4:
+            p.data = torch.zeros(6, 5)
+            before, state = other.detach().clone(), {k: x.clone() for k, x in optimizer.state[other].items()}
+            p.grad = torch.ones(6, 5)
+            for call in (optimizer.step, lambda: optimizer.step(lambda: 1.0), optimizer.eval, optimizer.state_dict):
+                with pytest.raises(RuntimeError, match=r"parameter 0 has shape \(6, 5\).* has \(4, 5\)"):
+                    call()
+            assert torch.equal(before, other) and optimizer.param_groups[0]["train_mode"]
+            assert all(torch.equal(optimizer.state[other][k], x) for k, x in state.items())
+            optimizer.state.pop(p)
+        optimizer.step()
+    optimizer.eval()
+    optimizer.train()
+    assert p.isfinite().all() and p.shape == (6, 5)
+
+
 def test_what_cannot_be_is_named() -> None:
     narrow = Parameter(torch.ones(4, 5).bfloat16())
     with pytest.raises(ValueError, match="parameter 0 of group 'adamw': ema_nesterov moves weights by less than"):

@@ -21,7 +21,7 @@ from tests.pool import Pool
 from tests.rules import gradient, make
 
 # blocks, how the fused rows are made of those of the matrices
-LAYOUTS: dict[str, tuple[tuple[int, ...], list[list[int]]]] = {
+LAYOUTS: dict[str, tuple[Any, list[list[int]]]] = {
     "unequal": ((8, 4, 4), [[*range(8)], [*range(8, 12)], [*range(12, 16)]]),
     "apart": ((4, 8, 4), [[*range(4)], [*range(4, 12)], [*range(12, 16)]]),
     "interleaved heads": (
@@ -36,6 +36,10 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], list[list[int]]]] = {
             [g * 8 + 4 + i for g in range(2) for i in range(2)],
             [g * 8 + 6 + i for g in range(2) for i in range(2)],
         ],
+    ),
+    "heads apart, values by row": (
+        ((2, 3), (1, 2)),
+        [[g * 8 + i for i in rows] for g in range(2) for rows in ([0, 1], [2, 3], [4, 5], [6], [7])],
     ),
 }
 
@@ -101,6 +105,12 @@ def test_rows_that_do_not_divide_and_meshes_that_cannot() -> None:
     with pytest.raises(ValueError, match="blocks must be a positive integer or several"):
         make("muon", [Parameter(torch.randn(12, 5))], blocks=(12, 0))
     assert make("muon", [Parameter(torch.randn(12, 5))], blocks=[8, 2, 2]).param_groups[0]["blocks"] == (8, 2, 2)
+    apart = make("muon", [Parameter(torch.randn(12, 5))], blocks=[[4, 2], [1, 4]])
+    assert apart.param_groups[0]["blocks"] == ((4, 2), (1, 4))
+    with pytest.raises(ValueError, match="blocks must be a positive integer or several"):
+        make("muon", [Parameter(torch.randn(12, 5))], blocks=((4, 2), (1, 0)))
+    with pytest.raises(ValueError, match="must be"):
+        make("muon", [Parameter(torch.randn(12, 5))], blocks=((4, 2, 1), (1, 4)))
 
 
 @pytest.mark.parametrize("policy", ["staggered:3", "off_diagonal:0.1", "warmup_dense"])
@@ -125,6 +135,7 @@ class Fused(nn.Module):
         made = torch.Generator().manual_seed(0)
         self.unequal = Parameter(torch.randn(16, 5, generator=made))
         self.again = Parameter(torch.randn(16, 5, generator=made))
+        self.heads = Parameter(torch.randn(16, 5, generator=made))
 
 
 def built(name: str, world: int) -> tuple[Any, Executor]:
@@ -134,6 +145,7 @@ def built(name: str, world: int) -> tuple[Any, Executor]:
     groups = [
         {"params": [model.unequal], "rule": name, "blocks": (8, 4, 4)},
         {"params": [model.again], "rule": name, "blocks": (2, 2), "name": "interleaved"},
+        {"params": [model.heads], "rule": name, "blocks": ((2, 2), (1, 4)), "name": "heads"},
     ]
     return model, Executor(groups)
 

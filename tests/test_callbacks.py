@@ -509,12 +509,10 @@ def test_a_hook_on_a_gradient_may_raise(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_loss_that_fails_in_the_middle(tmp_path: Path, call: Any, method: Any) -> None:
     """The last call is at the weights before the step."""
 
-    def draw() -> Tensor:
-        return torch.tensor([random.random(), np.random.rand(), float(torch.rand(1))])
-
     def loss(module: Any, batch: Tensor) -> Tensor:
         calls.append(module.model.lm_head.weight.detach().clone())
-        draw()
+        for draw in (random.random, np.random.rand, lambda: torch.rand(1)):
+            draw()
         if len(calls) == (0 if call == "last" else call) or (call == "last" and not torch.equal(calls[0], calls[-1])):
             module.requires_grad_(False)
             raise ArithmeticError("no loss")
@@ -533,7 +531,7 @@ def test_a_loss_that_fails_in_the_middle(tmp_path: Path, call: Any, method: Any)
         else:
             made = fit(tmp_path / "plain", module, steps=5)
         flags = torch.tensor([m.training for m in module.modules()] + [p.requires_grad for p in module.parameters()])
-        drawn = draw()
+        drawn = torch.tensor([random.random(), np.random.rand(), float(torch.rand(1))])
         states.append(kept(module, made.optimizers[0]) | {"flags": flags, "random": drawn})
         assert module.model.config._attn_implementation == "sdpa"
     assert_same(*states)
@@ -582,11 +580,8 @@ def test_manual_optimization_needs_a_loss(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"manual optimization.*Give HessianBlocks\(loss=") as said:
         fit(tmp_path / "a", module, own, steps=4, gradient_clip_val=None)
     assert len(messages(said)) == 1 and module.calls == 4 and not of(scalars(tmp_path / "a"), "hessian/")
-
-    def loss(module: Any, batch: Tensor) -> Tensor:
-        return module.model(input_ids=batch, labels=batch).loss
-
-    own = HessianBlocks(loss=loss, **CURVATURE)
+    of_batch: Any = lambda m, batch: m.model(input_ids=batch, labels=batch).loss  # noqa: E731
+    own = HessianBlocks(loss=of_batch, **CURVATURE)
     fit(tmp_path / "b", Manual(), own, steps=4, gradient_clip_val=None)
     assert of(scalars(tmp_path / "b"), "hessian/trace")
 
@@ -604,11 +599,9 @@ def test_a_policy_is_refused_and_outlives_what_is_measured(tmp_path: Path, monke
     assert {g["refresh"] for g in made.optimizers[0].param_groups if "refresh" in g} == {"fixed:7"}
 
 
-def test_a_probe_that_has_failed_saves_and_begins_afresh(tmp_path: Path) -> None:
-    def fails(module: Any, batch: Any) -> Tensor:
-        raise ZeroDivisionError
-
-    own = HessianBlocks(loss=fails, **CURVATURE)
+def test_a_probe_that_has_failed_saves_and_starts_over(tmp_path: Path) -> None:
+    failing: Any = lambda module, batch: 1 / 0  # noqa: E731
+    own = HessianBlocks(loss=failing, **CURVATURE)
     with pytest.warns(UserWarning, match="stops measuring"):
         made = fit(tmp_path / "a", Module("adamw"), own, steps=2)
     made.save_checkpoint(tmp_path / "last.ckpt")
@@ -617,7 +610,7 @@ def test_a_probe_that_has_failed_saves_and_begins_afresh(tmp_path: Path) -> None
     fresh = trainer(tmp_path, max_steps=4, callbacks=[again], logger=logger, log_every_n_steps=1)
     fresh.fit(Module("adamw"), Batches(4), ckpt_path=tmp_path / "last.ckpt")
     assert again.probe.measured == 1  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.warns(UserWarning, match="HessianBlocks begins afresh.*KeyError"):
+    with pytest.warns(UserWarning, match="HessianBlocks starts over.*KeyError"):
         again.load_state_dict({"pace": {}, "filled": []})
 
 

@@ -67,6 +67,24 @@ def test_one_graph_and_the_numbers_of_eager_steps(name: str) -> None:
         assert (a - b).norm() <= 1e-3 * (b - p).norm()
 
 
+@pytest.mark.parametrize("name", [pytest.param("racs"), *(n for n in names if n.values != ("racs",))])
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e-30])
+def test_gradients_that_are_zero_or_tiny_are_finite(name: str, scale: float) -> None:
+    optimizer = made(name, shapes=[(512, 520)], compile=True, lr_convention="adamw")
+    eager = made(name, shapes=[(512, 520)], lr_convention="adamw")
+    for t, factor in enumerate((scale, 1.0, scale, scale)):
+        moved = []
+        for o in (optimizer, eager):
+            (p,) = o.param_groups[0]["params"]
+            before = p.detach().clone()
+            p.grad = factor * torch.randn(p.shape, generator=torch.Generator().manual_seed(t))
+            o.step()
+            assert p.isfinite().all()
+            assert all(value.isfinite().all() for value in o.state[p].values())
+            moved.append((p.detach() - before).norm().item())
+        assert moved[0] == pytest.approx(moved[1], rel=1e-2), t
+
+
 CODED = [("adamw", "int8"), *((n, "int8") for n in ELEMENTWISE), ("adamw", "int8_grid"), ("adamw", "fp8")]
 KERNELS = [("amsgrad", "int8"), ("rmsprop", "int8"), ("adagrad", "int8")]
 """Rules that a kernel of torch's steps where their state rests as values."""

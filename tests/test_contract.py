@@ -33,6 +33,7 @@ from tests.rules import (
     run,
     settings_of,
     strict,
+    switches,
     tensors,
     without_draws,
 )
@@ -211,6 +212,118 @@ def test_zero_gradient_keeps_everything_finite(name: str) -> None:
     assert int(next(iter(optimizer.state.values()))["step"]) == 3
     run(name, ps, range(4, 6), optimizer)
     assert all(p.isfinite().all() for p in ps.values())
+
+
+NOTHING_AT = {"first": {1}, "later": {3}, "in a row": {2, 3, 4}, "never": {*range(1, 7)}}
+
+
+def assert_finite(ps: dict[str, Parameter], optimizer: torch.optim.Optimizer, what: str = "") -> None:
+    for key, p in ps.items():
+        assert p.isfinite().all(), f"{key} {what}"
+        for slot, value in optimizer.state[p].items():
+            assert value.isfinite().all(), f"{key}: {slot} {what}"
+
+
+@pytest.mark.parametrize("when", NOTHING_AT)
+@pytest.mark.parametrize("convention", ["native", "adamw"])
+@searching_too
+def test_zero_gradients_beside_others(name: str, convention: str, when: str) -> None:
+    """LoRA's A at the first step, an expert without tokens, a frozen tower: finite, and others step as alone."""
+    zero = {"again", "vector"}
+    together = params(name)
+    optimizer = make(name, together, lr_convention=convention)
+    for t in range(1, 7):
+        give(together, t)
+        for key in zero & together.keys():
+            if t in NOTHING_AT[when]:
+                together[key].grad = torch.zeros_like(together[key])
+        optimizer.step()
+        assert_finite(together, optimizer, f"at step {t}")
+    if name in SEARCHING:
+        return
+    alone = {key: p for key, p in params(name).items() if key not in zero}
+    run(name, alone, range(1, 7), lr_convention=convention)
+    assert_equal(alone, {key: together[key] for key in alone})
+
+
+def sparse(p: torch.Tensor, key: str, t: int) -> torch.Tensor:
+    """A gradient with zeros in it: unused tokens, dead neurons, nothing but one element, nothing at all."""
+    g = gradient(p, key, t)
+    if key == "wide":
+        g[::2] = 0
+    elif key == "tall":
+        g[:, 1:3] = 0
+    elif key == "square":
+        g.flatten()[1:] = 0
+    elif key == "again":
+        g.mul_(t > 2)
+    elif key == "vector":
+        g[1:] = 0
+    return g
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"constraint": "hyperball"},
+    {"uw_floor": 0.5},
+    {"uw_floor": 0.5, "uw_floor_by": "row", "radial_damping": 0.5, "pin": True, "cautious_decay": 0.1},
+    {"state_storage": "int8", "storage_min": 1, "storage_block": 16},
+    {"state_storage": "fp8", "storage_min": 1, "storage_block": 16},
+    {"state_storage": "bf16"},
+]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:an inverse root could not be computed"
+)  # of singular factors, by Newton's iteration
+@searching_too
+def test_gradients_with_zeros_are_finite_under_every_option(name: str) -> None:
+    for convention in ("native", "adamw"):
+        for given in [*switches(name), *(OPTIONS if name not in SEARCHING else [])]:
+            for dtype in (torch.float32, torch.bfloat16) if given in OPTIONS else (torch.float32,):
+                what = f"with {given}, {convention}, {dtype}"
+                ps = params(name, dtype)
+                try:
+                    optimizer = make(name, ps, lr_convention=convention, **given)
+                except ValueError:  # an option that contradicts the convention or the rule
+                    continue
+                for t in range(1, 5):
+                    for key, p in ps.items():
+                        p.grad = sparse(p, key, t)
+                    optimizer.step()
+                    assert_finite(ps, optimizer, f"at step {t} {what}")
+
+
+@searching_too
+def test_weights_of_zero_are_finite(name: str) -> None:
+    """LoRA's B: rules that divide by the norm of the weights."""
+    for convention in ("native", "adamw"):
+        ps = {key: Parameter(torch.zeros_like(p)) for key, p in params(name).items()}
+        optimizer = make(name, ps, lr_convention=convention)
+        for t in range(1, 5):
+            give(ps, t)
+            if t == 1:
+                for p in ps.values():
+                    p.grad = torch.zeros_like(p)
+            optimizer.step()
+            assert_finite(ps, optimizer, f"at step {t}, {convention}")
+
+
+@every_rule
+def test_tiny_gradients_make_no_long_steps(name: str) -> None:
+    """Their squares are zero in float32, or keep few digits: a quotient of them is neither infinite nor huge."""
+    for convention in ("native", "adamw"):
+        moved: dict[float, dict[str, float]] = {}
+        for scale in (1.0, 1e-20, 1e-25, 1e-30, 1e-38, 1e-42):
+            ps = params(name)
+            optimizer = make(name, ps, lr_convention=convention, weight_decay=0.0)
+            for t in range(1, 5):
+                for key, p in ps.items():
+                    p.grad = (gradient(p, key, t).double() * scale).to(p.dtype)
+                optimizer.step()
+                assert_finite(ps, optimizer, f"at step {t}, scale {scale}, {convention}")
+            moved[scale] = {key: (ps[key] - p).abs().max().item() for key, p in params(name).items()}
+            for key, far in moved[scale].items():
+                assert far <= 3 * moved[1.0][key], f"{key}, scale {scale}, {convention}"
 
 
 @every_rule

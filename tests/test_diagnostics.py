@@ -19,6 +19,8 @@ from lightning_optim import build_optimizer
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.diagnostics import hessian, lanczos, memory, noise, spectrum, subspace
 from lightning_optim.diagnostics.hessian import Hessian, frozen
+from lightning_optim.diagnostics.probes.base import Run
+from lightning_optim.diagnostics.probes.curvature import HessianBlocks
 from lightning_optim.ops import eigenbasis
 from lightning_optim.ops.orthogonal import QUINTIC
 from tests.rules import drawing
@@ -190,12 +192,14 @@ def test_hutchinson_over_all_signs_is_exact() -> None:
     probes = [list(z.split([2, 3])) for z in all_signs(5)]
     traces, squares, diagonal = hessian.hutchinson(full, BLOCKS, probes)
     assert traces.sum(1).mean().item() == pytest.approx(16) and squares.mean().item() == pytest.approx(108.5)
-    assert traces.sum(1).var(correction=0).item() == pytest.approx(5)
-    assert traces[:, 0].mean().item() == pytest.approx(4) and traces[:, 0].var(correction=0).item() == pytest.approx(
-        4.25
-    )
+    # 2 (|H_bb|^2 - sum h_ii^2), without the 0.25 that the coupling of the blocks would add
+    assert traces.sum(1).var(correction=0).item() == pytest.approx(4)
+    assert traces[:, 0].mean().item() == pytest.approx(4) and traces[:, 0].var(correction=0).item() == pytest.approx(4)
+    assert traces[:, 1].tolist() == pytest.approx([12] * 32)
     torch.testing.assert_close(torch.cat(diagonal), h5().diagonal())
-    assert full.products == 32 and all(p.grad is None for p in full.params)
+    assert full.products == 64 and all(p.grad is None for p in full.params)
+    whole = hessian.hutchinson(full, [[0, 1]], probes)
+    assert whole[0].var(correction=0).item() == pytest.approx(5) and full.products == 64 + 32
 
 
 def test_coupling_over_all_signs_is_exact() -> None:
@@ -381,6 +385,47 @@ def test_products_of_a_transformer_are_those_of_its_dense_hessian() -> None:
     values = torch.linalg.eigvalsh(whole[first : bounds[2], first : bounds[2]])
     assert run.values[0].item() == pytest.approx(values[0].item(), rel=1e-6)
     assert run.values[-1].item() == pytest.approx(values[-1].item(), rel=1e-6)
+
+
+def test_traces_by_role_are_as_good_as_ten_probes_within_the_role() -> None:
+    """Also of small roles beside the embedding, whose coupling would be many times their traces."""
+    model = Tiny().double()
+    with torch.no_grad():
+        model.embedding.weight.mul_(0.1)  # which couples it to the others
+    optimizer = build_optimizer(model, "sgd", lr=0.0)
+    probe = HessianBlocks(every=1, max_overhead=1e9, exact=(), detail=True, sequences=3)
+    probe.start(Run(model, optimizer, lambda batch: model.loss()))
+    measured: list[dict[str, Any]] = []
+    for _ in range(20):
+        probe.begin()
+        probe.see(model.batch)
+        optimizer.zero_grad()
+        model.eval()
+        model.loss().backward()
+        probe.forwarded()
+        probe.backward()
+        probe.ready()
+        optimizer.step()
+        report = probe.end()
+        assert report is not None
+        measured.append({**report.arrays, **report.scalars})
+    probe.stop()
+    sizes = [p.numel() for p in model.parameters()]
+    rows = dict(zip(("embedding", "qkv", "head", "vector"), dense(model).split(sizes), strict=True))
+    assert set(measured[0]["roles"]) == set(rows)
+    for i, (role, row) in enumerate(rows.items()):
+        block = row.split(sizes, 1)[i]
+        inside = 2 * float(block.square().sum() - block.diagonal().square().sum())
+        expected = math.sqrt(inside / 10)
+        found = torch.tensor([x[f"hessian/trace/{role}"] for x in measured], dtype=torch.float64)
+        errors = torch.stack([x["trace_error"][x["roles"].index(role)] for x in measured])
+        off = float((found - block.trace()).square().mean().sqrt())
+        assert off < 1.3 * expected and float(errors.square().mean().sqrt()) == pytest.approx(expected, rel=0.35), role
+        if role in ("qkv", "head"):
+            assert float(row.square().sum() - block.square().sum()) > 10 * inside  # what a joint probe would add
+    assert measured[1]["hessian/products"] == 4 * (9 + 10) + 1
+    everything = math.sqrt(sum(float(row.square().sum()) for row in rows.values()))
+    assert measured[0]["hessian/frobenius_all"] == pytest.approx(everything, rel=0.1)
 
 
 def test_differences_against_the_exact_product_in_float32() -> None:

@@ -27,11 +27,16 @@ ONE_OF_EACH = ["lion", "adafactor", "muon"]
 
 
 def straight(
-    name: str, steps: int, dtype: torch.dtype = torch.float32, missing: dict[int, str] | None = None, **settings: Any
+    name: str,
+    steps: int,
+    dtype: torch.dtype = torch.float32,
+    missing: dict[int, str] | None = None,
+    shapes: jobs.Shapes | None = None,
+    **settings: Any,
 ) -> jobs.Model:
     """The same run in this process."""
     torch.set_num_threads(1)
-    model = jobs.Model(name, dtype)
+    model = jobs.Model(name, dtype, shapes)
     jobs.take_steps(model, make(name, model.parameters(), **settings), range(1, steps + 1), missing)
     torch.set_num_threads(2)
     return model
@@ -43,7 +48,7 @@ def compare(name: str, found: dict[str, Tensor], model: jobs.Model) -> None:
     for key, p in model.named_parameters():
         fused = rule.kernel is not Rule.kernel and p.dtype == torch.float32
         if rule.reduces or fused:
-            start = jobs.Model(name, p.dtype).get_parameter(key)
+            start = jobs.Model(name, p.dtype, model.shapes).get_parameter(key)
             assert (found[key] - p).norm() <= 1e-6 * (p - start).norm() + 2e-7 * p.norm(), key
         else:
             assert torch.equal(found[key], p), f"{key}: {(found[key] - p).abs().max()}"

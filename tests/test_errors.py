@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import Parameter
 
@@ -32,7 +36,9 @@ from lightning_optim import (
     Signum,
     build_optimizer,
 )
-from tests.rules import gradient
+from lightning_optim.core.rule import REGISTRY
+from lightning_optim.ops.lapack import LinAlgError
+from tests.rules import NAMES, SEARCHING, cases, give, gradient, params, refreshing
 
 
 def matrix() -> Parameter:
@@ -171,18 +177,46 @@ def test_flat_parameters_of_fsdp1_and_zero_are_refused(cls: Any) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch announces FSDP1's end
 @pytest.mark.filterwarnings("ignore:FSDP.*")
 def test_real_fsdp1_is_refused(pool: Any) -> None:
-    for message in pool.run("tests.test_errors:fsdp1", 2):
-        assert "use FSDP2" in message
+    for original in (False, True):
+        for said, weights, alone in pool.run("tests.test_errors:fsdp1", 2, original=original):
+            assert said.keys() == {"class", "muon", "adafactor", "sophia_g", "adamw", "clip_norm"}
+            assert all("use FSDP2" in message for message in said.values()), said
+            assert "so roles (vectors are not decayed, say) cannot be told" in said["adamw"]
+            assert "clip_norm=1.0 needs whole parameters" in said["clip_norm"]
+            torch.testing.assert_close(weights, alone)
 
 
-def fsdp1(rank: int, world: int) -> str:
-    """Wrap a model in FSDP1 and ask for Muon."""
-    wrapped = FullyShardedDataParallel(nn.Linear(6, 5, bias=False), device_id=torch.device("cpu"))
-    try:
-        Muon(wrapped.parameters())
-    except ValueError as error:
-        return str(error)
-    return "no error"
+def fsdp1(rank: int, world: int, original: bool) -> tuple[dict[str, str], list[Tensor], list[Tensor]]:
+    """Wrap a model in FSDP1, ask for optimizers, and take a step of an elementwise one, here and in one process."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+
+    model, x = made(), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+    ways: dict[str, Any] = {
+        "class": lambda: Muon(wrapped.parameters()),
+        **{
+            name: partial(build_optimizer, wrapped, name, lr=0.1) for name in ("muon", "adafactor", "sophia_g", "adamw")
+        },
+        "clip_norm": lambda: AdamW(wrapped.parameters(), clip_norm=1.0),
+    }
+    said = {}
+    for label, build in ways.items():
+        try:
+            build()
+        except ValueError as error:
+            said[label] = str(error)
+    whole = made()
+    for trained in (wrapped, whole):
+        optimizer = AdamW(trained.parameters(), lr=0.1, weight_decay=0.1)
+        trained(x).square().mean().backward()
+        optimizer.step()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        weights = [p.detach().clone() for p in wrapped.parameters()]
+    expected = [p.detach() for p in whole.parameters()]
+    return said, [torch.cat([p.reshape(-1) for p in weights])], [torch.cat([p.reshape(-1) for p in expected])]
 
 
 def test_loading_another_optimizers_checkpoint_is_refused() -> None:
@@ -289,3 +323,228 @@ def test_a_slot_saved_as_none_is_absent() -> None:
     p.grad = torch.ones(4, 3)
     optimizer.step()
     assert set(optimizer.state[p]) == {"step"}
+
+
+DECOMPOSITIONS = ("eigh", "eigvalsh", "qr", "svd", "svdvals", "cholesky", "inv", "solve", "solve_triangular", "lstsq")
+"""Of `torch.linalg`; all that may fail for a matrix that is finite."""
+
+
+@contextmanager
+def failing(every: int) -> Iterator[list[str]]:
+    """Let every so many-th decomposition fail, none for 0; gives the names of those that were asked for."""
+    calls: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in DECOMPOSITIONS:
+            real = getattr(torch.linalg, name)
+
+            def fail(*args: Any, real: Any = real, name: str = name, **kwargs: Any) -> Any:
+                calls.append(name)
+                if every and len(calls) % every == 0:
+                    raise LinAlgError(f"linalg.{name} does not converge")
+                return real(*args, **kwargs)
+
+            patch.setattr(torch.linalg, name, fail)
+        yield calls
+
+
+@pytest.mark.parametrize(("name", "settings"), [*cases(), *[(name, {}) for name in SEARCHING]])
+def test_a_decomposition_that_fails_in_mid_step_leaves_the_step_whole(name: str, settings: dict[str, Any]) -> None:
+    """All groups step, to finite weights, with one warning that names the parameters; a retry says nothing."""
+    for every, at in [(1, 1), (1, 3), (2, 3)]:
+        own = {k: p for k, p in params(name).items() if p.ndim >= 2}
+        beside = {"beside": Parameter(torch.ones(3))}
+        optimizer = Executor([
+            {"params": [*beside.values()], "rule": "adamw", "lr": 0.1},
+            {"params": [*own.values()], "rule": name, **refreshing(name), **settings},
+        ])
+        used = False
+        for t in range(1, 5):
+            give(own | beside, t)
+            before = beside["beside"].detach().clone()
+            with warnings.catch_warnings(record=True) as said, failing(every if t == at else 0) as calls:
+                warnings.simplefilter("always")
+                optimizer.step()
+            used = used or bool(calls)
+            messages = [str(x.message) for x in said]
+            if t == at and calls and every == 1:
+                assert len(messages) == 1 and said[0].category is RuntimeWarning, messages
+                assert name in SEARCHING or f"{name}: parameter " in messages[0], messages
+            else:
+                assert len(messages) <= (t == at and every > 1), messages
+            assert not torch.equal(before, beside["beside"])
+            for key, p in (own | beside).items():
+                assert optimizer.state[p]["step"] == t
+                assert p.isfinite().all() and all(x.isfinite().all() for x in optimizer.state[p].values()), (key, t)
+        assert not torch.equal(own["wide"], params(name)["wide"])
+        if not used:
+            return  # it decomposes nothing
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_comes_after_the_step() -> None:
+    p, beside = matrix(), Parameter(torch.ones(3))
+    optimizer = Executor([{"params": [p], "rule": "dion"}, {"params": [beside], "rule": "adamw"}])
+    p.grad, beside.grad = torch.ones_like(p), torch.ones_like(beside)
+    with pytest.raises(RuntimeWarning, match="dion: parameter 0"), failing(1):
+        optimizer.step()
+    assert not torch.equal(beside, torch.ones(3)) and optimizer.state[beside]["step"] == 1
+
+
+def resize(p: Parameter, shape: tuple[int, ...]) -> None:
+    """Give a parameter another shape in place, as Transformers' `resize_token_embeddings` does."""
+    p.data = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(p.dtype)
+    p.grad = None
+
+
+def snapshot(optimizer: Executor) -> list[Any]:
+    """Copies of all weights and state."""
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    return [(p.detach().clone(), {k: t.clone() for k, t in optimizer.state[p].items()}) for p in owned]
+
+
+def unchanged(optimizer: Executor, before: list[Any]) -> bool:
+    """Whether all weights and state are what they were, bit for bit."""
+    pairs = zip(snapshot(optimizer), before, strict=True)
+    return all(
+        torch.equal(p, q) and state.keys() == old.keys() and all(torch.equal(state[k], old[k]) for k in old)
+        for (p, state), (q, old) in pairs
+    )
+
+
+@pytest.mark.parametrize("shape", [(9, 12), (3, 12), (12, 5), (60,)])
+@pytest.mark.parametrize("name", [*NAMES, *SEARCHING])
+def test_a_parameter_resized_under_its_state_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    rule, ps = REGISTRY[name], params(name)
+    beside = Parameter(torch.ones(3))
+    optimizer = Executor([
+        {"params": [beside], "rule": "adamw", "name": "beside"},
+        {"params": [*ps.values()], "rule": name},
+    ])
+    for t in (1, 2):
+        give(ps | {"beside": beside}, t)
+        optimizer.step()
+    resize(ps["wide"], shape)
+    give(ps | {"beside": beside}, 3)
+    before = snapshot(optimizer)
+    turned = name in ("alice", "alice0") and shape == (12, 5)  # their state is that of the wide matrix either way
+    if len(optimizer.state[ps["wide"]]) > 1 and (rule.vectors or len(shape) > 1) and not turned:
+        said = rf"{name}: parameter 0 has shape \({', '.join(map(str, shape))},?\).*has \(.*expected .*resized"
+        with pytest.raises(RuntimeError, match=said):
+            optimizer.step()
+        assert unchanged(optimizer, before)
+        with pytest.raises(RuntimeError, match="resized in place"):
+            optimizer.state_dict()
+        optimizer.state.pop(ps["wide"])
+    if rule.vectors or len(shape) > 1:
+        give(ps | {"beside": beside}, 3)
+        optimizer.step()
+        assert all(p.isfinite().all() for p in ps.values()) and int(optimizer.state[beside]["step"]) == 3
+        assert optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "settings"),
+    [
+        ("adamw", torch.bfloat16, {"param_rounding": "kahan"}),
+        ("sgd", torch.bfloat16, {"param_rounding": "kahan", "momentum": 0.0}),
+        ("adamw", torch.float32, {"state_storage": "int8", "storage_min": 16, "storage_block": 16}),
+        ("adamw", torch.float32, {"state_storage": "bf16", "storage_min": 16}),
+        ("muon", torch.float32, {"state_storage": "fp8", "storage_min": 16, "storage_block": 16}),
+        ("muon", torch.float32, {"state_storage": "host"}),
+        ("muon", torch.bfloat16, {"constraint": "hyperball"}),
+        ("soap", torch.float32, {"clip_norm": 1.0}),
+        ("adamw", torch.float32, {"cautious_decay": 0.1}),
+        ("lion", torch.float32, {"on_nonfinite": "skip"}),
+    ],
+)
+def test_a_resized_parameter_is_refused_however_its_state_rests(
+    name: str, dtype: torch.dtype, settings: dict[str, Any]
+) -> None:
+    ps = params(name, dtype)
+    optimizer = Executor([{"params": [*ps.values()], "rule": name, **settings}])
+    for t in (1, 2):
+        give(ps, t)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    resize(ps["wide"], (9, 12))
+    give(ps, 3)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=r"parameter 0 has shape \(9, 12\)"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"parameter 0: the checkpoint's .* has shape \(5, .*, expected \(9, "):
+        optimizer.load_state_dict(saved)
+    assert unchanged(optimizer, before)
+    fresh = {k: Parameter(p.detach().clone()) for k, p in ps.items()}
+    other = Executor([{"params": [*fresh.values()], "rule": name, **settings}])
+    give(fresh, 1)
+    other.step()
+    optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    for some, one in ((ps, optimizer), (fresh, other)):
+        for p, q in zip(some.values(), fresh.values(), strict=True):
+            p.data.copy_(q)
+        for t in (3, 4):
+            give(some, t)
+            one.step()
+        ps = ps if one is other else {k: Parameter(p.detach().clone()) for k, p in ps.items()}
+
+
+def test_a_gradient_of_another_shape_than_its_parameter_is_refused() -> None:
+    for name in ("adamw", "muon", "adafactor"):
+        p, beside = matrix(), Parameter(torch.ones(3))
+        optimizer = Executor([{"params": [beside], "rule": "adamw"}, {"params": [p], "rule": name}])
+        p.grad, beside.grad = torch.ones_like(p), torch.ones(3)
+        p.data = torch.ones(3, 4)
+        with pytest.raises(RuntimeError, match=r"parameter 0 has shape \(3, 4\), its gradient \(4, 3\).*zero_grad"):
+            optimizer.step()
+        assert not optimizer.state and torch.equal(beside, torch.ones(3))
+
+
+def test_rows_that_no_longer_divide_into_blocks_are_named() -> None:
+    p = Parameter(torch.ones(4, 3))
+    optimizer = Muon([("layer.qkv", p)], blocks=2)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    resize(p, (5, 3))
+    with pytest.raises(ValueError, match=r"layer.qkv: 5 rows do not divide into 2 blocks"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not REGISTRY[n].elementwise])
+def test_a_gradient_whose_squares_overflow_is_refused(name: str) -> None:
+    """It is finite, but the state would not be; one that is a little smaller is taken, and ruins nothing."""
+    for mode in ("raise", "skip"):
+        ps, beside = params(name), {"beside": Parameter(torch.ones(3))}
+        own = {k: p for k, p in ps.items() if p.ndim >= 2}
+        optimizer = Executor([
+            {"params": [*beside.values()], "rule": "adamw"},
+            {"params": [*own.values()], "rule": name, "on_nonfinite": mode, **refreshing(name)},
+        ])
+        for t in range(1, 7):
+            give(own | beside, t)
+            grad = own["tall"].grad
+            assert grad is not None
+            grad.mul_({2: 1e10, 3: 1e17, 5: 1e20}.get(t, 1.0))
+            before = snapshot(optimizer)
+            if t == 5 and mode == "raise":
+                with pytest.raises(FloatingPointError, match=r"too large: .*parameter 1\. .*nothing was updated"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+            assert unchanged(optimizer, before) == (t == 5)
+            for p in (own | beside).values():
+                assert p.isfinite().all() and all(x.isfinite().all() for x in optimizer.state[p].values()), (t, mode)
+
+
+def test_squares_of_clipped_and_of_elementwise_gradients_may_be_large() -> None:
+    p, q = matrix(), matrix()
+    optimizer = Executor([
+        {"params": [p], "rule": "muon", "clip_norm": 1.0},
+        {"params": [q], "rule": "lion", "on_nonfinite": "raise"},
+    ])
+    p.grad, q.grad = torch.full_like(p, 1e18), torch.full_like(q, 1e20)
+    optimizer.step()
+    half = Parameter(torch.ones(4, 3, dtype=torch.float16))
+    half.grad = torch.full_like(half, 6e4)
+    Muon([half]).step()
+    assert p.isfinite().all() and q.isfinite().all() and half.isfinite().all()
+    assert optimizer.state[p]["step"] == 1

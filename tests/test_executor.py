@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_optim import Adafactor, AdamW, Executor, Lion, Muon, Rule, eye, zeros
 from lightning_optim.core import chunks
@@ -105,6 +109,52 @@ def test_stacks_respect_their_bounds() -> None:
     assert [len(c) for c in chunks.stacks(range(10), 1000, 16 * 3000)] == [3, 3, 3, 1]
     assert [len(c) for c in chunks.stacks(range(3), chunks.STACK_LIMIT + 1, 2**40)] == [1, 1, 1]
     assert [len(c) for c in chunks.stacks(range(3), 1000, 1)] == [1, 1, 1]
+    assert [len(c) for c in chunks.stacks(range(5), 1000, 16 * 6000, [500, 1500])] == [2, 2, 1]
+    assert [len(c) for c in chunks.stacks(range(2), 1000, 2**40, [chunks.STACK_LIMIT])] == [1, 1]
+
+
+class Largest(TorchDispatchMode):
+    """The largest memory of a tensor that some operations made."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("name", ["soap", "shampoo", "eigen_adam", "psgd_kron", "galore"])
+def test_square_state_of_thin_matrices_respects_the_bound(name: str) -> None:
+    """Adapters, 4 x 128: their factors are 32 times as large as they are."""
+    ps = [Parameter(torch.randn(4, 128)) for _ in range(24)]
+    settings = {"rank": 4} if name == "galore" else {}
+    optimizer = Executor([{"params": ps, "rule": name, "refresh": "fixed:2", **settings}], max_temp_bytes=2**20)
+    largest = Largest()
+    for _ in range(3):
+        for p in ps:
+            p.grad = torch.randn_like(p)
+        with largest:
+            optimizer.step()
+    assert largest.nbytes <= 2**20
+
+
+def test_a_stack_that_was_only_read_is_not_copied_back() -> None:
+    ps = [Parameter(torch.randn(4, 6)) for _ in range(3)]
+    optimizer = Executor([{"params": ps, "rule": "soap", "refresh": "fixed:3"}])
+    written: list[dict[str, bool]] = []
+    for _ in range(4):
+        before = {k: t._version for k, t in optimizer.state[ps[0]].items()}
+        for p in ps:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        written.append({k: t._version != before.get(k) for k, t in optimizer.state[ps[0]].items()})
+    for key in ("factor_left", "factor_right", "exp_avg", "exp_avg_sq"):
+        assert all(step[key] for step in written[1:]), key
+    for key in ("basis_left", "basis_right"):
+        assert [step[key] for step in written] == [True, False, False, True], key
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (2**17 + 3,), (700, 300), (1, 2**18)])
@@ -398,3 +448,18 @@ def test_settings_changed_to_nonsense_mid_run_are_refused() -> None:
         with pytest.raises(ValueError, match=match):
             optimizer.step()
         assert not optimizer.state
+
+
+def test_numbers_of_numpy_do_not_end_in_a_checkpoint() -> None:
+    """They do not load with `weights_only=True`."""
+    p = Parameter(torch.zeros(4))
+    settings: Any = {"lr": np.float64(1e-2), "betas": (np.float64(0.8), np.float32(0.5)), "seed": np.int64(3)}
+    optimizer = AdamW([p], **settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cast("float", np.float64(0.5)))
+    p.grad = torch.ones(4)
+    optimizer.step()
+    schedule.step()
+    torch.save(optimizer.state_dict(), file := io.BytesIO())
+    file.seek(0)
+    (group,) = torch.load(file, weights_only=True)["param_groups"]
+    assert (group["lr"], group["betas"], group["seed"], type(group["seed"])) == (5e-3, (0.8, 0.5), 3, int)

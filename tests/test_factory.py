@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import peft
@@ -13,7 +14,7 @@ from transformers import get_scheduler
 
 from lightning_optim import Executor, assign, build_optimizer, layerwise_decay, lora_plus, roles
 from lightning_optim.partition import Override
-from lightning_optim.plan import describe
+from lightning_optim.plan import describe, plan
 from tests.rules import gradient
 
 
@@ -76,6 +77,33 @@ def test_matrix_rules_take_hidden_matrices_others_take_everything() -> None:
     assert set(owners.values()) == {"muon", "adamw"}
     for name in ("lion", "adafactor", "sgd"):
         assert {a.rule for a in assign(Block(), name, "adamw")} == {name}
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.LSTM(8, 8), r"muon owns no parameter: .*hidden.*other \(2\), vector \(2\).*weight_ih_l0.*'other', 'muon'"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)), r"conv \(1\).*'conv', 'muon'"),
+        (nn.Sequential(nn.LayerNorm(4)), r"vector \(2\)\. None of them is a matrix"),
+    ],
+)
+def test_a_main_rule_without_parameters_is_a_warning(
+    model: nn.Module, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "lightning_optim"):
+        optimizer = build_optimizer(model, "muon", lr=1e-3)
+    (record,) = caplog.records
+    assert re.search(said, record.getMessage())
+    assert record.getMessage() in str(describe(model, optimizer)) and record.getMessage() in str(plan(model, "muon"))
+    caplog.clear()
+    roles_here = {a.role for a in assign(model, "muon", "adamw")}
+    if role := next(iter(roles_here & {"other", "conv"}), None):
+        advised = build_optimizer(model, "muon", lr=1e-3, overrides=[(role, "muon")])
+        assert {g["rule"] for g in advised.param_groups} == {"muon", "adamw"}
+        assert not describe(model, advised).warning
+    build_optimizer(model, "soap", lr=1e-3, overrides=[("*", "soap")])
+    build_optimizer(model, "adamw", lr=1e-3)
+    assert not caplog.records
 
 
 def test_settings_go_to_their_rule() -> None:

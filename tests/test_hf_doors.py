@@ -24,6 +24,7 @@ from transformers import (
     TrainerCallback,
     trainer_optimizer,
 )
+from transformers.trainer_utils import HPSearchBackend
 from transformers.training_args import OptimizerNames
 
 from hf_integration import (
@@ -335,6 +336,116 @@ def test_attach_comes_before_any_other_optimizer(tmp_path: Path):
     pair = (create_optimizer(model, "muon", lr=1e-2), None)
     with refused:
         attach(Trainer(model, stock(tmp_path), optimizers=pair), "lion")
+
+
+def test_a_cycle_moves_the_momentum_of_every_group(tmp_path: Path):
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            groups = kwargs["optimizer"].param_groups
+            seen.append([(g["lr"], g["momentum"] if g["rule"] == "muon" else g["betas"][0]) for g in groups])
+
+    def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=5)
+
+    seen: list[Any] = []
+    model = llama()
+    made = create_optimizer(model, "muon", lr=1e-2)
+    pair: Any = (made, schedule(made))
+    Trainer(model, stock(tmp_path), train_dataset=Tokens(), optimizers=pair, callbacks=[Watch()]).train()
+    p = nn.Parameter(torch.zeros(1))
+    p.grad = torch.zeros(1)
+    theirs = torch.optim.AdamW([p])
+    expected = schedule(theirs)
+    for groups in seen:
+        assert groups == [(theirs.param_groups[0]["lr"], theirs.param_groups[0]["betas"][0])] * 3
+        theirs.step()
+        expected.step()
+    assert len(seen) == 4
+
+
+# -- flags that change before the optimizer is built -------------------------------------------------------------------
+
+
+class First(TrainerCallback):
+    """Keeps the groups of the first step of every run."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, dict[str, Any]]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.seen.append({g["name"]: dict(g) for g in kwargs["optimizer"].param_groups})
+
+
+SPACES: list[dict[str, Any]] = [
+    {"learning_rate": 1e-4, "weight_decay": 0.0, "adam_beta2": 0.95, "adam_epsilon": 1e-7},
+    {"learning_rate": 5e-2, "weight_decay": 0.3, "adam_beta2": 0.9, "adam_epsilon": 1e-6},
+]
+
+
+@pytest.mark.parametrize("door", ["attach", "HybridOptimizer", "OptimizerFactory", "TrainingArguments"])
+def test_every_trial_of_a_search_trains_with_its_own_flags(tmp_path: Path, door: str):
+    first = First()
+    given: dict[str, Any] = {"callbacks": [first], "train_dataset": Tokens(), "model_init": lambda: llama()}
+    settings: dict[str, Any] = {"max_steps": 1, "lr_scheduler_type": "constant"}
+    args: Any = stock(tmp_path, **settings)
+    if door == "HybridOptimizer":
+        given["callbacks"].append(HybridOptimizer("muon"))
+    if door == "OptimizerFactory":
+        given["optimizer_cls_and_kwargs"] = (OptimizerFactory, {"name": "muon", "args": args})
+    if door == "TrainingArguments":
+        args = arguments(tmp_path, report_to="none", **settings)
+        given["optimizer_cls_and_kwargs"] = args.optimizer_cls_and_kwargs()
+    trainer = Trainer(args=args, **given)
+    if door == "attach":
+        attach(trainer, "muon")
+    trainer.hp_search_backend = HPSearchBackend.WANDB
+    for flags in SPACES:
+        trainer._hp_search_setup(dict(flags))  # of hyperparameter_search; the rest of it needs a backend
+        trainer.train()
+    for groups, flags in zip(first.seen, SPACES, strict=True):
+        hidden, rest = groups["muon/hidden"], groups["adamw/embedding"]
+        assert {g["lr"] for g in groups.values()} == {flags["learning_rate"]}
+        assert (hidden["weight_decay"], rest["weight_decay"]) == (flags["weight_decay"],) * 2
+        assert (rest["betas"], rest["eps"]) == ((0.9, flags["adam_beta2"]), flags["adam_epsilon"])
+
+
+def test_flags_count_until_the_optimizer_is_built(tmp_path: Path):
+    args = arguments(tmp_path, optim_args="momentum=0.9")
+    trainer = trainer_of(llama(), args)
+    args.optim, args.optim_args, args.rest_learning_rate, args.lr_convention = "soap", "rank=None", 1e-3, "native"
+    args.optim_args, args.rest_optim, args.adam_beta1 = "betas=(0.8, 0.9)", "lion", 0.7
+    trainer.create_optimizer()
+    groups = groups_of(trainer)
+    assert (groups["soap/hidden"]["betas"], groups["soap/hidden"]["lr_convention"]) == ((0.8, 0.9), "native")
+    assert {g["lr"] for name, g in groups.items() if name.startswith("lion/")} == {1e-3}
+
+    args = arguments(tmp_path)
+    factory, kwargs = cast("Any", args.optimizer_cls_and_kwargs())
+    args.learning_rate = 2e-3
+    assert (kwargs["name"], kwargs["lr"]) == ("muon", 2e-3)
+    made = factory()(llama(), **kwargs | {"overrides": [("embedding", "sgd", {"lr": 0.5})]})
+    assert {g["lr"] for g in made.param_groups if g["rule"] == "sgd"} == {0.5}
+
+    trainer = attach(plain_trainer(tmp_path), "muon", momentum=0.8)
+    trainer.args = stock(tmp_path, learning_rate=3e-3, weight_decay=0.2)
+    trainer.create_optimizer()
+    hidden = groups_of(trainer)["muon/hidden"]
+    assert (hidden["lr"], hidden["weight_decay"], hidden["momentum"]) == (3e-3, 0.2, 0.8)
+
+
+def test_flags_that_cannot_be_are_refused_when_the_optimizer_is_built(tmp_path: Path):
+    args = arguments(tmp_path)
+    trainer = trainer_of(llama(), args)
+    args.optim = "adamw_torch"
+    with pytest.raises(ValueError, match="optim was changed to 'adamw_torch', which is not an optimizer of lightning_"):
+        trainer.train()
+    trainer = attach(plain_trainer(tmp_path, max_grad_norm=0.0), "lomo", fused_backward=True)
+    trainer.args.gradient_accumulation_steps = 2
+    with pytest.raises(ValueError, match="raise the batch size"):
+        trainer.create_optimizer()
+    with pytest.raises(ValueError, match="OptimizerFactory needs the name of an optimizer"):
+        OptimizerFactory()(llama(), lr=1e-3)
 
 
 # -- HybridOptimizer and RoleTable ------------------------------------------------------------------------------------

@@ -65,6 +65,48 @@ def test_a_rank_may_have_no_columns(pool: Pool, name: str) -> None:
         compare(name, found[name], straight(name, 3, **settings))
 
 
+FEW: jobs.Shapes = {
+    "one": (1, 16),
+    "two": (2, 16),
+    "three": (3, 16),
+    "six": (6, 16),
+    "narrow": (16, 2),
+    "line": (16, 1),
+    "experts": (2, 4, 3),
+    "expert": (1, 4, 3),
+    "flat": (3, 1, 5),
+    "pair": (2,),
+}
+"""LoRA of small rank, heads of few labels, fewer experts than ranks: a rank has no rows, no columns, or nothing."""
+CODED: dict[str, Any] = {"state_storage": "int8", "storage_min": 1, "storage_block": 16}
+
+
+@pytest.mark.parametrize(("layout", "world"), [("fsdp2", 3), ("tp", 4), ("fsdp2+tp", 4)])
+@pytest.mark.parametrize(
+    "settings", [{"lr_convention": "adamw"}, {"transposed": True}, {"uw_floor": 0.1, "uw_floor_by": "row"}], ids=str
+)
+def test_fewer_rows_than_ranks(pool: Pool, layout: str, world: int, settings: dict[str, Any]) -> None:
+    names = [name for name in NAMES if REGISTRY[name].reduces]
+    job: dict[str, Any] = {"layout": layout, "names": names, "steps": 4, "settings": settings, "shapes": FEW}
+    results = pool.run("tests.jobs:laid_out", world, **job)
+    for name in names:
+        expected = straight(name, 4, shapes=FEW, **settings)
+        for found in results:
+            compare(name, found[name], expected)
+
+
+def test_fewer_rows_than_ranks_in_8_bits(pool: Pool) -> None:
+    """Blocks of scales are rows here, so that no cut runs through one."""
+    names = [name for name in NAMES if REGISTRY[name].reduces or REGISTRY[name].elementwise]
+    shapes: jobs.Shapes = {key: FEW[key] for key in ("one", "two", "three", "six")}
+    job: dict[str, Any] = {"layout": "fsdp2", "names": names, "steps": 4, "settings": CODED, "shapes": shapes}
+    results = pool.run("tests.jobs:laid_out", 3, **job)
+    for name in names:
+        expected = straight(name, 4, shapes=shapes, **CODED)
+        for found in results:
+            compare(name, found[name], expected)
+
+
 CHAIN = [("fsdp2+tp", 4, "shared", 2), ("tp", 2, "fsdp2", 3), ("shared", 3, "tp", 2), ("hsdp", 4, "fsdp2+tp", 4)]
 
 
@@ -130,6 +172,16 @@ def test_ranks_raise_together(pool: Pool, layout: str, world: int) -> None:
     assert "parameter 0" in first and same
     assert all("not finite" in message and also for message, also in others)
     assert any("another rank" in message for message, _ in others)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw", "adafactor"])
+@pytest.mark.parametrize(("layout", "world"), [("shared", 3), ("fsdp2", 2), ("ddp", 2)])
+def test_a_resized_parameter_is_told_on_every_rank(pool: Pool, layout: str, world: int, name: str) -> None:
+    found = pool.run("tests.jobs:resized", world, name=name, layout=layout)
+    for messages, same, after in found:
+        assert len(messages) == 2 and same
+        assert all("has shape (9, 5)" in m and "has (7, " in m and "expected (9, " in m for m in messages), messages
+        assert all(torch.equal(after[k], found[0][2][k]) for k in after)
 
 
 @pytest.mark.parametrize("name", ["muon", "soap"])

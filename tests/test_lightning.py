@@ -18,15 +18,23 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lightning_optim
 from lightning_optim import Executor, build_optimizer, configure_optimizers
+from lightning_optim.callbacks import HybridOptimizer
 
 pytestmark = [
     # Lightning asks torch's pytree in a way that torch has deprecated.
@@ -231,6 +239,131 @@ def test_momentum_warm_up_is_linear_and_of_the_main_rule(tmp_path: Path) -> None
 def test_momentum_warm_up_that_cannot_be_raises(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configure_optimizers(Net(name), name, lr=1e-3, **{"momentum_warmup_steps": 4, **settings})
+
+
+class Sized(Net):
+    """Brings its data, in batches of a size that a finder may change."""
+
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        rows: Any = torch.cat([Rows(1).row(k) for k in range(8)])
+        return torch.utils.data.DataLoader(rows, batch_size=self.batch_size)
+
+
+class Midway(BatchSizeFinder):
+    """Searches when training has begun, as in Lightning's documentation."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            self.scale_batch_size(trainer, pl_module)
+
+
+@pytest.mark.parametrize(
+    ("finder", "settings", "factor"),
+    [
+        (BatchSizeFinder, {"schedule": "linear"}, lambda step: 1 - step / 8),
+        (Midway, {"schedule": "linear"}, lambda step: 1 - step / 8),
+        (BatchSizeFinder, {"schedule": "power", "cooldown": 16}, lambda step: (8 - step) / 16),  # the first step's, too
+        (BatchSizeFinder, {"schedule": "cosine", "wrap": {"tail_ema": {"start": 0.5}}}, lambda t: cosine(t, 0, 8)),
+    ],
+    ids=["linear", "midway", "power", "averages"],
+)
+def test_a_search_for_the_batch_size_is_not_the_run(
+    tmp_path: Path, finder: type[BatchSizeFinder], settings: dict[str, Any], factor: Any
+) -> None:
+    net = Sized("muon", **settings)
+    search = finder(max_trials=3, steps_per_trial=3)
+    fit = trainer(tmp_path, max_epochs=2, callbacks=[search], num_sanity_val_steps=0)
+    fit.fit(net)
+    assert (net.batch_size, fit.global_step) == (8, 8)
+    assert [lrs[0] for lrs in net.lrs[-8:]] == pytest.approx([1e-2 * factor(step) for step in range(8)])
+    assert len(net.lrs) > 8
+
+
+def test_the_momentum_falls_at_the_end_of_the_run_not_of_the_search(tmp_path: Path) -> None:
+    net = Sized("muon", momentum_cooldown_steps=4)
+    search = BatchSizeFinder(max_trials=3, steps_per_trial=3)
+    trainer(tmp_path, max_epochs=2, callbacks=[search], num_sanity_val_steps=0).fit(net)
+    assert [m[0] for m in net.momenta[-8:]] == pytest.approx([0.95] * 5 + [0.925, 0.9, 0.875])
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 2])
+def test_a_found_learning_rate_is_the_peak_of_the_schedule(tmp_path: Path, warmup_steps: int) -> None:
+    net = Sized("muon", schedule="cosine", warmup_steps=warmup_steps)
+    search = LearningRateFinder(num_training_steps=16, min_lr=1e-4, max_lr=1.0)
+    fit = trainer(tmp_path, max_epochs=1, callbacks=[search], num_sanity_val_steps=0)
+    fit.fit(net)
+    assert net.lr != 1e-2 and search.optimal_lr is not None and net.lr == search.optimal_lr.suggestion()
+    factors = [cosine(step, warmup_steps, 16) for step in range(16)]
+    assert [lrs[0] for lrs in net.lrs[-16:]] == pytest.approx([net.lr * f for f in factors])
+
+
+def test_a_second_fit_has_a_length_of_its_own(tmp_path: Path) -> None:
+    class Tested(Net):
+        def test_step(self, batch: Tensor, batch_idx: int) -> None:
+            pass
+
+    fit, net = trainer(tmp_path, max_epochs=1), Tested("muon", schedule="power", cooldown=8)
+    for batches, epochs in ((8, 1), (2, 2)):
+        fit.fit_loop.max_epochs = epochs
+        fit.fit_loop.epoch_progress.reset()
+        net.lrs.clear()
+        fit.test(net, Rows(1), verbose=False)
+        fit.fit(net, Rows(batches))
+        total = batches * epochs
+        assert [lrs[0] for lrs in net.lrs] == pytest.approx([1e-2 * (total - t) / 8 for t in range(total)])
+
+
+@pytest.mark.parametrize("most", [-1, 3])
+def test_an_accumulation_that_changes_counts_in_the_length(tmp_path: Path, most: int) -> None:
+    net = Net("muon", schedule="linear")
+    accumulation = GradientAccumulationScheduler({0: 1, 1: 3})
+    trainer(tmp_path, max_epochs=2, max_steps=most, callbacks=[accumulation]).fit(net, Rows(4))
+    total = 6 if most == -1 else most  # four steps, then one of three batches and one of the last
+    assert [lrs[0] for lrs in net.lrs] == pytest.approx([1e-2 * (1 - t / total) for t in range(total)])
+
+
+def test_a_schedule_that_asks_at_once_resumes_within_an_epoch(tmp_path: Path) -> None:
+    """Asking the trainer for the length of the run before it starts would lose the loader's position."""
+
+    class Save(L.Callback):
+        def on_train_batch_end(
+            self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "at.ckpt")
+
+    whole, resumed = (Net("muon", schedule="power", cooldown=12) for _ in range(2))
+    trainer(tmp_path, max_epochs=1, callbacks=[Save()]).fit(whole, Rows(5))
+    trainer(tmp_path, max_epochs=1).fit(resumed, Rows(5), ckpt_path=tmp_path / "at.ckpt")
+    assert len(resumed.seen) == 2 and len(whole.seen) == 5
+    assert all(torch.equal(a, b) for a, b in zip(resumed.seen, whole.seen[3:], strict=True))
+    assert resumed.lrs == whole.lrs[3:]
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_the_monitor_shows_the_momentum_of_every_group(tmp_path: Path) -> None:
+    def shown(make: Any) -> list[float]:
+        class Own(Net):
+            def configure_optimizers(self) -> Any:
+                return make(self)
+
+        monitor = LearningRateMonitor("step", log_momentum=True, log_weight_decay=True)
+        settings = {"logger": TensorBoardLogger(tmp_path), "callbacks": [monitor], "log_every_n_steps": 1}
+        trainer(tmp_path, max_steps=2, **settings).fit(Own(""), Rows(2))
+        return [float(x) for x in monitor.last_momentum_values.values()]  # pyright: ignore[reportArgumentType]
+
+    assert shown(lambda net: lightning_optim.AdamW(net.parameters())) == [0.9]
+    assert shown(lambda net: lightning_optim.SGD(net.parameters(), momentum=0.8)) == [0.8]
+    assert shown(lambda net: configure_optimizers(net, "adamw", lr=1e-3)) == [0.9] * 4
+    assert shown(lambda net: configure_optimizers(net, "muon", lr=1e-3)) == [0.95, 0.9, 0.9, 0.9]
+    assert shown(lambda net: build_optimizer(net, "soap", lr=1e-3, rest="sgd")) == [0.95, 0, 0, 0]
+    rest = {"rest": "sgd", "rest_settings": {"momentum": 0.5}}
+    assert shown(lambda net: build_optimizer(net, "muon", lr=1e-3, **rest)) == [0.95, 0.5, 0.5, 0.5]
 
 
 def test_unknown_schedule_raises() -> None:
@@ -450,3 +583,33 @@ def test_fused_backward_is_refused_where_gradients_are_needed(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, max_steps=1, **settings).fit(Net("lomo", fused_backward=True), Rows(1))
+
+
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "match"),
+    [
+        ("muon", lambda: FSDPStrategy(), "muon: strategy 'fsdp' is FSDP1.*use FSDP2"),
+        ("adamw", lambda: FSDPStrategy(), "adamw: strategy 'fsdp' is FSDP1.*use FSDP2"),
+        ("muon", lambda: DeepSpeedStrategy(stage=1), "muon needs whole matrices.*ZeRO stage is 1; use FSDP2"),
+        ("lion", lambda: DeepSpeedStrategy(stage=2), None),
+        ("lion", lambda: DeepSpeedStrategy(config=dict(OFFLOAD)), "DeepSpeedCPUAdam in the place of 'lion'"),
+    ],
+)
+def test_strategies_that_flatten_parameters_are_refused(tmp_path: Path, name: str, strategy: Any, match: Any) -> None:
+    """They need a card: the trainer gets the strategy when it is there."""
+    if "FSDP1" not in str(match):
+        pytest.importorskip("deepspeed", reason="DeepSpeedStrategy needs deepspeed")
+    module, run = Net(name), trainer(tmp_path, max_steps=2)
+    module.trainer = run
+    run._accelerator_connector.strategy = strategy()
+    if match is None:
+        assert module.configure_optimizers()["optimizer"].param_groups[0]["rule"] == name
+        return
+    with pytest.raises(ValueError, match=match):
+        module.configure_optimizers()
+    with pytest.raises(ValueError, match=match):
+        HybridOptimizer(name, lr=1e-2).setup(run, module, "fit")
+    assert "configure_optimizers" not in vars(module)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
 import lightning_optim
-from lightning_optim import Executor, build_optimizer
+from lightning_optim import Curve, Executor, TailEMA, build_optimizer
 from lightning_optim.callbacks import HybridOptimizer
 from lightning_optim.lightning import OptimizerConfig
 from tests.lightning_jobs import SETTINGS, Save
@@ -378,6 +381,73 @@ def test_config_checks_names_before_a_model_is_there() -> None:
     for given in ({"name": "muno"}, {"rest": "adamv"}, {"schedule": "cosin"}):
         with pytest.raises(ValueError, match="did you mean .*'(muon|adamw|cosine)'"):
             OptimizerConfig(**{"name": "muon", "lr": LR, **given})
+
+
+# -- checkpoints with hyperparameters ---------------------------------------------------------------------------------
+
+
+class Kept(Net):
+    """Keeps what it was made of in its checkpoints."""
+
+    def __init__(self, optimizer: OptimizerConfig, others: Any = None) -> None:
+        super().__init__("")
+        self.save_hyperparameters()
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self)
+
+
+def config() -> OptimizerConfig:
+    """Every kind of value, some from numpy, as sweeps give them."""
+    return OptimizerConfig(
+        "muon",
+        lr=np.float64(1e-2),  # pyright: ignore[reportArgumentType]
+        schedule="power",
+        cooldown=0.5,
+        rest_settings={"betas": (np.float32(0.875), 0.95)},
+        overrides=[("head", None, {"lr": np.float64(5e-3)}), ("hidden.*", "adamw")],
+        settings={"ns_steps": np.int64(3), "wrap": {"tail_ema": {"start": 2}}},
+    )
+
+
+def test_checkpoints_with_a_config_load(tmp_path: Path) -> None:
+    others = [Curve("power", cooldown=0.5), TailEMA(start=2), {"deep": (config(),)}]
+    path = tmp_path / "last.ckpt"
+    whole = trainer(tmp_path, max_steps=4, callbacks=[Save(path, 1)])
+    whole.fit(Kept(config(), others), Rows(4))
+
+    loaded = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert loaded["optimizer"] == config() and loaded["others"] == others
+    assert {type(x) for x in (loaded["optimizer"].lr, loaded["optimizer"].settings["ns_steps"])} == {float, int}
+    module = Kept.load_from_checkpoint(path, map_location="cpu")
+    assert module.optimizer == config()
+    resumed = trainer(tmp_path, max_steps=4)
+    resumed.fit(module, Rows(4), ckpt_path=path)
+    assert resumed.global_step == 4
+    assert_same(weights(resumed.lightning_module), weights(whole.lightning_module))
+
+
+def test_a_config_loads_where_only_the_package_is_imported(tmp_path: Path) -> None:
+    """A module with `from __future__ import annotations` does not look at what its annotations name."""
+    torch.save({"optimizer": config()}, tmp_path / "a.pt")
+    script = (
+        "import sys, torch, lightning_optim\n"
+        "found = torch.load('a.pt', weights_only=True)['optimizer']\n"
+        "assert found.name == 'muon' and 'lightning' not in sys.modules\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cli_checkpoints_load(tmp_path: Path, cli: Any) -> None:
+    run = cli(Kept, YAML + OPTIMIZER_YAML)
+    run.save_checkpoint(tmp_path / "cli.ckpt")
+    again = Kept.load_from_checkpoint(tmp_path / "cli.ckpt", map_location="cpu")
+    assert again.optimizer.name == "muon" and again.optimizer.settings == {"momentum": 0.9}
+    assert_same(weights(again), weights(run.lightning_module))
 
 
 # -- Fabric -----------------------------------------------------------------------------------------------------------

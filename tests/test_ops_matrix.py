@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_optim.ops import orthogonal as orthogonal_ops
-from lightning_optim.ops.eigenbasis import average_kl_, eigenbasis
-from lightning_optim.ops.lapack import LinAlgError, complement, eigh, orthonormal
+from lightning_optim.ops.eigenbasis import average_kl_, eigenbasis, off_diagonal, unaligned
+from lightning_optim.ops.kronecker import damped_inverse
+from lightning_optim.ops.lapack import (
+    Fallback,
+    LinAlgError,
+    complement,
+    eigh,
+    failures,
+    orthonormal,
+    singular_vectors,
+)
 from lightning_optim.ops.lowrank import follow_subspace, leading_basis, range_basis, switch
 from lightning_optim.ops.moments import rank_one
-from lightning_optim.ops.norms import growth_factor, normalized, rms
+from lightning_optim.ops.norms import gram_norm, growth_factor, magnitude, normalized, quotient, rms
 from lightning_optim.ops.orthogonal import GRAM_ASPECT, GRAM_ROWS, orthogonalize
 from lightning_optim.ops.roots import coupled_newton, inverse_power, inverse_root, root_error
 from lightning_optim.ops.spectral import norm_lower_bound
@@ -56,6 +67,16 @@ def test_rank_one_of_float32_squares_at_any_scale(scale: float) -> None:
     torch.testing.assert_close(s.double() / scale**2, columns, rtol=1e-5, atol=0)
 
 
+def test_rank_one_of_float32_squares_that_underflow() -> None:
+    g = draw(1, 6, 9, dtype=torch.float32)
+    expected, columns = rank_one(g.double().square())
+    q, s = rank_one(1e-20 * g, squared=True)  # squares of few digits
+    torch.testing.assert_close(q.double(), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(s.double() * 1e40, columns, rtol=1e-3, atol=0)
+    assert all(not x.any() for x in rank_one(1e-30 * g, squared=True))
+    assert all(not x.any() for x in rank_one(0 * g))
+
+
 def test_growth_is_limited_and_a_fall_is_not() -> None:
     last, out = torch.zeros(1, 1, 1, dtype=F64), []
     for size in (1.0, 2.0, 1.5, 0.1, 5.0, 0.0, 3.0):
@@ -68,6 +89,22 @@ def test_growth_is_limited_and_a_fall_is_not() -> None:
 def test_normalized() -> None:
     x = torch.stack([draw(3, 4), torch.zeros(3, 4, dtype=F64)])
     torch.testing.assert_close(rms(normalized(x, 0.2)).flatten(), torch.tensor([0.2, 0], dtype=F64))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-30, 1e-38, 1e-42, 1e30])
+@pytest.mark.parametrize("target", [0.2, 128**0.5, 1e6])
+def test_normalized_at_any_scale(scale: float, target: float) -> None:
+    x = scale * torch.stack([draw(3, 4), 1e-3 * draw(3, 4, seed=1), torch.zeros(3, 4, dtype=F64)])
+    found = normalized(x.float(), target)
+    torch.testing.assert_close(rms(found).flatten(), torch.tensor([target, target, 0]))
+    if scale == 1:
+        plain = x[:2].float()
+        assert torch.equal(found[:2], plain * (target / rms(plain))), "a power of two changes nothing"
+
+
+def test_a_quotient_of_norms_is_finite() -> None:
+    a, b = torch.tensor([0.0, 2.0, 0.0, 2.0, 2.0]), torch.tensor([0.0, 0.0, 1.0, 1e-44, 4.0])
+    assert quotient(a, b).tolist() == [1, 1, 1, 1, 0.5]
 
 
 @pytest.mark.parametrize("root", [1, 2, 3, 4])
@@ -125,6 +162,65 @@ def test_a_failed_eigenbasis_keeps_the_last_good_one() -> None:
     assert torch.equal(found[1], eigenbasis(x[1:])[0])
     with pytest.raises(LinAlgError):
         eigenbasis(x)
+
+
+def test_a_matrix_that_fails_does_not_disturb_its_stack() -> None:
+    """Each is tried again in float64, and then replaced alone."""
+    x = torch.stack([torch.full((4, 3), torch.nan), torch.randn(4, 3), torch.randn(4, 3)])
+    grams = x.mT @ x
+    others = Fallback(lambda: (torch.zeros(3, 3), torch.eye(3).expand(3, 3, 3)), "no eigenvectors")
+    with pytest.warns(RuntimeWarning, match="no eigenvectors") as said:
+        found = eigh(grams, others)
+    assert len(said) == 1 and torch.equal(found.vectors[0], torch.eye(3)) and not found.values[0].any()
+    assert torch.equal(found.vectors[1:], eigh(grams[1:]).vectors)
+    with pytest.warns(RuntimeWarning, match="no vectors"):
+        left, right = singular_vectors(x, Fallback(lambda: (torch.zeros(3, 4, 3), torch.zeros(3, 3, 3)), "no vectors"))
+    exact = singular_vectors(x[1:])
+    assert not left[0].any() and torch.equal(left[1:], exact[0]) and torch.equal(right[1:], exact[1])
+    singular = torch.stack([torch.zeros(3, 3), 2 * torch.eye(3)])
+    with pytest.warns(RuntimeWarning, match="the last good one is kept"):
+        assert torch.equal(damped_inverse(singular, 0.0, torch.eye(3).expand(2, 3, 3))[0], torch.eye(3))
+    with pytest.raises(LinAlgError):
+        damped_inverse(singular, 0.0)
+
+
+def test_failures_are_told_together_at_the_end() -> None:
+    with pytest.warns(RuntimeWarning) as said, failures.collected():
+        failures.add("this")
+        failures.name(lambda: [f"w{i}" for i in range(7)])
+        failures.add("that")
+        failures.name(lambda: ["v"])
+        failures.name(lambda: ["another, of which nothing failed"])
+        assert not said
+    assert [str(x.message) for x in said] == ["w0, w1, w2, w3, w4 and 2 more: this; v: that"]
+
+
+def test_magnitude_is_an_exact_power_of_two() -> None:
+    made = torch.Generator().manual_seed(0)
+    sizes = [2.0**k for k in (-120, -100, -3, 0, 1, 60, 120)]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = torch.randn(7, 5, 7, generator=made).to(dtype) * torch.tensor(sizes, dtype=dtype).view(-1, 1, 1)
+        scale = magnitude(x)
+        assert scale.dtype == dtype and (torch.frexp(scale.double()).mantissa == 0.5).all()
+        top = (x / scale).abs().amax((-2, -1))
+        assert ((top >= 1) & (top < 2)).all() and torch.equal((x / scale * scale)[1:], x[1:])
+    assert (magnitude(torch.zeros(2, 5, 7)) == 1).all()
+    assert torch.equal(magnitude(torch.tensor([[3e38, -1e38]])), torch.tensor([[2.0**127]]))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12, 1e17])
+def test_what_does_not_depend_on_the_scale_does_not_see_it(size: float) -> None:
+    """Squares of squares would overflow, or vanish."""
+    made = torch.Generator().manual_seed(0)
+    x, sketch = torch.randn(2, 12, 20, generator=made), torch.randn(2, 20, 6, generator=made)
+    size = 2.0 ** round(math.log2(size))
+    gram = x @ x.mT
+    q = eigh(gram).vectors.roll(1, -2)
+    assert torch.equal(gram_norm(x * size), gram_norm(x) * size)
+    assert torch.equal(range_basis(x * size, sketch, 4, power=2), range_basis(x, sketch, 4, power=2))
+    assert torch.equal(range_basis(x.square() * size**2, sketch, 4), range_basis(x.square(), sketch, 4))
+    assert torch.equal(off_diagonal(gram * size**2, q), off_diagonal(gram, q))
+    assert torch.equal(unaligned(gram @ q * size**2, q), unaligned(gram @ q, q))
 
 
 @pytest.mark.parametrize("root", [1, 2, 3, 4])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -143,7 +145,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, str]]] = {
         hf.ViTForImageClassification,
         hf.ViTConfig(**BERT, image_size=8, patch_size=4),
         {
-            "cls_token": "other",
+            "cls_token": "vector",  # one row
             "position_embeddings": "other",
             "patch_embeddings.projection": "conv",
             "attention.q_proj": "hidden",
@@ -238,6 +240,143 @@ def test_storage_of_fused_and_transposed_layers() -> None:
     assert mixtral[experts + "down_proj"].blocks is None
     assert oss[experts + "gate_up_proj"].transposed and oss[experts + "gate_up_proj"].blocks == (1, 1)  # interleaved
     assert phi["model.layers.0.mlp.gate_up_proj.weight"].blocks == 2
+
+
+EXPERTS: dict[str, tuple[str, bool, Any]] = {  # module, whether stored inputs x outputs, gate and up
+    "MixtralExperts": ("mixtral", False, 2),
+    "Qwen3MoeExperts": ("qwen3_moe", False, 2),
+    "DeepseekV3Experts": ("deepseek_v3", False, 2),
+    "GraniteMoeExperts": ("granitemoe", False, 2),
+    "PhimoeExperts": ("phimoe", False, 2),
+    "GptOssExperts": ("gpt_oss", True, (1, 1)),
+    "Llama4TextExperts": ("llama4", True, 2),
+    "AriaExperts": ("aria", True, 2),
+    "OpenAIPrivacyFilterExperts": ("openai_privacy_filter", True, 2),
+    "DeepseekV4Experts": ("deepseek_v4", False, 2),
+    "MiniMaxM3VLExperts": ("minimax_m3_vl", False, 2),
+    "Step3p7Experts": ("step3p7", False, 2),
+}
+
+
+def experts(name: str, width: int, inner: int) -> nn.Module:
+    """Two experts of a class of Transformers."""
+    module = f"transformers.models.{EXPERTS[name][0]}.modeling_{EXPERTS[name][0]}"
+    if find_spec(module.rpartition(".")[0]) is None or not hasattr(importlib.import_module(module), name):
+        pytest.skip(f"this version of Transformers has no {name}")
+    config = SimpleNamespace(
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 2),
+        **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), inner),
+        **dict.fromkeys(("hidden_act", "hidden_activation"), "silu"),
+        hidden_size=width,
+        swiglu_limit=7.0,
+        swiglu_alpha=1.702,
+        _experts_implementation="eager",
+    )
+    torch.manual_seed(0)
+    made = getattr(importlib.import_module(module), name)(config)
+    for label, p in made.named_parameters():
+        nn.init.zeros_(p) if "bias" in label else nn.init.normal_(p)
+    return made
+
+
+@pytest.mark.parametrize("inner", [6, 4, 8])  # half as wide as the model, too, and as wide
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_cut_into_gate_and_up(name: str, inner: int) -> None:
+    """Told by what they do: without a gate nothing comes out."""
+    made = experts(name, 8, inner)
+    found = roles(nn.Sequential(made))
+    gate_up, down = found["0.gate_up_proj"], found["0.down_proj"]
+    assert (gate_up.role, down.role, down.blocks) == ("experts", "experts", None)
+    assert (gate_up.transposed, gate_up.blocks) == EXPERTS[name][1:] and down.transposed == gate_up.transposed
+    tokens = torch.randn(2 if name == "Llama4TextExperts" else 4, 8)
+    given = () if name == "Llama4TextExperts" else (torch.arange(4)[:, None] % 2, torch.ones(4, 1))
+    with torch.no_grad():
+        assert made(tokens, *given).any()
+        p = made.get_parameter("gate_up_proj")
+        for part in chunks.parts(p.shape, gate_up.blocks, transposed=gate_up.transposed):
+            view = part.of(p, gate_up.transposed)
+            (view.unflatten(-2, (2, -1)).select(-3, 0) if part.rows is None else view.select(-4, 0)).zero_()
+        assert not made(tokens, *given).any()
+
+
+class Unknown(nn.Module):
+    """Experts of a class that says nothing."""
+
+    def __init__(self, *shapes: tuple[int, int], hidden_size: int | None = None) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_size = 2, hidden_size
+        for i, shape in enumerate(shapes):
+            self.register_parameter(f"w{i}", nn.Parameter(torch.zeros(2, *shape)))
+
+
+def test_experts_that_say_nothing() -> None:
+    """Gate and up stay whole; the shapes tell how they are stored, of separate matrices beside the model's width."""
+    cases: list[tuple[nn.Module, bool]] = [
+        (Unknown((12, 8), (8, 6)), False),
+        (Unknown((8, 12), (6, 8)), True),
+        (Unknown((8, 8), (8, 4)), False),
+        (Unknown((8, 8), (4, 8)), True),
+        (Unknown((6, 8), (6, 8), (8, 6), hidden_size=8), False),
+        (Unknown((8, 6), (8, 6), (6, 8), hidden_size=8), True),
+        (Unknown((8, 6), (6, 8)), False),
+        (Unknown((8, 8), (8, 8), hidden_size=8), False),
+    ]
+    for module, transposed in cases:
+        found = roles(nn.Sequential(module)).values()
+        assert {(t.role, t.transposed, t.blocks) for t in found} == {("experts", transposed, None)}
+    routed = nn.Sequential(Unknown((8, 6), (6, 8)), nn.Linear(8, 2))
+    assert roles(routed)["0.w0"].transposed and roles(routed)["1.weight"].role == "router"
+    kept = Unknown((12, 8), (8, 6))
+    kept.__dict__["_apply_gate"] = lambda gate_up, extra: gate_up  # cannot be asked
+    assert roles(nn.Sequential(kept))["0.w0"].blocks is None
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            peft.AdaLoraConfig(init_r=4, target_modules=["q_proj"], total_step=10),
+            {"lora_A": "lora_a", "lora_B": "lora_b", "lora_E": "vector"},
+        ),
+        (
+            peft.LoHaConfig(r=4, target_modules=["q_proj"]),
+            {"hada_w1_a": "lora_b", "hada_w1_b": "lora_a", "hada_w2_a": "lora_b", "hada_w2_b": "lora_a"},
+        ),
+        (peft.LoKrConfig(r=64, target_modules=["q_proj"]), {"lokr_w1": "hidden", "lokr_w2": "hidden"}),
+        (
+            peft.LoKrConfig(r=1, target_modules=["up_proj"]),
+            {"lokr_w1": "hidden", "lokr_w2_a": "vector", "lokr_w2_b": "vector"},
+        ),
+        (
+            peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+            {"ia3_l": "vector"},
+        ),
+        (
+            peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+            {"lora_A": "lora_a", "lora_B": "lora_b", "trainable_tokens_delta": "embedding"},
+        ),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, peft.PeftConfig) else "",
+)
+def test_adapters_of_other_kinds(config: peft.PeftConfig, expected: dict[str, str]) -> None:
+    cls, base, _ = MODELS["llama"]
+    found = roles(peft.get_peft_model(cls(base), config))
+    kinds = {key for name in found for key in name.split(".") if key in expected}
+    assert kinds == set(expected)
+    for name, trait in found.items():
+        assert {expected[key] for key in name.split(".") if key in expected} == {trait.role}, name
+
+
+def test_flat_parameters_are_not_decayed() -> None:
+    """Whatever holds them, and however many sides of length one they have."""
+    cls, base, _ = MODELS["llama"]
+    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = nn.ModuleDict({"ia3": peft.get_peft_model(cls(base), config)})
+    model.register_parameter("token", nn.Parameter(torch.ones(1, 1, 8)))
+    model.register_parameter("table", nn.Parameter(torch.ones(1, 4, 8)))
+    optimizer = build_optimizer(model, "adamw", lr=0.1, weight_decay=0.5)
+    decay = {name: g["weight_decay"] for g in optimizer.param_groups for name in g["param_names"]}
+    assert decay.pop("table") == 0.5 and len(decay) == 1 + 2 * 2 and set(decay.values()) == {0.0}
 
 
 @pytest.mark.parametrize("name", ["muon", "soap", "adafactor", "adam_mini", "lion"])
@@ -397,6 +536,115 @@ def test_heads_are_matrices_if_asked() -> None:
     assert {g["blocks"] for g in mini.param_groups if g["block"] == "matrix"} == {2, 4}
     with pytest.raises(ValueError, match="blocks: unknown value 'head'.*'heads'"):
         build_optimizer(model, "muon", lr=0.01, blocks="head")  # pyright: ignore[reportArgumentType]
+
+
+BART: dict[str, Any] = {
+    f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 1), ("ffn_dim", 24))
+}
+BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 16, "vocab_size": 50, "bos_token_id": 0}
+
+
+def test_which_projection_gives_the_values() -> None:
+    """By the names, where they say it: BART registers the queries last."""
+    with torch.device("meta"):
+        bart = hf.BartModel(hf.BartConfig(**BART, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2))
+    for model in (bart, built("llama"), built("bert"), built("t5"), built("vit")):
+        values = ("v_proj", "value", "Attention.v")
+        found = {
+            n.removesuffix(".weight"): t for n, t in roles(model).items() if t.heads is not None and t.blocks is None
+        }
+        assert any(name.endswith(values) for name in found)
+        for name, trait in found.items():
+            assert trait.by_head == (None if name.endswith(values) else trait.heads), name
+
+
+def by_head(p: torch.Tensor, trait: Any, size: int) -> list[tuple[torch.Tensor, bool]]:
+    """The matrices of a fused layer, and whether each is of queries or keys and cut into heads."""
+    parts = chunks.parts(p.shape, trait.blocks, transposed=trait.transposed)
+    rows = [m for part in parts for m in _matrices(part, p, trait.transposed)]
+    columns = p.shape[0] if trait.transposed else p.shape[1]
+    return [(m.reshape(-1, columns).clone(), i < 2) for i, m in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "phi3", "modernbert", "gpt_neox", "falcon", "falcon_180b", "bigcode", "torch"]
+)
+def test_adam_mini_takes_queries_and_keys_of_fused_layers_by_head(name: str) -> None:
+    """They move as in three layers, of which the third has one second moment per row."""
+    torch.manual_seed(0)
+    if name == "torch":
+        model: nn.Module = nn.MultiheadAttention(16, 4)
+    else:
+        cls, config, _ = FUSED[name]
+        model = cls(config)
+    (label, trait), *_ = [(n, t) for n, t in roles(model).items() if t.role == "qkv"]
+    p, fused = model.get_parameter(label), build_optimizer(model, "adam_mini", lr=0.01, weight_decay=0.1)
+    alone = [(nn.Parameter(x), heads) for x, heads in by_head(p.detach(), trait, 4)]
+    common: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "lr_convention": "adamw"}
+    groups: list[dict[str, Any]] = [
+        {"params": [x], "name": f"{i}", **({"block": "matrix", "blocks": len(x) // 4} if heads else {})}
+        for i, (x, heads) in enumerate(alone)
+    ]
+    separate = CLASSES["adam_mini"](groups, **common)
+    for t in range(1, 4):
+        p.grad = gradient(p, "qkv", t)
+        for (x, _), (g, _) in zip(alone, by_head(p.grad, trait, 4), strict=True):
+            x.grad = g
+        fused.step()
+        separate.step()
+        saved = fused.state_dict()
+        fused.load_state_dict(saved)
+    for (x, _), (found, _) in zip(alone, by_head(p.detach(), trait, 4), strict=True):
+        torch.testing.assert_close(found, x.detach(), rtol=1e-5, atol=1e-6)
+    count = sum(len(x) // (4 if heads else 1) for x, heads in alone)
+    assert sum(s.numel() for k, s in fused.state[p].items() if k.startswith("exp_avg_sq")) == count
+
+
+def second_moments(**settings: Any) -> dict[str, int]:
+    """How many second moments Adam-mini keeps of the matrices of one layer."""
+    cls, config, _ = MODELS["llama"]
+    model = cls(config)
+    optimizer = build_optimizer(model, "adam_mini", lr=0.01, **settings)
+    layer = dict(model.model.layers[0].named_parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return {name: optimizer.state[p]["exp_avg_sq"].numel() for name, p in layer.items() if p.ndim == 2}
+
+
+def test_adam_mini_takes_queries_and_keys_by_head() -> None:
+    rows = {f"self_attn.{x}_proj.weight": n for x, n in (("q", 16), ("k", 8), ("v", 8), ("o", 16))}
+    rows |= {f"mlp.{x}_proj.weight": n for x, n in (("gate", 24), ("up", 24), ("down", 16))}
+    heads = rows | {"self_attn.q_proj.weight": 4, "self_attn.k_proj.weight": 2}
+    assert second_moments() == heads
+    assert second_moments(block="row") == rows
+    assert second_moments(block="matrix") == dict.fromkeys(rows, 1) | {k: heads[k] for k in list(heads)[:2]}
+    assert second_moments(blocks="heads") == heads | {"self_attn.v_proj.weight": 2}
+    assert second_moments(overrides=[("*.k_proj.*", None, {"blocks": "layers"})]) == heads | {
+        "self_attn.k_proj.weight": 8
+    }
+    assert second_moments(overrides=[("*.k_proj.*", None, {"block": "row"})]) == heads | {"self_attn.k_proj.weight": 8}
+
+
+@pytest.mark.parametrize("optim", ["lars", "adafactor", "came"])
+def test_rules_that_reduce_take_heads_if_asked(optim: str) -> None:
+    cls, config, _ = MODELS["llama"]
+    torch.manual_seed(0)
+    model = cls(config)
+    p = model.get_parameter("model.layers.0.self_attn.q_proj.weight")
+    alone = [nn.Parameter(x.detach().clone()) for x in p.split(4)]
+    common: dict[str, Any] = {"lr": 0.01, "lr_convention": "adamw", "weight_decay": 0.0}
+    together = build_optimizer(model, optim, blocks="heads", **common)
+    separate = CLASSES[optim](alone, **common)
+    for t in range(1, 4):
+        p.grad = gradient(p, "q", t)
+        for x, g in zip(alone, p.grad.split(4), strict=True):
+            x.grad = g
+        together.step()
+        separate.step()
+    torch.testing.assert_close(p.detach(), torch.cat([x.detach() for x in alone]), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="kfac works on whole layers.*blocks='heads'"):
+        build_optimizer(model, "kfac", lr=0.01, blocks="heads")
 
 
 @pytest.mark.parametrize("optim", sorted(REGISTRY))

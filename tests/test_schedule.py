@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import PolynomialLR
+from torch.nn import Parameter
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, PolynomialLR
 
-from lightning_optim import Curve, Schedule, build_optimizer
+import lightning_optim
+from lightning_optim import Curve, Executor, Schedule, build_optimizer
+from lightning_optim.core.groups import momentum_of
+from lightning_optim.optimizers import CLASSES
+from tests.rules import give, make, params
 
 ROLES: Any = [("embedding", None, {"cooldown": 3, "min_lr_ratio": 0.1, "lr": 0.5})]
 
 
 def model() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4))
+    return nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 6))
 
 
 def rates(optimizer: Any, scheduler: Any, steps: int) -> list[list[float]]:
@@ -38,7 +46,8 @@ def test_power_cooldown_is_its_formula_in_every_role() -> None:
     names = [g["name"] for g in optimizer.param_groups]
     found = rates(optimizer, Schedule(optimizer), 10)
     for t, lrs in enumerate(found):
-        expected = {"muon/hidden": 0.1 * power(t, 12, 8, 1.2), "adamw/vector": 0.1 * power(t, 12, 8, 1.2)}
+        common = 0.1 * power(t, 12, 8, 1.2)
+        expected = {"muon/hidden": common, "adamw/vector": common, "adamw/head": common}
         expected["adamw/embedding"] = 0.5 * power(t, 12, 3, 1.2, 0.1)
         assert dict(zip(names, lrs, strict=True)) == pytest.approx(expected)
 
@@ -111,3 +120,143 @@ def test_a_schedule_needs_a_curve_and_a_length() -> None:
     optimizer = build_optimizer(model(), "adamw", lr=0.1, schedule={"schedule": "power"})
     with pytest.raises(ValueError, match="give total_steps"):
         Schedule(optimizer)
+
+
+# -- torch's schedules, which move the momentum too --------------------------------------------------------------------
+
+CYCLES: dict[str, Callable[[Any], LRScheduler]] = {
+    "one": lambda optimizer: OneCycleLR(optimizer, max_lr=0.01, total_steps=6),
+    "cyclic": lambda optimizer: CyclicLR(optimizer, base_lr=0.001, max_lr=0.01, step_size_up=2),
+}
+WITHOUT_MOMENTUM = {"adafactor", "adafactor_hf", "adagrad", "adalomo", "galore_adafactor", "hessian_free", "lbfgs"}
+WITHOUT_MOMENTUM |= {"lomo", "olbfgs", "racs", "signsgd", "sr1_cubic", "swan"}
+
+
+def cycled(optimizer: Any, cycle: str, steps: int = 5, *, prepare: Callable[[int], None] | None = None) -> list[Any]:
+    """Learning rate and momentum of every group before each step."""
+    scheduler, out = CYCLES[cycle](optimizer), []
+    for t in range(1, steps + 1):
+        out.append([(g["lr"], momentum_of(g) if "rule" in g else g["betas"][0]) for g in optimizer.param_groups])
+        if prepare is not None:
+            prepare(t)
+        optimizer.step()
+        scheduler.step()
+    return out
+
+
+def of_torch(cycle: str) -> list[Any]:
+    p = Parameter(torch.zeros(2))
+    p.grad = torch.zeros(2)
+    return cycled(torch.optim.AdamW([p]), cycle)
+
+
+@pytest.mark.parametrize("cycle", CYCLES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_cycles_as_torchs_adamw_does(name: str, cycle: str) -> None:
+    ps = params(name)
+    optimizer = make(name, ps)
+    if name in WITHOUT_MOMENTUM:
+        with pytest.raises(ValueError, match="must support momentum or beta1 with `cycle_momentum`"):
+            CYCLES[cycle](optimizer)
+        return
+    assert cycled(optimizer, cycle, prepare=lambda t: give(ps, t)) == of_torch(cycle)
+    assert all(p.isfinite().all() for p in ps.values())
+
+
+def train(net: nn.Module) -> Callable[[int], None]:
+    def prepare(t: int) -> None:
+        net.zero_grad()
+        net(torch.arange(6).roll(t)).square().mean().backward()
+
+    return prepare
+
+
+@pytest.mark.parametrize("cycle", CYCLES)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("adamw", {}),
+        ("muon", {}),
+        ("soap", {"rest": "sgd", "rest_settings": {"momentum": 0.5}}),
+        ("racs", {}),  # the main rule has none
+        ("muon", {"rest": "signsgd"}),
+        ("flora", {"rank": 2, "overrides": [("bias", "adagrad", {})]}),
+        ("cosmos", {"overrides": [("bias", "signum", {})]}),  # its `momentum` is a word
+        ("muown", {}),  # has both: `betas` are those of a part of it
+    ],
+)
+def test_the_momentum_of_every_group_cycles(name: str, settings: dict[str, Any], cycle: str) -> None:
+    net = model()
+    optimizer = build_optimizer(net, name, lr=0.1, **settings)
+    has_none = [momentum_of(g) is None for g in optimizer.param_groups]
+    keys = [set(g) for g in optimizer.param_groups]
+    words = [g.get("momentum") for g in optimizer.param_groups if g["rule"] == "cosmos"]
+    found = cycled(optimizer, cycle, prepare=train(net))
+    for t, [(lr, momentum)] in enumerate(of_torch(cycle)):
+        assert found[t] == [(lr, None if none else momentum) for none in has_none]
+    scheduled = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
+    assert [set(g) - scheduled for g in optimizer.param_groups] == keys  # no dead setting beside the rule's own
+    assert [g.get("momentum") for g in optimizer.param_groups if g["rule"] == "cosmos"] == words
+
+
+def test_a_cycle_goes_on_from_a_checkpoint_bit_for_bit() -> None:
+    def start() -> tuple[nn.Module, Executor, LRScheduler]:
+        net = model()
+        optimizer = build_optimizer(net, "muon", lr=0.1)
+        return net, optimizer, CYCLES["one"](optimizer)
+
+    def steps(net: nn.Module, optimizer: Executor, scheduler: LRScheduler, which: range) -> None:
+        for t in which:
+            train(net)(t)
+            optimizer.step()
+            scheduler.step()
+
+    whole = start()
+    steps(*whole, range(3))
+    torch.save([x.state_dict() for x in whole], saved := io.BytesIO())
+    saved.seek(0)
+    resumed = start()
+    for x, state in zip(resumed, torch.load(saved, weights_only=True), strict=True):
+        x.load_state_dict(state)
+    copied = copy.deepcopy(whole)
+    for run in (whole, resumed, copied):
+        steps(*run, range(3, 5))
+        assert all(torch.equal(a, b) for a, b in zip(run[0].parameters(), whole[0].parameters(), strict=True))
+        assert run[1].state_dict()["param_groups"] == whole[1].state_dict()["param_groups"]
+    assert "betas" not in dict(whole[1].param_groups[0]) and "momentum" not in dict(whole[1].param_groups[1])
+
+
+def test_defaults_of_one_rule_are_not_anothers() -> None:
+    a, b, c = (Parameter(torch.zeros(3, 3)) for _ in range(3))
+    optimizer = lightning_optim.SOAP([a], betas=(0.8, 0.9))  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.add_param_group({"params": [b], "rule": "muon"})
+    optimizer.add_param_group({"params": [c]})
+    _, muon, soap = optimizer.param_groups
+    assert (muon["momentum"], "betas" in muon) == (0.95, False)
+    assert (soap["betas"], "momentum" in soap) == ((0.8, 0.9), False)
+    muon = lightning_optim.Muon([a])  # pyright: ignore[reportAttributeAccessIssue]
+    assert muon.defaults["momentum"] == 0.95 and "betas" not in muon.defaults
+    muon.add_param_group({"params": [b], "rule": "adamw"})
+    muon.add_param_group({"params": [c]})
+    assert muon.param_groups[1]["betas"] == (0.9, 0.999) and "betas" in muon.defaults
+    assert "betas" not in muon.param_groups[2] and muon.param_groups[2]["momentum"] == 0.95
+
+
+def test_a_momentum_under_the_other_name_is_refused_in_a_new_group() -> None:
+    p = Parameter(torch.zeros(3, 3))
+    for rule, given, said in (
+        ("adamw", {"momentum": 0.5}, "adamw has no setting 'momentum'; its momentum is the first of 'betas'"),
+        ("muon", {"betas": (0.5, 0.9)}, "muon has no setting 'betas'; its momentum is 'momentum'"),
+        ("racs", {"momentum": 0.5}, "racs has no setting 'momentum'; it has no momentum"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Executor([{"params": [p], "rule": rule, **given}])
+
+
+def test_a_dead_momentum_of_an_old_checkpoint_is_left_out() -> None:
+    p = Parameter(torch.zeros(3))
+    optimizer = lightning_optim.AdamW([p])  # pyright: ignore[reportAttributeAccessIssue]
+    state = optimizer.state_dict()
+    state["param_groups"][0]["momentum"] = 0.5
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999) and "momentum" not in optimizer.param_groups[0]

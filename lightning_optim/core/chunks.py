@@ -7,13 +7,13 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Dims = tuple[int, int, int]
-Blocks = int | tuple[int, ...] | None
+Blocks = int | tuple[int, ...] | tuple[tuple[int, int], ...] | None
 T = TypeVar("T")
 
 STACK_LIMIT = 2**18
@@ -64,6 +64,8 @@ class Part(NamedTuple):
     dims: Dims
     rows: tuple[int, int, int] | None = None
     """(rows of a period, first row taken in each, rows of one matrix in each); None for all rows as they lie."""
+    apart: bool = False
+    """Whether a block is a matrix of its own in every period, not one with the same block of the others."""
 
     def of(self, t: Tensor, transposed: bool) -> Tensor:
         """The part of a parameter-shaped tensor.
@@ -79,9 +81,10 @@ class Part(NamedTuple):
         if self.rows is None:
             return t
         period, first, size = self.rows
-        count = self.dims[0] // math.prod(t.shape[:-2])
-        taken = t.unflatten(-2, (-1, period)).narrow(-2, first, count * size)
-        return taken.unflatten(-2, (count, size)).transpose(-4, -3)
+        periods = t.shape[-2] // period
+        count = self.dims[0] // math.prod(t.shape[:-2]) // (periods if self.apart else 1)
+        taken = t.unflatten(-2, (-1, period)).narrow(-2, first, count * size).unflatten(-2, (count, size))
+        return taken if self.apart else taken.transpose(-4, -3)
 
 
 @lru_cache(4096)
@@ -94,7 +97,9 @@ def parts(
         shape: of the parameter.
         blocks: a number of equal blocks of rows, or the rows of one block after the other, repeated until the rows are
             used up: (q, k, v) for a fused layer with fewer keys than queries, (d, d, d) for one that keeps query, key
-            and value of a head together, (1, 1) for alternate rows. A block repeated is one matrix.
+            and value of a head together, (1, 1) for alternate rows. A block repeated is one matrix. Pairs of (rows of
+            a block, number of such blocks) are matrices of their own each time they are repeated: ((128, 2), (1, 128))
+            for a fused layer with the query, key and value of a head together, the first two whole, the last by row.
         conv: see `matrix_dims`.
         transposed: see `matrix_dims`.
 
@@ -108,18 +113,30 @@ def parts(
         whole = None if isinstance(blocks, tuple) else blocks
         return (Part(matrix_dims(shape, whole, conv=conv, transposed=transposed)),)
     b, m, n = matrix_dims(shape, conv=conv, transposed=transposed)
-    period = sum(blocks)
+    runs = [x if isinstance(x, tuple) else (x, 1) for x in blocks]
+    period = sum(size * count for size, count in runs)
     if m % period or len(shape) > 3:
         raise ValueError(f"{m} rows of shape {tuple(shape)} do not divide into blocks of {blocks} rows")
-    if m == period and len(set(blocks)) == 1:
-        return (Part((b * len(blocks), blocks[0], n)),)
+    apart = isinstance(blocks[0], tuple)
+    if m == period and not apart and len(set(blocks)) == 1:
+        return (Part((b * len(blocks), runs[0][0], n)),)
     out: list[Part] = []
     first = 0
-    for size, same in groupby(blocks):
-        count = len(list(same))
-        out.append(Part((b * count, m // period * size, n), (period, first, size)))
+    for size, same in groupby(runs, key=lambda x: x[0]):
+        count = sum(x[1] for x in same)
+        dims = (b * count * (m // period), size, n) if apart else (b * count, m // period * size, n)
+        out.append(Part(dims, (period, first, size), apart))
         first += count * size
     return tuple(out)
+
+
+def frozen(blocks: Any) -> Any:
+    """The option `blocks` as it is used, of one that was read from a file.
+
+    Returns:
+        Tuples in place of lists.
+    """
+    return tuple(frozen(x) for x in blocks) if isinstance(blocks, (list, tuple)) else blocks
 
 
 def bucket(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
@@ -134,18 +151,20 @@ def bucket(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     return list(groups.values())
 
 
-def stacks(items: Sequence[T], elements: int, max_temp_bytes: int) -> Iterator[Sequence[T]]:
+def stacks(items: Sequence[T], elements: int, max_temp_bytes: int, beside: Sequence[int] = ()) -> Iterator[Sequence[T]]:
     """Cut items of one shape into chunks that become one stack each.
 
     Args:
         items: of one shape.
         elements: of one item.
         max_temp_bytes: bound for a stack and the temporaries of its update, counted as four float32 copies.
+        beside: elements of state of another shape (factors, bases) that is stacked with an item.
 
     Yields:
-        Runs of `items`; single ones from `STACK_LIMIT` elements on.
+        Runs of `items`; single ones from `STACK_LIMIT` elements on, of the item or of one of its states.
     """
-    size = 1 if elements >= STACK_LIMIT else max(1, max_temp_bytes // (16 * max(elements, 1)))
+    large = max(elements, *beside, 1) >= STACK_LIMIT
+    size = 1 if large else max(1, max_temp_bytes // (16 * max(elements + sum(beside), 1)))
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

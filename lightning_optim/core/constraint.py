@@ -237,7 +237,10 @@ class _Rows:
             return layout.add_up(torch.stack(found, 1).sum(1, keepdim=True, dtype=torch.float64), self.w.param)
         part = torch.cat(found, 1) if self.lead else found[0]
         out = part.new_zeros((part.shape[0], *self.whole), dtype=torch.float64)
-        out[(slice(None), *self.here)] = part.double()
+        if (
+            self.x.numel()
+        ):  # an empty part may have other sizes than its box: FSDP2's, of what tensor parallelism has cut
+            out[(slice(None), *self.here)] = part.double()
         out = out.reshape(len(out), -1) if self.each else torch.stack([self._by_matrix(t) for t in out])
         return layout.add_up(out, self.w.param)
 
@@ -274,6 +277,8 @@ class _Rows:
         """One value per row of this rank's part, shaped to broadcast over it."""
         if self.single:
             return x.to(self.dtype).view([1] * self.x.ndim)
+        if not self.x.numel():
+            return chunks.turned(torch.zeros_like(self.x, dtype=self.dtype), self.w.transposed)
         rows = (x.view(self.whole) if self.each else self._by_row(x))[self.here]
         rows = rows.reshape((*rows.shape, *[1] * (self.x.ndim - self.lead)))
         return chunks.turned(rows, self.w.transposed).to(self.dtype)

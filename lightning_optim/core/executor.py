@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, Self, cast
+from typing import Any, NoReturn, Self, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lightning_optim.core import (
     chunks,
     compiled,
     constraint,
+    engines,
     fused,
     joint,
     layout,
@@ -32,7 +33,23 @@ from lightning_optim.core import (
     storage,
     travel,
 )
-from lightning_optim.core.groups import check_loaded, check_param, completed, parts_of, reading_of, rule_of
+from lightning_optim.core.groups import (
+    MOMENTUM_NAMES,
+    REMEDY,
+    ParamGroup,
+    check_flat,
+    check_loaded,
+    check_param,
+    completed,
+    is_flat,
+    momentum_field,
+    momentum_names,
+    parts_of,
+    plain,
+    reading_of,
+    rule_of,
+    settings_of,
+)
 from lightning_optim.core.refreshes import Refreshes
 from lightning_optim.core.rule import Rule, lookup
 from lightning_optim.core.storage import COMPENSATION, RADIUS, Form, scale_key
@@ -42,17 +59,20 @@ from lightning_optim.core.work import (
     Work,
     alike,
     apply,
+    check_scales,
     count,
     first_index,
     forms_of,
     needs_param,
     portions,
+    state_beside,
     takes_kernel,
     takes_kernels,
     update_elementwise,
     update_stack,
     work_of,
 )
+from lightning_optim.ops.lapack import failures
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -67,6 +87,7 @@ class Executor(torch.optim.Optimizer):
       lr), so that AdamW's learning rate stays valid.
     * `on_nonfinite`: before the first write of a step, `"raise"` FloatingPointError, `"skip"` the step, or `"off"`.
       Default: off for elementwise rules, as in torch; raise for the others, of which one NaN destroys a whole matrix.
+      For these a gradient counts as not finite, too, if its squares overflow, unless the group has `clip_norm`.
     * `param_rounding`: how bfloat16 weights are rounded: `"stochastic"`, `"nearest"`, or `"kahan"`, to nearest with
       what was lost kept in one more narrow tensor (float16 weights: to nearest unless `"kahan"`).
     * `state_storage`: how state rests between steps; arithmetic is float32 always. `"fp32"`; `"bf16"`, rounded
@@ -98,6 +119,9 @@ class Executor(torch.optim.Optimizer):
       kernel of torch's keep it for state that rests as values. A checkpoint does not change it.
     * `seed`: of the stochastic rounding of weights and state and of random projections.
 
+    `defaults` name a momentum as torch's optimizers do, so `OneCycleLR`, `CyclicLR` and Lightning's monitor work: each
+    group answers to `momentum` and to `betas`, whichever its rule has (`groups.ParamGroup`).
+
     `wrap` adds look-ahead, averages and an outer optimizer; `train()` and `eval()` then change between the weights to
     train and those to evaluate. `total_steps`, if set, is the length of the run, which the doors of the trainers know;
     `curve` is the schedule that `build_optimizer` was given (`lightning_optim.schedule.Curve`).
@@ -123,6 +147,9 @@ class Executor(torch.optim.Optimizer):
         super().__init__(cast("Any", params), dict(defaults or {}))
         for key in ("lr", "weight_decay"):
             self.defaults.setdefault(key, self.param_groups[0][key])
+        self._complete = True
+        self._offer_momentum()
+        engines.check(lookup(group["rule"]) for group in self.param_groups)
 
     divide: Callable[[dict[str, Any]], Sequence[dict[str, Any]]] | None
     """Gives a group that is added without a rule as groups with rules; set by `build_optimizer`."""
@@ -141,7 +168,9 @@ class Executor(torch.optim.Optimizer):
 
     def _start(self, max_temp_bytes: int = 2**25) -> None:
         self.max_temp_bytes = max_temp_bytes
+        self._complete = False
         self.divide = None  # not on the class, where Lightning's wrapper of an optimizer would find it
+        self._given: dict[str, list[tuple[int, torch.Size | None]]] = {}
         self._owners: dict[Tensor, int] = {}  # no weak references: `Module.to` could not swap a DTensor that has one
         self._loads: dict[Any, list[float]] = {}
         self._meeting = travel.Meeting()
@@ -156,7 +185,7 @@ class Executor(torch.optim.Optimizer):
         self.fused: fused.FusedBackward | None = None
         self.averages: averages.Averages | None = None
         self.curve: Any = None
-        self.total_steps: int | None = None
+        self._total_steps: int | Callable[[], int | None] | None = None
         self.fed = False
         self.look = None
         self.mates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -165,12 +194,26 @@ class Executor(torch.optim.Optimizer):
         """Restore a pickled or copied optimizer."""
         if not hasattr(self, "_meeting"):
             self._start()
+            self._complete = True
         super().__setstate__(state)
+        self.param_groups[:] = map(ParamGroup, self.param_groups)
+        if not self._given:
+            for group in self.param_groups:
+                self._remember(group)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled or copied."""
-        kept = ("max_temp_bytes", "averages", "curve", "total_steps")
-        return super().__getstate__() | {key: getattr(self, key) for key in kept}
+        kept = {key: getattr(self, key) for key in ("max_temp_bytes", "averages", "curve")}
+        return super().__getstate__() | kept | {"_total_steps": self.total_steps}
+
+    @property
+    def total_steps(self) -> int | None:
+        """The length of the run, None where it is not known; may be set to what is to be called for it."""
+        return self._total_steps() if callable(self._total_steps) else self._total_steps
+
+    @total_steps.setter
+    def total_steps(self, steps: int | Callable[[], int | None] | None) -> None:
+        self._total_steps = steps
 
     # -- groups ---------------------------------------------------------------------------------------------------
 
@@ -194,7 +237,7 @@ class Executor(torch.optim.Optimizer):
             for part in parts:
                 self.add_param_group(part)
             return
-        group = completed(param_group, self.defaults, self.param_groups)
+        group = ParamGroup(completed(param_group, self.defaults, self.param_groups))
         foreign = self.defaults.keys() - group.keys()
         if self.fused is not None:
             fused.check(rule_of(group), group, ())
@@ -204,10 +247,72 @@ class Executor(torch.optim.Optimizer):
         if group["compile"]:
             compiled.check(rule_of(group), group, [x[1] if isinstance(x, tuple) else x for x in group["params"]])
         super().add_param_group(group)
+        self._remember(group)
         for key in foreign:
             del group[key]
+        if self._complete:
+            self._offer_momentum()
         if self.fused is not None:
             self.fused.watch()
+
+    def _offer_momentum(self) -> None:
+        """Keep in `defaults` the names under which torch's schedules and Lightning's monitor look for a momentum."""
+        rule = self.defaults.get("rule", self.param_groups[0]["rule"])
+        own = settings_of(lookup(rule))
+        for key in (momentum_field(lookup(rule)), momentum_names(self.param_groups)):
+            if key in MOMENTUM_NAMES:
+                self.defaults.setdefault(key, own[key] if key in own else self.param_groups[0][key])
+
+    def _remember(self, group: Mapping[str, Any]) -> None:
+        """Note which parameters a group was given, to recognize what an engine puts in their place."""
+        self._given[group["name"]] = [(id(p), None if is_lazy(p) else p.shape) for p in group["params"]]
+
+    def flat_tensors(self, group: Mapping[str, Any]) -> list[Tensor]:
+        """The flat tensors that an engine (DeepSpeed ZeRO) has put in the place of a group's parameters.
+
+        A parameter may be replaced by a copy, or by a shard of the same shape (FSDP2); then the result is empty.
+
+        Args:
+            group: of `param_groups`.
+
+        Returns:
+            One-dimensional tensors that the group was not given, where it was given other shapes or more parameters.
+        """
+        given, params = self._given.get(group["name"], []), group["params"]
+        known, out = {number for number, _ in given}, []
+        for i, p in enumerate(params) if given else ():
+            if id(p) in known or p.ndim != 1:
+                continue
+            shape = given[i][1] if i < len(given) else None
+            # a vector of the user's own may replace another; DeepSpeed's flat tensors are no Parameters
+            vector = shape is None or shape == p.shape or (len(shape) == 1 and isinstance(p, torch.nn.Parameter))
+            if len(params) < len(given) or not vector:
+                out.append(p)
+        return out
+
+    def _check_params(self, jobs: Sequence[Job]) -> None:
+        """Check that rules can take the parameters that have no state yet: as they are now, not when they were added.
+
+        A parameter may have been frozen or without a shape then, or an engine may have replaced it.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        for rule, group, works in jobs:
+            new = [w for w in works if not w.state]
+            if new:
+                self._check_replaced(rule, group)
+            for w in new:
+                check_param(rule, w.name, w.param, group)
+
+    def _check_replaced(self, rule: Rule, group: Mapping[str, Any]) -> None:
+        """Refuse flat tensors that a rule, or the group's settings, cannot step in the place of parameters."""
+        for p in self.flat_tensors(group):
+            names = ", ".join([*group.get("param_names", ("parameters",))[:3], "..."])
+            where = f"group {group['name']!r} ({names}), which DeepSpeed (or a like engine) has made a flat tensor"
+            check_flat(rule, where, p, group)
+            if self.averages is not None:
+                raise ValueError(f"{where}: the averages of `wrap` would not reach the model; {REMEDY}")
 
     # -- step -----------------------------------------------------------------------------------------------------
 
@@ -224,11 +329,18 @@ class Executor(torch.optim.Optimizer):
 
         Raises:
             FloatingPointError: a gradient is not finite and its group asks to raise; nothing was written.
-            RuntimeError: a sparse gradient, or ranks that disagree on which parameters have a gradient or, at the first
-                step, on the groups.
+            RuntimeError: a sparse gradient, a parameter whose shape is no longer that of its state or gradient, or
+                ranks that disagree on which parameters have a gradient or, at the first step, on the groups; nothing
+                was written.
         """
+        with failures.collected():
+            return self._whole_step(closure)
+
+    def _whole_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Take one step, and what averages do before and after it; what the closure returned."""
         if self.averages is None:
             return self._step(closure)[0]
+        self._check_shapes(self._jobs(frozen=True), gradients=False)
         self.averages.begin(self, closure=closure is not None)
         taken = False
         try:
@@ -245,6 +357,8 @@ class Executor(torch.optim.Optimizer):
                 loss = closure()
         look, self.look = self.look, None
         jobs = list(self._jobs())
+        self._check_shapes(jobs)
+        self._check_params(jobs)
         if not self._compared:
             self._compare(jobs)
         self._refreshes.spread(jobs, self.process_group)
@@ -281,6 +395,7 @@ class Executor(torch.optim.Optimizer):
     def eval(self) -> None:
         """Put the weights to evaluate or to save in the place of those to train; nothing where they are the same."""
         if self.averages is not None:
+            self._check_shapes(self._jobs(frozen=True), gradients=False)
             with torch.inference_mode(False), torch.no_grad():
                 self.averages.eval(self)
 
@@ -295,6 +410,7 @@ class Executor(torch.optim.Optimizer):
     def train(self) -> None:
         """Put the weights to train back, bit for bit."""
         if self.averages is not None:
+            self._check_shapes(self._jobs(frozen=True), gradients=False)
             with torch.inference_mode(False), torch.no_grad():
                 self.averages.train(self)
 
@@ -304,13 +420,15 @@ class Executor(torch.optim.Optimizer):
         Returns:
             Trainable parameters by what their rules observe; empty in most steps.
         """
-        return observing.due(self._jobs())
+        jobs = list(self._jobs())
+        self._check_params(jobs)
+        return observing.due(jobs)
 
     @torch.no_grad()
     def observe(self, seen: Mapping[Tensor, observing.Seen]) -> dict[str, float]:
         """Hand over what was measured of parameters; `lightning_optim.curvature` does so for models.
 
-        Nothing is taken in while a gradient is not finite: the step is going to be refused, here or by a GradScaler.
+        Nothing is taken in while a gradient cannot be used: the step is going to be refused, here or by a GradScaler.
 
         Args:
             seen: by parameter, fields as in `Rule.observe`.
@@ -320,13 +438,18 @@ class Executor(torch.optim.Optimizer):
 
         Raises:
             ValueError: a parameter whose rule observes nothing.
+            RuntimeError: a parameter whose shape is no longer that of its state or gradient; nothing was written.
         """
         self.fed = True
         every = list(self._jobs())
+        self._check_shapes(every)
         jobs = observing.chosen(every, seen)
         works = [w for job in every for w in job.works]
-        given = [w.gradient() for w in works if (g := w.param.grad) is not None and g.layout == torch.strided]
-        if self._agree_max([float(not _finite(given))], works)[0]:
+        squared = {
+            id(w) for rule, group, ws in every if group["on_nonfinite"] != "off" for w in ws if _squares(rule, group)
+        }
+        given = [w for w in works if (g := w.param.grad) is not None and g.layout == torch.strided]
+        if self._agree_max([float(_unusable([(w, id(w) in squared) for w in given]))], works)[0]:
             return {}
         self._materialise(jobs)
         return observing.observe(jobs, seen)
@@ -405,11 +528,11 @@ class Executor(torch.optim.Optimizer):
         clip(jobs)
         self._gathered, self._averaged = {}, False
         self._materialise(jobs)
-        if look is not None:
-            searching.search(jobs, look)
         present = [(job.group, [w for w in job.works if w.has_gradient]) for job in jobs]
         for group, works in present:
             constraint.check_first(group, works)
+        if look is not None:
+            searching.search(jobs, look)  # the last that may refuse the step
         count([w for _, works in present for w in works])
         trips = [trip for job in jobs for trip in self._trips(job)]
         for trip in trips:
@@ -435,7 +558,10 @@ class Executor(torch.optim.Optimizer):
             for i, p in enumerate(group["params"]):
                 if not is_lazy(p) and (frozen or _is_trained(p)) and p.numel():
                     name = f"{group['name']}: {names[i] if i < len(names) else f'parameter {i}'}"
-                    parts = chunks.parts(p.shape, blocks, conv=not rule.last_two, transposed=turned)
+                    try:
+                        parts = chunks.parts(p.shape, blocks, conv=not rule.last_two, transposed=turned)
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from None
                     team = self._team(rule, p, parts, turned, name)
                     works.append(Work(p, name, index, parts, self.state.get(p, {}), turned, team, own))
                 index += 1
@@ -505,7 +631,7 @@ class Executor(torch.optim.Optimizer):
 
     def _whole(self, job: Job, works: list[Work]) -> None:
         for run in chunks.bucket(works, alike):
-            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
+            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes, state_beside(run[0])):
                 update_stack(job, chunk, [layout.local(w.param) for w in chunk], [w.gradient() for w in chunk])
 
     def _travel(self, job: Job, works: list[Work], teams: list[travel.Team]) -> Iterator[None]:
@@ -529,7 +655,7 @@ class Executor(torch.optim.Optimizer):
         mine = [works[i] for i in exchange.mine if works[i].has_gradient]
         self._refreshes.decide(job, mine, lambda w: gradients[at[id(w)]], self.on_refresh)
         for run in chunks.bucket(mine, alike):
-            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes):
+            for chunk in chunks.stacks(run, run[0].param.numel(), self.max_temp_bytes, state_beside(run[0])):
                 here = [at[id(w)] for w in chunk]
                 update_stack(job, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=keep)
         like = layout.local(works[0].param).new_empty((), dtype=storage.work_dtype(works[0].param.dtype))
@@ -540,6 +666,60 @@ class Executor(torch.optim.Optimizer):
                 apply(job, w, d.view_as(layout.local(w.param)))
 
     # -- what precedes the first write ----------------------------------------------------------------------------
+
+    def _check_shapes(self, jobs: Iterable[Job], *, gradients: bool = True) -> None:
+        """Check that every parameter still has the shape of its state and, if asked, of its gradient.
+
+        On ranks that keep no values of a parameter, empty slots have the shape of what the owner keeps, so that all
+        ranks come to the same answer.
+
+        Raises:
+            RuntimeError: a parameter was resized in place; the message names it, both shapes and what to do.
+        """
+        for rule, group, works in jobs:
+            known: dict[tuple[Any, ...], dict[str, Form]] = {}
+            for w in works:
+                p, g = w.param, w.param.grad
+                if gradients and g is not None and g.shape != p.shape and g.shape != layout.local(p).shape:
+                    raise RuntimeError(
+                        f"{w.name} has shape {tuple(p.shape)}, its gradient {tuple(g.shape)}: it was resized after the "
+                        "backward pass; nothing was updated. Call zero_grad() and take the gradient again"
+                    )
+                if not w.state:
+                    continue
+                kind = p.shape, p.dtype
+                if kind not in known:
+                    known[kind] = forms_of(Job(rule, group, []), w)
+                w.forms = forms = known[kind]
+                missing = ""
+                for key, form in forms.items():
+                    held = w.state.get(key)
+                    if held is None:
+                        missing = key
+                    elif held.shape != form.shape and held.shape != (0, *form.shape):
+                        _refuse_resized(w, key, held.shape, form.shape)
+                    elif form.quantised and held.dtype == form.dtype:
+                        check_scales(rule, w, key)
+                if missing or len(w.state) > len(forms) + 1:  # more than slots and "step"
+                    self._check_beside(w, missing)
+
+    def _check_beside(self, w: Work, missing: str) -> None:
+        """Check what is kept for a parameter beside the slots that its rule declares for the present shape."""
+        for key in self._foreign(w) if missing and w.state.get("step") else ():
+            _refuse_resized(w, key, w.state[key].shape, w.forms[missing].shape, missing)
+        for key in (COMPENSATION, averages.TRAINED, *(() if self.averages is None else self.averages.keys)):
+            held = w.state.get(key)
+            if held is not None and held.shape != w.param.shape:
+                _refuse_resized(w, key, held.shape, w.param.shape)
+        radius, count = w.state.get(RADIUS), sum(part.dims[0] for part in w.parts)
+        if radius is not None and radius.numel() != count:
+            _refuse_resized(w, RADIUS, radius.shape, (count,))
+
+    def _foreign(self, w: Work) -> list[str]:
+        """Slots of a parameter that its rule would not declare for the present shape."""
+        known = {"step", COMPENSATION, RADIUS, averages.TRAINED, *w.forms, *map(scale_key, w.forms)}
+        known.update(() if self.averages is None else self.averages.keys)
+        return [key for key, held in w.state.items() if key not in known and isinstance(held, Tensor)]
 
     def _only_materialises(self, jobs: Sequence[Job]) -> bool:
         """Whether this is DCP's dummy step: every lr 0, every parameter with a gradient, every gradient 0."""
@@ -552,30 +732,37 @@ class Executor(torch.optim.Optimizer):
 
     def _gradients_usable(self, jobs: Sequence[Job]) -> bool:
         """Check all gradients before anything is written; one synchronisation if any group asks for it."""
-        asked: dict[str, list[tuple[str, Tensor]]] = {"raise": [], "skip": []}
+        asked: dict[str, list[tuple[Work, bool]]] = {"raise": [], "skip": []}
         talking: list[Work] = []
         for rule, group, works in jobs:
+            squared = _squares(rule, group)
             for w in works:
                 if w.param.grad is not None:
                     if w.param.grad.layout != torch.strided:
                         raise RuntimeError(f"{w.name}: sparse gradients are not supported; use sparse=False")
                     if group["on_nonfinite"] != "off":
-                        asked[group["on_nonfinite"]].append((w.name, w.gradient()))
+                        asked[group["on_nonfinite"]].append((w, squared))
             free = rule.elementwise and group["on_nonfinite"] == "off" and not constraint.shapes_step(group)
             if not free or self.compressing is not None:
                 talking += works
         if not talking:
             return True
-        bad = [float(not _finite([g for _, g in asked[k]])) for k in asked]
+        bad = [float(_unusable(some)) for some in asked.values()]
         bits = float(travel.fingerprint(w.has_gradient for w in talking))
         fail, skip, high, low = self._agree_max([*bad, bits, -bits], talking)
         if high != -low:
             raise RuntimeError("ranks disagree on which parameters have a gradient; nothing was updated")
         if fail:
-            where = [name for name, g in asked["raise"] if not g.isfinite().all()]
+            where = [w.name for w, squared in asked["raise"] if _unusable([(w, squared)]) == fail]
+            names = ", ".join(where[:5]) or "on another rank"
+            if fail == TOO_LARGE:
+                raise FloatingPointError(
+                    f"gradient too large: {names}. It is finite, but its squares overflow (a norm above 1.8e19 in "
+                    "float32), which would ruin the state; nothing was updated. Clip gradients (clip_norm, or the "
+                    'trainer\'s clipping), or leave such steps out with on_nonfinite="skip"'
+                )
             raise FloatingPointError(
-                f"gradient not finite: {', '.join(where[:5]) or 'on another rank'}; nothing was updated. "
-                'on_nonfinite="skip" leaves such steps out'
+                f'gradient not finite: {names}; nothing was updated. on_nonfinite="skip" leaves such steps out'
             )
         return not skip
 
@@ -609,10 +796,7 @@ class Executor(torch.optim.Optimizer):
 
     def _materialise(self, jobs: Sequence[Job]) -> None:
         """Allocate the state of every trainable parameter that has none: complete, in its final shape."""
-        for rule, group, works in jobs:
-            for w in works:
-                if not w.state:  # it may have been frozen, or without a shape, when it was added
-                    check_param(rule, w.name, w.param, group)
+        self._check_params(jobs)
         self._assign_owners(jobs)
         for rule, group, works in jobs:
             known: dict[tuple[Any, ...], tuple[dict[str, Form], bool, bool]] = {}
@@ -621,7 +805,7 @@ class Executor(torch.optim.Optimizer):
                 kind = p.shape, p.dtype
                 if kind not in known:
                     narrow = storage.compensated(p.dtype, group), storage.keeps_radius(p.dtype, group)
-                    known[kind] = forms_of(Job(rule, group, []), w), *narrow
+                    known[kind] = dict(w.forms) or forms_of(Job(rule, group, []), w), *narrow
                 w.forms, compensated, has_radius = known[kind]
                 if not w.state:
                     w.state = self.state.setdefault(w.param, {})
@@ -654,7 +838,10 @@ class Executor(torch.optim.Optimizer):
         if w.team is not None:
             here = self._owners[w.param] == w.team.rank
             like = torch.empty(w.param.shape if here else 0, dtype=w.param.dtype, device=device)
-            made = storage.allocate(form, like, form.shape) if here else like.new_empty(0, dtype=form.dtype)
+            if here:
+                made = storage.allocate(form, like, form.shape)
+            else:  # the shape tells of which whole slot, see `_check_shapes`
+                made = like.new_empty((0, *form.shape), dtype=form.dtype)
         elif rule.reduces:
             made = layout.StackLayout(w.param, w.dims, w.name, w.transposed).allocate(form)
         elif cut is None and not form.quantised:
@@ -715,7 +902,8 @@ class Executor(torch.optim.Optimizer):
             As torch's: plain values and tensors only, loadable with `weights_only=True`.
 
         Raises:
-            RuntimeError: in a collective call, when some rank does not make it.
+            RuntimeError: in a collective call, when some rank does not make it; a parameter whose shape is no longer
+                that of its state.
         """
         known = {id(p) for group in self.param_groups for p in group["params"]}
         for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in known]:
@@ -723,9 +911,11 @@ class Executor(torch.optim.Optimizer):
         trained = self.state
         self.state = self._saved() if trained else trained
         try:
-            return super().state_dict()
+            out = super().state_dict()
         finally:
             self.state = trained
+        out["param_groups"] = [plain(group) for group in out["param_groups"]]
+        return out
 
     def consolidate(self) -> None:
         """Collect the state that replicas share out (`share_work`), for calls of `state_dict` until the next step.
@@ -758,6 +948,8 @@ class Executor(torch.optim.Optimizer):
                 "replicas have momenta of their own: call consolidate() on all ranks before state_dict()"
             )
         trained, jobs = self.state, list(self._jobs(frozen=True))
+        whole = [Job(r, g, [w for w in ws if not is_flat(w.param)]) for r, g, ws in jobs]  # others change their shapes
+        self._check_shapes(whole, gradients=False)
         self._materialise([Job(r, g, [w for w in ws if _is_trained(w.param)]) for r, g, ws in jobs])
         entries = [e for e in self._entries(jobs, lambda p, key: p in trained) if e.param not in self._gathered]
         out = defaultdict(dict, {p: dict(slots) for p, slots in trained.items()})
@@ -807,6 +999,8 @@ class Executor(torch.optim.Optimizer):
         def take(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             ids.extend(chain.from_iterable(group["params"] for group in saved["param_groups"]))
             loaded.update({i: _present(slots) for i, slots in saved["state"].items()})
+            for job in self._jobs(frozen=True):
+                self._check_replaced(job.rule, job.group)
             groups = self._completed(saved["param_groups"])
             if self.averages is not None:
                 self.averages.check_loaded(groups, loaded.values())
@@ -816,6 +1010,7 @@ class Executor(torch.optim.Optimizer):
         def give(_: torch.optim.Optimizer) -> None:
             self._install(loaded, ids)
 
+        given = [self._given.get(group["name"], []) for group in self.param_groups]
         handles = [self.register_load_state_dict_pre_hook(take)]
         handles.append(self.register_load_state_dict_post_hook(give, prepend=True))
         try:
@@ -823,6 +1018,7 @@ class Executor(torch.optim.Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+        self._given |= {group["name"]: known for group, known in zip(self.param_groups, given, strict=True)}
 
     def _completed(self, saved: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Saved groups with what they lack taken from the present ones."""
@@ -836,6 +1032,7 @@ class Executor(torch.optim.Optimizer):
             if self.averages is None and group.get("average_step"):
                 raise ValueError("the checkpoint's optimizer was wrapped (EMANesterov, ...): wrap this one alike")
             known = group if "rule" in group else lookup(own["rule"]).translate(dict(group))
+            known = {k: v for k, v in known.items() if k in own or k not in MOMENTUM_NAMES}
             groups.append({**{k: v for k, v in own.items() if k != "params"}, **known, "compile": own["compile"]})
             check_loaded(groups[-1])
         return [*groups, *saved[len(groups) :]]
@@ -860,6 +1057,10 @@ class Executor(torch.optim.Optimizer):
                     if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != shape):
                         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                         raise ValueError(f"{w.name}: the checkpoint's {key!r} has shape {got}, expected {shape}")
+                for key in (COMPENSATION, *self._of_averages(found)):
+                    if key in found and found[key].shape != w.param.shape:
+                        got, shape = tuple(found[key].shape), tuple(w.param.shape)
+                        raise ValueError(f"{w.name}: the checkpoint's {key!r} has shape {got}, expected {shape}")
 
     def _install(self, loaded: Mapping[int, Mapping[str, Any]], ids: Sequence[int]) -> None:
         """Copy loaded state into place, in the declared dtypes; matrices that travel go to their owners."""
@@ -871,6 +1072,9 @@ class Executor(torch.optim.Optimizer):
         for job in jobs:
             for w in job.works:
                 state, w.forms = self.state[w.param], forms_of(job, w)
+                for key, form in w.forms.items():  # the parameter may have been resized since
+                    if key in state and state[key].shape not in (form.shape, (0, *form.shape)):
+                        del state[key]
                 of_forms = {*w.forms, *map(scale_key, w.forms), "step", COMPENSATION, RADIUS}
                 of_forms |= set(self._of_averages(found[id(w.param)]))
                 state.update({k: _copied(v) for k, v in found[id(w.param)].items() if k not in of_forms})
@@ -936,6 +1140,23 @@ def _expected(forms: Mapping[str, Form], found: Mapping[str, Any]) -> Iterator[t
             yield scale_key(key), checkpoint.table_shape(form)
 
 
+def _refuse_resized(w: Work, key: str, held: Sequence[int], expected: Sequence[int], wanted: str = "") -> NoReturn:
+    """Refuse a parameter whose state is that of another shape.
+
+    Raises:
+        RuntimeError: always.
+    """
+    whole = tuple(held)[1:] if len(held) and held[0] == 0 else tuple(held)
+    said = f"{wanted!r} {tuple(expected)}" if wanted else tuple(expected)
+    raise RuntimeError(
+        f"{w.name} has shape {tuple(w.param.shape)}, and its state is that of another shape: {key!r} has {whole}, "
+        f"expected {said}; nothing was updated. The parameter was resized in place, as "
+        "resize_token_embeddings does, or a setting that shapes the state (rank, blocks) was changed. Resize before "
+        "the first step, build a new optimizer afterwards, or start this parameter's state again by "
+        "optimizer.state.pop(parameter), on every rank"
+    )
+
+
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
@@ -950,12 +1171,52 @@ def _present(slots: Any) -> Any:
     return {k: v for k, v in slots.items() if v is not None} if isinstance(slots, Mapping) else slots
 
 
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all elements are; one synchronisation per device, if their sums do not overflow."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for t in tensors:  # a sum takes 0.7 of the time of the largest element, and is not finite where an element is not
-        by_device.setdefault(t.device, []).append(t.sum().double())
-    return all(torch.stack(sums).isfinite().all() for sums in by_device.values()) or math.isfinite(_largest(tensors))
+TOO_LARGE, NOT_FINITE = 1, 2
+"""What is wrong with a gradient; the worse is the larger."""
+
+
+def _squares(rule: Rule, group: Mapping[str, Any]) -> bool:
+    """Whether a rule adds up squares of a gradient, as large as it comes: if they overflow, its state is lost."""
+    return not rule.elementwise and group["clip_norm"] is None
+
+
+def _unusable(given: Sequence[tuple[Work, bool]]) -> int:
+    """Whether some gradient cannot be used; one synchronisation per device, if all can.
+
+    Args:
+        given: parameters with a gradient, and whether its squares have to be finite, too.
+
+    Returns:
+        0, `TOO_LARGE` or `NOT_FINITE`.
+    """
+    # a sum takes 0.7 of the time of the largest element, and is not finite where an element is not; a norm takes as
+    # long as a sum out of memory, and overflows where the squares do. Those of float16 cannot
+    sums: dict[torch.device, list[Tensor]] = {}
+    norms: dict[tuple[torch.device, torch.dtype, int], list[Tensor]] = {}
+    for w, squared in given:
+        g = w.gradient()
+        if squared and g.dtype != torch.float16:
+            norms.setdefault((g.device, g.dtype, layout.parts_of_whole(w.param)), []).append(
+                torch.linalg.vector_norm(g)
+            )
+        else:
+            sums.setdefault(g.device, []).append(g.sum().double())
+    checks: dict[torch.device, list[Tensor]] = {}
+    for device, found in sums.items():
+        checks.setdefault(device, []).append(torch.stack(found).isfinite().all())
+    for (device, dtype, ranks), found in norms.items():
+        # parts on other ranks may be as large
+        most = (torch.finfo(storage.work_dtype(dtype)).max / ranks) ** 0.5
+        checks.setdefault(device, []).append((torch.stack(found) < most).all())
+    if all(torch.stack(found).all() for found in checks.values()):
+        return 0
+    if not math.isfinite(_largest([w.gradient() for w, _ in given])):
+        return NOT_FINITE
+    for (_, dtype, ranks), found in norms.items():
+        most = (torch.finfo(storage.work_dtype(dtype)).max / ranks) ** 0.5
+        if not (torch.stack(found) < most).all():
+            return TOO_LARGE
+    return 0
 
 
 def _largest(tensors: Sequence[Tensor]) -> float:

@@ -20,6 +20,7 @@ from lightning_optim.core import layout
 from lightning_optim.core.groups import is_flat
 from lightning_optim.core.rule import Rule
 from lightning_optim.core.work import Job, Work
+from lightning_optim.ops.lapack import failures
 
 if TYPE_CHECKING:
     from lightning_optim.core.executor import Executor
@@ -190,6 +191,7 @@ class FusedBackward:
         self.watch()
 
     def _begin(self, jobs: Sequence[Job]) -> None:
+        self.optimizer._check_shapes(jobs)
         for rule, group, works in jobs:
             check(rule, group, works)
             for w in works:
@@ -211,7 +213,8 @@ class FusedBackward:
             self._measure(w, group)
         else:
             try:
-                self.optimizer._take([job], self._clip)
+                with failures.collected():
+                    self.optimizer._take([job], self._clip)
             except FloatingPointError as error:
                 said = str(error).partition(";")[0]
                 raise FloatingPointError(f"{said}; it was not updated, parameters before it in the pass were") from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import numbers
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ class Options:
     state_storage: Storage = "fp32"
     storage_block: int = 256
     storage_min: int = 4096
-    blocks: int | tuple[int, ...] | None = None
+    blocks: int | tuple[int, ...] | tuple[tuple[int, int], ...] | None = None
     transposed: bool = False
     constraint: Literal["none", "hyperball"] = "none"
     uw_floor: float = 0.0
@@ -48,6 +49,10 @@ OPTIONS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
 OPTION_TYPES: dict[str, Any] = typing.get_type_hints(Options)
 
 
+HIDDEN = "which FSDP1 and ZeRO hide in flat parameters"
+REMEDY = "use FSDP2 (fully_shard, Lightning's ModelParallelStrategy, accelerate fsdp_version 2) or DDP"
+
+
 def settings_of(rule: type[Rule]) -> dict[str, Any]:
     """Every setting of a group of this rule.
 
@@ -55,6 +60,114 @@ def settings_of(rule: type[Rule]) -> dict[str, Any]:
         Names and defaults: hyperparameters, then options.
     """
     return hyperparameters(rule) | OPTIONS
+
+
+class ParamGroup(dict[str, Any]):
+    """A param group that answers to both names of a momentum, as torch's schedules use one name for all groups.
+
+    `OneCycleLR` and `CyclicLR` write `momentum`, or the first of `betas`, into every group. In a group whose rule has
+    the other one, that one is set, and read, instead; a rule without momentum shows 0 and ignores what is written. The
+    other name is never stored, so checkpoints hold the rule's own settings only.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Set a setting, or the momentum under its other name."""
+        if key in MOMENTUM_NAMES and "rule" in self and _is_other_name(lookup(self["rule"]), key, value):
+            set_momentum(self, value[0] if isinstance(value, (tuple, list)) else value)
+        else:
+            super().__setitem__(key, value)
+
+    def __missing__(self, key: str) -> Any:
+        """Read the momentum under its other name."""
+        if key in MOMENTUM_NAMES and "rule" in self:
+            now = momentum_of(self) or 0.0
+            return (now,) if key == "betas" else now
+        raise KeyError(key)
+
+
+MOMENTUM_NAMES = ("momentum", "betas")
+"""Where torch's schedules and Lightning's monitor look for a momentum."""
+
+
+@functools.cache
+def momentum_field(rule: type[Rule]) -> str | None:
+    """The hyperparameter of a rule that is its momentum.
+
+    Args:
+        rule: any.
+
+    Returns:
+        `"momentum"`, else `"betas"`, whose first one it is, else `"beta1"`; None for a rule without.
+    """
+    known = hyperparameters(rule)  # the `momentum` of COSMOS is a word
+    return next((k for k in (*MOMENTUM_NAMES, "beta1") if k in known and not isinstance(known[k], str)), None)
+
+
+def momentum_of(group: Mapping[str, Any]) -> float | None:
+    """The momentum of a group.
+
+    Args:
+        group: of an optimizer.
+
+    Returns:
+        Its value; None where the rule, as it is set, has none.
+    """
+    field = momentum_field(lookup(group["rule"]))
+    value = None if field is None else group[field]
+    return value[0] if isinstance(value, (tuple, list)) else value
+
+
+def set_momentum(group: dict[str, Any], value: float) -> None:
+    """Set the momentum of a group; nothing where it has none.
+
+    Args:
+        group: of an optimizer.
+        value: of the momentum.
+    """
+    field = momentum_field(lookup(group["rule"]))
+    if field is not None and momentum_of(group) is not None:
+        group[field] = (value, *group[field][1:]) if field == "betas" else value
+
+
+def momentum_names(groups: Sequence[Mapping[str, Any]]) -> str | None:
+    """The name under which one schedule reaches the momentum of every group, and one monitor reads it.
+
+    Args:
+        groups: of an optimizer.
+
+    Returns:
+        `"momentum"` or `"betas"`; None where no group has a momentum.
+    """
+    rules = [lookup(group["rule"]) for group in groups if momentum_of(group) is not None]
+    if not rules:
+        return None
+    both = any(momentum_field(rule) == "momentum" and "betas" in hyperparameters(rule) for rule in rules)
+    return "momentum" if both or all(momentum_field(rule) == "momentum" for rule in rules) else "betas"
+
+
+def _is_other_name(rule: type[Rule], key: str, value: Any = None) -> bool:
+    """Whether a rule has no setting of this name, or (COSMOS) one of another meaning than the value's."""
+    known = hyperparameters(rule)
+    return key not in known or (isinstance(known[key], str) and isinstance(value, numbers.Real))
+
+
+def plain(value: Any) -> Any:
+    """A setting as a checkpoint can hold it: numpy's numbers do not load with `weights_only=True`.
+
+    Args:
+        value: any; tuples, lists and dictionaries are searched.
+
+    Returns:
+        The value with Python's numbers.
+    """
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind(plain(x) for x in value)
+    if kind is dict:
+        return {k: plain(x) for k, x in value.items()}
+    if kind in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
@@ -143,15 +256,13 @@ def completed(
     for key in group:
         _refuse_misspelled(key, rule)
     if defaults.get("rule") == rule.name:
-        out = {**defaults, **out}
+        own = {k: v for k, v in defaults.items() if k not in MOMENTUM_NAMES or not _is_other_name(rule, k)}
+        out = {**own, **out}
     if out.get("lr_convention") == "adamw":
         out = {**rule.adamw_settings, **out}
     out = {**settings_of(rule), **out}
-    for key, value in out.items():
-        if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
-            out[key] = float(value)  # numpy's scalars do not load with weights_only
-    if isinstance(out["blocks"], list):
-        out["blocks"] = tuple(out["blocks"])
+    out = {k: v if k == "params" else plain(v) for k, v in out.items()}
+    out["blocks"] = chunks.frozen(out["blocks"])
     taken = {g["name"] for g in groups}
     if out.setdefault("name", unused(rule.name, taken)) in taken:
         raise ValueError(f"two param groups are named {out['name']!r}; names must be unique")
@@ -194,7 +305,11 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     if group["clip_norm"] == 0:
         raise ValueError(f"{group['name']}: clip_norm must be positive, or None for no clipping, got 0")
     blocks = group["blocks"]
-    if blocks is not None and min(blocks if isinstance(blocks, tuple) else (blocks,), default=0) < 1:
+    sizes = blocks if isinstance(blocks, tuple) else (blocks,)
+    if (
+        blocks is not None
+        and min((x for size in sizes for x in (size if isinstance(size, tuple) else (size,))), default=0) < 1
+    ):
         raise ValueError(f"{group['name']}: blocks must be a positive integer or several, got {blocks!r}")
 
 
@@ -205,6 +320,10 @@ def _check_options(group: Mapping[str, Any]) -> None:
 
 def _refuse_misspelled(key: str, rule: type[Rule]) -> None:
     known = [*settings_of(rule), "params", "rule", "name", "role", "initial_lr", "param_names"]
+    if key in MOMENTUM_NAMES and key not in known:
+        field = momentum_field(rule)
+        said = {None: "it has no momentum", "betas": "its momentum is the first of 'betas'"}
+        raise ValueError(f"{rule.name} has no setting {key!r}; {said.get(field, f'its momentum is {field!r}')}")
     if key not in known and (close := difflib.get_close_matches(key, [*known, "learning_rate"], n=1, cutoff=0.8)):
         right = "lr" if close[0] == "learning_rate" else close[0]
         raise ValueError(f"{rule.name} has no setting {key!r}; did you mean {right!r}?")
@@ -264,14 +383,11 @@ def check_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> N
         raise ValueError(f"{name}: {rule.name} needs a floating-point parameter, got {p.dtype}")
     if p.layout != torch.strided:
         raise ValueError(f"{name}: sparse parameters are not supported, got layout {p.layout}")
+    if is_flat(p):
+        check_flat(rule, name, p, group)
     constraint.check_param(name, p, group)
     if rule.elementwise and not constraint.shapes_step(group):
         return
-    if is_flat(p):
-        raise ValueError(
-            f"{name}: {rule.name} needs whole matrices, which FSDP1 and ZeRO hide in flat parameters; "
-            "use FSDP2 (fully_shard, Lightning's ModelParallelStrategy, accelerate fsdp_version 2) or DDP"
-        )
     if rule.joint and layout.local(p) is not p:
         raise ValueError(f"{name}: {rule.name} needs whole parameters and hooks, which FSDP2 does not support; use DDP")
     searching.check_param(rule, name, p)
@@ -287,9 +403,62 @@ def check_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> N
 
 
 def is_flat(p: Tensor) -> bool:
-    """Whether FSDP1 (FlatParameter and its views) or DeepSpeed ZeRO has flattened or emptied this parameter.
+    """Whether FSDP1 (FlatParameter and its views) or DeepSpeed ZeRO-3 has flattened or emptied this parameter.
 
     Returns:
         True for such a one.
     """
     return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id"))
+
+
+def check_unflattened(rule: type[Rule], named: Iterable[tuple[str, Tensor]]) -> None:
+    """Check that the parameters of a model have their shapes, by which roles are told.
+
+    Args:
+        rule: the main rule.
+        named: the model's parameters.
+
+    Raises:
+        ValueError: FSDP1 or DeepSpeed's `zero.Init` has flattened or emptied a trainable one.
+    """
+    name = next((name for name, p in named if p.requires_grad and is_flat(p)), None)
+    if name is not None:
+        _check_shapeless(rule, name)
+        raise ValueError(
+            f"{name}: FSDP1 or ZeRO-3 has flattened it, so roles (vectors are not decayed, say) cannot be told; "
+            f"{REMEDY}, or give the class of {rule.name} all parameters with the same settings"
+        )
+
+
+def check_flat(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    """Check that a flat tensor, a run of elements of one or more parameters, can be stepped like the parameters.
+
+    That is so for an elementwise rule, unless an option of the group depends on the shapes of the parameters, on the
+    place of an element or on other ranks.
+
+    Args:
+        rule: of the group.
+        name: of the parameter or the group, for the message.
+        p: the flat tensor.
+        group: its settings.
+
+    Raises:
+        ValueError: it is not so.
+    """
+    _check_shapeless(rule, name)
+    defaults = OPTIONS | {"on_nonfinite": "off"}
+    keys = ["clip_norm", "on_nonfinite", *(constraint.OPTIONS if constraint.shapes_step(group) else ())]
+    keys += ["state_storage"] if group["state_storage"] != "host" else []
+    instead = {key: f"{key}={defaults[key]!r}" for key in keys if group[key] != defaults[key]}
+    if p.dtype == torch.bfloat16 and group["param_rounding"] == "stochastic":
+        instead["param_rounding"] = "param_rounding='nearest' or 'kahan'"
+    for key, allowed in instead.items():
+        raise ValueError(f"{name}: {key}={group[key]!r} needs whole parameters, {HIDDEN}; give {allowed}, or {REMEDY}")
+
+
+def _check_shapeless(rule: Rule | type[Rule], name: str) -> None:
+    """Refuse a flat tensor for a rule that needs the parameters in it."""
+    if not rule.elementwise:
+        raise ValueError(f"{name}: {rule.name} needs whole matrices, {HIDDEN}; {REMEDY}")
+    if rule.observes:
+        raise ValueError(f"{name}: {rule.name} cannot be measured in the flat parameters of FSDP1 and ZeRO; {REMEDY}")

@@ -426,17 +426,20 @@ class StackLayout:
     def wrap(self, part: Tensor, letters: str = "mn") -> Tensor:
         """A local stack as the rule sees it.
 
+        torch.distributed does not keep the shards of a dimension with fewer elements than ranks: it would replicate
+        the result, which an operation in place cannot. A single element broadcasts, which has the same end. Every rank
+        gets such a stack whole.
+
         Returns:
-            The stack itself, or a DTensor around it whose sums run over all ranks.
+            The stack itself, the whole stack, or a DTensor around this rank's part whose sums run over all ranks.
         """
         if self.cut is None or "b" in self.axes:
             return part
         sizes = {x: self.dims["bmn".index(x)] for x in self.axes if x}
         shape = [part.shape[0], *(sizes.get(x, k) for x, k in zip(letters, part.shape[1:], strict=True))]
         wrapped = _wrap(self.cut.mesh, self._placements(letters), shape, part)
-        return (
-            wrapped.full_tensor() if 1 in sizes.values() else wrapped
-        )  # one element broadcasts, no shard may in place
+        few = any(sizes[x] < max(2, self.cut.mesh.size(d)) for d, x in enumerate(self.axes) if x)
+        return wrapped.full_tensor() if few else wrapped
 
     def part(self, whole: Tensor, letters: str) -> Tensor:
         """This rank's part of a stack that every rank has whole.
@@ -510,6 +513,16 @@ def ranks_of(params: Iterable[Tensor]) -> tuple[int, ...]:
     """
     meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
     return tuple(sorted({r for mesh in meshes for r in mesh.mesh.flatten().tolist()}))
+
+
+def parts_of_whole(p: Tensor) -> int:
+    """Over how many ranks the elements of a parameter are spread.
+
+    Returns:
+        1 for a tensor that is whole on this rank.
+    """
+    cut = cut_of(p)
+    return 1 if cut is None else cut.size
 
 
 def agree_max(values: Sequence[float], params: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> list[float]:

@@ -156,6 +156,9 @@ class Rule:
     """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
     adamw_settings: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters that `lr_convention="adamw"` sets so that `rms` is known."""
+    head_settings: ClassVar[Mapping[str, Any]] = {}
+    """Hyperparameters of queries and keys, which `build_optimizer` then cuts into heads, and their other rows into rows
+    where they lie in one parameter with the values. Empty for rules to which a head is nothing in particular."""
     signed: ClassVar[frozenset[str]] = frozenset()
     """Hyperparameters that may be negative."""
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (1.0, 2.0, 0.5, 4.0, 0.25, 8.0, 0.125)}
@@ -586,7 +589,7 @@ def check_value(what: str, value: Any, hint: Any, *, signed: bool = False) -> No
         if value is None and type(None) in inner:
             return
         fitting = [x for x in inner if _fits(value, x)] or [x for x in inner if x is not type(None)][:1]
-        check_value(what, value, fitting[0], signed=signed)
+        check_value(what, value, next((x for x in fitting if _holds(value, x)), fitting[0]), signed=signed)
     elif origin is Literal:
         if value not in inner:
             raise ValueError(f"{what}: unknown value {value!r}; {nearest(str(value), [str(x) for x in inner])}")
@@ -613,6 +616,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in kinds:
         return isinstance(value, kinds[hint]) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def _holds(value: Any, hint: Any) -> bool:
+    """Whether the values in a tuple of any length fit, too."""
+    inner = typing.get_args(hint)
+    return inner[1:] != (Ellipsis,) or all(_fits(x, inner[0]) for x in value)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -139,6 +139,8 @@ class Around:
 def search(jobs: Sequence[Job], look: Look) -> None:
     """Let every rule that searches replace the gradients of its parameters by the direction it finds.
 
+    State is stored when all of them have found one.
+
     A closure leaves the gradients of its last call, as with torch.optim.LBFGS; a curvature feed touches none.
 
     Args:
@@ -149,13 +151,17 @@ def search(jobs: Sequence[Job], look: Look) -> None:
         ValueError: groups of one such rule whose settings differ.
         FloatingPointError: the direction is not finite; weights and state are as before.
     """
+    found: list[Callable[[], None]] = []
     for kind in dict.fromkeys(type(job.rule) for job in jobs if isinstance(job.rule, Searching)):
         mine = [(job, w) for job in jobs if type(job.rule) is kind for w in job.works if w.has_gradient]
         if mine:
-            _search([job for job, _ in mine], [w for _, w in mine], look)
+            found.append(_search([job for job, _ in mine], [w for _, w in mine], look))
+    for store in found:
+        store()
 
 
-def _search(jobs: Sequence[Job], works: Sequence[Work], look: Look) -> None:
+def _search(jobs: Sequence[Job], works: Sequence[Work], look: Look) -> Callable[[], None]:
+    """Find a direction; what stores it, and the state that goes with it."""
     rules = [cast("Searching", job.rule) for job in jobs]
     for job in jobs:
         if replace(cast("Any", job.rule), weight_decay=0.0) != replace(cast("Any", rules[0]), weight_decay=0.0):
@@ -171,6 +177,7 @@ def _search(jobs: Sequence[Job], works: Sequence[Work], look: Look) -> None:
     oldest = steps.index(max(steps))  # a parameter that joined late knows less
     at: Around | None = None
     before: dict[str, Tensor] = {}
+    after: dict[str, Tensor] = {}
     try:
         if rules[0].lr:
             at = Around(works, [r.weight_decay for r in rules], look)
@@ -185,16 +192,22 @@ def _search(jobs: Sequence[Job], works: Sequence[Work], look: Look) -> None:
                     f"{rules[0].name}: no finite step was found; nothing was updated. A lower lr may help"
                 )
             directions = at.parts(d)
-            _store(full, at, works[0].slots(rules[0]), storage.untangled(before, {k: getattr(s, k) for k in before}))
+            after = storage.untangled(before, {k: getattr(s, k) for k in before})
         else:
             directions = [torch.zeros_like(w.param) for w in works]
     finally:
         if at is not None:
             at.back()
-    for w, d, slots in zip(works, directions, kept, strict=True):
-        w.prepared, w.scale = d, 1.0
-        for key, x in slots.items():
-            x.close_all(w.state[key])
+
+    def store() -> None:
+        if at is not None:
+            _store(full, at, works[0].slots(rules[0]), after)
+        for w, d, slots in zip(works, directions, kept, strict=True):
+            w.prepared, w.scale = d, 1.0
+            for key, x in slots.items():
+                x.close_all(w.state[key])
+
+    return store
 
 
 def _store(works: Sequence[Work], at: Around, slots: Any, after: dict[str, Tensor]) -> None:

@@ -371,6 +371,18 @@ def untangled(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict
     return out
 
 
+def version(t: Tensor) -> int | None:
+    """How often a tensor, or another view of its memory, has been written in place.
+
+    Args:
+        t: any.
+
+    Returns:
+        torch's count; None for a tensor of inference mode, which has none.
+    """
+    return None if t.is_inference() else t._version
+
+
 def write(entries: Sequence[Tensor], after: Tensor) -> None:
     """Store what a rule left in a slot.
 

@@ -20,6 +20,7 @@ from lightning_optim.core.rule import ADAMW_RMS, Rows, Rule, Slot
 from lightning_optim.core.storage import COMPENSATION, Form, scale_key
 from lightning_optim.core.travel import Replicas, Team
 from lightning_optim.ops.eigenbasis import overlap
+from lightning_optim.ops.lapack import LinAlgError, failures
 from lightning_optim.ops.noise import normal
 from lightning_optim.ops.rounding import hash_key, indices, stochastic_round
 from lightning_optim.ops.runs import rows_of, runs
@@ -202,6 +203,23 @@ def portions(works: Sequence[Work], max_temp_bytes: int) -> Iterator[Sequence[Wo
     yield works[start:]
 
 
+def state_beside(w: Work) -> list[int]:
+    """Elements of the state of one parameter that is not shaped like it: square factors and bases, statistics."""
+    return [math.prod(form.shape) for form in w.forms.values() if form.slot.letters != "mn"]
+
+
+def check_scales(rule: Rule, w: Work, key: str) -> None:
+    """Check that codes and scales of a quantised slot belong together.
+
+    Raises:
+        RuntimeError: the group's `storage_block` was changed.
+    """
+    codes, scale = layout.local(w.state[key]), w.state.get(scale_key(key))
+    count = storage.blocks_here(w.forms[key], codes, first_index(rule, w.forms[key], w))
+    if scale is not None and layout.local(scale).numel() != count:
+        raise RuntimeError(f"{w.name}: storage_block was changed while there is {key!r}; set it as it was")
+
+
 def forms_for(rule: Rule, group: Mapping[str, Any], p: Tensor, parts: Sequence[Part]) -> dict[str, Form]:
     """How everything a rule keeps for a parameter rests.
 
@@ -287,8 +305,6 @@ class _Kept:
         cut = (job.rule.elementwise or job.rule.reduces) and w.team is None
         self.param = w.param if cut and self.form.slot.letters == "mn" else None
         self.start = first_index(job.rule, self.form, w)
-        if self.scale is not None and self.scale.numel() != storage.blocks_here(self.form, self.part, self.start):
-            raise RuntimeError(f"{w.name}: storage_block was changed while there is {key!r}; set it as it was")
         self.key = hash_key(job.group["seed"], w.t, w.index, 1 + list(w.forms).index(key))
         self.device = layout.local(w.param).device
 
@@ -453,15 +469,17 @@ def update_stack(
     """
     kept = [kept_slots(job, w) for w in chunk]
     opened = [with_values(w, slots) for w, slots in zip(chunk, kept, strict=True)]
+    versions = [{k: storage.version(w.state[k]) for k in slots} for w, slots in zip(opened, kept, strict=True)]
     pieces = zip(*(w.pieces(job.rule) for w in opened), strict=True)
     plain = sink is None and (frame is None or frame.cut is None) and not constraint.shapes_step(job.group)
     by_rows = plain and _goes_by_rows(chunk)
     if by_rows and job.rule.reduces and _by_graph(job, chunk[0]) is not None:
         return
     found = [_directions(job, piece, params, gradients, frame, by_rows) for piece in pieces]
-    for w, slots in zip(opened, kept, strict=True):
+    for w, slots, old in zip(opened, kept, versions, strict=True):
         for key, x in slots.items():
-            x.close_all(w.state[key])
+            if old[key] is None or storage.version(w.state[key]) != old[key]:
+                x.close_all(w.state[key])
     if job.rule.rests(chunk[0].t):
         return
     for w, like, *ds in zip(chunk, gradients, *found, strict=True):
@@ -515,6 +533,7 @@ def _directions(
     slots = first.slots(rule)
     part, turn = first.parts[0], first.transposed
     entries, before = stacked_state(chunk, slots, dims)
+    versions = {k: storage.version(x) for k, x in before.items()}
     g, p = stacked_gradient(chunk, gradients, dims), None
     if needs_param(rule):
         p = chunks.stack([part.of(t, turn) for t in params], (b, m, n), dtype)
@@ -527,13 +546,19 @@ def _directions(
     s.mean = _as_is if first.replicas is None else first.replicas.mean
     s.refresh = functools.partial(_refresh, job, chunk, s)
     whole = wrap(g)
-    d = rule.update(whole, s, wrap(p) if rule.reads_param and p is not None else None, first.t)
+    try:
+        d = rule.update(whole, s, wrap(p) if rule.reads_param and p is not None else None, first.t)
+    except LinAlgError as error:  # others have moved: the step has to end
+        failures.add(f"{rule.name} could not be computed and does not move ({error})")
+        d = torch.zeros_like(whole)
+    failures.name(lambda: [w.name for w in chunk])
     if "refreshed" in slots:
         age = s.refreshed[..., 0]
         age.copy_(torch.ones_like(age) if first.due else age + 1)
     left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
     for k, value in storage.untangled(before, left).items():
-        storage.write(entries[k], value)
+        if value is not before[k] or versions[k] is None or storage.version(value) != versions[k]:
+            storage.write(entries[k], value)
     if isinstance(d, Tensor):
         return unwrap(d).split(b)
     return [d] if by_rows else unwrap(d(slice(0, whole.shape[-2]))).split(b)
@@ -596,6 +621,7 @@ def _refresh(job: Job, chunk: Sequence[Work], s: SimpleNamespace, g: Tensor) -> 
     old = {k: getattr(s, k).clone() for k in names if looked}
     started = time.perf_counter()
     job.rule.rebuild(g, s, first.t)
+    failures.name(lambda: [w.name for w in chunk])
     seconds = (time.perf_counter() - started) / len(chunk)
     if old:
         shared = [overlap(*(_squares(x, slots[k]) for x in (old[k], getattr(s, k)))) for k in names]

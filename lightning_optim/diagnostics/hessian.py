@@ -513,34 +513,58 @@ def signs(like: Tensor, generator: torch.Generator) -> Tensor:
     return bits.to(like.dtype).mul_(2).sub_(1)
 
 
-def hutchinson(
-    hessian: Hessian, blocks: Sequence[Block], probes: Sequence[Sequence[Tensor]]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Trace of every block, |H|_F^2 and the diagonal, from joint probes: one product per probe serves all blocks.
+def block_probes(
+    hessian: Hessian, blocks: Sequence[Block], probes: Sequence[Sequence[Sequence[Tensor]]]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Estimates of every block from probes that live within it, one product each.
 
-    For independent signs z, E z_b^T (H z)_b = tr H_bb, E |H z|^2 = |H|_F^2, E z * H z = diag H. The variance of a
-    block's trace is 2 (|H_bb|^2 - sum h_ii^2) + sum_{c != b} |H_bc|^2.
+    For independent signs z over block b: E z^T H_bb z = tr H_bb, E |H_cb z|^2 = |H_cb|_F^2, E z * H_bb z = diag H_bb.
+    The variance of the trace is 2 (|H_bb|_F^2 - sum h_ii^2) per probe. A probe over all parameters would add the
+    coupling, sum_{c != b} |H_bc|_F^2, which for a small block beside a large one is many times its trace.
 
     Args:
         hessian: over all parameters.
         blocks: a partition of the parameters, or some of them.
-        probes: sign vectors, one tensor per parameter each.
+        probes: for every block, sign vectors over its parameters.
 
     Returns:
-        (traces `[probes, blocks]`, |H z|^2 `[probes]`, the mean of z * H z per parameter).
+        (for every block `[probes]`, z^T H z; for every block `[probes, blocks]`, |H_cb z|^2; the mean of z * H z per
+        parameter, zero outside the blocks).
     """
-    every = range(len(hessian.params))
-    traces, squares = [], []
+    every = [i for block in blocks for i in block]
+    traces, columns = [], []
     diagonal = [torch.zeros_like(p) for p in hessian.params]
-    for z in probes:
-        hz = hessian.product(z, every)
-        products = [a * b for a, b in zip(z, hz, strict=True)]
-        for d, x in zip(diagonal, products, strict=True):
-            d += x / len(probes)
-        sums = torch.stack([x.sum(dtype=torch.float64) for x in products])
-        traces.append(torch.stack([sums[list(block)].sum() for block in blocks]))
-        squares.append(torch.stack([x.square().sum(dtype=torch.float64) for x in hz]).sum())
-    return torch.stack(traces).cpu(), torch.stack(squares).cpu(), diagonal
+    for block, vectors in zip(blocks, probes, strict=True):
+        own, squares = [], []
+        for z in vectors:
+            hz = dict(zip(every, hessian.product(z, block, every), strict=True))
+            products = [x * hz[i] for i, x in zip(block, z, strict=True)]
+            for i, x in zip(block, products, strict=True):
+                diagonal[i] += x / len(vectors)
+            own.append(torch.stack([x.sum(dtype=torch.float64) for x in products]).sum())
+            rows = [[hz[i].square().sum(dtype=torch.float64) for i in row] for row in blocks]
+            squares.append(torch.stack([torch.stack(row).sum() for row in rows]))
+        traces.append(torch.stack(own).cpu())
+        columns.append(torch.stack(squares).cpu())
+    return traces, columns, diagonal
+
+
+def hutchinson(
+    hessian: Hessian, blocks: Sequence[Block], probes: Sequence[Sequence[Tensor]]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Trace of every block, |H|_F^2 and the diagonal, by `block_probes`: one product per probe and block.
+
+    Args:
+        hessian: over all parameters.
+        blocks: a partition of the parameters, or some of them.
+        probes: sign vectors, one tensor per parameter each; a block takes its part of each.
+
+    Returns:
+        (traces `[probes, blocks]`, estimates of |H|_F^2 over the blocks `[probes]`, the mean of z * H z per parameter).
+    """
+    parts = [[[z[i] for i in block] for z in probes] for block in blocks]
+    traces, columns, diagonal = block_probes(hessian, blocks, parts)
+    return torch.stack(traces, 1), torch.stack([x.sum(1) for x in columns], 1).sum(1), diagonal
 
 
 def hutch_plus_plus(matvec: Callable[[Tensor], Tensor], size: int, products: int, generator: torch.Generator) -> Tensor:
@@ -578,16 +602,19 @@ def coupling_squares(hessian: Hessian, blocks: Sequence[Block], probes: Sequence
     Returns:
         `[blocks, blocks]`, symmetric, float64.
     """
-    every = [i for block in blocks for i in block]
-    columns = []
-    for block, vectors in zip(blocks, probes, strict=True):
-        total = torch.zeros(len(blocks), dtype=torch.float64)
-        for z in vectors:
-            hz = iter(hessian.product(z, block, every))
-            rows = [[next(hz).square().sum(dtype=torch.float64) for _ in row] for row in blocks]
-            total += torch.stack([torch.stack(row).sum() for row in rows]).cpu() / len(vectors)
-        columns.append(total)
-    table = torch.stack(columns, 1)
+    return coupling_table(block_probes(hessian, blocks, probes)[1])
+
+
+def coupling_table(columns: Sequence[Tensor]) -> Tensor:
+    """|H_ij|_F^2 of every pair of blocks from what `block_probes` found.
+
+    Args:
+        columns: for every block j `[probes, blocks]`, |H_ij z|^2.
+
+    Returns:
+        `[blocks, blocks]`, symmetric, float64.
+    """
+    table = torch.stack([column.mean(0) for column in columns], 1)
     return (table + table.T) / 2
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from lightning_optim.ops.kernels.products import product
-from lightning_optim.ops.lapack import LinAlgError, eigh, orthonormal
+from lightning_optim.ops.lapack import Fallback, eigh, orthonormal
 from lightning_optim.ops.moments import gram
+from lightning_optim.ops.norms import magnitude, norm
 from lightning_optim.ops.projection import project
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -31,16 +31,12 @@ def eigenbasis(x: Tensor, shift: float = 1e-30, previous: Tensor | None = None) 
         LinAlgError: a decomposition failed and there is no previous one.
     """
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    try:
+    if previous is None:
         return eigh(x + shift * eye).vectors
-    except LinAlgError:
-        if previous is None:
-            raise
-    warnings.warn("an eigenbasis could not be computed; the last good one is kept", RuntimeWarning, stacklevel=2)
-    if x.ndim == 2:
-        return previous
-    pairs = zip(x, previous, strict=True)
-    return torch.stack([q if not a.isfinite().all() else eigenbasis(a, shift, q) for a, q in pairs])
+    kept = Fallback(
+        lambda: (previous[..., 0], previous), "an eigenbasis could not be computed; the last good one is kept"
+    )
+    return eigh(x + shift * eye, kept).vectors
 
 
 def overlap(old: Tensor, new: Tensor) -> Tensor:
@@ -92,6 +88,7 @@ def off_diagonal(x: Tensor, q: Tensor, t: int = 0, top: int = 32, others: int = 
     shift = t * GOLDEN % 1
     rest = [top + int((i + shift) * step) for i in range(count)]
     columns = q[..., [*range(top), *rest]]
+    x = x / magnitude(x)
     off = _residual(product(x, columns), columns)
     total = off[..., :top].sum(-1) + off[..., top:].sum(-1) * step
     return (total.clamp_min(0) / x.square().sum((-2, -1)).clamp_min(1e-30)).sqrt().clamp_max(1)
@@ -110,6 +107,7 @@ def unaligned(power: Tensor, q: Tensor) -> Tensor:
     Returns:
         `[b]`, in [0, 1]; 0 where X q is zero.
     """
+    power = power / magnitude(power)
     whole = power.square().sum((-2, -1)).clamp_min(1e-30)
     return (_residual(power, q).sum(-1).clamp_min(0) / whole).sqrt().clamp_max(1)
 
@@ -134,7 +132,9 @@ def follow_eigenbasis(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     power = product(x, q)
     order = (q * power).sum(-2).argsort(dim=-1, descending=True)
     sorted_power = power.gather(-1, order.unsqueeze(-2).expand_as(power))
-    return orthonormal(sorted_power), order
+    what = "a step towards eigenvectors failed; the last good ones are kept"
+    kept = Fallback(lambda: q.gather(-1, order.unsqueeze(-2).expand_as(q)), what)
+    return orthonormal(sorted_power, kept), order
 
 
 INITIAL_ROOT = 0.1**-0.5
@@ -164,11 +164,13 @@ def average_kl_(
         The new roots.
     """
     m, n = x.shape[-2:]
+    most = torch.finfo(x.dtype).max ** 0.5 / 2
     out = {}
     for side, other, dim, size in (("left", "right", -1, n), ("right", "left", -2, m)):
         if side not in factors:
             continue
         white = project(x, **{other: bases[other]}) * roots[other] if other in factors else x
+        white = white * (most / norm(white)).clamp(max=1.0)  # the roots may be 4000: squares must stay finite
         factors[side].lerp_(gram(white, left=side == "left") / size, weight)
         seen = project(white, **{side: bases[side]}).square().mean(dim, keepdim=True)
         values = roots[side].square().reciprocal().lerp(seen, weight)

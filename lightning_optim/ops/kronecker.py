@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_optim.ops.lapack import Fallback, inverse
+
 
 def divided(g: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """Matrices divided by `scale` in two eigenbases: `left ((left^T g right) / scale) right^T`.
@@ -24,18 +26,25 @@ def divided(g: Tensor, left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     return left @ ((left.mT @ g @ right) / scale) @ right.mT
 
 
-def damped_inverse(x: Tensor, damping: Tensor | float) -> Tensor:
+def damped_inverse(x: Tensor, damping: Tensor | float, previous: Tensor | None = None) -> Tensor:
     """(x + damping I)^-1.
 
     Args:
         x: symmetric and positive semi-definite, `[b, n, n]`.
         damping: positive, a number or `[b, 1, 1]`.
+        previous: per matrix, kept (with a warning) where there is no inverse.
 
     Returns:
         `[b, n, n]`.
+
+    Raises:
+        LinAlgError: a matrix is singular and there is no previous inverse.
     """
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return torch.linalg.inv(x + damping * eye)
+    if previous is None:
+        return inverse(x + damping * eye)
+    kept = Fallback(lambda: previous, "an inverse could not be computed; the last good one is kept")
+    return inverse(x + damping * eye, kept)
 
 
 def factored_damping(left: Tensor, right: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from lightning_optim.ops.kernels.products import product
-from lightning_optim.ops.lapack import complement, eigh, orthonormal
+from lightning_optim.ops.lapack import (
+    Fallback,
+    LinAlgError,
+    complement,
+    eigh,
+    failures,
+    first_columns,
+    orthonormal,
+    unrotated,
+)
+from lightning_optim.ops.norms import magnitude
 
 
 def aligned(new: Tensor, old: Tensor) -> Tensor:
@@ -39,10 +49,11 @@ def leading_basis(x: Tensor, rank: int) -> Tensor:
     Returns:
         Orthonormal columns by falling singular value, `[..., m, rank]`, their largest entries positive.
     """
-    if x.shape[-2] <= x.shape[-1]:
-        u = eigh(product(x, x.mT)).vectors[..., :rank]
-    else:
-        u = orthonormal(product(x, eigh(product(x.mT, x)).vectors[..., :rank]))
+    gram = product(x, x.mT) if x.shape[-2] <= x.shape[-1] else product(x.mT, x)
+    vectors = eigh(gram, unrotated(gram, f"leading singular vectors could not be computed; {UNTURNED}")).vectors
+    u = vectors[..., :rank]
+    if x.shape[-2] > x.shape[-1]:
+        u = _basis(product(x, u))
     return aligned(u, torch.zeros_like(u))
 
 
@@ -63,11 +74,27 @@ def range_basis(x: Tensor, sketch: Tensor, rank: int, power: int = 1) -> Tensor:
     Returns:
         Orthonormal columns by falling singular value, `[..., m, rank]`.
     """
-    q = orthonormal(product(x, sketch))
+    q = _basis(product(x, sketch))
     for _ in range(power):
-        q = orthonormal(product(x, product(x.mT, q)))
+        back = product(x.mT, q)
+        q = _basis(product(x, back.div_(magnitude(back))))
     inner = product(q.mT, x)
-    return product(q, eigh(product(inner, inner.mT)).vectors[..., :rank])
+    inner.div_(magnitude(inner))
+    return product(q, _turned(product(inner, inner.mT))[..., :rank])
+
+
+UNTURNED = "axes of the matrix take their place until the next time"
+
+
+def _basis(x: Tensor) -> Tensor:
+    """An orthonormal basis of the columns, or columns of the identity where that fails."""
+    what = f"a basis of leading singular vectors could not be computed; {UNTURNED}"
+    return orthonormal(x, Fallback(lambda: first_columns(x, x.shape[-1]), what))
+
+
+def _turned(x: Tensor) -> Tensor:
+    """Eigenvectors within a subspace, or the identity where that fails."""
+    return eigh(x, unrotated(x, "eigenvectors within a subspace could not be computed; its basis stays")).vectors
 
 
 def follow_subspace(multiply: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
@@ -84,8 +111,8 @@ def follow_subspace(multiply: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
         of u. Where A u is zero, u.
     """
     power = multiply(u)
-    h = orthonormal(power)
-    new = product(h, eigh(product(h.mT, multiply(h))).vectors)
+    h = orthonormal(power, Fallback(lambda: u, "a step of a subspace iteration failed; the last good basis is kept"))
+    new = product(h, _turned(product(h.mT, multiply(h))))
     return torch.where(power.any(-1, keepdim=True).any(-2, keepdim=True), aligned(new, u), u)
 
 
@@ -106,5 +133,9 @@ def switch(u: Tensor, leading: int, draw: Tensor) -> Tensor:
     if count <= 0:
         return u
     index = draw.argsort(-1)[..., :count].unsqueeze(-2)
-    rest = complement(u)
+    try:
+        rest = complement(u)
+    except LinAlgError:
+        failures.add("the complement of a subspace could not be computed; its basis stays")
+        return u
     return torch.cat([u[..., : u.shape[-1] - count], rest.gather(-1, index.expand(*rest.shape[:-1], count))], -1)

@@ -118,11 +118,13 @@ def rank_one(a: Tensor, iterations: int = 5, *, squared: bool = False) -> tuple[
         # squares of small gradients' squares would underflow; not the largest, which no columns on a rank have not
         top = s.sum(-1, keepdim=True).clamp(min=tiny)
         unit = s / top
-        weights, parts = (unit / (unit * unit).sum(-1, keepdim=True).clamp(min=tiny) / top).mT, []
+        weights, parts = (unit / (unit * unit).sum(-1, keepdim=True).clamp(min=tiny)).mT, []
 
-        def take(x: Tensor, weights: Tensor = weights, parts: list[Tensor] = parts, last: bool = last) -> list[Tensor]:
+        def take(
+            x: Tensor, weights: Tensor = weights, top: Tensor = top, parts: list[Tensor] = parts, last: bool = last
+        ) -> list[Tensor]:
             x = entries(x)
-            parts.append(row_products(x, weights))
+            parts.append(row_products(x, weights) / top)  # 1 / top may be infinite
             return [] if last else [column_sums(x, parts[-1]), (parts[-1] * parts[-1]).sum(-2, keepdim=True)]
 
         if not last:

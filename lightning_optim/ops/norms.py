@@ -33,7 +33,9 @@ def gram_norm(x: Tensor) -> Tensor:
     Returns:
         `[..., 1, 1]`.
     """
-    return norm(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x).sqrt_()
+    scale = magnitude(x)
+    x = x / scale
+    return norm(x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x).sqrt_().mul_(scale)
 
 
 def cosine(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
@@ -62,8 +64,27 @@ def rms(x: Tensor) -> Tensor:
     return norm(x) / (x.shape[-2] * x.shape[-1]) ** 0.5
 
 
+def magnitude(x: Tensor, dim: int | tuple[int, int] = (-2, -1)) -> Tensor:
+    """The largest power of two that does not exceed any largest element: a scale to divide by before squaring.
+
+    Squares of float32 numbers below 1e-23 are zero and above 2e19 infinite, so that norms of such numbers are, too. A
+    division by a power of two is exact and changes no other result.
+
+    Args:
+        x: `[..., m, n]`.
+        dim: the dimensions over which the largest element is taken: of matrices, rows (-1) or columns (-2).
+
+    Returns:
+        Shaped like `x` with sizes of 1 in these dimensions; 1 where all elements are zero. At least the smallest normal
+        number.
+    """
+    top = torch.maximum(x.amax(dim, keepdim=True), -x.amin(dim, keepdim=True))  # no temporary
+    power = top / (2 * torch.frexp(top).mantissa)
+    return torch.where(top > 0, power.clamp(min=torch.finfo(x.dtype).tiny), 1.0)
+
+
 def normalized(x: Tensor, target: float | Tensor = 1.0) -> Tensor:
-    """Every matrix scaled to a given root mean square; zero stays zero.
+    """Every matrix scaled to a given root mean square, however small its elements are; zero stays zero.
 
     Args:
         x: `[..., m, n]`.
@@ -72,8 +93,9 @@ def normalized(x: Tensor, target: float | Tensor = 1.0) -> Tensor:
     Returns:
         Shaped like `x`.
     """
-    size = rms(x)
-    return x * (target / size.clamp(min=torch.finfo(size.dtype).tiny))
+    unit = x / magnitude(x)
+    size = rms(unit)
+    return unit.mul_(torch.where(size > 0, target / size, 0.0))
 
 
 def growth_factor(size: Tensor, last: Tensor, limit: float) -> Tensor:
@@ -110,7 +132,7 @@ def clip_rms_(x: Tensor, limit: float) -> Tensor:
 
 
 def quotient(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
-    """A / b where both are positive (and `where` is too), else 1: a layer's trust ratio.
+    """A / b where both are positive (and `where` is too) and the ratio is finite, else 1: a layer's trust ratio.
 
     Args:
         a: norms of a weight.
@@ -120,8 +142,9 @@ def quotient(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
     Returns:
         Finite ratios.
     """
-    safe = (a > 0) & (b > 0) if where is None else (a > 0) & (b > 0) & (where > 0)
-    return torch.where(safe, a / b, torch.ones_like(a))
+    ratio = a / b
+    safe = (a > 0) & (b > 0) & ratio.isfinite()
+    return torch.where(safe if where is None else safe & (where > 0), ratio, torch.ones_like(a))
 
 
 def variance_factor(x: Tensor, v: Tensor, beta: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.ops.kernels.products import product
-from lightning_optim.ops.lapack import singular_vectors
+from lightning_optim.ops.lapack import Fallback, first_columns, singular_vectors
 from lightning_optim.ops.lowrank import aligned, follow_subspace, range_basis
 from lightning_optim.ops.norms import norm
 
@@ -92,8 +92,12 @@ def leading_vectors(
     Returns:
         Orthonormal columns by falling singular value for every side in `old`; the old ones where x is zero.
     """
-    both = ("left", "right")
-    exact: dict[str, Tensor] = dict(zip(both, singular_vectors(x), strict=True)) if method == "svd" else {}
+    exact: dict[str, Tensor] = {}
+    if method == "svd":
+        what = "singular vectors could not be computed; "
+        what += "axes of the matrix take their place until the next time" if first else "the last good ones are kept"
+        found = singular_vectors(x, Fallback(lambda: _others(x, old, first), what))
+        exact = {"left": found[0], "right": found[1]}
     out = {}
     for side, basis in old.items():
         rank, y = basis.shape[-1], x if side == "left" else x.mT
@@ -105,6 +109,18 @@ def leading_vectors(
             new = range_basis(y, sketch(side)[..., : min(x.shape[-2:])], rank)
         out[side] = aligned(new, basis) if first else torch.where(norm(x) > 0, aligned(new, basis), basis)
     return out
+
+
+def _others(x: Tensor, old: Mapping[str, Tensor], first: bool) -> tuple[Tensor, Tensor]:
+    """What stands for left and right singular vectors that could not be computed: those before, or axes at first."""
+    count = min(x.shape[-2:])
+    left, right = first_columns(x, count), first_columns(x.mT, count)
+    if not first:
+        left, right = (
+            torch.cat([old[side], axes[..., old[side].shape[-1] :]], -1) if side in old else axes
+            for side, axes in (("left", left), ("right", right))
+        )
+    return left, right.mT
 
 
 def left_out(x: Tensor, projected: Tensor) -> Tensor:

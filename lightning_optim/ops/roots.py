@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_optim.ops.kernels.products import product
-from lightning_optim.ops.lapack import LinAlgError, eigh
+from lightning_optim.ops.lapack import LinAlgError, eigh, failures
+from lightning_optim.ops.norms import magnitude
 
 Method = Literal["eigh", "newton"]
 
@@ -90,7 +90,10 @@ def inverse_power(x: Tensor, exponent: float, eps: float = 0.0) -> Tensor:
     eye = torch.eye(size, dtype=x.dtype, device=x.device)
     values, vectors = eigh(x + eps * eye if eps else x)
     if eps:
-        powers = (values + (eps - values[..., -1:]).clamp(min=0)).pow(-exponent)
+        lifted = values + (eps - values[..., -1:]).clamp(min=0)
+        if x.dtype == torch.float64:  # the last try: eps may be lost in the rounding of the others
+            lifted = lifted.clamp(min=eps / 2)
+        powers = lifted.pow(-exponent)
     else:
         floor = (size * kind.eps * values[..., :1]).clamp(min=kind.tiny)
         powers = torch.where(values > floor, values.clamp(min=kind.tiny).pow(-exponent), 0.0)
@@ -140,7 +143,7 @@ def inverse_root(
             return found
     if previous is None:
         raise LinAlgError(f"no finite inverse root (order {root}) of a {tuple(x.shape)} stack was found")
-    warnings.warn("an inverse root could not be computed; the last good one is kept", RuntimeWarning, stacklevel=2)
+    failures.add("an inverse root could not be computed; the last good one is kept")
     return torch.where(found.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), found, previous)
 
 
@@ -166,6 +169,8 @@ def root_error(x: Tensor, r: Tensor, root: int) -> Tensor:
     left = x @ torch.linalg.matrix_power(r, root // 2)
     right = left if root % 2 == 0 else left @ r
     found, tiny = left @ right.mT, torch.finfo(x.dtype).tiny
+    scale = magnitude(x)
+    found, x = found / scale, x / scale
     sizes = torch.linalg.matrix_norm(found) + torch.linalg.matrix_norm(x)
     return torch.linalg.matrix_norm(found - x) / sizes.clamp(min=tiny)
 

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_optim.ops.lapack import LinAlgError, failures
+
 
 def names(history: int) -> list[str]:
     """Names of the slots of pairs, oldest first.
@@ -132,7 +134,8 @@ def sr1(steps: Sequence[Tensor], changes: Sequence[Tensor]) -> tuple[Tensor, Ten
         changes: likewise. Pairs with |<a, s>| <= sqrt(eps) |a| |s|, zeros too, are passed over.
 
     Returns:
-        (U `[n, k]` with k <= h, B's eigenvalues along it, `[k]`, float64, c, its eigenvalue across them).
+        (U `[n, k]` with k <= h, B's eigenvalues along it, `[k]`, float64, c, its eigenvalue across them). k is 0,
+        with a warning, where a decomposition fails.
     """
     c, found, inverse = 1.0, [], []
     for s, y in zip(steps, changes, strict=True):
@@ -146,9 +149,14 @@ def sr1(steps: Sequence[Tensor], changes: Sequence[Tensor]) -> tuple[Tensor, Ten
         if abs(product) > torch.finfo(s.dtype).eps ** 0.5 * float(a.norm() * s.norm()):
             found.append(a)
             inverse.append(1 / product)
-    q, r = torch.linalg.qr(torch.stack(found, 1) if found else steps[0].new_empty(len(steps[0]), 0))
-    r = r.double()
-    extra, v = torch.linalg.eigh(r @ torch.tensor(inverse, dtype=r.dtype, device=r.device).diag() @ r.mT)
+    none = steps[0].new_empty(len(steps[0]), 0)
+    try:
+        q, r = torch.linalg.qr(torch.stack(found, 1) if found else none)
+        r = r.double()
+        extra, v = torch.linalg.eigh(r @ torch.tensor(inverse, dtype=r.dtype, device=r.device).diag() @ r.mT)
+    except LinAlgError:
+        failures.add("the curvature along earlier steps could not be computed; this step goes without it")
+        return none, none.new_empty(0, dtype=torch.float64), c
     return q @ v.to(q.dtype), c + extra, c
 
 

@@ -24,9 +24,13 @@ class AdamMini(Averaging):
     `statistic` takes the place of the mean: `"max"`, `"min"` or `"l1"`, the sum, as in the ablation of Fig. 15, where
     the mean was best and another diverged. Only the mean has AdamW's scale.
 
-    `block="row"` is one v per output row (embeddings, heads, values, MLP), `block="matrix"` one per matrix the group's
-    `blocks` cut a parameter into: per attention head for queries and keys, per tensor without them (the authors' choice
-    for norms). Vectors keep one v per element under `"row"` (the authors' choice for biases).
+    `block="row"` is one v per output row (embeddings, output layer, values, MLP), `block="matrix"` one per matrix that
+    the group's `blocks` cut a parameter into: per attention head for queries and keys, per tensor without them (the
+    authors' choice for norms). Vectors keep one v per element under `"row"` (the authors' choice for biases).
+
+    `build_optimizer` partitions as the authors do: queries and keys have one v per head, in separate layers and in
+    fused ones whose order is known, everything else one per row. `block="row"` gives them rows, too, and
+    `blocks="heads"` gives values heads, too. An optimizer made from parameters alone knows no heads.
 
     Differs: the authors find blocks by substrings of names and take the head size to be dim / heads; here the
     group says.
@@ -43,6 +47,7 @@ class AdamMini(Averaging):
     source: ClassVar = "Zhang et al. 2024, arXiv:2406.16793, Alg. 1"
     state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("m1", nonnegative=True)}
     reduces: ClassVar = True
+    head_settings: ClassVar = {"block": "matrix"}
 
     def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
         letters = "11" if self.block == "matrix" else "mn" if vector else "m1"

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_optim.core.rule import Rule, zeros
 from lightning_optim.ops.eigenbasis import unaligned
 from lightning_optim.ops.kernels.products import product
-from lightning_optim.ops.lapack import orthonormal
+from lightning_optim.ops.lapack import Fallback, orthonormal
 from lightning_optim.ops.lowrank import leading_basis
 from lightning_optim.ops.moments import gram
 from lightning_optim.ops.norms import norm, normalized
@@ -97,7 +97,8 @@ class COSMOS(Rule):
             s.basis = leading_basis(g.mT, s.basis.shape[-1])
             return
         old = s.basis
-        s.basis = orthonormal(self._power(g, s))
+        kept = Fallback(lambda: old, "a step of a subspace iteration failed; the last good basis is kept")
+        s.basis = orthonormal(self._power(g, s), kept)
         s.factor = project(s.factor, *[product(old.mT, s.basis)] * 2)
 
     def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102

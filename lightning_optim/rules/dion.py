@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import Rule, zeros
 from lightning_optim.ops.kernels.products import product
-from lightning_optim.ops.lapack import orthonormal
+from lightning_optim.ops.lapack import Fallback, orthonormal
+
+REST = "an orthonormal basis could not be computed; the matrix does not move and its momentum keeps the gradient"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Dion(Rule):
         m, n = g.shape[-2:]
         q = s.noise("nr") if t == 1 else s.basis
         s.momentum_buffer.add_(g)
-        left = orthonormal(s.mean(product(s.momentum_buffer, q)))
+        power = s.mean(product(s.momentum_buffer, q))
+        left = orthonormal(power, Fallback(lambda: torch.zeros_like(power), REST))
         r = s.mean(product(s.momentum_buffer.mT, left))
         s.momentum_buffer.baddbmm_(left, r.mT, alpha=self.momentum - 1)
         length = vector_norm(r, dim=-2, keepdim=True)

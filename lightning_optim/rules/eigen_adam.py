@@ -65,7 +65,7 @@ class EigenAdam(Averaging):
         return d.mul_((1 - b2**t) ** 0.5 / self.mass(b1, t)) if self.correct_bias else d
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
-        s.basis = eigenbasis(s.factor)
+        s.basis = eigenbasis(s.factor, previous=s.basis)
 
     def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
         return off_diagonal(s.factor, s.basis, t)

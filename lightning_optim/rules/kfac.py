@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import Observable, Rule, Slot, eye, zeros
 from lightning_optim.ops.kronecker import damped_inverse, divided, factored_damping, mean_eigenvalue
-from lightning_optim.ops.lapack import eigh
+from lightning_optim.ops.lapack import Fallback, eigh
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,17 @@ class KFAC(Rule):
         k = g.shape[-1]
         a, b = s.input_factor[..., :k, :k], s.output_factor
         if self.mode == "eigen":
-            (values, basis), (s.output_values, s.output_basis) = eigh(a), eigh(b)
+            what = "eigenvectors of a factor could not be computed; the last good ones are kept"
+            known = s.input_values[..., 0, :k], s.input_basis[..., :k, :k]
+            values, basis = eigh(a, Fallback(lambda: known, what))
+            other = s.output_values[..., 0, :], s.output_basis
+            s.output_values, s.output_basis = eigh(b, Fallback(lambda: other, what))
             s.output_values = s.output_values.clamp_(min=0).unsqueeze(-2)
             s.input_values[..., :k], s.input_basis[..., :k, :k] = values.clamp_(min=0).unsqueeze(-2), basis
         else:
             db, da = self._dampings(mean_eigenvalue(b), mean_eigenvalue(a))
-            s.input_basis[..., :k, :k] = damped_inverse(a, da)
-            s.output_basis = damped_inverse(b, db)
+            s.input_basis[..., :k, :k] = damped_inverse(a, da, s.input_basis[..., :k, :k])
+            s.output_basis = damped_inverse(b, db, s.output_basis)
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         return s.momentum_buffer.mul_(self.momentum).add_(g)

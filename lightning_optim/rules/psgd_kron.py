@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_optim.core.rule import Averaging, Slot, zeros
 from lightning_optim.ops.kernels.products import product
+from lightning_optim.ops.lapack import LinAlgError, failures
 from lightning_optim.ops.moments import gram
-from lightning_optim.ops.norms import normalized, rms
+from lightning_optim.ops.norms import magnitude, normalized, rms
 from lightning_optim.ops.spectral import norm_lower_bound
 
 
@@ -93,7 +94,13 @@ class PSGDKron(Averaging):
 
     def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         a = _times(_times(g, s.left).mT, s.right).mT
-        b = _solve(_solve(s.noise("mn"), s.left).mT, s.right).mT
+        try:
+            b = _solve(_solve(s.noise("mn"), s.left).mT, s.right).mT
+        except LinAlgError:
+            failures.add("a triangular system could not be solved; the preconditioner stays as it is")
+            return
+        scale = torch.maximum(magnitude(a), magnitude(b))  # a fit does not depend on it, and squares stay finite
+        a, b = a / scale, b / scale
         left = self._fitted(s.left, a, b)
         right = self._fitted(s.right, a.mT, b.mT)
         ratio = (right.abs().amax((-2, -1), keepdim=True) / left.abs().amax((-2, -1), keepdim=True)).sqrt()

@@ -75,11 +75,11 @@ class RACS(Rule):
         else:
             s.row_scale, s.col_scale = rows, columns
         tiny = torch.finfo(g.dtype).tiny
-        left, right = (x.clamp(min=tiny).rsqrt() for x in (rows, columns))
+        left, right = (torch.where(x > 0, x.clamp(min=tiny).rsqrt(), 0.0) for x in (rows, columns))
         (total,) = swept(lambda g, left: (squares(scaled(g, left, right)),), g, left)
         size = total.sqrt() * correction
         if self.normalize:
-            factor = self.alpha * (g.shape[-2] * g.shape[-1]) ** 0.5 / size.clamp(min=tiny)
+            factor = torch.where(size > 0, self.alpha * (g.shape[-2] * g.shape[-1]) ** 0.5 / size, 0.0)
         else:
             limited = growth_factor(size, s.norm, self.limit)
             s.norm = limited * size

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import Rule, Slot, eye, zeros
 from lightning_optim.ops.eigenbasis import INITIAL_ROOT, average_kl_, eigenbasis, follow_eigenbasis, off_diagonal
-from lightning_optim.ops.lapack import orthonormal
+from lightning_optim.ops.lapack import Fallback, first_columns, orthonormal
 from lightning_optim.ops.moments import gram, gram_sides
 from lightning_optim.ops.projection import lift, project
 
@@ -135,9 +135,10 @@ class Rotated(Rule):
         for side, old in by_side(s, "basis").items():
             factor, order = getattr(s, f"factor_{side}"), None
             if t == 1 or self.decomposition == "eigh":
-                basis = eigenbasis(factor, previous=old if t > 1 else None)
+                basis = eigenbasis(factor, previous=old if t > 1 else first_columns(old, old.shape[-1]))
             elif self.factors == "kl":
-                basis = orthonormal(factor @ old)
+                kept = Fallback(lambda old=old: old, "a step towards eigenvectors failed; the last good ones are kept")
+                basis = orthonormal(factor @ old, kept)
             else:
                 basis, order = follow_eigenbasis(factor, old)
             setattr(s, f"basis_{side}", basis)

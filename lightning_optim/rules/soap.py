@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, Averaging, Rule, Slot, zeros
 from lightning_optim.ops.moments import average_square_
-from lightning_optim.ops.norms import rms
+from lightning_optim.ops.norms import normalized, rms
 from lightning_optim.ops.projection import lift, project
 from lightning_optim.rules.rotated import Factors, Rotated, RotationDtype, Sides, by_side
 
@@ -88,7 +88,7 @@ class SOAP(Averaging, Rotated):
         scale += self.eps + (self.floor * rms(scale) if self.floor else 0.0)
         d = self.back(m / scale, s)
         if self.normalize_grads:
-            d = d / (rms(d) + 1e-30)
+            d = normalized(d)
         if self.correct_bias:
             d = d * ((1 - b2**k) ** 0.5 / self.mass(b1, k))
         if t > 1:

@@ -12,7 +12,8 @@ from torch.linalg import vector_norm
 
 from lightning_optim.core.rule import Rule
 from lightning_optim.ops.kernels.products import product
-from lightning_optim.ops.norms import normalized, rms
+from lightning_optim.ops.lapack import LinAlgError, failures
+from lightning_optim.ops.norms import magnitude, normalized, rms
 from lightning_optim.ops.roots import Method, coupled_newton, inverse_power
 
 
@@ -58,11 +59,19 @@ class SWAN(Rule):
         tall = g.shape[-2] > g.shape[-1]
         x = g.mT if tall else g
         x = x - x.mean(-1, keepdim=True)
+        x.div_(magnitude(x, dim=-1))
         deviation = vector_norm(x, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
-        x = x / deviation.clamp(min=torch.finfo(x.dtype).tiny)
+        x.div_(torch.where(deviation > 0, deviation, 1.0))
         gram = product(x, x.mT)
-        inverse = inverse_power(gram, 0.5) if self.root == "eigh" else coupled_newton(gram, 2, self.iterations).root
-        d = product(inverse, x)
+        d = product(self._inverse_root(gram), x)
         if self.rescale == "norm":
             d = normalized(d, rms(x))
         return d.mT if tall else d
+
+    def _inverse_root(self, gram: Tensor) -> Tensor:
+        if self.root == "eigh":
+            try:
+                return inverse_power(gram, 0.5)
+            except LinAlgError:
+                failures.add("eigenvectors could not be computed; the inverse root is found by Newton's iteration")
+        return coupled_newton(gram, 2, self.iterations).root

@@ -161,7 +161,7 @@ class Probe:
             load(state)
         except Exception as error:
             warnings.warn(
-                f"{self.title} begins afresh, as it cannot read its state in the checkpoint: "
+                f"{self.title} starts over, as it cannot read its state in the checkpoint: "
                 f"{type(error).__name__}: {error}",
                 stacklevel=4,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -26,8 +25,9 @@ class HessianBlocks(Probe):
     """Curvature by role, by products with the Hessian on the first sequences of the run's first batch.
 
     The loss is taken without dropout and in full precision, attention by kernels that have a second derivative, for
-    the measurement only. Scalars by role: `hessian/trace` (Hutchinson), `hessian/lambda_max` and `lambda_min`
-    (Lanczos), `hessian/frobenius`. And
+    the measurement only. Scalars by role: `hessian/trace` (Hutchinson, by probes that are zero outside the role, so
+    that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min` (Lanczos), `hessian/frobenius`.
+    And
 
     * `hessian/sharpness`: largest eigenvalue of P^-1/2 H P^-1/2 over the parameters whose scaling P is known (Adam
       family and SOAP), learning rate included; `sharpness_ratio`: over its stability threshold (2 + 2 b1) / (1 - b1),
@@ -47,11 +47,11 @@ class HessianBlocks(Probe):
         max_overhead: share of training time above which the interval doubles.
         sequences: of the batch; if not given, one, or all where rows may belong together (in trainers of Transformers
             with a `compute_loss` of their own, but for TRL's SFTTrainer: pairs of preferences, say).
-        probes: random vectors for traces.
+        probes: random vectors per role for traces, the starts of the Lanczos recursions among them.
         steps: of Lanczos recursions.
         starts: random start vectors per role, for spectral densities.
         coupling_every: measurements between coupling tables, the first of which comes with the first measurement.
-        coupling_probes: random vectors per role for those.
+        coupling_probes: random vectors per role for those, at least; they take those for the traces.
         exact: patterns of parameters whose first four rows' entries are computed, 512 at most; `"auto"` is 64 of the
             first MLP matrix, () none.
         method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
@@ -142,10 +142,8 @@ class HessianBlocks(Probe):
             full = self._hessian(loss, params)
             roles = view.by_role(found)
             generator = self.generator(params[0].device)
-            self._traces(full, roles, generator, report)
-            self._spectra(full, roles, generator, report)
-            if self.measured % self.coupling_every == 0:
-                self._coupling(full, roles, generator, report)
+            spectra = self._spectra(full, roles, generator, report)
+            self._probe(full, roles, spectra, generator, report)
             self._sharpness(full, found, run, generator, report)
             if self.measured == 0:
                 self._entries(full, found, run, report)
@@ -195,22 +193,10 @@ class HessianBlocks(Probe):
         self._difference = True
         return full
 
-    def _traces(self, full: Hessian, roles: dict[str, list[int]], generator: torch.Generator, report: Report) -> None:
-        vectors = [[hessian.signs(p, generator) for p in full.params] for _ in range(self.probes)]
-        traces, squares, diagonal = hessian.hutchinson(full, list(roles.values()), vectors)
-        means = traces.mean(0)
-        errors = traces.std(0) / len(traces) ** 0.5 if len(traces) > 1 else torch.full_like(means, math.nan)
-        report.scalars |= {f"hessian/trace/{r}": float(x) for r, x in zip(roles, means, strict=True)}
-        report.scalars["hessian/frobenius_all"] = float(squares.mean().sqrt())
-        own = sum(float(d.double().square().sum()) for d in diagonal)
-        report.arrays |= {"roles": list(roles), "trace": means, "trace_error": errors, "diagonal_square": own}
-        lines = ["| role | weights | trace | standard error |", "|---|---|---|---|"]
-        for role, mean, error in zip(roles, means.tolist(), errors.tolist(), strict=True):
-            lines.append(f"| {role} | {full.size(roles[role]):,} | {figures.number(mean)} | {figures.number(error)} |")
-        report.texts["hessian/traces"] = "\n".join(lines)
-
-    def _spectra(self, full: Hessian, roles: dict[str, list[int]], generator: torch.Generator, report: Report) -> None:
-        spectra = []
+    def _spectra(
+        self, full: Hessian, roles: dict[str, list[int]], generator: torch.Generator, report: Report
+    ) -> list[list[lanczos.Ritz]]:
+        spectra: list[list[lanczos.Ritz]] = []
         for role, block in roles.items():
             starts = [full.random(block, generator) for _ in range(self.starts)]
             runs = [lanczos.lanczos(full.flat(block), x, self.steps) for x in starts]
@@ -221,7 +207,7 @@ class HessianBlocks(Probe):
             report.arrays[f"ritz_weights/{role}"] = torch.cat([r.weights for r in runs])
             report.arrays[f"ritz_residuals/{role}"] = torch.cat([r.residuals for r in runs])
         if len(spectra) < 2:
-            return
+            return spectra
         shape = lanczos.js_matrix(spectra, shape=True)
         report.scalars["hessian/js_shape"] = lanczos.mean_distance(shape)
         report.scalars["hessian/js_scale"] = lanczos.mean_distance(lanczos.js_matrix(spectra, shape=False))
@@ -245,14 +231,41 @@ class HessianBlocks(Probe):
             bounds=(0.0, 1.0),
         )
         report.arrays |= {"js_shape": shape}
+        return spectra
 
-    def _coupling(self, full: Hessian, roles: dict[str, list[int]], generator: torch.Generator, report: Report) -> None:
-        blocks = list(roles.values())
-        vectors = [
-            [[hessian.signs(full.params[i], generator) for i in block] for _ in range(self.coupling_probes)]
-            for block in blocks
-        ]
-        squares = hessian.coupling_squares(full, blocks, vectors)
+    def _probe(
+        self,
+        full: Hessian,
+        roles: dict[str, list[int]],
+        spectra: Sequence[Sequence[lanczos.Ritz]],
+        generator: torch.Generator,
+        report: Report,
+    ) -> None:
+        """Random vectors within each role: traces, the norm of the Hessian and, when it is due, the coupling table."""
+        blocks, coupled = list(roles.values()), self.measured % self.coupling_every == 0
+        count = max(self.probes - self.starts, self.coupling_probes if coupled else 1)
+        vectors = [[[hessian.signs(full.params[i], generator) for i in b] for _ in range(count)] for b in blocks]
+        traces, columns, diagonal = hessian.block_probes(full, blocks, vectors)
+        self._traces(
+            full, roles, [torch.cat([t, starts_of(runs)]) for t, runs in zip(traces, spectra, strict=True)], report
+        )
+        squares = hessian.coupling_table(columns)
+        report.scalars["hessian/frobenius_all"] = float(squares.sum().sqrt())
+        report.arrays["diagonal_square"] = sum(float(d.double().square().sum()) for d in diagonal)
+        if coupled:
+            self._coupling(roles, squares, report)
+
+    def _traces(self, full: Hessian, roles: dict[str, list[int]], found: Sequence[Tensor], report: Report) -> None:
+        means = torch.stack([x.mean() for x in found])
+        errors = torch.stack([x.std() / len(x) ** 0.5 for x in found])
+        report.scalars |= {f"hessian/trace/{r}": float(x) for r, x in zip(roles, means, strict=True)}
+        report.arrays |= {"roles": list(roles), "trace": means, "trace_error": errors}
+        lines = ["| role | weights | trace | standard error |", "|---|---|---|---|"]
+        for role, mean, error in zip(roles, means.tolist(), errors.tolist(), strict=True):
+            lines.append(f"| {role} | {full.size(roles[role]):,} | {figures.number(mean)} | {figures.number(error)} |")
+        report.texts["hessian/traces"] = "\n".join(lines)
+
+    def _coupling(self, roles: dict[str, list[int]], squares: Tensor, report: Report) -> None:
         table = hessian.coupling(squares)
         report.scalars |= {
             f"hessian/frobenius/{role}": float(x) for role, x in zip(roles, squares.diagonal().sqrt(), strict=True)
@@ -343,6 +356,15 @@ class HessianBlocks(Probe):
                 unit="log10, of the largest",
                 lines=[k * width // every for k in range(1, rows)],
             )
+
+
+def starts_of(runs: Sequence[lanczos.Ritz]) -> Tensor:
+    """z^T H z of the start vectors z of Lanczos recursions, which are signs: n times the mean of the spectral measure.
+
+    Returns:
+        One value per recursion, float64.
+    """
+    return torch.stack([run.size * torch.dot(run.values, run.weights) for run in runs])
 
 
 def _average(tensors: Sequence[Tensor]) -> None:

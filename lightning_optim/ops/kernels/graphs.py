@@ -149,4 +149,4 @@ def _base(node: Node) -> Node:
 def _elements(x: object) -> int:
     """How many elements a tensor has, or had when a graph was made; 0 if it is none."""
     count = x.numel() if isinstance(x, Tensor) else 0
-    return count.node.hint if isinstance(count, torch.SymInt) else count
+    return cast("int", count.node.hint) if isinstance(count, torch.SymInt) else count
