@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_optim import build_optimizer
+from lightning_optim import SGD, build_optimizer
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.diagnostics import hessian, lanczos, memory, noise, spectrum, subspace
 from lightning_optim.diagnostics.hessian import Hessian, frozen
@@ -392,7 +392,10 @@ def test_traces_by_role_are_as_good_as_ten_probes_within_the_role() -> None:
     model = Tiny().double()
     with torch.no_grad():
         model.embedding.weight.mul_(0.1)  # which couples it to the others
-    optimizer = build_optimizer(model, "sgd", lr=0.0)
+    named = dict(model.named_parameters())
+    kinds = {"qkv.weight": "hidden", "embedding.weight": "embedding", "mlp.weight": "head", "mlp.bias": "vector"}
+    groups = [{"params": [(name, named[name])], "name": name, "role": role} for name, role in kinds.items()]
+    optimizer = SGD(groups, lr=0.0)
     probe = HessianBlocks(every=1, max_overhead=1e9, exact=(), detail=True, sequences=3)
     probe.start(Run(model, optimizer, lambda batch: model.loss()))
     measured: list[dict[str, Any]] = []
