@@ -259,7 +259,7 @@ def test_only_layers_of_a_group_that_is_due_are_shown() -> None:
 
 
 def test_layers_that_have_no_factors_are_named() -> None:
-    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 2))
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3), nn.Linear(3, 2))
     optimizer = KFAC(model.named_parameters())
     with pytest.raises(ValueError, match=r"0\.weight: kfac needs the weight of an nn\.Linear"):
         Feed(model, optimizer, lambda batch: model(batch).sum())
