@@ -208,7 +208,7 @@ def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.Monkey
 
 
 def test_the_door_asks_for_it_where_it_can_be() -> None:
-    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8))
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16))
     optimizer = build_optimizer(model, "racs", lr=1e-3, compile=True)
     assert all(group["compile"] for group in optimizer.param_groups)
     with pytest.raises(ValueError, match="leave compile out"):
