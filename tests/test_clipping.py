@@ -58,9 +58,11 @@ def test_each_group_clips_by_its_own_norm() -> None:
 
 
 def test_clipping_is_a_setting_of_every_door() -> None:
-    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 6), torch.nn.LayerNorm(6))
+    layers = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 7)
+    model = torch.nn.Sequential(*layers)
     optimizer = build_optimizer(model, "muon", lr=1e-3, clip_norm=1.0, overrides=[("vector", None, {"clip_norm": 0.1})])
-    assert {g["role"]: g["clip_norm"] for g in optimizer.param_groups} == {"hidden": 1, "embedding": 1, "vector": 0.1}
+    expected = {"hidden": 1, "head": 1, "embedding": 1, "vector": 0.1}
+    assert {g["role"]: g["clip_norm"] for g in optimizer.param_groups} == expected
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         del group["clip_norm"]  # of an older version

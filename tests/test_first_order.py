@@ -108,10 +108,10 @@ def test_lamb_without_its_ratio_is_adam_with_decay_in_the_direction() -> None:
 
 def test_vectors_by_role_are_excluded() -> None:
     """A matrix with a side of length one is a vector to the factory; experts' biases are others."""
-    first, last = nn.Linear(4, 6), nn.Linear(6, 1)
-    model = nn.Sequential(first, last)
+    first, narrow = nn.Linear(4, 6), nn.Linear(6, 1)
+    model = nn.Sequential(first, narrow, nn.Linear(1, 3))
     optimizer = build_optimizer(model, "lamb", lr=0.1, weight_decay=0.1)
-    line, square = last.weight, first.weight
+    line, square = narrow.weight, first.weight
     before = line.detach().clone(), square.detach().clone()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
