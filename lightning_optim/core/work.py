@@ -476,9 +476,10 @@ def update_stack(
     if by_rows and job.rule.reduces and _by_graph(job, chunk[0]) is not None:
         return
     found = [_directions(job, piece, params, gradients, frame, by_rows) for piece in pieces]
+    wrapped = frame is not None and frame.cut is not None  # what a DTensor writes to its local part is not counted
     for w, slots, old in zip(opened, kept, versions, strict=True):
         for key, x in slots.items():
-            if old[key] is None or storage.version(w.state[key]) != old[key]:
+            if wrapped or old[key] is None or storage.version(w.state[key]) != old[key]:
                 x.close_all(w.state[key])
     if job.rule.rests(chunk[0].t):
         return
@@ -556,8 +557,9 @@ def _directions(
         age = s.refreshed[..., 0]
         age.copy_(torch.ones_like(age) if first.due else age + 1)
     left = {k: unwrap(getattr(s, k), slot.letters) for k, slot in slots.items()}
+    wrapped = frame is not None and frame.cut is not None  # what a DTensor writes to its local part is not counted
     for k, value in storage.untangled(before, left).items():
-        if value is not before[k] or versions[k] is None or storage.version(value) != versions[k]:
+        if wrapped or value is not before[k] or versions[k] is None or storage.version(value) != versions[k]:
             storage.write(entries[k], value)
     if isinstance(d, Tensor):
         return unwrap(d).split(b)
