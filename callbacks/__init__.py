@@ -2,7 +2,7 @@
 
 from lightning_optim.lightning import AveragedWeights, ModuleOrder
 
-from .curvature import CurvatureFeed  # noqa: TID251
+from .curvature import CurvatureCallback  # noqa: TID251
 from .hybrid import HybridOptimizer  # noqa: TID251  (this folder has two names; here it is the package's)
 from .observe import (  # noqa: TID251
     GradientNoiseScale,
@@ -18,7 +18,7 @@ from .roles import RoleTable  # noqa: TID251
 
 __all__ = [
     "AveragedWeights",
-    "CurvatureFeed",
+    "CurvatureCallback",
     "GradientNoiseScale",
     "GradientRank",
     "HessianBlocks",

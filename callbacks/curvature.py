@@ -16,8 +16,8 @@ from lightning_optim.diagnostics.hessian import again
 from .observe import loss_scale, training_loss, unwrapped  # noqa: TID251
 
 
-class CurvatureFeed(Callback):
-    """Measures what some rules need beside gradients; see `lightning_optim.curvature.Feed`.
+class CurvatureCallback(Callback):
+    """Measures what some rules need beside gradients; see `lightning_optim.curvature.CurvatureEstimator`.
 
     `configure_optimizers` and `HybridOptimizer` add it to the trainer by themselves; add one of your own,
     `Trainer(callbacks=[CurvatureFeed(share=0.25)])`, for other settings, or for an optimizer made otherwise. It logs
@@ -25,7 +25,7 @@ class CurvatureFeed(Callback):
     `curvature/seconds`.
 
     Args:
-        share: of the rows of every batch that is measured; see `Feed`.
+        share: of the rows of every batch that is measured; see `CurvatureEstimator`.
         method: `"exact"` products with the Hessian, `"difference"` of gradients where kernels do not allow those, or
             `"auto"`: exact until a kernel turns out not to allow it.
         loss: of (module, batch), where `training_step` has side effects beside logging. It must be what `training_step`
@@ -44,7 +44,7 @@ class CurvatureFeed(Callback):
         curvature.check_settings(share, method)
         self._settings: dict[str, Any] = {"share": share, "method": method}
         self._loss = loss
-        self.feed: curvature.Feed | None = None
+        self.feed: curvature.CurvatureEstimator | None = None
         self._first: FirstBatch | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,7 +58,7 @@ class CurvatureFeed(Callback):
             ValueError: manual optimization, whose `training_step` cannot be called for its loss.
         """
         optimizer: Any = unwrapped(trainer.optimizers[0]) if trainer.optimizers else None
-        if not curvature.observes(optimizer) or optimizer.fed:
+        if not curvature.curvature_input(optimizer) or optimizer.has_curvature:
             return
         if self._loss is None and not pl_module.automatic_optimization:
             raise ValueError(
@@ -70,7 +70,7 @@ class CurvatureFeed(Callback):
                 return training_loss(pl_module, batch) if self._loss is None else self._loss(pl_module, batch)
 
         settings = self._settings | {"loss_scale": loss_scale(trainer), "rank": trainer.global_rank}
-        self.feed = curvature.Feed(pl_module, optimizer, loss, **settings)
+        self.feed = curvature.CurvatureEstimator(pl_module, optimizer, loss, **settings)
         self._first = None if self._loss is None else FirstBatch(trainer, pl_module, loss)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -85,7 +85,7 @@ class CurvatureFeed(Callback):
         if self._first is not None:
             self._first.begin(batch)
         if self.feed is not None:
-            self.feed.see(batch)
+            self.feed.record_batch(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note what the first batch is trained by.
@@ -109,7 +109,7 @@ class CurvatureFeed(Callback):
         if self._first is not None:
             self._first.compare()
             self._first = None
-        said = self.feed.ready() if self.feed is not None else {}
+        said = self.feed.estimate() if self.feed is not None else {}
         for logger in trainer.loggers if said else ():
             logger.log_metrics(said, step=trainer.global_step)
 

@@ -8,8 +8,8 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_optim.core.executor import Executor
-from lightning_optim.plan import Owners
+from lightning_optim.build.plan import Owners
+from lightning_optim.core.optimizer import RuleOptimizer
 
 
 class RoleTable(Callback):
@@ -44,7 +44,7 @@ class RoleTable(Callback):
             batch_idx: not looked at.
         """
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
-        if self._folder is None or not trainer.is_global_zero or not isinstance(optimizer, Executor):
+        if self._folder is None or not trainer.is_global_zero or not isinstance(optimizer, RuleOptimizer):
             return
         text = self._table.news(pl_module, optimizer, trainer.global_step)
         if text is None:

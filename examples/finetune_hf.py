@@ -42,7 +42,7 @@ from transformers import (
 
 from hf_integration import (
     Consolidate,
-    CurvatureFeed,
+    CurvatureCallback,
     KeepSchedule,
     RoleTable,
     TrainingArguments,
@@ -269,7 +269,7 @@ def main() -> None:
             PrintGroups(),
             KeepSchedule(),
             Consolidate(),
-            CurvatureFeed(),
+            CurvatureCallback(),
             *shown(ours.diagnostics, args.max_steps),
         ],
         optimizer_cls_and_kwargs=args.optimizer_cls_and_kwargs(),

@@ -76,7 +76,7 @@ class Pretraining(L.LightningModule):
             warmup_steps=s.warmup_steps,
             momentum_warmup_steps=s.momentum_warmup_steps,
             total_steps=s.max_steps,
-            share_work=s.share_work,
+            shard_work=s.shard_work,
             **literals(s.optim_args),
         )
 
@@ -171,7 +171,7 @@ def arguments() -> argparse.Namespace:
     add("--devices", type=int, default=1, help="over which every batch is spread (default %(default)s)")
     add("--strategy", choices=("ddp", "fsdp2"), default="ddp", help="of several devices (default %(default)s)")
     add("--nodes", type=int, default=1, help="machines with so many devices each (default %(default)s)")
-    add("--share_work", action="store_true", help="with ddp, every matrix is worked on by one device")
+    add("--shard_work", action="store_true", help="with ddp, every matrix is worked on by one device")
     add("--threads", type=int, default=1, help="of the CPU; another number may change the last bits")
     add("--seed", type=int, default=0)
     add("--output_dir", default="runs/pretrain", help="default %(default)s")

@@ -12,7 +12,7 @@ from hf_integration.callbacks import (
     diagnostics,
 )
 from hf_integration.checkpoint import Consolidate, KeepSchedule, last_checkpoint
-from hf_integration.curvature import CurvatureFeed
+from hf_integration.curvature import CurvatureCallback
 from hf_integration.factory import OptimizerFactory, create_optimizer
 from hf_integration.register import register
 from hf_integration.relora import ReLoRA
@@ -20,7 +20,7 @@ from hf_integration.roles import HybridOptimizer, RoleTable
 
 __all__ = [
     "Consolidate",
-    "CurvatureFeed",
+    "CurvatureCallback",
     "GradientNoiseScale",
     "GradientRank",
     "HessianBlocks",

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import with_flags
-from lightning_optim.core import engines
+from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import REGISTRY, lookup, nearest
 
 PREFIX = "lightning_optim."
@@ -97,7 +97,7 @@ class TrainingArguments(transformers.TrainingArguments):
             "rest_lr": self.rest_learning_rate,
             "lr_convention": self.lr_convention,
         }
-        engines.check([lookup(name)])
+        engines.validate_engine([lookup(name)])
         chosen = literals(self.optim_args) | dict(given or {})
         if chosen.get("recipe") or chosen.get("preset"):  # what is not set by a flag is the recipe's
             settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}

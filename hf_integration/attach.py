@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from transformers import Trainer
 
 from hf_integration.checkpoint import Consolidate, KeepSchedule
-from hf_integration.curvature import CurvatureFeed
+from hf_integration.curvature import CurvatureCallback
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import check_settings, with_flags
-from lightning_optim.core import engines
+from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import lookup
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -44,7 +44,7 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
             f"attach(trainer, {name!r}): the trainer already has an optimizer or has trained; "
             "attach to a new one, before train() and without optimizers= or optimizer_cls_and_kwargs="
         )
-    engines.check([lookup(name)])
+    engines.validate_engine([lookup(name)])
     given = settings if lr is None else settings | {"lr": lr}
     check_settings(name, given)
     with_flags(trainer.args, name, given)  # raises what they do not allow; they are read when the optimizer is built
@@ -52,6 +52,6 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
     trainer.optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(KeepSchedule())
     trainer.add_callback(Consolidate())
-    if not any(isinstance(callback, CurvatureFeed) for callback in trainer.callback_handler.callbacks):
-        trainer.add_callback(CurvatureFeed())
+    if not any(isinstance(callback, CurvatureCallback) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(CurvatureCallback())
     return trainer

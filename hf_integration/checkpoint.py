@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
 from hf_integration.settings import ADAM
-from lightning_optim import Executor, lookup
-from lightning_optim.core import engines
-from lightning_optim.schedule import Curve
+from lightning_optim import RuleOptimizer, lookup
+from lightning_optim.core.parallel import engines
+from lightning_optim.schedule import ScheduleConfig
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class KeepSchedule(TrainerCallback):
         """
         scheduler, optimizer = kwargs["lr_scheduler"], _ours(kwargs["optimizer"])
         if optimizer is None and getattr(args.optim, "name", "").startswith(PREFIX):
-            engines.check([lookup(args.optim.value)])
+            engines.validate_engine([lookup(args.optim.value)])
         groups = kwargs["optimizer"].param_groups
         if isinstance(scheduler, LambdaLR) and all("rule" in group for group in groups):
             scheduler.base_lrs = [group["initial_lr"] for group in groups]
@@ -97,8 +97,8 @@ class KeepSchedule(TrainerCallback):
             scheduler._last_lr = [group["lr"] for group in groups]
 
     @staticmethod
-    def _factor(optimizer: Executor, i: int, state: Any, step: int) -> float:
-        curve = cast("Curve", optimizer.curve)
+    def _factor(optimizer: RuleOptimizer, i: int, state: Any, step: int) -> float:
+        curve = cast("ScheduleConfig", optimizer.curve)
         return curve.factor(step, lambda: curve.total_steps or state.max_steps, optimizer.param_groups[i])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -134,15 +134,17 @@ class KeepSchedule(TrainerCallback):
             optimizer.averages.replaced(optimizer)
 
 
-def _ours(optimizer: Any) -> Executor | None:
+def _ours(optimizer: Any) -> RuleOptimizer | None:
     """Our optimizer, out of what accelerate wraps it in."""
-    while not isinstance(optimizer, Executor) and hasattr(optimizer, "optimizer"):  # of accelerate, and of DeepSpeed
+    while not isinstance(optimizer, RuleOptimizer) and hasattr(
+        optimizer, "optimizer"
+    ):  # of accelerate, and of DeepSpeed
         optimizer = optimizer.optimizer
-    return optimizer if isinstance(optimizer, Executor) else None
+    return optimizer if isinstance(optimizer, RuleOptimizer) else None
 
 
 class Consolidate(TrainerCallback):
-    """Before a checkpoint, collects state that ranks share out (`share_work=True`): the Trainer saves on one of them.
+    """Before a checkpoint, collects state that ranks share out (`shard_work=True`): the Trainer saves on one of them.
 
     `attach` and `register` add it. Without shared work it does nothing.
     """
@@ -162,7 +164,7 @@ class Consolidate(TrainerCallback):
             optimizer.consolidate()
 
 
-def accept_adamw(optimizer: Executor, model: nn.Module) -> None:
+def accept_adamw(optimizer: RuleOptimizer, model: nn.Module) -> None:
     """Let `optimizer.load_state_dict` take what `torch.optim.AdamW` saved.
 
     AdamW's groups may be the Trainer's (decayed and not decayed), or one of all trainable parameters in the model's
@@ -199,7 +201,7 @@ def _named(groups: Sequence[Mapping[str, Any]], expected: Sequence[Sequence[str]
     return dict(zip(chain(*layout), chain(*(group["params"] for group in groups)), strict=True))
 
 
-def _translated(optimizer: Executor, saved: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
+def _translated(optimizer: RuleOptimizer, saved: Mapping[str, Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict as `optimizer` would have saved it."""
     for group in saved["param_groups"]:
         lookup("adamw").translate(dict(group))  # refuses what would change the run

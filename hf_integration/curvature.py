@@ -14,8 +14,8 @@ from hf_integration.callbacks import log_scalars, siblings, unwrapped
 from lightning_optim import curvature
 
 
-class CurvatureFeed(TrainerCallback):
-    """Measures what some rules need beside gradients; see `lightning_optim.curvature.Feed`.
+class CurvatureCallback(TrainerCallback):
+    """Measures what some rules need beside gradients; see `lightning_optim.curvature.CurvatureEstimator`.
 
     `Trainer(..., callbacks=[CurvatureFeed()])`; `attach` and `register` add it by themselves, and it does nothing for
     other optimizers. It logs `curvature/win_rate` (Sophia: the share of coordinates that are not clipped, best between
@@ -25,8 +25,8 @@ class CurvatureFeed(TrainerCallback):
     overridden or not, label smoothing and `compute_loss_func` included.
 
     Args:
-        share: of the rows of every batch that is measured; see `Feed`. If not given, trainers with a `compute_loss` of
-            their own (but for TRL's SFTTrainer) are measured on all rows, which may belong together.
+        share: of the rows of every batch that is measured; see `CurvatureEstimator`. If not given, trainers with a
+            `compute_loss` of their own (but for TRL's SFTTrainer) are measured on all rows, which may belong together.
         method: `"exact"` products with the Hessian, `"difference"` of gradients where kernels do not allow those, or
             `"auto"`: exact until a kernel turns out not to allow it.
         loss: of (model, batch as `compute_loss` receives it), where it is not to be computed by `compute_loss`, from
@@ -45,7 +45,7 @@ class CurvatureFeed(TrainerCallback):
         curvature.check_settings(share, method)
         self._settings: dict[str, Any] = {"share": share, "method": method}
         self._loss = loss
-        self.feed: curvature.Feed | None = None
+        self.feed: curvature.CurvatureEstimator | None = None
         self._batches: Batches | None = None
         self._others: Sequence[TrainerCallback] = ()
 
@@ -65,7 +65,7 @@ class CurvatureFeed(TrainerCallback):
         """
         self._close()
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
-        if not curvature.observes(optimizer) or optimizer.fed:  # pyright: ignore[reportAttributeAccessIssue]
+        if not curvature.curvature_input(optimizer) or optimizer.has_curvature:  # pyright: ignore[reportAttributeAccessIssue]
             return
         trainer, own = current_trainer(), self._loss
         if trainer is None:
@@ -73,12 +73,12 @@ class CurvatureFeed(TrainerCallback):
                 "CurvatureFeed finds no transformers.Trainer whose batches and compute_loss it could take; in a loop "
                 "of your own use lightning_optim.curvature.Feed"
             )
-        batches = Batches(trainer, model, lambda batch: feed.see(batch))
+        batches = Batches(trainer, model, lambda batch: feed.record_batch(batch))
         settings = dict(self._settings)
         if settings["share"] is None and not batches.rows_are_independent:
             settings["share"] = 1.0
         scaler = getattr(kwargs["optimizer"], "scaler", None)
-        feed = curvature.Feed(
+        feed = curvature.CurvatureEstimator(
             model,
             optimizer,  # pyright: ignore[reportArgumentType]
             batches.loss if own is None else lambda batch: own(model, copied(batch)),
@@ -116,7 +116,7 @@ class CurvatureFeed(TrainerCallback):
             **kwargs: passed on to the trainer's loggers.
         """
         try:
-            said = self.feed.ready() if self.feed is not None else {}
+            said = self.feed.estimate() if self.feed is not None else {}
         except BaseException:  # of which the trainer tells nobody
             self._close()
             raise

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from hf_integration.checkpoint import accept_adamw
 from hf_integration.settings import with_flags
-from lightning_optim import Executor, build_optimizer
+from lightning_optim import RuleOptimizer, build_optimizer
 
 
 class OptimizerFactory:
@@ -34,7 +34,7 @@ class OptimizerFactory:
         lr: float | None = None,
         args: TrainingArguments | Callable[[], TrainingArguments] | None = None,
         **settings: Any,
-    ) -> Executor:
+    ) -> RuleOptimizer:
         """Build the optimizer.
 
         Args:
@@ -63,7 +63,7 @@ class OptimizerFactory:
         return create_optimizer(model, **given)
 
 
-def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **settings: Any) -> Executor:
+def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **settings: Any) -> RuleOptimizer:
     """`build_optimizer` under the name PEFT users look for.
 
     Trainer(model, args, optimizers=(create_optimizer(model, "muon", lr=2e-5), None), ...)

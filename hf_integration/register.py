@@ -10,7 +10,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_integration.arguments import TrainingArguments
 from hf_integration.checkpoint import PREFIX, Consolidate, KeepSchedule
-from hf_integration.curvature import CurvatureFeed
+from hf_integration.curvature import CurvatureCallback
 from hf_integration.factory import OptimizerFactory
 from hf_integration.settings import check_settings, with_flags
 from lightning_optim.core.rule import REGISTRY
@@ -35,7 +35,7 @@ def register() -> list[str]:
     from it, call `register()` again, or the Trainer refuses the name.
 
     Extends two tables of Transformers that are not public, and its list of default callbacks by `KeepSchedule`,
-    `Consolidate` and `CurvatureFeed`. Calling it again adds only rules defined since.
+    `Consolidate` and `CurvatureCallback`. Calling it again adds only rules defined since.
 
     Returns:
         The names that were added.
@@ -46,7 +46,7 @@ def register() -> list[str]:
     handlers = _handlers()
     callbacks = getattr(of_transformers, "DEFAULT_CALLBACKS", None)
     if isinstance(callbacks, list):
-        callbacks.extend(x for x in (KeepSchedule, Consolidate, CurvatureFeed) if x not in callbacks)
+        callbacks.extend(x for x in (KeepSchedule, Consolidate, CurvatureCallback) if x not in callbacks)
     added = [name for name in sorted(REGISTRY) if name not in OptimizerNames._value2member_map_]
     for name in added:
         handlers[_add_member(name)] = _settings

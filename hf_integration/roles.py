@@ -13,8 +13,8 @@ from hf_integration.attach import attach
 from hf_integration.batches import current_trainer
 from hf_integration.callbacks import siblings, unwrapped, writers_of
 from hf_integration.settings import check_settings
-from lightning_optim import Executor
-from lightning_optim.plan import Owners
+from lightning_optim import RuleOptimizer
+from lightning_optim.build.plan import Owners
 
 
 class RoleTable(TrainerCallback):
@@ -54,7 +54,7 @@ class RoleTable(TrainerCallback):
             **kwargs: model and optimizer.
         """
         optimizer = unwrapped(kwargs["optimizer"])
-        if not state.is_world_process_zero or not isinstance(optimizer, Executor):
+        if not state.is_world_process_zero or not isinstance(optimizer, RuleOptimizer):
             return
         text = self._table.news(kwargs["model"], optimizer, state.global_step)
         if text is None:

@@ -11,7 +11,8 @@ from typing import Any
 import transformers
 
 from lightning_optim import build_optimizer
-from lightning_optim.core.groups import OPTION_TYPES, settings_of
+from lightning_optim.core.options import OPTION_TYPES
+from lightning_optim.core.param_groups import settings_of
 from lightning_optim.core.rule import check_value, lookup, nearest
 
 ADAM = ("adam", "adamw")

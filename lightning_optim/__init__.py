@@ -10,28 +10,28 @@ Lightning when they are used.
 from typing import TYPE_CHECKING, Any
 
 from lightning_optim import optimizers
-from lightning_optim.core.averages import EMANesterov, MuLoCo, TailEMA
-from lightning_optim.core.executor import Executor
-from lightning_optim.core.rule import Rule, Slot, eye, lookup, zeros
-from lightning_optim.factory import OptimizerConfig, build_optimizer
+from lightning_optim.build.factory import OptimizerConfig, build_optimizer
+from lightning_optim.build.plan import plan
+from lightning_optim.build.roles import assign, layerwise_decay, lora_plus, roles
+from lightning_optim.core.optimizer import RuleOptimizer
+from lightning_optim.core.rule import Rule, StateSpec, eye, lookup, zeros
+from lightning_optim.core.step.averaging_methods import EMANesterov, MuLoCo, TailEMA
 from lightning_optim.optimizers import *  # noqa: F403
-from lightning_optim.partition import assign, layerwise_decay, lora_plus, roles
-from lightning_optim.plan import plan
-from lightning_optim.schedule import Curve, Schedule
+from lightning_optim.schedule import ScheduleConfig, ScheduleLR
 
 if TYPE_CHECKING:
     from lightning_optim.lightning import configure_optimizers
 
 __version__ = "0.1.0"
 __all__ = [
-    "Curve",
+    "ScheduleConfig",
     "EMANesterov",
-    "Executor",
+    "RuleOptimizer",
     "MuLoCo",
     "OptimizerConfig",
     "Rule",
-    "Schedule",
-    "Slot",
+    "ScheduleLR",
+    "StateSpec",
     "TailEMA",
     "assign",
     "build_optimizer",

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_optim.build.recipes import PRESETS, RECIPES, find
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.docs import kind, state_bytes, summary
-from lightning_optim.recipes import PRESETS, RECIPES, find
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def print_plan(args: argparse.Namespace) -> None:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lightning_optim.plan import plan
+    from lightning_optim.build.plan import plan
 
     if args.optim is None and args.recipe is None:
         raise ValueError("plan: give --optim or --recipe")

@@ -22,11 +22,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_optim.core import layout
-from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import is_flat
-from lightning_optim.core.observing import Seen
+from lightning_optim.build.output_layers import is_linear
+from lightning_optim.core.optimizer import RuleOptimizer
+from lightning_optim.core.parallel import collectives, sharding
+from lightning_optim.core.parallel.flat_parameters import is_flat
 from lightning_optim.core.rule import REGISTRY
+from lightning_optim.core.step.curvature_input import Estimate
 from lightning_optim.diagnostics.hessian import (
     TOLERANCE,
     GaussNewton,
@@ -42,7 +43,6 @@ from lightning_optim.diagnostics.hessian import (
     signs,
 )
 from lightning_optim.ops.rounding import hash_key
-from lightning_optim.output_layers import is_linear
 
 SHARE = {"gauss_newton": 0.5, "hutchinson": 0.125, "loss": 1.0}
 """Of the rows of a batch that are measured; a product with the Hessian costs as much as three or four gradients."""
@@ -57,7 +57,7 @@ FeedMethod = Literal["auto"] | Method
 T = TypeVar("T")
 
 
-class Feed:
+class CurvatureEstimator:
     """Measures what the rules of an optimizer observe.
 
         feed = Feed(model, optimizer, lambda batch: loss_of(model, batch))
@@ -95,7 +95,7 @@ class Feed:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Executor,
+        optimizer: RuleOptimizer,
         loss: Callable[[Any], Tensor],
         *,
         share: float | None = None,
@@ -128,24 +128,24 @@ class Feed:
         self._hooks = [
             x.module.register_forward_hook(functools.partial(self._forward, x), with_kwargs=True) for x in self._layers
         ]
-        optimizer.mates.update({x.weight: x.bias for x in self._layers if x.bias is not None})
-        optimizer.fed = True
+        optimizer.bias_of.update({x.weight: x.bias for x in self._layers if x.bias is not None})
+        optimizer.has_curvature = True
 
-    def see(self, batch: Any) -> None:
+    def record_batch(self, batch: Any) -> None:
         """A batch is about to be trained on.
 
         Args:
             batch: what `loss` takes: tensors, in any nesting, rows first.
         """
         if self._due is None:
-            self._due = self.optimizer.awaits()
+            self._due = self.optimizer.pending_curvature()
             wanted = set(self._due.get("factors", ()))
             for x in self._layers:
                 x.due = x.weight in wanted
         if self._due:
             self._batches.append(batch)
 
-    def ready(self) -> dict[str, float]:
+    def estimate(self) -> dict[str, float]:
         """The optimizer is about to step: measure what is due, and show it.
 
         Returns:
@@ -168,7 +168,9 @@ class Feed:
             self._compare_losses(self.trained, batches[0])
             self.trained = None
         if due.pop("loss", None):
-            self.optimizer.look = Look(self, [first_rows(batch, self.share or SHARE["loss"]) for batch in batches])
+            self.optimizer.loss_oracle = BatchLossOracle(
+                self, [first_rows(batch, self.share or SHARE["loss"]) for batch in batches]
+            )
             if not due:
                 return {}
         if any(x.due for x in self._layers):
@@ -178,7 +180,7 @@ class Feed:
             if seen is None:  # no labels can be drawn
                 seen = self._measured("hutchinson", params, batches)
             if seen:
-                said |= self.optimizer.observe(seen)
+                said |= self.optimizer.update_curvature(seen)
         spent = time.perf_counter() - started + self._hooked
         self.seconds += spent
         self._hooked = 0.0
@@ -188,7 +190,7 @@ class Feed:
         """Stop; the rules then refuse to step."""
         for hook in self._hooks:
             hook.remove()
-        self.optimizer.fed, self.optimizer.look = False, None
+        self.optimizer.has_curvature, self.optimizer.loss_oracle = False, None
         self._due, self._batches = None, []
 
     # -- factors, in hooks of the training's own passes -----------------------------------------------------------
@@ -210,9 +212,9 @@ class Feed:
 
     def _show_factors(self, layers: Sequence[Layer]) -> None:
         """Over micro-batches and ranks, the factors of one large batch, of whose mean loss each had a part."""
-        scale = (self.loss_scale() or 1.0) * layout.replicas(self.group)
+        scale = (self.loss_scale() or 1.0) * collectives.world_size(self.group)
         counts = torch.tensor([x.rows for x in layers], dtype=torch.float64, device=layers[0].weight.device)
-        layout.sum_([counts], self.group)
+        collectives.sum_([counts], self.group)
         used = [(x, n) for x, n in zip(layers, counts.tolist(), strict=True) if n]  # by any rank
         if not used and any(x.weight.grad is not None for x in layers):
             raise RuntimeError(
@@ -221,15 +223,15 @@ class Feed:
             )
         for x, _ in used:
             x.begin()
-        layout.sum_([t for x, _ in used for t in (x.inputs, x.outputs)], self.group)
+        collectives.sum_([t for x, _ in used for t in (x.inputs, x.outputs)], self.group)
         seen = {}
         for x, n in used:
-            seen[x.weight] = Seen(inputs=x.inputs / n, outputs=x.outputs / (n * scale**2))
+            seen[x.weight] = Estimate(inputs=x.inputs / n, outputs=x.outputs / (n * scale**2))
         for x in layers:
             x.clear()
         broken = not all(bool(t.isfinite().all()) for one in seen.values() for t in vars(one).values())
         if seen and not broken:
-            self.optimizer.observe(seen)
+            self.optimizer.update_curvature(seen)
 
     # -- estimates ------------------------------------------------------------------------------------------------
 
@@ -241,7 +243,7 @@ class Feed:
         dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
         compare_losses(float(ours.detach()), float(theirs.detach()), dtypes | labels.dtypes)
 
-    def _measured(self, kind: str, params: Sequence[Tensor], batches: Sequence[Any]) -> dict[Tensor, Seen] | None:
+    def _measured(self, kind: str, params: Sequence[Tensor], batches: Sequence[Any]) -> dict[Tensor, Estimate] | None:
         """What is shown to the rules.
 
         Returns:
@@ -252,12 +254,12 @@ class Feed:
             values, count = measure(params, [first_rows(batch, self.share or SHARE[kind]) for batch in batches])
         broken = not all(bool(x.isfinite().all()) for x in values)  # by a loss scale that is too large, say
         undrawn = kind == "gauss_newton" and self._undrawn
-        broken, undrawn = layout.agree_max([float(broken), float(undrawn)], params)
+        broken, undrawn = collectives.all_reduce_max([float(broken), float(undrawn)], params)
         if undrawn:
             self._fall_back_to_hutchinson(params)
             return None
         diagonal = kind == "hutchinson"
-        seen = {p: Seen(value=x, count=count, diagonal=diagonal) for p, x in zip(params, values, strict=True)}
+        seen = {p: Estimate(value=x, count=count, diagonal=diagonal) for p, x in zip(params, values, strict=True)}
         return {} if broken else seen
 
     def _fall_back_to_hutchinson(self, params: Sequence[Tensor]) -> None:
@@ -265,7 +267,7 @@ class Feed:
             f"the loss calls none of torch's {LABELLED}, so no labels can be drawn for the Gauss-Newton-Bartlett "
             "estimate"
         )
-        if any(layout.local(p) is not p for p in params):
+        if any(sharding.local(p) is not p for p in params):
             raise ValueError(
                 f"{why}, and the other estimate needs products with the Hessian, which FSDP2 does not support; use one "
                 "of these (no fused loss kernel), or train under DDP"
@@ -282,7 +284,7 @@ class Feed:
 
         def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
             if self._undrawn:
-                return [torch.zeros_like(layout.local(p)) for p in params], 0.0
+                return [torch.zeros_like(sharding.local(p)) for p in params], 0.0
             scale = self.loss_scale() or 1.0
             owned = list(self.model.parameters())  # under FSDP2, others between forward and backward pass
             with frozen(self.model, twice=False):
@@ -362,19 +364,19 @@ class Feed:
         batches: Sequence[Any],
     ) -> tuple[list[Tensor], float]:
         """The mean over micro-batches and ranks, each weighted by its number of labels, and that number of all."""
-        sharded = any(layout.local(p) is not p for p in params)
-        sums = [torch.zeros_like(layout.local(p), dtype=_wide(p.dtype)) for p in params]
+        sharded = any(sharding.local(p) is not p for p in params)
+        sums = [torch.zeros_like(sharding.local(p), dtype=_wide(p.dtype)) for p in params]
         total = torch.zeros(1, dtype=torch.float64, device=sums[0].device)
         for i, batch in enumerate(batches):
             found, count = measure(batch, i)
             n = torch.full_like(total, count)
             if sharded:  # their gradients are means over ranks already
-                layout.sum_([n], self.group)
+                collectives.sum_([n], self.group)
             for x, g in zip(sums, found, strict=True) if n else ():  # the mean over no label is not a number
                 x.add_(g, alpha=float(n))
             total += n
         if not sharded:
-            layout.sum_([*sums, total], self.group)
+            collectives.sum_([*sums, total], self.group)
         count = float(total)
         return [x / count for x in sums], count
 
@@ -385,8 +387,9 @@ class Feed:
         return hash_key(seed, max(steps, default=0), i, 0 if everywhere else 1 + self.rank)
 
 
-class Look:
-    """The loss of the coming step's batches, as rules that search ask for it (`lightning_optim.core.searching.Look`).
+class BatchLossOracle:
+    """The loss of the coming step's batches, as rules that search ask for it
+    (`lightning_optim.core.step.line_search.BatchLossOracle`).
 
     It is the mean over micro-batches and ranks, without dropout; no `.grad` is touched.
 
@@ -395,7 +398,7 @@ class Look:
         batches: micro-batches.
     """
 
-    def __init__(self, feed: Feed, batches: Sequence[Any]) -> None:
+    def __init__(self, feed: CurvatureEstimator, batches: Sequence[Any]) -> None:
         self.feed, self.batches = feed, batches
         self._matrices: dict[int, tuple[GaussNewton, Labels]] = {}
 
@@ -552,9 +555,9 @@ class Layer:
         self.rows += len(a)
 
 
-def _layers(model: nn.Module, optimizer: Executor) -> list[Layer]:
+def _layers(model: nn.Module, optimizer: RuleOptimizer) -> list[Layer]:
     """The layers whose factors a rule observes."""
-    jobs = [job for job in optimizer._jobs() if job.rule.observes == "factors"]
+    jobs = [job for job in optimizer._jobs() if job.rule.curvature_input == "factors"]
     wanted = {id(w.param): (job.rule, w) for job in jobs for w in job.works}
     out: dict[int, Layer] = {}
     for module in model.modules() if wanted else ():
@@ -582,8 +585,8 @@ def check_settings(share: float | None, method: str) -> None:
     """Check the settings of a feed.
 
     Args:
-        share: see `Feed`.
-        method: see `Feed`.
+        share: see `CurvatureEstimator`.
+        method: see `CurvatureEstimator`.
 
     Raises:
         ValueError: one of them is out of range.
@@ -613,31 +616,33 @@ def compare_losses(measured: float, trained: float, dtypes: Iterable[torch.dtype
         )
 
 
-def observes(optimizer: Any) -> bool:
+def curvature_input(optimizer: Any) -> bool:
     """Whether an optimizer needs a feed.
 
     Returns:
         True for ours with such a rule.
     """
-    return isinstance(optimizer, Executor) and any(REGISTRY[g["rule"]].observes for g in optimizer.param_groups)
+    return isinstance(optimizer, RuleOptimizer) and any(
+        REGISTRY[g["rule"]].curvature_input for g in optimizer.param_groups
+    )
 
 
-def _check_params(model: nn.Module, optimizer: Executor) -> None:
+def _check_params(model: nn.Module, optimizer: RuleOptimizer) -> None:
     for job in optimizer._jobs():
-        if job.rule.observes:
+        if job.rule.curvature_input:
             flat = optimizer.flat_tensors(job.group)
             for w in job.works:
                 if is_flat(w.param) or any(w.param is p for p in flat):
                     raise ValueError(
                         f"{w.name}: {job.rule.name} cannot be measured in the flat parameters of FSDP1 and ZeRO; "
-                        f"use DDP{' or FSDP2 (fully_shard)' if job.rule.observes == 'gauss_newton' else ''}"
+                        f"use DDP{' or FSDP2 (fully_shard)' if job.rule.curvature_input == 'gauss_newton' else ''}"
                     )
-                if job.rule.observes != "gauss_newton" and layout.local(w.param) is not w.param:
+                if job.rule.curvature_input != "gauss_newton" and sharding.local(w.param) is not w.param:
                     raise ValueError(
                         f"{w.name}: {job.rule.name} needs a double backward pass, which FSDP2 does not support; "
                         "use DDP, or sophia_g"
                     )
-                if layout.is_tensor_parallel(w.param, model):
+                if sharding.is_tensor_parallel(w.param, model):
                     raise ValueError(
                         f"{w.name}: {job.rule.name} counts the labels of all ranks, which see the same batches under "
                         "tensor parallelism; use DDP or FSDP2 alone"
@@ -650,17 +655,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _gradients(loss: Tensor, params: Sequence[Tensor], owned: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of a loss on this rank, no `.grad` touched."""
-    if any(layout.local(p) is not p for p in params):  # FSDP2 reduces in hooks of an ordinary backward pass
+    if any(sharding.local(p) is not p for p in params):  # FSDP2 reduces in hooks of an ordinary backward pass
         kept = [(p, p.grad) for p in owned]
         try:
             for p, _ in kept:
                 p.grad = None
             loss.backward()
-            found = [layout.local_gradient(p) for p in params]
+            found = [sharding.local_gradient(p) for p in params]
         finally:
             for p, g in kept:
                 p.grad = g
-        return [torch.zeros_like(layout.local(p)) if g is None else g for p, g in zip(params, found, strict=True)]
+        return [torch.zeros_like(sharding.local(p)) if g is None else g for p, g in zip(params, found, strict=True)]
     found = torch.autograd.grad(loss, params, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
 

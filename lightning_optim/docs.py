@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from lightning_optim.core.groups import OPTION_TYPES, OPTIONS
+from lightning_optim.core.options import OPTION_TYPES, OPTIONS
 from lightning_optim.core.rule import REGISTRY, Rule
 from lightning_optim.optimizers import CLASSES
 
@@ -26,7 +26,7 @@ def kind(rule: type[Rule]) -> str:
     Returns:
         `elements`, `sums`, `matrices`, or `all` of them at once.
     """
-    if rule.observes == "loss":
+    if rule.curvature_input == "loss":
         return "all"
     return "elements" if rule.elementwise else "sums" if rule.reduces else "matrices"
 
@@ -117,23 +117,23 @@ def stub() -> str:
         "",
         "from torch import Tensor",
         "",
-        "from lightning_optim.core.executor import Executor, ParamsT",
+        "from lightning_optim.core.optimizer import RuleOptimizer, ParamsT",
         "from lightning_optim.core.rule import Rule",
         "",
         "__all__ = [",
         *[f'    "{name}",' for name in sorted(cls.__name__ for cls in CLASSES.values())],
         "]",
-        "CLASSES: dict[str, type[Executor]]",
+        "CLASSES: dict[str, type[RuleOptimizer]]",
         "",
         "def signature(rule: type[Rule]) -> inspect.Signature: ...",
-        "def optimizer_class(rule: type[Rule]) -> type[Executor]: ...",
+        "def optimizer_class(rule: type[Rule]) -> type[RuleOptimizer]: ...",
     ]
     for name, cls in CLASSES.items():
         rule = REGISTRY[name]
         hints = typing.get_type_hints(rule)
         lines += [
             "",
-            f"class {cls.__name__}(Executor):",
+            f"class {cls.__name__}(RuleOptimizer):",
             "    def __init__(",
             "        self,",
             "        params: ParamsT,",

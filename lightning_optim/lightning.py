@@ -12,15 +12,15 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
-from lightning_optim.core import engines
-from lightning_optim.core.executor import Executor
+from lightning_optim.build.factory import OptimizerConfig, build_optimizer
+from lightning_optim.build.roles import Override
+from lightning_optim.core.optimizer import RuleOptimizer
+from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import lookup
-from lightning_optim.curvature import observes
-from lightning_optim.factory import OptimizerConfig, build_optimizer
-from lightning_optim.partition import Override
-from lightning_optim.schedule import SCHEDULES, Curve, Schedule
+from lightning_optim.curvature import curvature_input
+from lightning_optim.schedule import SCHEDULES, ScheduleConfig, ScheduleLR
 
-__all__ = ["SCHEDULES", "OptimizerConfig", "Schedule", "configure_optimizers"]
+__all__ = ["SCHEDULES", "OptimizerConfig", "ScheduleLR", "configure_optimizers"]
 
 
 def configure_optimizers(
@@ -64,7 +64,7 @@ def configure_optimizers(
         total_steps: optimizer steps of the run; asked of the trainer if not given.
         min_lr_ratio: the learning rate decays to this share of `lr`, 0 if not given.
         cooldown: of the power schedule, as are the next two: steps in which the learning rate falls, or a share; see
-            `lightning_optim.schedule.Curve`.
+            `lightning_optim.schedule.ScheduleConfig`.
         horizon: step at which it would be at its lowest.
         power: 1 if not given.
         momentum_warmup_steps: optimizer steps in which the main rule's momentum rises linearly to its value.
@@ -84,7 +84,7 @@ def configure_optimizers(
 
     Raises:
         ValueError: an unknown schedule, a run of unknown length, `fused_backward` in a trainer that accumulates, clips
-            or scales gradients, a strategy (FSDP1, DeepSpeed) that cannot run the rule, or what `Schedule` and
+            or scales gradients, a strategy (FSDP1, DeepSpeed) that cannot run the rule, or what `ScheduleLR` and
             `build_optimizer` raise.
     """
     asked = {
@@ -101,7 +101,7 @@ def configure_optimizers(
         "momentum_end": momentum_end,
     }
     asked = {k: v for k, v in asked.items() if v is not None}
-    Curve.of(asked)
+    ScheduleConfig.of(asked)
     check_strategy(module, name)
     if settings.get("fused_backward"):
         _refuse_what_needs_gradients(module)
@@ -125,10 +125,10 @@ def configure_optimizers(
     for kind in (ModuleOrder, RunStart):
         if trainer is not None and not any(isinstance(c, kind) for c in trainer.callbacks):
             trainer.callbacks.insert(0, kind())
-    curve = optimizer.curve or Curve()
+    curve = optimizer.curve or ScheduleConfig()
     if curve.needs_total and curve.total_steps is None:
         _total_steps(module)  # raises where it is known that nobody will know
-    scheduler = Schedule(optimizer, curve, partial(_total_steps, module))
+    scheduler = ScheduleLR(optimizer, curve, partial(_total_steps, module))
     if optimizer.averages is not None and trainer is not None:
         if not any(isinstance(c, AveragedWeights) for c in trainer.callbacks):
             trainer.callbacks.insert(0, AveragedWeights())
@@ -182,7 +182,7 @@ class RunStart(Callback):
             ValueError: a schedule depends on the length of the run, which the trainer does not know.
         """
         for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, Schedule):
+            if isinstance(config.scheduler, ScheduleLR):
                 config.scheduler.begin()
 
 
@@ -269,8 +269,8 @@ class AveragedWeights(Callback):
         checkpoint["optimizer_states"] = [trainer.strategy.optimizer_state(o) for o in trainer.optimizers]
 
 
-def _wrapped(trainer: Trainer) -> list[Executor]:
-    return [o for o in trainer.optimizers if isinstance(o, Executor) and o.averages is not None]
+def _wrapped(trainer: Trainer) -> list[RuleOptimizer]:
+    return [o for o in trainer.optimizers if isinstance(o, RuleOptimizer) and o.averages is not None]
 
 
 def check_strategy(module: LightningModule, name: str) -> None:
@@ -315,14 +315,14 @@ def _refuse_what_needs_gradients(module: LightningModule) -> None:
             raise ValueError(f"fused_backward does not work with {what}")
 
 
-def _feed(module: LightningModule, optimizer: Executor) -> None:
+def _feed(module: LightningModule, optimizer: RuleOptimizer) -> None:
     """Have the trainer measure what the optimizer needs beside gradients."""
     trainer = getattr(module, "_trainer", None)
-    if trainer is not None and observes(optimizer):
-        from lightning_optim.callbacks import CurvatureFeed
+    if trainer is not None and curvature_input(optimizer):
+        from lightning_optim.callbacks import CurvatureCallback
 
-        if not any(isinstance(callback, CurvatureFeed) for callback in trainer.callbacks):
-            trainer.callbacks.insert(0, CurvatureFeed())
+        if not any(isinstance(callback, CurvatureCallback) for callback in trainer.callbacks):
+            trainer.callbacks.insert(0, CurvatureCallback())
 
 
 def _total_steps(module: LightningModule) -> int | None:

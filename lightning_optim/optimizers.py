@@ -11,8 +11,8 @@ import typing
 from typing import Any
 
 import lightning_optim.rules  # noqa: F401  (fills the registry)
-from lightning_optim.core.executor import Executor, ParamsT
-from lightning_optim.core.groups import OPTION_TYPES, OPTIONS
+from lightning_optim.core.optimizer import ParamsT, RuleOptimizer
+from lightning_optim.core.options import OPTION_TYPES, OPTIONS
 from lightning_optim.core.rule import REGISTRY, Rule
 
 
@@ -34,26 +34,26 @@ def signature(rule: type[Rule]) -> inspect.Signature:
     return inspect.Signature([kind("params", kind.POSITIONAL_OR_KEYWORD, annotation=ParamsT), *named, *options])
 
 
-def optimizer_class(rule: type[Rule]) -> type[Executor]:
+def optimizer_class(rule: type[Rule]) -> type[RuleOptimizer]:
     """Make the optimizer class of a rule.
 
     Returns:
-        A subclass of `Executor` whose default rule this is.
+        A subclass of `RuleOptimizer` whose default rule this is.
     """
     call = signature(rule)
 
-    def __init__(self: Executor, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
         bound = call.bind(*args, **kwargs).arguments
         params, size = bound.pop("params"), bound.pop("max_temp_bytes", 2**25)
-        Executor.__init__(self, params, {"rule": rule.name, **bound}, max_temp_bytes=size)
+        RuleOptimizer.__init__(self, params, {"rule": rule.name, **bound}, max_temp_bytes=size)
 
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     __init__.__signature__ = call.replace(parameters=[self_parameter, *call.parameters.values()])  # pyright: ignore
     body = {"__init__": __init__, "__doc__": rule.__doc__, "__module__": __name__, "__signature__": call}
-    return type(rule.__name__, (Executor,), body)
+    return type(rule.__name__, (RuleOptimizer,), body)
 
 
-CLASSES: dict[str, type[Executor]] = {name: optimizer_class(rule) for name, rule in sorted(REGISTRY.items())}
+CLASSES: dict[str, type[RuleOptimizer]] = {name: optimizer_class(rule) for name, rule in sorted(REGISTRY.items())}
 """Optimizer class of each rule, by the rule's name."""
 
 globals().update({cls.__name__: cls for cls in CLASSES.values()})

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_optim.core.executor import Executor, ParamsT
+from lightning_optim.core.optimizer import ParamsT, RuleOptimizer
 from lightning_optim.core.rule import Rule
 
 __all__ = [
@@ -61,12 +61,12 @@ __all__ = [
     "SophiaG",
     "SophiaH",
 ]
-CLASSES: dict[str, type[Executor]]
+CLASSES: dict[str, type[RuleOptimizer]]
 
 def signature(rule: type[Rule]) -> inspect.Signature: ...
-def optimizer_class(rule: type[Rule]) -> type[Executor]: ...
+def optimizer_class(rule: type[Rule]) -> type[RuleOptimizer]: ...
 
-class Adafactor(Executor):
+class Adafactor(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -95,12 +95,12 @@ class Adafactor(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class AdafactorHF(Executor):
+class AdafactorHF(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -131,12 +131,12 @@ class AdafactorHF(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Adagrad(Executor):
+class Adagrad(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -163,12 +163,12 @@ class Adagrad(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class AdaLOMO(Executor):
+class AdaLOMO(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -196,12 +196,12 @@ class AdaLOMO(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Adam(Executor):
+class Adam(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -232,12 +232,12 @@ class Adam(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class AdamMini(Executor):
+class AdamMini(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -267,12 +267,12 @@ class AdamMini(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class AdamW(Executor):
+class AdamW(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -303,12 +303,12 @@ class AdamW(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Adapprox(Executor):
+class Adapprox(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -340,12 +340,12 @@ class Adapprox(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Alice(Executor):
+class Alice(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -382,12 +382,12 @@ class Alice(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Alice0(Executor):
+class Alice0(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -424,12 +424,12 @@ class Alice0(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class AMSGrad(Executor):
+class AMSGrad(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -460,12 +460,12 @@ class AMSGrad(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class APOLLO(Executor):
+class APOLLO(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -504,12 +504,12 @@ class APOLLO(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class APOLLOMini(Executor):
+class APOLLOMini(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -548,12 +548,12 @@ class APOLLOMini(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class APOLLOSVD(Executor):
+class APOLLOSVD(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -592,12 +592,12 @@ class APOLLOSVD(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class CAME(Executor):
+class CAME(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -626,12 +626,12 @@ class CAME(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class COSMOS(Executor):
+class COSMOS(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -664,12 +664,12 @@ class COSMOS(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Dion(Executor):
+class Dion(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -696,12 +696,12 @@ class Dion(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class EigenAdam(Executor):
+class EigenAdam(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -731,12 +731,12 @@ class EigenAdam(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Fira(Executor):
+class Fira(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -774,12 +774,12 @@ class Fira(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class FiraPlus(Executor):
+class FiraPlus(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -818,12 +818,12 @@ class FiraPlus(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Flora(Executor):
+class Flora(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -857,12 +857,12 @@ class Flora(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class GaLore(Executor):
+class GaLore(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -896,12 +896,12 @@ class GaLore(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class GaLoreAdafactor(Executor):
+class GaLoreAdafactor(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -937,12 +937,12 @@ class GaLoreAdafactor(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class HessianFree(Executor):
+class HessianFree(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -970,12 +970,12 @@ class HessianFree(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class KFAC(Executor):
+class KFAC(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1008,12 +1008,12 @@ class KFAC(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class KLSOAP(Executor):
+class KLSOAP(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1052,12 +1052,12 @@ class KLSOAP(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class LAMB(Executor):
+class LAMB(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1089,12 +1089,12 @@ class LAMB(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class LARS(Executor):
+class LARS(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1124,12 +1124,12 @@ class LARS(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class LBFGS(Executor):
+class LBFGS(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1159,12 +1159,12 @@ class LBFGS(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Lion(Executor):
+class Lion(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1191,12 +1191,12 @@ class Lion(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class LOMO(Executor):
+class LOMO(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1222,12 +1222,12 @@ class LOMO(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class MLBFGS(Executor):
+class MLBFGS(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1258,12 +1258,12 @@ class MLBFGS(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class MOSO(Executor):
+class MOSO(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1321,12 +1321,12 @@ class MOSO(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Muon(Executor):
+class Muon(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1364,12 +1364,12 @@ class Muon(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class MuonSq(Executor):
+class MuonSq(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1426,12 +1426,12 @@ class MuonSq(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Muown(Executor):
+class Muown(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1464,12 +1464,12 @@ class Muown(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class NorMuon(Executor):
+class NorMuon(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1509,12 +1509,12 @@ class NorMuon(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class OLBFGS(Executor):
+class OLBFGS(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1540,12 +1540,12 @@ class OLBFGS(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class PSGDKron(Executor):
+class PSGDKron(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1579,12 +1579,12 @@ class PSGDKron(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class RACS(Executor):
+class RACS(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1615,12 +1615,12 @@ class RACS(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class RMSprop(Executor):
+class RMSprop(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1648,12 +1648,12 @@ class RMSprop(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class SGD(Executor):
+class SGD(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1680,12 +1680,12 @@ class SGD(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Shampoo(Executor):
+class Shampoo(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1729,12 +1729,12 @@ class Shampoo(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class SignSGD(Executor):
+class SignSGD(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1758,12 +1758,12 @@ class SignSGD(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class Signum(Executor):
+class Signum(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1790,12 +1790,12 @@ class Signum(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class SinkSOAP(Executor):
+class SinkSOAP(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1852,12 +1852,12 @@ class SinkSOAP(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class SOAP(Executor):
+class SOAP(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1896,12 +1896,12 @@ class SOAP(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class SOAPMuon(Executor):
+class SOAPMuon(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1958,12 +1958,12 @@ class SOAPMuon(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class SophiaG(Executor):
+class SophiaG(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -1995,12 +1995,12 @@ class SophiaG(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class SophiaH(Executor):
+class SophiaH(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -2030,12 +2030,12 @@ class SophiaH(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class SR1Cubic(Executor):
+class SR1Cubic(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -2063,12 +2063,12 @@ class SR1Cubic(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
-class SWAN(Executor):
+class SWAN(RuleOptimizer):
     def __init__(
         self,
         params: ParamsT,
@@ -2095,7 +2095,7 @@ class SWAN(Executor):
         cautious_when: Literal["before", "after_pin"] = "before",
         clip_norm: float | None = None,
         compile: bool = False,
-        traffic: Literal["exact", "bf16"] = "exact",
+        comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
         max_temp_bytes: int = ...,
     ) -> None: ...

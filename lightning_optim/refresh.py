@@ -227,8 +227,8 @@ class TimeBudget(Policy):
     """At most `share` of the time between steps goes into refreshes, where staleness per cost is largest.
 
     Unspent time is kept up to three times the largest cost; no state grows older than `max_age` steps. Ranks that
-    do the same work must agree on the seconds, so a replicated model needs `Executor.process_group`. The times start
-    anew when a run is resumed.
+    do the same work must agree on the seconds, so a replicated model needs `RuleOptimizer.process_group`. The times
+    start anew when a run is resumed.
     """
 
     share: float = 0.05

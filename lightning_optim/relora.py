@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.core.layout import local
+from lightning_optim.core.parallel.sharding import local
 from lightning_optim.core.rule import check_value
 from lightning_optim.ops.noise import uniform
 from lightning_optim.ops.rounding import hash_key

@@ -17,8 +17,8 @@ from typing import Any, get_type_hints
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import momentum_of, set_momentum
+from lightning_optim.core.momentum_alias import momentum_of, set_momentum
+from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.rule import check_value, nearest
 
 SCHEDULES = {
@@ -34,7 +34,7 @@ OF_ROLE = ("cooldown", "min_lr_ratio")
 
 
 @dataclass(frozen=True)
-class Curve:
+class ScheduleConfig:
     """A schedule as a value; `settings` of a preset and the argument `schedule` of `build_optimizer` are its fields.
 
     Step t = 0, 1, ... has the factor `min(1, (t + 1) / warmup_steps)` in the warm-up, and then
@@ -87,7 +87,7 @@ class Curve:
             elif hints[f.name] is int and isinstance(value, int) and value < 0:
                 raise ValueError(f"{f.name} must be >= 0, got {value}")
             else:
-                later = f.name in ("momentum_start", "momentum_end")  # `Schedule` knows what they must lie below
+                later = f.name in ("momentum_start", "momentum_end")  # `ScheduleLR` knows what they must lie below
                 check_value(f"schedule: {f.name}", value, hints[f.name], signed=later)
         for key, most in (("cooldown", 1.0), ("horizon", 10.0)):
             value = getattr(self, key)
@@ -97,7 +97,7 @@ class Curve:
             raise ValueError(f"cooldown, horizon and power are for schedule='power', not {self.schedule!r}")
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Curve:
+    def of(cls, given: Mapping[str, Any]) -> ScheduleConfig:
         """Make a curve of plain settings.
 
         Args:
@@ -178,7 +178,7 @@ class Curve:
         left = (self.end(steps) - step) / self.momentum_cooldown_steps
         return self.momentum_end + (full - self.momentum_end) * min(1.0, max(0.0, left))
 
-    def moving(self, optimizer: Executor, step: int) -> list[dict[str, Any]]:
+    def moving(self, optimizer: RuleOptimizer, step: int) -> list[dict[str, Any]]:
         """Groups whose momentum is on the way.
 
         Args:
@@ -191,7 +191,7 @@ class Curve:
         moves = self.momentum_cooldown_steps or (self.momentum_warmup_steps and step <= self.momentum_warmup_steps)
         return [g for g in optimizer.param_groups if moves and g["rule"] == optimizer.defaults["rule"]]
 
-    def move_momentum(self, optimizer: Executor, step: int, total: int | Callable[[], int | None]) -> None:
+    def move_momentum(self, optimizer: RuleOptimizer, step: int, total: int | Callable[[], int | None]) -> None:
         """Set the momentum of a step.
 
         Args:
@@ -209,7 +209,7 @@ def _steps(value: float, of: float) -> float:
     return value if isinstance(value, int) else value * of
 
 
-class Schedule(LambdaLR):
+class ScheduleLR(LambdaLR):
     """A `LambdaLR` that also moves groups added during training (`BaseFinetuning`), from the lr they came with.
 
     Groups may have a cooldown and a floor of their own. The momentum of the optimizer's main rule, `momentum`, or
@@ -226,7 +226,10 @@ class Schedule(LambdaLR):
     """
 
     def __init__(
-        self, optimizer: Executor, curve: Curve | None = None, total_steps: int | Callable[[], int | None] | None = None
+        self,
+        optimizer: RuleOptimizer,
+        curve: ScheduleConfig | None = None,
+        total_steps: int | Callable[[], int | None] | None = None,
     ) -> None:
         curve = curve or optimizer.curve
         if curve is None:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from lightning_optim import Executor
+from lightning_optim import RuleOptimizer
 from lightning_optim.core.rule import REGISTRY
 
 _setup_privateuseone_for_python_backend("card")
@@ -155,8 +155,8 @@ def steps(name: str, dtype: torch.dtype, count: int = 4, **settings: Any) -> Map
     large = (3000, 40) if rule.elementwise or rule.reduces else (40, 30)
     shapes = [(12, 8), (12, 8), (8, 20), large, *([(7,)] if rule.vectors else [])]
     params = [Parameter(torch.randn(s, generator=draw).to(DEVICE, dtype)) for s in shapes]
-    policy = {"refresh": "fixed:3"} if rule.costly else {}
-    optimizer = Executor(params, {"rule": name, "lr": 1e-3, **policy, **settings})
+    policy = {"refresh": "fixed:3"} if rule.preconditioners else {}
+    optimizer = RuleOptimizer(params, {"rule": name, "lr": 1e-3, **policy, **settings})
     found = []
     for _ in range(count):
         for p in params:
@@ -173,7 +173,7 @@ def main() -> None:
     torch.set_num_threads(1)
     out: dict[str, Any] = {}
     forms = {"float32": {}, "bfloat16": {}, "checked": {"on_nonfinite": "raise"}}
-    for name in sorted(name for name, rule in REGISTRY.items() if not rule.observes):
+    for name in sorted(name for name, rule in REGISTRY.items() if not rule.curvature_input):
         for form, given in forms.items():
             dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
             try:

@@ -25,11 +25,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from lightning_optim import Executor, build_optimizer
-from lightning_optim.core.averages import averages_of
-from lightning_optim.core.layout import start_of
+from lightning_optim import RuleOptimizer, build_optimizer
+from lightning_optim.build.mesh_estimate import estimate_mesh
+from lightning_optim.core.parallel.sharding import start_of
 from lightning_optim.core.rule import REGISTRY
-from lightning_optim.core.spread import spread
+from lightning_optim.core.step.averaging_methods import averages_of
 from tests.rules import gradient, make
 
 Shapes = dict[str, tuple[int, ...]]
@@ -77,7 +77,7 @@ def placed(whole: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
-def take_steps(model: Model, optimizer: Executor, steps: range, missing: dict[int, str] | None = None) -> None:
+def take_steps(model: Model, optimizer: RuleOptimizer, steps: range, missing: dict[int, str] | None = None) -> None:
     """Steps with the same whole gradients on every rank and any mesh."""
     for t in steps:
         for key, p in model.named_parameters():
@@ -152,7 +152,7 @@ def laid_out(rank: int, world: int, layout: str, names: Sequence[str], steps: in
         try:
             optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
             if layout == "shared":
-                optimizer.share_work()
+                optimizer.shard_work()
             take_steps(model, optimizer, range(1, steps + 1), kwargs.get("missing"))
             out[name] = weights(model)
         except ValueError as error:
@@ -187,7 +187,7 @@ def save(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch
     model = lay_out(Model(name, dtype), kwargs.get("layout", "fsdp2"), world)
     optimizer = make(name, model.parameters(), **kwargs.get("settings", {}))
     if kwargs.get("layout") == "shared":
-        optimizer.share_work()
+        optimizer.shard_work()
     get_optimizer_state_dict(model, optimizer)  # a fresh save must not count as a step
     take_steps(model, optimizer, range(1, steps + 1))
     state_dict_saver.save(
@@ -197,7 +197,7 @@ def save(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch
     return weights(model)
 
 
-def load_into(model: Model, optimizer: Executor, folder: str) -> None:
+def load_into(model: Model, optimizer: RuleOptimizer, folder: str) -> None:
     """Load what `save` saved."""
     state = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}
     state_dict_loader.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
@@ -210,7 +210,7 @@ def load(rank: int, world: int, name: str, folder: str, steps: int, dtype: torch
     model = lay_out(Model(name, dtype), kwargs.get("layout", "fsdp2"), world)
     optimizer = make(name, model.parameters(), lr=77.0, **kwargs.get("settings", {}))
     if kwargs.get("layout") == "shared":
-        optimizer.share_work()
+        optimizer.shard_work()
     load_into(model, optimizer, folder)
     take_steps(model, optimizer, range(steps + 1, steps + 4))
     return weights(model)
@@ -291,13 +291,13 @@ def price(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, set
     if members:
         whole.wrap(*members)
     strategy: Any = "ddp" if layout == "shared" else layout
-    said = spread(whole, strategy, world, node_size=world // 2, share_work=layout == "shared")
+    said = estimate_mesh(whole, strategy, world, node_size=world // 2, shard_work=layout == "shared")
     model = lay_out(Model(name, dtype), layout, world)
     optimizer = make(name, model.parameters(), **settings)
     if members:
         optimizer.wrap(*members)
     if layout == "shared":
-        optimizer.share_work()
+        optimizer.shard_work()
     take_steps(model, optimizer, range(1, 3))
     with counted() as sent:
         take_steps(model, optimizer, range(3, 4))
@@ -324,7 +324,7 @@ def groups_differ(rank: int, world: int, layout: str) -> Any:
     model = lay_out(Model("muon"), layout, world)
     optimizer = make("muon", model.parameters(), lr=0.03 if rank == 1 else 0.02)
     if layout == "shared":
-        optimizer.share_work()
+        optimizer.shard_work()
     before, message = weights(model), ""
     try:
         take_steps(model, optimizer, range(1, 2))
@@ -337,7 +337,7 @@ def consolidated(rank: int, world: int, name: str) -> Any:
     """Shared work: one rank alone may not ask for the state, until all have collected it; a load makes that stale."""
     model = Model(name)
     optimizer = make(name, model.parameters())
-    optimizer.share_work()
+    optimizer.shard_work()
     take_steps(model, optimizer, range(1, 4))
     held = sum(t.nbytes for s in optimizer.state.values() for k, t in s.items() if k != "step")
     optimizer._meeting.timeout = timedelta(seconds=2)
@@ -362,7 +362,7 @@ def consolidated(rank: int, world: int, name: str) -> Any:
             stale = str(error)
     dist.barrier()
     fresh = make(name, model.parameters(), lr=77.0)
-    fresh.share_work()
+    fresh.shard_work()
     fresh.load_state_dict(cast("dict[str, Any]", box[0]))
     take_steps(model, fresh, range(4, 7))
     return (message, stale), held, weights(model)
@@ -371,9 +371,9 @@ def consolidated(rank: int, world: int, name: str) -> Any:
 def narrow_traffic(rank: int, world: int, layout: str) -> Any:
     """Whole weights after steps whose gradients and directions travel in bfloat16, and bytes sent in the last."""
     model = lay_out(Model("muon"), layout, world)
-    optimizer = make("muon", model.parameters(), traffic="bf16")
+    optimizer = make("muon", model.parameters(), comm_dtype="bf16")
     if layout == "shared":
-        optimizer.share_work()
+        optimizer.shard_work()
     take_steps(model, optimizer, range(1, 4))
     with counted() as sent:
         take_steps(model, optimizer, range(4, 5))
@@ -439,7 +439,7 @@ def decided(rank: int, world: int, layout: str, policies: Sequence[str], steps: 
         optimizer.on_refresh = events.append
         optimizer._refreshes.clock.now = lambda: (1 + 9 * rank) * time.perf_counter()
         if layout == "shared":
-            optimizer.share_work()
+            optimizer.shard_work()
         elif layout == "ddp" and world > 1 and told:
             optimizer.process_group = dist.group.WORLD
         take_steps(model, optimizer, range(1, steps + 1))
@@ -475,7 +475,7 @@ def disagree(rank: int, world: int, name: str, layout: str = "fsdp2") -> Any:
     model = lay_out(Model(name), layout, world)
     optimizer = make(name, model.parameters())
     if layout == "shared":
-        optimizer.share_work()
+        optimizer.shard_work()
     take_steps(model, optimizer, range(1, 3))
     before = weights(model)
     take = dict(model.named_parameters())
@@ -498,7 +498,7 @@ def not_finite(rank: int, world: int, name: str, layout: str = "fsdp2") -> Any:
     model = lay_out(Model(name), layout, world)
     optimizer = make(name, model.parameters(), on_nonfinite="raise")
     if layout == "shared":
-        optimizer.share_work()
+        optimizer.shard_work()
     take_steps(model, optimizer, range(1, 3))
     before = weights(model)
     for key, p in model.named_parameters():
@@ -520,7 +520,7 @@ def resized(rank: int, world: int, name: str, layout: str) -> Any:
     model = lay_out(Model(name), layout, world)
     optimizer = make(name, model.parameters())
     if layout == "shared":
-        optimizer.share_work()
+        optimizer.shard_work()
     take_steps(model, optimizer, range(1, 3))
     state = {k: {key: t.clone() for key, t in optimizer.state[p].items()} for k, p in model.named_parameters()}
     p = model.get_parameter("odd")
@@ -587,7 +587,7 @@ def aligned(rank: int, world: int, storage: str) -> Any:
         model.register_parameter(key, Parameter(value))
     if world > 1:
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    optimizer = Executor(model.parameters(), {"rule": "lion", "state_storage": storage, **ALIGNED})
+    optimizer = RuleOptimizer(model.parameters(), {"rule": "lion", "state_storage": storage, **ALIGNED})
     for t in range(1, 6):
         for key, p in model.named_parameters():
             p.grad = placed(gradient(torch.empty(p.shape), key, t), p)
@@ -605,7 +605,7 @@ def begun_within_a_block(rank: int, world: int) -> tuple[int, float]:
     start = distribute_tensor(whole, init_device_mesh("cpu", (world,)), [Shard(0)])
     ps = [Parameter(start.clone()) for _ in range(2)]
     for p, graphs in zip(ps, (True, False), strict=True):
-        optimizer = Executor([p], {"rule": "adamw", "state_storage": "int8", "compile": graphs})
+        optimizer = RuleOptimizer([p], {"rule": "adamw", "state_storage": "int8", "compile": graphs})
         for t in range(1, 4):
             p.grad = placed(gradient(torch.empty(whole.shape), "whole", t), p)
             optimizer.step()

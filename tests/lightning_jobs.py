@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lightning_optim import Executor, build_optimizer
+from lightning_optim import RuleOptimizer, build_optimizer
 from lightning_optim.callbacks import HybridOptimizer
 from tests.test_lightning import Net, Rows, trainer
 
@@ -106,7 +106,7 @@ def interchange(rank: int, world: int, folder: str, lrs: list[list[float]]) -> A
     """
     ended = []
 
-    def schedule(optimizer: Executor, step: int) -> None:
+    def schedule(optimizer: RuleOptimizer, step: int) -> None:
         for group, lr in zip(optimizer.param_groups, lrs[step], strict=True):
             group.update(lr=lr, initial_lr=SETTINGS["lr"])
 

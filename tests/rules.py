@@ -16,12 +16,12 @@ from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lightning_optim.optimizers as optimizers
-from lightning_optim import Executor
-from lightning_optim.core import layout
+from lightning_optim import RuleOptimizer
+from lightning_optim.core.parallel import sharding
 from lightning_optim.core.rule import REGISTRY, Rule, hyperparameters
 
-NAMES = [name for name in sorted(REGISTRY) if REGISTRY[name].observes != "loss"]
-SEARCHING = [name for name in sorted(REGISTRY) if REGISTRY[name].observes == "loss"]
+NAMES = [name for name in sorted(REGISTRY) if REGISTRY[name].curvature_input != "loss"]
+SEARCHING = [name for name in sorted(REGISTRY) if REGISTRY[name].curvature_input == "loss"]
 """Rules whose parameters are one vector: none is as if it were alone."""
 SHAPES = {"wide": (5, 12), "tall": (12, 5), "square": (8, 8), "again": (5, 12), "vector": (7,), "scalar": ()}
 
@@ -111,7 +111,7 @@ def give(ps: dict[str, Parameter], t: int, *, without: str = "", only: str = "")
         p.grad = None if key == without or (only and key != only) else gradient(p, key, t)
 
 
-def make(name: str, ps: Any, **settings: Any) -> Executor:
+def make(name: str, ps: Any, **settings: Any) -> RuleOptimizer:
     """A rule's own optimizer class."""
     settings = refreshing(name) | settings
     return optimizers.CLASSES[name](ps.values() if isinstance(ps, dict) else ps, **settings)  # pyright: ignore
@@ -121,7 +121,7 @@ def run(
     name: str,
     ps: dict[str, Parameter],
     steps: range,
-    optimizer: Executor | None = None,
+    optimizer: RuleOptimizer | None = None,
     *,
     only: str = "",
     **settings: Any,
@@ -143,12 +143,12 @@ def refreshing(name: str) -> dict[str, Any]:
     """Settings under which parameters do not ask for each other, and costly state is due in any run of three steps."""
     if name in SEARCHING:
         return {}
-    alone = getattr(reference(name), "ALONE", {}) if REGISTRY[name].joint else {}
-    due = {"refresh": "fixed:2"} if REGISTRY[name].costly else getattr(reference(name), "DUE", {})
+    alone = getattr(reference(name), "ALONE", {}) if REGISTRY[name].needs_all_gradients else {}
+    due = {"refresh": "fixed:2"} if REGISTRY[name].preconditioners else getattr(reference(name), "DUE", {})
     return due | alone
 
 
-def tensors(optimizer: Executor) -> list[Tensor]:
+def tensors(optimizer: RuleOptimizer) -> list[Tensor]:
     """Every state tensor, in the order of parameters and slots."""
     owned = [p for g in optimizer.param_groups for p in g["params"]]
     return [t for p in owned if p in optimizer.state for _, t in sorted(optimizer.state[p].items())]
@@ -160,7 +160,7 @@ def assert_equal(a: dict[str, Parameter], b: dict[str, Parameter]) -> None:
         assert torch.equal(a[key], b[key]), f"{key} differs by {(a[key] - b[key]).abs().max()}"
 
 
-_shown_here: WeakSet[Executor] = WeakSet()
+_shown_here: WeakSet[RuleOptimizer] = WeakSet()
 feeding = True
 """Whether optimizers that nobody else feeds are shown numbers made of their gradients."""
 
@@ -168,7 +168,7 @@ feeding = True
 class Bowl:
     """A loss with given gradients at the present weights, for rules that search: <g, x - x0> + |x - x0|^2."""
 
-    def __init__(self, optimizer: Executor) -> None:
+    def __init__(self, optimizer: RuleOptimizer) -> None:
         every = [p for group in optimizer.param_groups for p in group["params"]]
         self.start = {p: (p.detach().clone(), p.grad.clone()) for p in every if p.grad is not None}
 
@@ -186,27 +186,31 @@ def _feed(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     A step that is refused, and DCP's dummy step, see nothing: in training these are no steps of a trainer. Rules that
     search get a `Bowl`, unless they have a closure.
     """
-    if isinstance(optimizer, Executor) and {g["rule"] for g in optimizer.param_groups} & {*SEARCHING}:
-        if feeding and not optimizer.fed and not args[1:] and not kwargs:
-            optimizer.look = Bowl(optimizer)
+    if isinstance(optimizer, RuleOptimizer) and {g["rule"] for g in optimizer.param_groups} & {*SEARCHING}:
+        if feeding and not optimizer.has_curvature and not args[1:] and not kwargs:
+            optimizer.loss_oracle = Bowl(optimizer)
         return
-    if not isinstance(optimizer, Executor) or not any(REGISTRY[g["rule"]].observes for g in optimizer.param_groups):
+    if not isinstance(optimizer, RuleOptimizer) or not any(
+        REGISTRY[g["rule"]].curvature_input for g in optimizer.param_groups
+    ):
         return
-    if not feeding or (optimizer.fed and optimizer not in _shown_here):
+    if not feeding or (optimizer.has_curvature and optimizer not in _shown_here):
         return
     _shown_here.add(optimizer)
-    optimizer.fed = True
-    asked = [g for g in optimizer.param_groups if REGISTRY[g["rule"]].observes]
+    optimizer.has_curvature = True
+    asked = [g for g in optimizer.param_groups if REGISTRY[g["rule"]].curvature_input]
     groups = [(g, [p for p in g["params"] if p.grad is not None and p.numel()]) for g in asked]
-    given = [(p, layout.local(p.grad)) for _, ps in groups for p in ps]
+    given = [(p, sharding.local(p.grad)) for _, ps in groups for p in ps]
     still = all(float(g["lr"]) == 0 for g, _ in groups) and not any(g.any() for _, g in given)
     if (still and not optimizer.state) or not all(g.isfinite().all() for _, g in given):
         return
-    joint = any(REGISTRY[group["rule"]].joint for group in asked)
-    turned = {p for g in asked for p in g["params"] if joint and g["transposed"]}
+    needs_all_gradients = any(REGISTRY[group["rule"]].needs_all_gradients for group in asked)
+    turned = {p for g in asked for p in g["params"] if needs_all_gradients and g["transposed"]}
     t = {p: 1 + int(optimizer.state[p].get("step", 0) if p in optimizer.state else 0) for p, _ in given}
-    optimizer.observe({
-        p: seen(g.mT if p in turned else g, t[p]) for p, g in given if t[p] % 2 and (g.ndim > 1 or not joint)
+    optimizer.update_curvature({
+        p: seen(g.mT if p in turned else g, t[p])
+        for p, g in given
+        if t[p] % 2 and (g.ndim > 1 or not needs_all_gradients)
     })
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from hf_integration import Consolidate, KeepSchedule
-from lightning_optim import EMANesterov, Executor, MuLoCo, TailEMA, build_optimizer, plan
+from lightning_optim import EMANesterov, MuLoCo, RuleOptimizer, TailEMA, build_optimizer, plan
 from lightning_optim.callbacks import AveragedWeights
 from tests import jobs
 from tests.pool import Pool
@@ -34,7 +34,7 @@ def problem() -> tuple[Parameter, Tensor]:
     return Parameter(torch.randn(4, 5, generator=draw).double()), torch.randn(4, 5, generator=draw).double()
 
 
-def trained(members: tuple[Any, ...], steps: int, *, closure: bool, **settings: Any) -> tuple[Parameter, Executor]:
+def trained(members: tuple[Any, ...], steps: int, *, closure: bool, **settings: Any) -> tuple[Parameter, RuleOptimizer]:
     p, target = problem()
     optimizer = make("sgd", [p], lr=0.1, momentum=0.5, **settings)
     optimizer = optimizer.wrap(*members) if members else optimizer
@@ -347,14 +347,14 @@ def saved_by_one(rank: int, world: int) -> list[dict[str, Tensor]]:
     """Shared work, collected before the weights to evaluate are there: the weights to train, and those loaded."""
     model = jobs.Model("muon")
     optimizer, fresh = (make("muon", model.parameters()).wrap(TailEMA(start=0)) for _ in range(2))
-    optimizer.share_work()
+    optimizer.shard_work()
     jobs.take_steps(model, optimizer, range(1, 4))
     trained = {k: p.clone() for k, p in jobs.weights(model).items()}
     optimizer.consolidate()
     optimizer.eval()
     box: list[Any] = [optimizer.state_dict() if rank == 0 else None]
     dist.broadcast_object_list(box, 0)
-    fresh.share_work()
+    fresh.shard_work()
     fresh.load_state_dict(box[0])
     fresh.train()
     return [trained, jobs.weights(model)]
@@ -403,7 +403,7 @@ def test_the_best_weights_that_a_trainer_loads_stay(loaded: bool) -> None:
 def test_shared_state_is_collected_before_a_trainer_knows_the_best(strategy: str) -> None:
     calls: list[str] = []
 
-    class Counted(Executor):
+    class Counted(RuleOptimizer):
         def consolidate(self) -> None:
             calls.append(strategy)
 

@@ -40,7 +40,7 @@ from lightning_optim.bench.space import (
 from lightning_optim.bench.studies import studies
 from lightning_optim.bench.tasks import functions, load
 from lightning_optim.bench.trial import Workspace, build, execute, needed_bytes, schedule
-from lightning_optim.core.groups import rule_of
+from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.rule import REGISTRY, hyperparameters, lookup
 from lightning_optim.refresh import parse
 
@@ -285,11 +285,11 @@ def test_precision_table(tmp_path: Path, cache: Path, precision: Any, weights: s
 
 
 @pytest.mark.parametrize("microbatch", [0, 2])
-@pytest.mark.parametrize("name", [name for name in sorted(REGISTRY) if REGISTRY[name].observes])
+@pytest.mark.parametrize("name", [name for name in sorted(REGISTRY) if REGISTRY[name].curvature_input])
 def test_rules_that_observe_curvature_are_fed(tmp_path: Path, cache: Path, name: str, microbatch: int) -> None:
     setup = dataclasses.replace(TOY, microbatch=microbatch)
     rule = lookup(name)
-    rate = rule().lr if rule.observes == "loss" else 1e-3  # a share of the step that the search has found
+    rate = rule().lr if rule.curvature_input == "loss" else 1e-3  # a share of the step that the search has found
     line = execute(Trial(setup, name, rate, fitted(rule, size_of(setup))), workspace(tmp_path, cache))
     assert line["status"] == "ok" and line["steps"] == 4
     assert line["final"]["loss"] < line["curve"][0]["loss"]

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import Parameter
 
-from lightning_optim import Executor
-from lightning_optim.core import chunks
+from lightning_optim import RuleOptimizer
+from lightning_optim.core import matrix_views
 from tests import jobs
 from tests.pool import Pool
 from tests.rules import gradient, make
@@ -89,12 +89,12 @@ def test_parts_cover_every_element_once() -> None:
     for blocks, _ in LAYOUTS.values():
         for shape, turned in (((48, 5), False), ((3, 5, 48), True)):
             t = torch.zeros(shape)
-            for part in chunks.parts(shape, blocks, transposed=turned):
+            for part in matrix_views.split_blocks(shape, blocks, transposed=turned):
                 view = part.of(t, turned)
                 view += 1
                 assert view.reshape(part.dims).shape == part.dims
             assert t.eq(1).all()
-    assert chunks.parts((12, 5), (4, 4, 4)) == chunks.parts((12, 5), 3)
+    assert matrix_views.split_blocks((12, 5), (4, 4, 4)) == matrix_views.split_blocks((12, 5), 3)
 
 
 def test_rows_that_do_not_divide_and_meshes_that_cannot() -> None:
@@ -138,7 +138,7 @@ class Fused(nn.Module):
         self.heads = Parameter(torch.randn(16, 5, generator=made))
 
 
-def built(name: str, world: int) -> tuple[Any, Executor]:
+def built(name: str, world: int) -> tuple[Any, RuleOptimizer]:
     model = Fused()
     if world > 1:
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
@@ -147,7 +147,7 @@ def built(name: str, world: int) -> tuple[Any, Executor]:
         {"params": [model.again], "rule": name, "blocks": (2, 2), "name": "interleaved"},
         {"params": [model.heads], "rule": name, "blocks": ((2, 2), (1, 4)), "name": "heads"},
     ]
-    return model, Executor(groups)
+    return model, RuleOptimizer(groups)
 
 
 def train_and_save(rank: int, world: int, name: str, folder: str) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from lightning_optim.callbacks import (
 from lightning_optim.diagnostics import figures, view
 from lightning_optim.diagnostics import memory as memory_of
 from lightning_optim.diagnostics.probes import curvature, health, noise, presets, refresh
-from lightning_optim.diagnostics.report import Pace
+from lightning_optim.diagnostics.report import OverheadBudget
 from tests.test_diagnostics import Detached, Once
 from tests.test_hf import CONTEXT, VOCABULARY, arguments, llama, one_thread, trainer_of  # noqa: F401
 from tests.test_lightning import assert_same, trainer, weights
@@ -682,7 +682,7 @@ def test_what_is_no_scalar_is_in_pictures_and_tables(tmp_path: Path) -> None:
 
 
 def test_a_costly_probe_doubles_its_interval() -> None:
-    pace = Pace(every=10, limit=0.05)
+    pace = OverheadBudget(every=10, limit=0.05)
     pace.note(5.0)  # the first is not judged
     assert pace.every == 10
     for _ in range(3):
@@ -693,7 +693,7 @@ def test_a_costly_probe_doubles_its_interval() -> None:
     pace.note(1.0)
     assert pace.every == 20 and pace.due(40) and not pace.due(30)
     assert pace.share == pytest.approx(7.2 / 40)
-    again = Pace(every=10, limit=0.05)
+    again = OverheadBudget(every=10, limit=0.05)
     again.load_state_dict(pace.state_dict())
     assert again.every == 20 and again.share == pace.share
     assert pace.judged == pytest.approx(2 * pace.recent)

@@ -12,7 +12,7 @@ import pytest
 
 from lightning_optim.core.rule import REGISTRY
 
-NAMES = sorted(name for name, rule in REGISTRY.items() if not rule.observes)
+NAMES = sorted(name for name, rule in REGISTRY.items() if not rule.curvature_input)
 ROOTS = {"psgd_kron": [0], "shampoo": [0, 3]}
 """Steps in which a rule may wait: for the scale of its first gradient, for the spectra whose roots it takes."""
 

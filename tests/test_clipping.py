@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import AdamW, Executor, Muon, build_optimizer
-from lightning_optim.core.layout import total_norms
+from lightning_optim import AdamW, Muon, RuleOptimizer, build_optimizer
+from lightning_optim.core.parallel.collectives import total_norms
 from tests import jobs
 from tests.pool import Pool
 from tests.rules import NAMES, assert_equal, give, gradient, make, params
@@ -50,7 +50,7 @@ def test_each_group_clips_by_its_own_norm() -> None:
         {"params": [large], "rule": "sgd", "lr": 1.0, "clip_norm": 1.0},
         {"params": [small], "rule": "sgd", "lr": 1.0, "clip_norm": 1.0, "name": "small"},
     ]
-    optimizer = Executor(groups)
+    optimizer = RuleOptimizer(groups)
     large.grad, small.grad = torch.full((4, 3), 100.0), torch.full((5,), 0.01)
     optimizer.step()
     torch.testing.assert_close(large.norm(), torch.tensor(1.0), rtol=1e-6, atol=0)

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch.nn import Parameter
 
-from lightning_optim import Executor, build_optimizer
-from lightning_optim.core import compiled
+from lightning_optim import RuleOptimizer, build_optimizer
 from lightning_optim.core.rule import REGISTRY, Rule, lookup
+from lightning_optim.core.step import compiled
 from tests.pool import Pool
 
 SHAPES = [(512, 520), (700, 530), (260, 5000), (7, 9), (40,)]
@@ -31,17 +31,17 @@ QUICK = ("lion", "lamb", "adafactor")
 names = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in [*COMPILING, "rmsprop"]]
 
 
-def made(name: str, *, shapes: list[tuple[int, ...]] = SHAPES, **settings: Any) -> Executor:
+def made(name: str, *, shapes: list[tuple[int, ...]] = SHAPES, **settings: Any) -> RuleOptimizer:
     """An optimizer of parameters of several shapes."""
     generator = torch.Generator().manual_seed(0)
     shapes = [s for s in shapes if lookup(name).vectors or len(s) > 1]
     ps = [Parameter(torch.randn(s, generator=generator)) for s in shapes]
-    optimizer = Executor([{"params": ps, "rule": name, "weight_decay": 0.1, **settings}])
-    optimizer.fed = True  # by nobody: a curvature of zero
+    optimizer = RuleOptimizer([{"params": ps, "rule": name, "weight_decay": 0.1, **settings}])
+    optimizer.has_curvature = True  # by nobody: a curvature of zero
     return optimizer
 
 
-def run(optimizer: Executor, steps: range) -> list[Tensor]:
+def run(optimizer: RuleOptimizer, steps: range) -> list[Tensor]:
     """Steps under a schedule, given by their numbers."""
     group = optimizer.param_groups[0]
     apart = lookup(group["rule"]).decay in ("before", "after")  # else the decay is a constant of the graph
@@ -164,7 +164,7 @@ def test_small_and_narrow_parameters_and_fused_kernels_need_no_graph() -> None:
     compiled._graph.cache_clear()
     small, narrow = Parameter(torch.randn(8, 8)), Parameter(torch.randn(512, 520, dtype=torch.bfloat16))
     for rule, p in (("lion", small), ("lamb", narrow), ("adamw", Parameter(torch.randn(512, 520)))):
-        optimizer = Executor([{"params": [p], "rule": rule, "compile": True}])
+        optimizer = RuleOptimizer([{"params": [p], "rule": rule, "compile": True}])
         p.grad = torch.randn_like(p)
         optimizer.step()
     assert compiled._graph.cache_info().currsize == 0
@@ -182,7 +182,7 @@ def test_small_and_narrow_parameters_and_fused_kernels_need_no_graph() -> None:
 )
 def test_what_has_no_graph_is_refused_with_a_remedy(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Executor([{"params": [Parameter(torch.randn(8, 8))], "compile": True, **settings}])
+        RuleOptimizer([{"params": [Parameter(torch.randn(8, 8))], "compile": True, **settings}])
 
 
 def test_a_missing_compiler_is_found_before_training() -> None:

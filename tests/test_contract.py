@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_optim.core import work
-from lightning_optim.core.groups import rule_of
-from lightning_optim.core.rule import ADAMW_RMS, REGISTRY, Slot
-from lightning_optim.core.storage import rest_shape, work_dtype
+from lightning_optim.core.param_groups import rule_of
+from lightning_optim.core.rule import ADAMW_RMS, REGISTRY, StateSpec
+from lightning_optim.core.state.formats import compute_dtype_of, stored_shape
+from lightning_optim.core.step import work
 from lightning_optim.docs import state_bytes
 from tests.references import noise
 from tests.rules import (
@@ -52,8 +52,8 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(job: Any, chunk: Any, frame: Any, letters: str, stream: int) -> torch.Tensor:
         b, m, n = chunk[0].dims
         rank = min(getattr(job.rule, "rank", 1), m, n)
-        one = noise(Slot(letters, rank=rank).shape(m, n), chunk[0].t, stream)
-        return one.to(work_dtype(chunk[0].param.dtype)).expand(b * len(chunk), *one.shape)
+        one = noise(StateSpec(letters, rank=rank).shape(m, n), chunk[0].t, stream)
+        return one.to(compute_dtype_of(chunk[0].param.dtype)).expand(b * len(chunk), *one.shape)
 
     monkeypatch.setattr(work, "_noise", drawn)
 
@@ -177,8 +177,8 @@ def test_state_is_as_declared_after_the_first_step(name: str) -> None:
         state = optimizer.state[p]
         assert set(state) == {"step", *slots}
         for key, slot in slots.items():
-            assert tuple(state[key].shape) == rest_shape(slot, p.shape, dims)
-            assert state[key].dtype == (slot.dtype or work_dtype(p.dtype))
+            assert tuple(state[key].shape) == stored_shape(slot, p.shape, dims)
+            assert state[key].dtype == (slot.dtype or compute_dtype_of(p.dtype))
     matrix = {"matrix": Parameter(torch.randn(64, 32))}
     made = run(name, matrix, range(1, 2))
     size = sum(t.nbytes for t in tensors(made)) - 4  # the step

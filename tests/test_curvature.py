@@ -23,9 +23,9 @@ from transformers import Trainer, TrainerCallback
 import hf_integration
 from hf_integration.batches import Batches
 from hf_integration.callbacks import unwrapped
-from lightning_optim import Executor, build_optimizer, curvature
-from lightning_optim.callbacks import CurvatureFeed
-from lightning_optim.curvature import Feed, Labels, categorical, first_rows
+from lightning_optim import RuleOptimizer, build_optimizer, curvature
+from lightning_optim.callbacks import CurvatureCallback
+from lightning_optim.curvature import CurvatureEstimator, Labels, categorical, first_rows
 from tests import rules, test_hf, test_lightning
 from tests.pool import Pool
 from tests.test_diagnostics import Detached, Once
@@ -65,20 +65,20 @@ def batches(count: int = 1, rows: int = 4) -> list[Tensor]:
     return [torch.randint(CLASSES, (rows, 7), generator=made) for _ in range(count)]
 
 
-def caught(optimizer: Executor) -> list[dict[Tensor, Any]]:
+def caught(optimizer: RuleOptimizer) -> list[dict[Tensor, Any]]:
     """What a feed hands over, instead of handing it over."""
     seen: list[dict[Tensor, Any]] = []
-    optimizer.observe = lambda found: seen.append(dict(found)) or {}  # pyright: ignore
+    optimizer.update_curvature = lambda found: seen.append(dict(found)) or {}  # pyright: ignore
     return seen
 
 
 def measured(model: Small, name: str, some: list[Tensor], **settings: Any) -> dict[Tensor, Any]:
     optimizer = build_optimizer(model, name, lr=1e-3)
     seen = caught(optimizer)
-    feed = Feed(model, optimizer, model.loss, share=1.0, **settings)
+    feed = CurvatureEstimator(model, optimizer, model.loss, share=1.0, **settings)
     for batch in some:
-        feed.see(batch)
-    feed.ready()
+        feed.record_batch(batch)
+    feed.estimate()
     return seen[0]
 
 
@@ -188,12 +188,12 @@ def test_a_share_of_the_rows() -> None:
 # -- training does not notice -----------------------------------------------------------------------------------------
 
 
-def unused(optimizer: Executor) -> list[dict[str, list[Tensor]]]:
+def unused(optimizer: RuleOptimizer) -> list[dict[str, list[Tensor]]]:
     """Have a feed measure everything in every step, and use nothing of it."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
     calls: list[dict[str, list[Tensor]]] = []
-    optimizer.observe = lambda seen: calls.append(seen) or {}  # pyright: ignore
-    optimizer.awaits = lambda: {"gauss_newton": params, "hutchinson": params}  # pyright: ignore
+    optimizer.update_curvature = lambda seen: calls.append(seen) or {}  # pyright: ignore
+    optimizer.pending_curvature = lambda: {"gauss_newton": params, "hutchinson": params}  # pyright: ignore
     return calls
 
 
@@ -205,14 +205,14 @@ def test_a_plain_loop_with_dropout(measure: bool) -> None:
     model.head.register_forward_pre_hook(lambda m, x: (norm(x[0].transpose(1, 2)).transpose(1, 2),))
     optimizer = build_optimizer(model, "adamw", lr=1e-2)
     calls = unused(optimizer)
-    feed = Feed(model, optimizer, model.loss)
+    feed = CurvatureEstimator(model, optimizer, model.loss)
     torch.manual_seed(3)
     for batch in batches(3):
         if measure:
-            feed.see(batch)
+            feed.record_batch(batch)
         model.loss(batch).backward()
         grads = [p.grad for p in model.parameters()]
-        feed.ready() if measure else None
+        feed.estimate() if measure else None
         assert all(a is b for a, b in zip(grads, [p.grad for p in model.parameters()], strict=True))
         assert all(m.training for m in model.modules())
         optimizer.step()
@@ -241,7 +241,7 @@ class Dropped(Net):
         return loss
 
 
-class Unused(CurvatureFeed):
+class Unused(CurvatureCallback):
     """Measures everything, and nothing of it is used."""
 
     calls: list[Any]
@@ -250,12 +250,12 @@ class Unused(CurvatureFeed):
         optimizer: Any = trainer.optimizers[0]
         self.calls = unused(optimizer)
         self._settings["share"] = 1.0
-        observes = curvature.observes
-        curvature.observes = lambda optimizer: True
+        curvature_input = curvature.curvature_input
+        curvature.curvature_input = lambda optimizer: True
         try:
             super().on_train_start(trainer, pl_module)
         finally:
-            curvature.observes = observes
+            curvature.curvature_input = curvature_input
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
@@ -277,18 +277,18 @@ def test_transformers_with_clipping_and_accumulation(tmp_path: Path) -> None:
     out = []
     for measure in (False, True):
         model = test_hf.llama(dropout=0.2)
-        callbacks = [hf_integration.CurvatureFeed(share=1.0)] if measure else []
+        callbacks = [hf_integration.CurvatureCallback(share=1.0)] if measure else []
         args = test_hf.arguments(
             tmp_path, optim="adamw", gradient_accumulation_steps=2, max_grad_norm=0.1, max_steps=3, bf16=True
         )
         run = test_hf.trainer_of(model, args, *callbacks)
         optimizer: Any = run.create_optimizer()
         calls = unused(optimizer)
-        kept, curvature.observes = curvature.observes, lambda optimizer: True
+        kept, curvature.curvature_input = curvature.curvature_input, lambda optimizer: True
         try:
             run.train()
         finally:
-            curvature.observes = kept
+            curvature.curvature_input = kept
         assert len(calls) == 6 * measure
         out.append(test_hf.weights(model) | {"loss": torch.tensor(test_hf.logged(run, "loss"))})
     test_hf.assert_same(*out)
@@ -316,7 +316,7 @@ def test_lightning_installs_the_feed_and_resumes_bitwise(tmp_path: Path, name: s
     whole = Net(name, **settings)
     run = trainer(tmp_path, max_steps=6, callbacks=[Keep(tmp_path / "a.ckpt")])
     run.fit(whole, Rows(6))
-    assert any(isinstance(c, CurvatureFeed) for c in run.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+    assert any(isinstance(c, CurvatureCallback) for c in run.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
     optimizer: Any = whole.optimizers(use_pl_optimizer=False)
     assert all(s["hessian"].any() for p, s in optimizer.state.items() if p.ndim == 2)
     resumed = Net(name, **settings)
@@ -400,9 +400,9 @@ class Compared(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer: Any = unwrapped(kwargs["optimizer"])
-        assert len(optimizer.look.batches) == args.gradient_accumulation_steps
+        assert len(optimizer.loss_oracle.batches) == args.gradient_accumulation_steps
         params = [p for p in kwargs["model"].parameters() if p.grad is not None]
-        loss, found = optimizer.look.gradient(params)
+        loss, found = optimizer.loss_oracle.gradient(params)
         self.losses.append(loss * self.factor)
         trained = torch.cat([p.grad.flatten() for p in params])
         measured = self.factor * torch.cat([x.flatten() for x in found])
@@ -456,7 +456,7 @@ def test_passes_of_a_trainer_that_are_not_training_are_no_batches(tmp_path: Path
 
     class Count(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.append(len(cast("Any", unwrapped(kwargs["optimizer"])).look.batches))
+            seen.append(len(cast("Any", unwrapped(kwargs["optimizer"])).loss_oracle.batches))
 
     run.add_callback(Count())
     run.train()
@@ -493,14 +493,14 @@ def test_a_copy_of_a_watched_trainer_has_its_own_method() -> None:
 def test_transformers_refuses_another_loss_than_the_trainers(tmp_path: Path, name: str) -> None:
     model = test_hf.llama()
     before = test_hf.weights(model)
-    feed = hf_integration.CurvatureFeed(loss=lambda model, batch: model(**batch).loss)
+    feed = hf_integration.CurvatureCallback(loss=lambda model, batch: model(**batch).loss)
     args = test_hf.arguments(tmp_path)
     run = hf_integration.attach(Popping(model, args, train_dataset=Ragged(), callbacks=[feed]), name)
     with pytest.raises(ValueError, match=r"loss=\.\.\.\) is not the loss that is trained: .*is \d.*trainer's is \d"):
         run.train()
     test_hf.assert_same(test_hf.weights(model), before)
     assert "compute_loss" not in vars(run) and not cast("Any", unwrapped(run.optimizer)).state
-    same = hf_integration.CurvatureFeed(loss=lambda model, batch: Popping.compute_loss(run, model, dict(batch)))
+    same = hf_integration.CurvatureCallback(loss=lambda model, batch: Popping.compute_loss(run, model, dict(batch)))
     run = Popping(test_hf.llama(), args, train_dataset=Ragged(), callbacks=[same])
     hf_integration.attach(run, name).train()
 
@@ -526,7 +526,7 @@ def test_lightning_refuses_another_loss_than_the_modules(tmp_path: Path, manual:
             return factor * Dropped.training_step(module, batch, 0)
 
         own = {} if manual else {"accumulate_grad_batches": accumulate}
-        run = trainer(tmp_path, callbacks=[CurvatureFeed(loss=loss)], max_steps=2, **own)
+        run = trainer(tmp_path, callbacks=[CurvatureCallback(loss=loss)], max_steps=2, **own)
         if factor == 1:
             run.fit(net, Rows(4))
         else:
@@ -587,24 +587,24 @@ def test_a_loss_without_labels() -> None:
     model = Small()
     optimizer = build_optimizer(model, "sophia_g", lr=1e-3)
     seen = caught(optimizer)
-    feed = Feed(model, optimizer, lambda batch: model(batch).square().mean(), share=1.0)
-    feed.see(batches()[0])
+    feed = CurvatureEstimator(model, optimizer, lambda batch: model(batch).square().mean(), share=1.0)
+    feed.record_batch(batches()[0])
     with pytest.warns(UserWarning, match="sophia_g: .*cross_entropy.*Hutchinson's estimate") as said:
-        feed.ready()
-    feed.see(batches()[0])
-    feed.ready()  # says it once
+        feed.estimate()
+    feed.record_batch(batches()[0])
+    feed.estimate()  # says it once
     assert len(said) == 1 and len(seen) == 2
     other = build_optimizer(model, "sophia_h", lr=1e-3)
     expected = caught(other)
-    feed = Feed(model, other, lambda batch: model(batch).square().mean(), share=1.0)
-    feed.see(batches()[0])
-    feed.ready()
+    feed = CurvatureEstimator(model, other, lambda batch: model(batch).square().mean(), share=1.0)
+    feed.record_batch(batches()[0])
+    feed.estimate()
     for a, b, c in zip(seen[0].values(), seen[1].values(), expected[0].values(), strict=True):
         assert a.diagonal and torch.equal(a.value, c.value) and torch.equal(b.value, c.value)
     with pytest.raises(ValueError, match="share"):
-        Feed(model, optimizer, model.loss, share=0.0)
+        CurvatureEstimator(model, optimizer, model.loss, share=0.0)
     with pytest.raises(ValueError, match="method"):
-        CurvatureFeed(method="finite")  # pyright: ignore[reportArgumentType]
+        CurvatureCallback(method="finite")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="one measurement is for all"):
         build_optimizer(model, "sophia_g", lr=1e-3, refresh="lazy:10")
 
@@ -612,9 +612,9 @@ def test_a_loss_without_labels() -> None:
 def test_a_loss_scale_that_is_too_large_leaves_the_state() -> None:
     model = Small()
     optimizer = build_optimizer(model, "sophia_g", lr=1e-3)
-    feed = Feed(model, optimizer, lambda batch: model.loss(batch), loss_scale=lambda: float("inf"))
-    feed.see(batches()[0])
-    assert set(feed.ready()) == {"curvature/seconds"}
+    feed = CurvatureEstimator(model, optimizer, lambda batch: model.loss(batch), loss_scale=lambda: float("inf"))
+    feed.record_batch(batches()[0])
+    assert set(feed.estimate()) == {"curvature/seconds"}
     assert not optimizer.state
 
 
@@ -624,14 +624,14 @@ def test_a_step_that_is_refused_leaves_no_trace(name: str) -> None:
     for tries in (0, 2):
         model = Small(dtype=torch.float32)
         optimizer = build_optimizer(model, name, lr=1e-2, on_nonfinite="skip")
-        feed = Feed(model, optimizer, model.loss)
+        feed = CurvatureEstimator(model, optimizer, model.loss)
         for refused in (*[True] * tries, False):
-            feed.see(batches()[0])
+            feed.record_batch(batches()[0])
             model.loss(batches()[0]).backward()
             if refused:
                 assert model.hidden.weight.grad is not None
                 model.hidden.weight.grad.fill_(float("nan"))
-            feed.ready()
+            feed.estimate()
             optimizer.step()
             optimizer.zero_grad()
             assert bool(optimizer.state) is not refused
@@ -644,7 +644,7 @@ def test_zero_is_refused_by_name() -> None:
     model = Small()
     model.hidden.weight.ds_id = 1  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="sophia_g cannot be measured in the flat parameters of FSDP1 and ZeRO"):
-        Feed(model, build_optimizer(model, "sophia_g", lr=1e-3), model.loss)
+        CurvatureEstimator(model, build_optimizer(model, "sophia_g", lr=1e-3), model.loss)
 
 
 # -- several processes ------------------------------------------------------------------------------------------------
@@ -673,12 +673,12 @@ def train(rank: int, world: int, name: str, kind: str) -> dict[str, Tensor]:
         return F.cross_entropy(through(batch[:, :-1]).transpose(1, 2), batch[:, 1:])
 
     try:
-        feed = Feed(model, optimizer, loss, share=1.0, rank=rank, group=group)
+        feed = CurvatureEstimator(model, optimizer, loss, share=1.0, rank=rank, group=group)
         for batch in batches(3, rows=4):
             mine = batch.roll(pair, 1).chunk(world)[rank]
-            feed.see(mine)
+            feed.record_batch(mine)
             loss(mine, outer).backward()
-            feed.ready()
+            feed.estimate()
             optimizer.step()
             optimizer.zero_grad()
     except ValueError as error:

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_optim.core import chunks
+from lightning_optim.core import matrix_views
 from lightning_optim.core.rule import REGISTRY, Rule
-from lightning_optim.core.storage import rest_shape
+from lightning_optim.core.state.formats import stored_shape
 from tests import jobs
 from tests.pool import Pool
 from tests.rules import NAMES as ALL_NAMES
 from tests.rules import make
 
 pytestmark = pytest.mark.dist
-NAMES = [n for n in ALL_NAMES if not REGISTRY[n].joint]  # the others need whole parameters
+NAMES = [n for n in ALL_NAMES if not REGISTRY[n].needs_all_gradients]  # the others need whole parameters
 every_rule = pytest.mark.parametrize("name", NAMES)
 WHOLE = [n for n in NAMES if not REGISTRY[n].elementwise and not REGISTRY[n].reduces]
 STATEFUL = [n for n in WHOLE if REGISTRY[n]().declared(5, 12)]
@@ -164,9 +164,9 @@ def test_each_matrix_has_one_owner_and_the_checkpoint_is_sharded(pool: Pool, nam
     assert owned[0] and owned[1]
     for found, parts, tight in results:
         for key, held in found.items():
-            dims = chunks.matrix_dims(shapes[key])
+            dims = matrix_views.stack_shape(shapes[key])
             slots = REGISTRY[name]().declared(*dims[1:], vector=len(shapes[key]) < 2)
-            assert held == {k: rest_shape(slot, shapes[key], dims) for k, slot in slots.items()}
+            assert held == {k: stored_shape(slot, shapes[key], dims) for k, slot in slots.items()}
         assert all(sharded == (slot != "step") for slots in parts.values() for slot, (_, sharded) in slots.items())
         assert tight, "a saved shard owns exactly its storage"
 

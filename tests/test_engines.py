@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import lightning_optim
-from lightning_optim import Executor, build_optimizer, lookup
-from lightning_optim.core import engines
+from lightning_optim import RuleOptimizer, build_optimizer, lookup
+from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import REGISTRY
 from tests.pool import opened
 
@@ -36,7 +36,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 # -- an engine that replaces parameters, without an engine ------------------------------------------------------------
 
 
-def flatten(optimizer: Executor) -> None:
+def flatten(optimizer: RuleOptimizer) -> None:
     """What DeepSpeed ZeRO-1 and 2 do on one process, gradients included."""
     for group in optimizer.param_groups:
         flat = torch.cat([p.detach().reshape(-1) for p in group["params"]])
@@ -45,7 +45,7 @@ def flatten(optimizer: Executor) -> None:
         group["params"] = [flat]
 
 
-ELEMENTWISE = sorted(n for n, r in REGISTRY.items() if r.elementwise and not r.observes)
+ELEMENTWISE = sorted(n for n, r in REGISTRY.items() if r.elementwise and not r.curvature_input)
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
@@ -60,7 +60,7 @@ def test_flat_tensors_are_stepped_by_elementwise_rules_only(name: str, way: Call
         optimizer.step()
         assert all(len(s) for s in optimizer.state.values()) and len(optimizer.state) == len(before)
         return
-    for call in (optimizer.step, optimizer.awaits):
+    for call in (optimizer.step, optimizer.pending_curvature):
         with pytest.raises(ValueError, match=rf"group '{name}/.*' \(0.weight, .*(hide|flat parameters).*use FSDP2"):
             call()
     after = [p for group in optimizer.param_groups for p in group["params"]]
@@ -246,7 +246,7 @@ def zero(rank: int, world: int) -> dict[str, Any]:
     return out
 
 
-def alone(build: Callable[[nn.Module], Executor]) -> list[Tensor]:
+def alone(build: Callable[[nn.Module], RuleOptimizer]) -> list[Tensor]:
     model = net()
     optimizer = build(model)
     for step in range(3):

@@ -29,10 +29,10 @@ from lightning_optim import (
     AdamW,
     Adapprox,
     AMSGrad,
-    Executor,
     Lion,
     Muon,
     RMSprop,
+    RuleOptimizer,
     Signum,
     build_optimizer,
 )
@@ -117,8 +117,8 @@ def model() -> nn.Module:
         (lambda: Lion([matrix()], param_rounding="up"), "param_rounding: unknown value 'up'"),  # pyright: ignore
         (lambda: AdamW([Parameter(torch.randn(3, dtype=torch.complex64))]), "complex parameters are not supported"),
         (lambda: AdamW([Parameter(torch.eye(3).to_sparse())]), "sparse parameters are not supported"),
-        (lambda: Executor([{"params": [matrix()]}]), "names no rule"),
-        (lambda: Executor([{"params": [matrix()], "rule": "adamv"}]), r"unknown optimizer 'adamv'.*'adamw'"),
+        (lambda: RuleOptimizer([{"params": [matrix()]}]), "names no rule"),
+        (lambda: RuleOptimizer([{"params": [matrix()], "rule": "adamv"}]), r"unknown optimizer 'adamv'.*'adamw'"),
     ],
 )
 def test_one_clear_error(call: Any, match: str) -> None:
@@ -129,7 +129,7 @@ def test_one_clear_error(call: Any, match: str) -> None:
 def test_a_parameter_is_owned_once() -> None:
     p, q = matrix(), matrix()
     with pytest.raises(ValueError, match="b: already owned by group 'adamw'"):
-        Executor([{"params": [("a", p)], "rule": "adamw"}, {"params": [("b", p)], "rule": "muon"}])
+        RuleOptimizer([{"params": [("a", p)], "rule": "adamw"}, {"params": [("b", p)], "rule": "muon"}])
     with pytest.raises(ValueError, match="already owned by group"):
         Muon([p, q, p])
 
@@ -137,7 +137,7 @@ def test_a_parameter_is_owned_once() -> None:
 def test_group_names_are_unique() -> None:
     groups = [{"params": [matrix()], "rule": "adamw", "name": "x"}, {"params": [matrix()], "rule": "muon", "name": "x"}]
     with pytest.raises(ValueError, match="two param groups are named 'x'"):
-        Executor(groups)
+        RuleOptimizer(groups)
 
 
 def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
@@ -353,7 +353,7 @@ def test_a_decomposition_that_fails_in_mid_step_leaves_the_step_whole(name: str,
     for every, at in [(1, 1), (1, 3), (2, 3)]:
         own = {k: p for k, p in params(name).items() if p.ndim >= 2}
         beside = {"beside": Parameter(torch.ones(3))}
-        optimizer = Executor([
+        optimizer = RuleOptimizer([
             {"params": [*beside.values()], "rule": "adamw", "lr": 0.1},
             {"params": [*own.values()], "rule": name, **refreshing(name), **settings},
         ])
@@ -383,7 +383,7 @@ def test_a_decomposition_that_fails_in_mid_step_leaves_the_step_whole(name: str,
 @pytest.mark.filterwarnings("error")
 def test_a_warning_that_is_an_error_comes_after_the_step() -> None:
     p, beside = matrix(), Parameter(torch.ones(3))
-    optimizer = Executor([{"params": [p], "rule": "dion"}, {"params": [beside], "rule": "adamw"}])
+    optimizer = RuleOptimizer([{"params": [p], "rule": "dion"}, {"params": [beside], "rule": "adamw"}])
     p.grad, beside.grad = torch.ones_like(p), torch.ones_like(beside)
     with pytest.raises(RuntimeWarning, match="dion: parameter 0"), failing(1):
         optimizer.step()
@@ -396,13 +396,13 @@ def resize(p: Parameter, shape: tuple[int, ...]) -> None:
     p.grad = None
 
 
-def snapshot(optimizer: Executor) -> list[Any]:
+def snapshot(optimizer: RuleOptimizer) -> list[Any]:
     """Copies of all weights and state."""
     owned = [p for group in optimizer.param_groups for p in group["params"]]
     return [(p.detach().clone(), {k: t.clone() for k, t in optimizer.state[p].items()}) for p in owned]
 
 
-def unchanged(optimizer: Executor, before: list[Any]) -> bool:
+def unchanged(optimizer: RuleOptimizer, before: list[Any]) -> bool:
     """Whether all weights and state are what they were, bit for bit."""
     pairs = zip(snapshot(optimizer), before, strict=True)
     return all(
@@ -416,7 +416,7 @@ def unchanged(optimizer: Executor, before: list[Any]) -> bool:
 def test_a_parameter_resized_under_its_state_is_refused(name: str, shape: tuple[int, ...]) -> None:
     rule, ps = REGISTRY[name], params(name)
     beside = Parameter(torch.ones(3))
-    optimizer = Executor([
+    optimizer = RuleOptimizer([
         {"params": [beside], "rule": "adamw", "name": "beside"},
         {"params": [*ps.values()], "rule": name},
     ])
@@ -461,7 +461,7 @@ def test_a_resized_parameter_is_refused_however_its_state_rests(
     name: str, dtype: torch.dtype, settings: dict[str, Any]
 ) -> None:
     ps = params(name, dtype)
-    optimizer = Executor([{"params": [*ps.values()], "rule": name, **settings}])
+    optimizer = RuleOptimizer([{"params": [*ps.values()], "rule": name, **settings}])
     for t in (1, 2):
         give(ps, t)
         optimizer.step()
@@ -475,7 +475,7 @@ def test_a_resized_parameter_is_refused_however_its_state_rests(
         optimizer.load_state_dict(saved)
     assert unchanged(optimizer, before)
     fresh = {k: Parameter(p.detach().clone()) for k, p in ps.items()}
-    other = Executor([{"params": [*fresh.values()], "rule": name, **settings}])
+    other = RuleOptimizer([{"params": [*fresh.values()], "rule": name, **settings}])
     give(fresh, 1)
     other.step()
     optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
@@ -491,7 +491,7 @@ def test_a_resized_parameter_is_refused_however_its_state_rests(
 def test_a_gradient_of_another_shape_than_its_parameter_is_refused() -> None:
     for name in ("adamw", "muon", "adafactor"):
         p, beside = matrix(), Parameter(torch.ones(3))
-        optimizer = Executor([{"params": [beside], "rule": "adamw"}, {"params": [p], "rule": name}])
+        optimizer = RuleOptimizer([{"params": [beside], "rule": "adamw"}, {"params": [p], "rule": name}])
         p.grad, beside.grad = torch.ones_like(p), torch.ones(3)
         p.data = torch.ones(3, 4)
         with pytest.raises(RuntimeError, match=r"parameter 0 has shape \(3, 4\), its gradient \(4, 3\).*zero_grad"):
@@ -515,7 +515,7 @@ def test_a_gradient_whose_squares_overflow_is_refused(name: str) -> None:
     for mode in ("raise", "skip"):
         ps, beside = params(name), {"beside": Parameter(torch.ones(3))}
         own = {k: p for k, p in ps.items() if p.ndim >= 2}
-        optimizer = Executor([
+        optimizer = RuleOptimizer([
             {"params": [*beside.values()], "rule": "adamw"},
             {"params": [*own.values()], "rule": name, "on_nonfinite": mode, **refreshing(name)},
         ])
@@ -537,7 +537,7 @@ def test_a_gradient_whose_squares_overflow_is_refused(name: str) -> None:
 
 def test_squares_of_clipped_and_of_elementwise_gradients_may_be_large() -> None:
     p, q = matrix(), matrix()
-    optimizer = Executor([
+    optimizer = RuleOptimizer([
         {"params": [p], "rule": "muon", "clip_norm": 1.0},
         {"params": [q], "rule": "lion", "on_nonfinite": "raise"},
     ])

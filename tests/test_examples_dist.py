@@ -80,7 +80,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return losses_of(output)
 
 
-@pytest.mark.parametrize("flags", [("ddp",), ("ddp", "--share_work"), ("fsdp2",)], ids=" ".join)
+@pytest.mark.parametrize("flags", [("ddp",), ("ddp", "--shard_work"), ("fsdp2",)], ids=" ".join)
 def test_pretraining_killed_on_two_processes_goes_on_in_one(
     tmp_path: Path, alone: dict[int, float], flags: tuple[str, ...]
 ) -> None:
@@ -128,7 +128,7 @@ def test_fine_tuning_under_torchrun_and_accelerate(tmp_path: Path) -> None:
     run(command("alone", 1))
     run(command("torchrun", 2, *torchrun), until=lambda: last_checkpoint(tmp_path / "torchrun"))
     run(command("torchrun", 1))
-    shared = [*command("accelerate", 2, *accelerate, "--main_process_port", "0"), "--optim_args", "share_work=True"]
+    shared = [*command("accelerate", 2, *accelerate, "--main_process_port", "0"), "--optim_args", "shard_work=True"]
     run(shared)
     expected = history(tmp_path / "alone")
     assert list(expected) == list(range(1, 17))

@@ -17,8 +17,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim import Adafactor, AdamW, Executor, Lion, Muon, Rule, eye, zeros
-from lightning_optim.core import chunks
+from lightning_optim import Adafactor, AdamW, Lion, Muon, Rule, RuleOptimizer, eye, zeros
+from lightning_optim.core import matrix_views
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.ops.orthogonal import orthogonalize
 from lightning_optim.ops.rounding import hash_key, random_bits, stochastic_round
@@ -63,8 +63,8 @@ def test_blocks_are_matrices_of_their_own(registry: Any, count: int) -> None:
     block_mean(registry)
     fused = [Parameter(torch.randn(12, 5, generator=torch.Generator().manual_seed(i))) for i in range(count)]
     heads = [[Parameter(x.clone()) for x in p.detach().split(4)] for p in fused]
-    a = Executor([{"params": fused, "rule": "block_mean", "blocks": 3}])
-    b = Executor([{"params": [x for p in heads for x in p], "rule": "block_mean"}])
+    a = RuleOptimizer([{"params": fused, "rule": "block_mean", "blocks": 3}])
+    b = RuleOptimizer([{"params": [x for p in heads for x in p], "rule": "block_mean"}])
     for t in range(1, 5):
         for i, p in enumerate(fused):
             p.grad = gradient(p, str(i), t)
@@ -76,7 +76,7 @@ def test_blocks_are_matrices_of_their_own(registry: Any, count: int) -> None:
         assert torch.equal(p, torch.cat([x.detach() for x in parts]))
         assert tuple(a.state[p]["factor"].shape) == (3, 4, 4)
         assert torch.equal(a.state[p]["factor"][1], b.state[parts[1]]["factor"])
-    resumed = Executor([{"params": fused, "rule": "block_mean", "blocks": 3}])
+    resumed = RuleOptimizer([{"params": fused, "rule": "block_mean", "blocks": 3}])
     resumed.load_state_dict(a.state_dict())
     assert all(torch.equal(x, resumed.state[fused[0]][k]) for k, x in a.state[fused[0]].items())
 
@@ -85,8 +85,8 @@ def test_three_dimensions_are_a_stack(registry: Any) -> None:
     block_mean(registry)
     experts = Parameter(torch.randn(3, 4, 5))
     single = [Parameter(x.clone()) for x in experts.detach()]
-    a = Executor([{"params": [experts], "rule": "block_mean"}])
-    b = Executor([{"params": single, "rule": "block_mean"}])
+    a = RuleOptimizer([{"params": [experts], "rule": "block_mean"}])
+    b = RuleOptimizer([{"params": single, "rule": "block_mean"}])
     for t in range(1, 4):
         experts.grad = gradient(experts, "e", t)
         for x, g in zip(single, experts.grad, strict=True):
@@ -97,20 +97,20 @@ def test_three_dimensions_are_a_stack(registry: Any) -> None:
 
 
 def test_matrix_dims() -> None:
-    assert chunks.matrix_dims(()) == (1, 1, 1)
-    assert chunks.matrix_dims((7,)) == (1, 1, 7)
-    assert chunks.matrix_dims((6, 4), blocks=3) == (3, 2, 4)
-    assert chunks.matrix_dims((5, 6, 4), blocks=2) == (10, 3, 4)
-    assert chunks.matrix_dims((8, 3, 2, 2)) == (1, 8, 12)
-    assert chunks.matrix_dims((8, 3, 2, 2), conv=False) == (24, 2, 2)
+    assert matrix_views.stack_shape(()) == (1, 1, 1)
+    assert matrix_views.stack_shape((7,)) == (1, 1, 7)
+    assert matrix_views.stack_shape((6, 4), blocks=3) == (3, 2, 4)
+    assert matrix_views.stack_shape((5, 6, 4), blocks=2) == (10, 3, 4)
+    assert matrix_views.stack_shape((8, 3, 2, 2)) == (1, 8, 12)
+    assert matrix_views.stack_shape((8, 3, 2, 2), conv=False) == (24, 2, 2)
 
 
 def test_stacks_respect_their_bounds() -> None:
-    assert [len(c) for c in chunks.stacks(range(10), 1000, 16 * 3000)] == [3, 3, 3, 1]
-    assert [len(c) for c in chunks.stacks(range(3), chunks.STACK_LIMIT + 1, 2**40)] == [1, 1, 1]
-    assert [len(c) for c in chunks.stacks(range(3), 1000, 1)] == [1, 1, 1]
-    assert [len(c) for c in chunks.stacks(range(5), 1000, 16 * 6000, [500, 1500])] == [2, 2, 1]
-    assert [len(c) for c in chunks.stacks(range(2), 1000, 2**40, [chunks.STACK_LIMIT])] == [1, 1]
+    assert [len(c) for c in matrix_views.stacks(range(10), 1000, 16 * 3000)] == [3, 3, 3, 1]
+    assert [len(c) for c in matrix_views.stacks(range(3), matrix_views.STACK_LIMIT + 1, 2**40)] == [1, 1, 1]
+    assert [len(c) for c in matrix_views.stacks(range(3), 1000, 1)] == [1, 1, 1]
+    assert [len(c) for c in matrix_views.stacks(range(5), 1000, 16 * 6000, [500, 1500])] == [2, 2, 1]
+    assert [len(c) for c in matrix_views.stacks(range(2), 1000, 2**40, [matrix_views.STACK_LIMIT])] == [1, 1]
 
 
 class Largest(TorchDispatchMode):
@@ -131,7 +131,7 @@ def test_square_state_of_thin_matrices_respects_the_bound(name: str) -> None:
     """Adapters, 4 x 128: their factors are 32 times as large as they are."""
     ps = [Parameter(torch.randn(4, 128)) for _ in range(24)]
     settings = {"rank": 4} if name == "galore" else {}
-    optimizer = Executor([{"params": ps, "rule": name, "refresh": "fixed:2", **settings}], max_temp_bytes=2**20)
+    optimizer = RuleOptimizer([{"params": ps, "rule": name, "refresh": "fixed:2", **settings}], max_temp_bytes=2**20)
     largest = Largest()
     for _ in range(3):
         for p in ps:
@@ -143,7 +143,7 @@ def test_square_state_of_thin_matrices_respects_the_bound(name: str) -> None:
 
 def test_a_stack_that_was_only_read_is_not_copied_back() -> None:
     ps = [Parameter(torch.randn(4, 6)) for _ in range(3)]
-    optimizer = Executor([{"params": ps, "rule": "soap", "refresh": "fixed:3"}])
+    optimizer = RuleOptimizer([{"params": ps, "rule": "soap", "refresh": "fixed:3"}])
     written: list[dict[str, bool]] = []
     for _ in range(4):
         before = {k: t._version for k, t in optimizer.state[ps[0]].items()}
@@ -160,8 +160,8 @@ def test_a_stack_that_was_only_read_is_not_copied_back() -> None:
 @pytest.mark.parametrize("shape", [(), (5,), (2**17 + 3,), (700, 300), (1, 2**18)])
 def test_blocks_cover_every_element_once(shape: tuple[int, ...]) -> None:
     x, y = torch.zeros(shape), torch.zeros(shape)
-    for (a, b), _ in chunks.blocks([x, y]):
-        assert a.numel() <= max(chunks.BLOCK, chunks.SMALL)
+    for (a, b), _ in matrix_views.cache_blocks([x, y]):
+        assert a.numel() <= max(matrix_views.BLOCK, matrix_views.SMALL)
         a += 1
         b += 2
     assert (x == 1).all() and (y == 2).all()
@@ -179,7 +179,7 @@ def test_steps_are_counted_whatever_the_default_device() -> None:
 
 def test_several_rules_in_one_optimizer_and_settings_of_each() -> None:
     matrix, vector = Parameter(torch.randn(4, 3)), Parameter(torch.randn(3))
-    optimizer = Executor([{"params": [matrix], "rule": "muon"}, {"params": [vector], "rule": "adamw", "lr": 1e-4}])
+    optimizer = RuleOptimizer([{"params": [matrix], "rule": "muon"}, {"params": [vector], "rule": "adamw", "lr": 1e-4}])
     assert [g["name"] for g in optimizer.param_groups] == ["muon", "adamw"]
     assert "betas" not in optimizer.param_groups[0] and "momentum" not in optimizer.param_groups[1]
     assert optimizer.defaults["lr"] == 0.02
@@ -271,7 +271,7 @@ def test_muon_is_equivariant_under_rotations() -> None:
 def test_adamw_is_one_fused_kernel_and_nothing_else_of_parameter_size() -> None:
     p = Parameter(torch.randn(2000, 300))
     q = Parameter(torch.randn(50))
-    optimizer = Executor([{"params": [p, q], "rule": "adamw"}])
+    optimizer = RuleOptimizer([{"params": [p, q], "rule": "adamw"}])
     for x in (p, q):
         x.grad = torch.randn_like(x)
     optimizer.step()
@@ -309,7 +309,7 @@ def slots_of_each_other(registry: Any, *, elementwise: bool) -> None:
 def test_slots_may_be_assigned_to_each_other(registry: Any, shapes: list[Any], elementwise: bool) -> None:
     slots_of_each_other(registry, elementwise=elementwise)
     ps = [Parameter(torch.zeros(s)) for s in shapes]
-    optimizer = Executor([{"params": ps, "rule": "previous"}])
+    optimizer = RuleOptimizer([{"params": ps, "rule": "previous"}])
     for _ in range(2):
         for p in ps:
             p.grad = torch.ones_like(p)
@@ -334,7 +334,7 @@ def test_the_rank_letter(registry: Any) -> None:
             return g
 
     ps = [Parameter(torch.randn(4, 5)), Parameter(torch.randn(2, 5))]
-    optimizer = Executor([{"params": ps, "rule": "ranked"}])
+    optimizer = RuleOptimizer([{"params": ps, "rule": "ranked"}])
     for p in ps:
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -369,7 +369,7 @@ def test_muon_does_not_depend_on_who_shares_the_stack() -> None:
 def test_plain_tensors_with_a_gradient_move_and_frozen_parameters_do_not() -> None:
     """A float32 copy of the weights, say; torch moves it too."""
     copy_of_weights, frozen = torch.zeros(3), Parameter(torch.zeros(3), requires_grad=False)
-    optimizer = Executor([{"params": [copy_of_weights, frozen], "rule": "sgd", "lr": 1.0}])
+    optimizer = RuleOptimizer([{"params": [copy_of_weights, frozen], "rule": "sgd", "lr": 1.0}])
     copy_of_weights.grad, frozen.grad = torch.ones(3), torch.ones(3)
     optimizer.step()
     assert torch.equal(copy_of_weights, -torch.ones(3)) and torch.equal(frozen, torch.zeros(3))
@@ -377,10 +377,10 @@ def test_plain_tensors_with_a_gradient_move_and_frozen_parameters_do_not() -> No
 
 def test_a_group_may_join_with_or_without_names() -> None:
     a, b, c = (Parameter(torch.zeros(2)) for _ in range(3))
-    named = Executor([{"params": [("a", a)], "rule": "sgd"}])
+    named = RuleOptimizer([{"params": [("a", a)], "rule": "sgd"}])
     named.add_param_group({"params": [b], "rule": "sgd"})
     assert named.param_groups[1]["param_names"] == ["sgd_1.0"]
-    unnamed = Executor([{"params": [a], "rule": "sgd"}])
+    unnamed = RuleOptimizer([{"params": [a], "rule": "sgd"}])
     unnamed.add_param_group({"params": [("b", b)], "rule": "sgd"})
     named.param_groups[0]["params"].append(c)
     for p in (a, b, c):
@@ -410,7 +410,7 @@ def test_the_step_count_is_float32_whatever_the_default_dtype() -> None:
     p = Parameter(torch.zeros(2, dtype=torch.float32))
     torch.set_default_dtype(torch.bfloat16)
     try:
-        optimizer = Executor([{"params": [p], "rule": "adamw"}])
+        optimizer = RuleOptimizer([{"params": [p], "rule": "adamw"}])
         for _ in range(300):
             p.grad = torch.ones(2, dtype=torch.float32)
             optimizer.step()
@@ -429,7 +429,7 @@ def test_what_the_user_says_stays() -> None:
 
 def test_finite_values_of_any_size_are_finite() -> None:
     p = Parameter(torch.zeros(2, dtype=torch.float64))
-    optimizer = Executor([{"params": [p], "rule": "lion", "on_nonfinite": "raise"}])
+    optimizer = RuleOptimizer([{"params": [p], "rule": "lion", "on_nonfinite": "raise"}])
     p.grad = torch.full((2,), 1e300, dtype=torch.float64)
     optimizer.step()
     assert (p != 0).all()
@@ -443,7 +443,7 @@ def test_settings_changed_to_nonsense_mid_run_are_refused() -> None:
         ("rule", "adamw", "has no betas"),
         ("on_nonfinite", "no", "on_nonfinite: unknown value 'no'"),
     ]:
-        optimizer = Executor([{"params": [p], "rule": "muon"}])
+        optimizer = RuleOptimizer([{"params": [p], "rule": "muon"}])
         optimizer.param_groups[0][key] = value
         with pytest.raises(ValueError, match=match):
             optimizer.step()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from lightning_optim import Executor, assign, build_optimizer, layerwise_decay, lora_plus, roles
-from lightning_optim.partition import Override
-from lightning_optim.plan import describe, plan
+from lightning_optim import RuleOptimizer, assign, build_optimizer, layerwise_decay, lora_plus, roles
+from lightning_optim.build.plan import describe, plan
+from lightning_optim.build.roles import Override
 from tests.rules import gradient
 
 
@@ -184,7 +184,7 @@ def test_rules_without_scale_say_so(caplog: pytest.LogCaptureFixture) -> None:
 OVERRIDES: list[Override] = [("out.*", None, {"weight_decay": 0.3})]
 
 
-def late(lr: float | None = 0.01, **settings: Any) -> tuple[Block, Executor]:
+def late(lr: float | None = 0.01, **settings: Any) -> tuple[Block, RuleOptimizer]:
     """A model whose attention, convolution and embedding joined its optimizer later, with a tenth of the lr."""
     torch.manual_seed(0)
     model = Block()
@@ -205,7 +205,7 @@ def test_group_without_a_rule_is_divided_as_from_the_start() -> None:
     expected = build_optimizer(whole, "muon", lr=0.1, rest_lr=0.02, weight_decay=0.1, overrides=OVERRIDES)
     joined = ("attention", "convolution", "lm_head_norm")
 
-    def settings(of: Executor) -> dict[str, dict[str, Any]]:
+    def settings(of: RuleOptimizer) -> dict[str, dict[str, Any]]:
         skip = ("params", "param_names", "name", "lr")
         return {n: {k: v for k, v in g.items() if k not in skip} for g in of.param_groups for n in g["param_names"]}
 
@@ -276,7 +276,7 @@ class Layered(nn.Module):
         self.out = nn.Linear(8, 20, bias=False)
 
 
-def rates(optimizer: Executor) -> dict[str, float]:
+def rates(optimizer: RuleOptimizer) -> dict[str, float]:
     """Learning rate by parameter name."""
     return {n: g["lr"] for g in optimizer.param_groups for n in g["param_names"]}
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import KLSOAP, MOSO, SOAP, AdamW, Executor, Muon, MuonSq, Muown, NorMuon, SinkSOAP, SOAPMuon
-from lightning_optim.core.rule import REGISTRY, Averaging, hyperparameters
+from lightning_optim import KLSOAP, MOSO, SOAP, AdamW, Muon, MuonSq, Muown, NorMuon, RuleOptimizer, SinkSOAP, SOAPMuon
+from lightning_optim.core.rule import REGISTRY, MomentumRule, hyperparameters
 from lightning_optim.ops.eigenbasis import average_kl_
 from lightning_optim.ops.maps import aurora, contra
 from lightning_optim.ops.moments import BI_MAXWELL, k_maxwell
@@ -40,7 +40,7 @@ def of_values(values: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
 def path(cls: Any, shape: tuple[int, int], turn: Any = lambda g: g, steps: int = STEPS, **settings: Any) -> Tensor:
     """Parameters over some steps from zero, of gradients that may be changed."""
     p = Parameter(torch.zeros(shape, dtype=F64))
-    optimizer: Executor = cls([p], **{"lr": 0.1, "weight_decay": 0.0, **settings})
+    optimizer: RuleOptimizer = cls([p], **{"lr": 0.1, "weight_decay": 0.0, **settings})
     out = []
     for t in range(steps):
         p.grad = turn(draw(*shape, seed=100 + t))
@@ -256,7 +256,9 @@ def test_trust_gate_opens_and_closes() -> None:
     same(opened, path(SOAPMuon, (6, 8), **settings))
 
 
-AVERAGING = sorted(n for n, r in REGISTRY.items() if issubclass(r, Averaging) and not r.__dict__.get("observes"))
+AVERAGING = sorted(
+    n for n, r in REGISTRY.items() if issubclass(r, MomentumRule) and not r.__dict__.get("curvature_input")
+)
 
 
 def class_of(name: str) -> Any:
@@ -272,7 +274,7 @@ def kernel_path(name: str, **settings: Any) -> Tensor:
     exact = EXACT if "ns_dtype" in hyperparameters(REGISTRY[name]) else {}
     rank = {"rank": 3} if "rank" in hyperparameters(REGISTRY[name]) else {}
     leading = {"leading": 2} if "leading" in hyperparameters(REGISTRY[name]) else {}
-    refresh = {"refresh": "fixed:2"} if REGISTRY[name].costly else {}
+    refresh = {"refresh": "fixed:2"} if REGISTRY[name].preconditioners else {}
     return path(class_of(name), (6, 6), **exact, **rank, **leading, **refresh, **settings)
 
 
@@ -341,7 +343,7 @@ def test_a_kernel_is_saved_and_counted(name: str) -> None:
     settings: dict[str, Any] = {"momentum_kernel": BI_MAXWELL, "kernel_steps": (2, 2), "lr": 0.01}
     start, cls = torch.randn(64, 80, generator=torch.Generator().manual_seed(0)), class_of(name)
 
-    def run(p: Parameter, optimizer: Executor, steps: range) -> None:
+    def run(p: Parameter, optimizer: RuleOptimizer, steps: range) -> None:
         for t in steps:
             p.grad = torch.randn(64, 80, generator=torch.Generator().manual_seed(t))
             optimizer.step()

@@ -17,13 +17,13 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
-from lightning_optim import LOMO, AdamW, Executor, Lion, Muon, build_optimizer
+from lightning_optim import LOMO, AdamW, Lion, Muon, RuleOptimizer, build_optimizer
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.diagnostics.memory import LiveStorages
 from tests.pool import Pool
 from tests.rules import NAMES, give, make, params
 
-FUSABLE = [n for n in NAMES if not REGISTRY[n].costly and not REGISTRY[n].observes]
+FUSABLE = [n for n in NAMES if not REGISTRY[n].preconditioners and not REGISTRY[n].curvature_input]
 
 
 class Net(nn.Module):
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 
 def train(
-    net: Net, optimizer: Executor, steps: range = range(1, 6), *, two_pass: bool = False, schedule: bool = True
+    net: Net, optimizer: RuleOptimizer, steps: range = range(1, 6), *, two_pass: bool = False, schedule: bool = True
 ) -> Net:
     """Steps with a learning rate that changes."""
     scheduler = LambdaLR(optimizer, lambda t: 1 / (1 + t)) if schedule else None

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from hf_integration import KeepSchedule, TrainingArguments, create_optimizer, last_checkpoint
-from lightning_optim import Executor
+from lightning_optim import RuleOptimizer
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY, CONTEXT = 96, 16
@@ -118,7 +118,7 @@ def model_of(trainer: Trainer) -> nn.Module:
 
 
 def groups_of(trainer: Trainer) -> dict[str, dict[str, Any]]:
-    return {g["name"]: g for g in cast("Executor", trainer.optimizer).param_groups}
+    return {g["name"]: g for g in cast("RuleOptimizer", trainer.optimizer).param_groups}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ def test_fused_backward_trains_as_ordinary_steps_do(tmp_path: Path, optim: str):
         text = f"fused_backward={fused}, clip_norm=None"
         trainer = trainer_of(llama(), arguments(tmp_path, optim=optim, optim_args=text, max_grad_norm=0.0))
         trainer.train()
-        assert (cast("Executor", trainer.optimizer).optimizer.fused is not None) == fused  # pyright: ignore
+        assert (cast("RuleOptimizer", trainer.optimizer).optimizer.fused is not None) == fused  # pyright: ignore
         models[fused] = weights(model_of(trainer))
     assert_same(models[True], models[False])
     start = weights(llama())
@@ -395,7 +395,7 @@ def test_resuming_inside_an_epoch_is_exact(tmp_path: Path, optim: str, dtype: to
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     assert {g["rule"] for g in saved["param_groups"]} == ({"muon", "adamw"} if optim == "muon" else {optim})
     assert len(saved["state"]) == len(list(model_of(whole).parameters()))
-    for state in [*saved["state"].values(), *cast("Executor", resumed.optimizer).state.values()]:
+    for state in [*saved["state"].values(), *cast("RuleOptimizer", resumed.optimizer).state.values()]:
         assert {value.dtype for value in state.values()} == {torch.float32}
     assert {p.dtype for p in model_of(resumed).parameters()} == {dtype}
 
@@ -433,7 +433,7 @@ def test_the_scaler_of_fp16_skips_steps(tmp_path: Path):
         for name, p in seen.weights[t + 1].items():
             assert torch.equal(p, seen.weights[t][name]) == skip, f"step {t}: {name}"
         taken += not skip
-    assert {float(state["step"]) for state in cast("Executor", trainer.optimizer).state.values()} == {taken}
+    assert {float(state["step"]) for state in cast("RuleOptimizer", trainer.optimizer).state.values()} == {taken}
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path):
@@ -581,7 +581,7 @@ def test_muon_goes_on_from_adamw(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert look.groups[1]["betas"] == (0.9, 0.95)  # settings are this run's
     assert logged(trainer, "learning_rate")[4:] == pytest.approx([1e-2 * (8 - t) / 6 for t in range(4, 8)])
     assert "moments of 6 of 20 parameters; muon begins afresh" in caplog.text
-    state = cast("Executor", trainer.optimizer).state
+    state = cast("RuleOptimizer", trainer.optimizer).state
     for name, group in groups_of(trainer).items():
         assert {float(state[p]["step"]) for p in group["params"]} == {4.0 if name == "muon/hidden" else 8.0}
 

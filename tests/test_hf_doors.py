@@ -39,7 +39,7 @@ from hf_integration import (
 )
 from hf_integration.callbacks import unwrapped
 from hf_integration.register import _value
-from lightning_optim import Executor, build_optimizer
+from lightning_optim import RuleOptimizer, build_optimizer
 from tests.test_hf import (
     ENVIRONMENT,
     Tokens,
@@ -297,7 +297,7 @@ def test_attach_goes_on_from_the_trainers_adamw(tmp_path: Path):
     trainer = attach(plain_trainer(tmp_path, max_steps=8, warmup_steps=2), "muon", rest_lr=1e-3)
     trainer.train(resume_from_checkpoint=True)
     assert logged(trainer, "learning_rate")[4:] == pytest.approx([1e-2 * (8 - t) / 6 for t in range(4, 8)])
-    state = cast("Executor", trainer.optimizer).state
+    state = cast("RuleOptimizer", trainer.optimizer).state
     for name, group in groups_of(trainer).items():
         assert {float(state[p]["step"]) for p in group["params"]} == {4.0 if name == "muon/hidden" else 8.0}
 
@@ -536,7 +536,7 @@ def test_create_optimizer_is_build_optimizer(tmp_path: Path):
     model = llama()
     made = create_optimizer(model, "muon", lr=1e-2, weight_decay=0.1, rest_lr=1e-3)
     expected = build_optimizer(model, "muon", lr=1e-2, weight_decay=0.1, rest_lr=1e-3)
-    assert type(made) is type(expected) and isinstance(made, Executor)
+    assert type(made) is type(expected) and isinstance(made, RuleOptimizer)
     assert made.state_dict() == expected.state_dict()
 
     trainer = Trainer(model, stock(tmp_path), train_dataset=Tokens(), optimizers=(made, None))
@@ -652,7 +652,7 @@ def test_what_is_measured_under_trl(tmp_path: Path, kind: str):
         texts = [str(w.message) for w in said]
         assert sum("no labels can be drawn" in text for text in texts) == (name == "sophia_g")
         assert sum("differences of gradients in place" in text for text in texts) == 1
-        state = cast("Executor", unwrapped(trainer.optimizer)).state.values()
+        state = cast("RuleOptimizer", unwrapped(trainer.optimizer)).state.values()
         assert any(bool(s["hessian"].any()) for s in state if "hessian" in s)
 
 

@@ -16,8 +16,8 @@ from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 import hf_integration
-from lightning_optim import KFAC, Executor, build_optimizer
-from lightning_optim.curvature import Feed
+from lightning_optim import KFAC, RuleOptimizer, build_optimizer
+from lightning_optim.curvature import CurvatureEstimator
 from lightning_optim.ops.kronecker import damped_inverse, divided, factored_damping, mean_eigenvalue
 from tests import rules, test_hf
 from tests.pool import Pool
@@ -63,7 +63,7 @@ def test_a_deep_linear_network_gets_the_analytic_natural_gradient() -> None:
             above = torch.eye(len(p), dtype=torch.float64)
             for later in params[i + 1 :]:
                 above = later @ above
-            optimizer.observe({p: SimpleNamespace(inputs=a.mT @ a / 20, outputs=above.mT @ above)})
+            optimizer.update_curvature({p: SimpleNamespace(inputs=a.mT @ a / 20, outputs=above.mT @ above)})
     optimizer.step()
     for p, e in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach(), e, rtol=1e-8, atol=1e-8)
@@ -116,7 +116,7 @@ def data(rows: int = 4) -> Tensor:
     return torch.randn(rows, 2, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def own(model: Layers, **settings: Any) -> Executor:
+def own(model: Layers, **settings: Any) -> RuleOptimizer:
     matrices = [(n, p) for n, p in model.named_parameters() if "norm" not in n]
     turned = [x for x in matrices if x[0] == "turned.weight"]
     rest = [x for x in matrices if x[0] != "turned.weight"]
@@ -128,12 +128,12 @@ def factors(model: Layers, some: list[Tensor], sequence: Any = "expand", scale: 
     """What the feed shows for batches that are accumulated."""
     optimizer = own(model, sequence=sequence)
     seen: dict[Tensor, Any] = {}
-    optimizer.observe = lambda found: seen.update(found) or {}  # pyright: ignore
-    feed = Feed(model, optimizer, model.loss, loss_scale=lambda: scale)
+    optimizer.update_curvature = lambda found: seen.update(found) or {}  # pyright: ignore
+    feed = CurvatureEstimator(model, optimizer, model.loss, loss_scale=lambda: scale)
     for batch in some:
-        feed.see(batch)
+        feed.record_batch(batch)
         (model.loss(batch) * scale * len(batch) / sum(map(len, some))).backward()
-    feed.ready()
+    feed.estimate()
     feed.close()
     return {name: seen[p] for name, p in model.named_parameters() if p in seen}
 
@@ -210,27 +210,27 @@ def test_modes_and_keywords_change_nothing() -> None:
 
 def test_layers_that_are_not_called_are_an_error() -> None:
     layer = nn.Linear(3, 2)
-    feed = Feed(layer, KFAC(layer.named_parameters()), lambda batch: layer(batch).sum())
+    feed = CurvatureEstimator(layer, KFAC(layer.named_parameters()), lambda batch: layer(batch).sum())
     x = torch.ones(4, 3)
-    feed.see(x)
+    feed.record_batch(x)
     F.linear(x, layer.weight, layer.bias).sum().backward()
     with pytest.raises(RuntimeError, match="saw no pass through the layers it measures"):
-        feed.ready()
+        feed.estimate()
 
 
 def test_a_bias_frozen_after_the_bases_were_made() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(6, 5, dtype=torch.float64)
     optimizer = KFAC(layer.named_parameters(), momentum=0.0, kl_clip=None, factors="fixed:1", refresh="fixed:100")
-    feed = Feed(layer, optimizer, lambda batch: layer(batch).square().mean())
+    feed = CurvatureEstimator(layer, optimizer, lambda batch: layer(batch).square().mean())
     x = torch.randn(16, 6, dtype=torch.float64)
     g = torch.empty(0)
     for frozen in (False, True):
         layer.bias.requires_grad_(not frozen)
         layer.bias.grad = layer.weight.grad = None
-        feed.see(x)
+        feed.record_batch(x)
         layer(x).square().mean().backward()
-        feed.ready()
+        feed.estimate()
         assert layer.weight.grad is not None
         g = torch.cat([layer.weight.grad, torch.zeros(5, 1)], 1)
         optimizer.step()
@@ -245,13 +245,13 @@ def test_only_layers_of_a_group_that_is_due_are_shown() -> None:
     optimizer = own(model, factors="fixed:2")
     optimizer.param_groups[1]["factors"] = "fixed:1"
     shown: list[set[int]] = []
-    take = optimizer.observe
-    optimizer.observe = lambda found: shown.append(set(map(id, found))) or take(found)  # pyright: ignore
-    feed = Feed(model, optimizer, model.loss)
+    take = optimizer.update_curvature
+    optimizer.update_curvature = lambda found: shown.append(set(map(id, found))) or take(found)  # pyright: ignore
+    feed = CurvatureEstimator(model, optimizer, model.loss)
     for _ in range(3):
-        feed.see(data())
+        feed.record_batch(data())
         model.loss(data()).backward()
-        feed.ready()
+        feed.estimate()
         optimizer.step()
         optimizer.zero_grad()
     turned = id(model.turned.weight)
@@ -262,10 +262,10 @@ def test_layers_that_have_no_factors_are_named() -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3), nn.Linear(3, 2))
     optimizer = KFAC(model.named_parameters())
     with pytest.raises(ValueError, match=r"0\.weight: kfac needs the weight of an nn\.Linear"):
-        Feed(model, optimizer, lambda batch: model(batch).sum())
+        CurvatureEstimator(model, optimizer, lambda batch: model(batch).sum())
     built = build_optimizer(model, "kfac", lr=0.1)
     assert {g["rule"]: g["param_names"] for g in built.param_groups}["kfac"] == ["1.weight"]
-    Feed(model, built, lambda batch: model(batch).sum())
+    CurvatureEstimator(model, built, lambda batch: model(batch).sum())
     with pytest.raises(ValueError, match="damping"):
         KFAC([nn.Parameter(torch.ones(2, 2))], damping=0.0)
 
@@ -320,7 +320,7 @@ def train(rank: int, world: int, kind: str) -> dict[str, Tensor]:
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     try:
         optimizer = build_optimizer(model, "kfac", lr=1e-2, **SETTINGS)
-        feed = Feed(model, optimizer, model.loss, rank=rank)
+        feed = CurvatureEstimator(model, optimizer, model.loss, rank=rank)
     except ValueError as error:
         return {"error": torch.tensor(list(str(error).encode()))}
     finally:
@@ -328,9 +328,9 @@ def train(rank: int, world: int, kind: str) -> dict[str, Tensor]:
     outer: Any = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
     for _ in range(3):
         mine = data().chunk(world)[rank]
-        feed.see(mine)
+        feed.record_batch(mine)
         outer(mine).square().mean().backward()
-        feed.ready()
+        feed.estimate()
         optimizer.step()
         optimizer.zero_grad()
     return weights(model)
@@ -363,13 +363,13 @@ def route(rank: int, world: int) -> dict[str, Tensor]:
     rules.feeding = False
     model = Routed()
     optimizer = KFAC(model.named_parameters(), lr=1e-2)
-    feed = Feed(model, optimizer, lambda batch: model(batch, 0).sum(), rank=rank)
+    feed = CurvatureEstimator(model, optimizer, lambda batch: model(batch, 0).sum(), rank=rank)
     outer: Any = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     halves = torch.randn(10, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).split([6, 4])
     for i in range(2) if world == 1 else [rank]:
-        feed.see(halves[i])
+        feed.record_batch(halves[i])
         (outer(halves[i], i).square().mean() * world / 2).backward()
-    feed.ready()
+    feed.estimate()
     optimizer.step()
     rules.feeding = True
     weights_of: dict[str, Any] = {f"{i}": layer.weight for i, layer in enumerate(model.experts)}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from lightning_optim.build.mesh_estimate import MeshEstimate
+from lightning_optim.build.plan import plan
 from lightning_optim.core.rule import REGISTRY
-from lightning_optim.core.spread import Spread
-from lightning_optim.plan import plan
 from tests import jobs
 from tests.pool import Pool
 from tests.rules import NAMES, make
@@ -38,7 +38,7 @@ def check(pool: Pool, layout: str, world: int, steps: int, **kwargs: Any) -> Non
             for found in results:
                 if isinstance(found[name], str):
                     assert "parameter 0" in found[name], "it names what cannot be"
-                    assert REGISTRY[name].joint or "8 bits" in found[name], found[name]
+                    assert REGISTRY[name].needs_all_gradients or "8 bits" in found[name], found[name]
                 else:
                     compare(name, found[name], expected)
 
@@ -135,7 +135,7 @@ PRICED: list[tuple[str, dict[str, Any]]] = [
     ("muon", {}),
     ("soap", {}),
     ("shampoo", {"weight_decay": 0.1}),
-    ("muon", {"traffic": "bf16"}),
+    ("muon", {"comm_dtype": "bf16"}),
     ("lion", CODES),
     ("muon", CODES),
     ("adafactor", {}),
@@ -299,8 +299,8 @@ def test_plan_of_seventy_billion_weights_on_512_ranks(strategy: Any) -> None:
         model = Large()
     made = plan(model, "muon", world_size=512, strategy=strategy)
     assert time.perf_counter() - started < 60
-    found = made.spread
-    assert isinstance(found, Spread)
+    found = made.mesh
+    assert isinstance(found, MeshEstimate)
     mean = sum(found.work) / len(found.work)
     assert max(found.work) <= 1.05 * max(mean, found.largest)
     assert sum(found.state) - 4 * len(made.rows) * (len(found.state) - 1) == made.state_bytes
@@ -318,4 +318,4 @@ def test_work_is_not_shared_out_late() -> None:
     p.grad = torch.ones(3, 4)
     optimizer.step()
     with pytest.raises(ValueError, match="before the first step"):
-        optimizer.share_work()
+        optimizer.shard_work()

@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_optim
-from lightning_optim import Executor, build_optimizer, configure_optimizers
+from lightning_optim import RuleOptimizer, build_optimizer, configure_optimizers
 from lightning_optim.callbacks import HybridOptimizer
 
 pytestmark = [
@@ -171,7 +171,7 @@ def test_automatic_optimization_equals_a_plain_loop(
 
     assert_same(weights(net), weights(plain))
     assert len(fit.optimizers) == 1
-    assert isinstance(fit.optimizers[0], Executor)
+    assert isinstance(fit.optimizers[0], RuleOptimizer)
     assert fit.global_step == len(net.lrs) == 4
     assert len(net.seen) == len(rows)  # the closure ran once per step, and each batch once
     assert all(torch.equal(a, b) for a, b in zip(net.seen, rows, strict=True))

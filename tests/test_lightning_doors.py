@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
 import lightning_optim
-from lightning_optim import Curve, Executor, TailEMA, build_optimizer
+from lightning_optim import RuleOptimizer, ScheduleConfig, TailEMA, build_optimizer
 from lightning_optim.callbacks import HybridOptimizer
 from lightning_optim.lightning import OptimizerConfig
 from tests.lightning_jobs import SETTINGS, Save
@@ -111,7 +111,7 @@ def test_callback_equals_configure_optimizers(tmp_path: Path, kind: type[Net]) -
     second.fit(same_as_hybrid(), Rows(8))
 
     assert_same_run(first, second)
-    assert isinstance(first.optimizers[0], Executor) and len(first.optimizers) == 1
+    assert isinstance(first.optimizers[0], RuleOptimizer) and len(first.optimizers) == 1
     assert first.global_step == 4 and len(net.seen) == 8
     assert net.lrs == second.lightning_module.lrs  # pyright: ignore
     found = scalars(tmp_path)  # once per micro-batch
@@ -412,7 +412,7 @@ def config() -> OptimizerConfig:
 
 
 def test_checkpoints_with_a_config_load(tmp_path: Path) -> None:
-    others = [Curve("power", cooldown=0.5), TailEMA(start=2), {"deep": (config(),)}]
+    others = [ScheduleConfig("power", cooldown=0.5), TailEMA(start=2), {"deep": (config(),)}]
     path = tmp_path / "last.ckpt"
     whole = trainer(tmp_path, max_steps=4, callbacks=[Save(path, 1)])
     whole.fit(Kept(config(), others), Rows(4))

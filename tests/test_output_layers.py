@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import Linear, ModuleDict, ModuleList, ReLU, Sequential
 
 from lightning_optim import roles
-from lightning_optim.partition import assign
+from lightning_optim.build.roles import assign
 
 WIDTH = 16
 TINY: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -307,7 +307,7 @@ def test_output_layers_of_timm(name: str, classes: int, monkeypatch: pytest.Monk
     layers = [m for part in (said if isinstance(said, tuple) else (said,)) for m in part.modules()]
     expected = {k for k, m in model.named_modules() if isinstance(m, Linear) and any(m is x for x in layers)}
     assert heads(model) == expected and bool(expected) == bool(classes)
-    monkeypatch.setattr("lightning_optim.output_layers._has_classifier", lambda _: False)
+    monkeypatch.setattr("lightning_optim.build.output_layers._has_classifier", lambda _: False)
     assert heads(model) == expected
 
 

@@ -190,7 +190,7 @@ def test_a_new_rule_is_one_file_and_one_reference(tmp_path: Path) -> None:
     assert done.returncode == 1
     run(sys.executable, "-m", "lightning_optim.docs", cwd=tree)
     assert "`toy`" in (tree / "README.md").read_text()
-    assert "class Toy(Executor):" in (tree / "lightning_optim" / "optimizers.pyi").read_text()
+    assert "class Toy(RuleOptimizer):" in (tree / "lightning_optim" / "optimizers.pyi").read_text()
     assert "toy" in run(sys.executable, "-m", "lightning_optim", "list", cwd=tree)
     code = "import torch, lightning_optim as l; print(type(l.build_optimizer(torch.nn.Linear(2, 2), 'toy', lr=1.0)))"
     assert "lightning_optim.optimizers.Toy" in run(sys.executable, "-c", code, cwd=tree)

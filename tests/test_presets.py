@@ -18,11 +18,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_integration import KeepSchedule, TrainingArguments, attach
-from lightning_optim import Executor, Schedule, build_optimizer, plan
+from lightning_optim import RuleOptimizer, ScheduleLR, build_optimizer, plan
+from lightning_optim.build.recipes import PRESETS
 from lightning_optim.callbacks import HybridOptimizer
-from lightning_optim.core import constraint
 from lightning_optim.core.rule import REGISTRY, hyperparameters
-from lightning_optim.recipes import PRESETS
+from lightning_optim.core.step import constraints
 from tests import jobs
 from tests.pool import Pool
 from tests.test_hf import Tokens, arguments, gpt2, llama, trainer_of, weights
@@ -48,7 +48,7 @@ def rule_of(name: str) -> str:
     return PRESETS[name].rule
 
 
-def names_by_settings(optimizer: Executor) -> dict[str, dict[str, Any]]:
+def names_by_settings(optimizer: RuleOptimizer) -> dict[str, dict[str, Any]]:
     return {name: g for g in optimizer.param_groups for name in g["param_names"]}
 
 
@@ -57,7 +57,7 @@ def test_every_preset_is_what_it_says(name: str) -> None:
     preset, model = PRESETS[name], llama(tied=False)
     optimizer = build_optimizer(model, preset.rule, preset=name)
     hidden = [g for g in optimizer.param_groups if g["rule"] == preset.rule]
-    known = {*hyperparameters(REGISTRY[preset.rule]), *constraint.OPTIONS, "cautious_decay", "cautious_when"}
+    known = {*hyperparameters(REGISTRY[preset.rule]), *constraints.OPTIONS, "cautious_decay", "cautious_when"}
     for key in preset.settings.keys() & known:
         assert {g[key] for g in hidden} == {preset.settings[key]}, key
     others = [g for g in optimizer.param_groups if g["rule"] != preset.rule]
@@ -113,9 +113,9 @@ def biased_llama() -> nn.Module:
 def test_curve_of_the_record() -> None:
     """Flat until step 514 and 1487 of 2690, then a power of 1.2 towards 2900; the momentum's warm-up as published."""
     settings = PRESETS["record46"].settings["schedule"]
-    from lightning_optim.schedule import Curve
+    from lightning_optim.schedule import ScheduleConfig
 
-    curve, rest = Curve.of(settings), PRESETS["record46"].settings["rest_settings"]
+    curve, rest = ScheduleConfig.of(settings), PRESETS["record46"].settings["rest_settings"]
     for t in (0, 513, 515, 1488, 2000, 2689):
         for group, length in (({}, 2386), (rest, 1413)):
             expected = min(1.0, ((2900 - t) / length) ** 1.2)
@@ -172,7 +172,7 @@ def test_arguments_go_before_the_preset() -> None:
         build_optimizer(llama(), "adamw", preset="muon_h")
 
 
-def train(model: nn.Module, optimizer: Executor, scheduler: Schedule, some: range) -> None:
+def train(model: nn.Module, optimizer: RuleOptimizer, scheduler: ScheduleLR, some: range) -> None:
     for t in some:
         x = torch.randn(4, 7, generator=torch.Generator().manual_seed(t))
         optimizer.zero_grad()
@@ -181,9 +181,9 @@ def train(model: nn.Module, optimizer: Executor, scheduler: Schedule, some: rang
         scheduler.step()
 
 
-def started(name: str, model: nn.Module) -> tuple[Executor, Schedule]:
+def started(name: str, model: nn.Module) -> tuple[RuleOptimizer, ScheduleLR]:
     optimizer = build_optimizer(model, rule_of(name), preset=name, wrap=early(name))
-    return optimizer, Schedule(optimizer, total_steps=8)
+    return optimizer, ScheduleLR(optimizer, total_steps=8)
 
 
 def early(name: str) -> dict[str, Any] | None:
@@ -223,7 +223,7 @@ def test_a_preset_trains_a_model_of_transformers(name: str) -> None:
     sizes: Any = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 1, "num_attention_heads": 2}
     model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=128, tie_word_embeddings=True, **sizes))
     optimizer = build_optimizer(model, rule_of(name), preset=name)
-    scheduler, losses = Schedule(optimizer, total_steps=30), []
+    scheduler, losses = ScheduleLR(optimizer, total_steps=30), []
     ids = (torch.arange(16)[:, None] * 7 + torch.arange(32) ** 2) % 128
     for _ in range(30):
         optimizer.zero_grad()
@@ -308,7 +308,7 @@ def test_lightning_validates_saves_and_resumes(tmp_path: Path, name: str) -> Non
     assert_same(weights(whole), weights(resumed))
     averaged = bool(early(name))
     optimizer = first.optimizers[0]
-    assert isinstance(optimizer, Executor)
+    assert isinstance(optimizer, RuleOptimizer)
     assert whole.lrs[5:] == resumed.lrs and whole.momenta[5:] == resumed.momenta
     tail = "tail_ema" in (early(name) or {})
     assert torch.equal(saved["state_dict"]["hidden.weight"], save.trained["hidden.weight"]) == (not tail)
@@ -322,7 +322,7 @@ def test_the_callback_takes_a_preset_with_its_schedule(tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_steps=2, callbacks=[HybridOptimizer("muon", preset="muon_h")])
     fit.fit(Net("adamw"), Rows(STEPS))
     optimizer = fit.optimizers[0]
-    assert isinstance(optimizer, Executor)
+    assert isinstance(optimizer, RuleOptimizer)
     assert optimizer.curve.schedule == "power" and optimizer.param_groups[0]["constraint"] == "hyperball"
 
 

@@ -21,14 +21,14 @@ from lightning_optim import (
     MLBFGS,
     OLBFGS,
     EMANesterov,
-    Executor,
     HessianFree,
     MuLoCo,
+    RuleOptimizer,
     SR1Cubic,
     TailEMA,
     build_optimizer,
 )
-from lightning_optim.curvature import Feed
+from lightning_optim.curvature import CurvatureEstimator
 from lightning_optim.ops.krylov import conjugate_gradients
 from lightning_optim.ops.secant import cubic_step, damped, dot, sr1, two_loop
 from tests import rules, test_hf
@@ -476,10 +476,10 @@ def least_squares() -> tuple[nn.Linear, Callable[[Any], Tensor], Any, Tensor]:
 def test_hessian_free_solves_linear_least_squares_in_one_step(method: Any) -> None:
     model, loss, batch, best = least_squares()
     optimizer = build_optimizer(model, "hessian_free", lr=1.0, damping=0.0, tolerance=0.0)
-    feed = Feed(model, optimizer, loss, method=method)
-    feed.see(batch)
+    feed = CurvatureEstimator(model, optimizer, loss, method=method)
+    feed.record_batch(batch)
     loss(batch).backward()
-    feed.ready()
+    feed.estimate()
     optimizer.step()
     found = torch.cat([model.weight, model.bias[:, None]], 1)
     torch.testing.assert_close(found, best, rtol=1e-10, atol=1e-10)
@@ -534,12 +534,12 @@ def test_products_are_those_of_the_gauss_newton_matrix(method: Any) -> None:
     expected = [torch.einsum("bc,bcp->p", turned, j).view(p.shape) for j, p in zip(jacobians, v.values(), strict=True)]
     model.train()
     optimizer = build_optimizer(model, "hessian_free", lr=1.0)
-    feed = Feed(model, optimizer, model.loss, method=method)
+    feed = CurvatureEstimator(model, optimizer, model.loss, method=method)
     for batch in some:
-        feed.see(batch)
-    feed.ready()
-    assert optimizer.look is not None
-    found = optimizer.look.product(list(params.values()), list(v.values()))
+        feed.record_batch(batch)
+    feed.estimate()
+    assert optimizer.loss_oracle is not None
+    found = optimizer.loss_oracle.product(list(params.values()), list(v.values()))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 if method == "exact" else 1e-7)
     assert all(p.grad is None for p in model.parameters())
@@ -551,11 +551,11 @@ def test_damping_follows_the_ratio() -> None:
     model, loss, batch, _ = least_squares()
     for wrong, expected in ((False, 2 / 3), (True, 1.5)):
         optimizer = build_optimizer(model, "hessian_free", lr=1.0, damping=1e-3)
-        feed = Feed(model, optimizer, loss)
-        feed.see(batch)
+        feed = CurvatureEstimator(model, optimizer, loss)
+        feed.record_batch(batch)
         loss(batch).backward()
-        feed.ready()
-        look: Any = optimizer.look
+        feed.estimate()
+        look: Any = optimizer.loss_oracle
         if wrong:
             product = look.product
             look.product = lambda params, v, product=product: [x / 10 for x in product(params, v)]
@@ -573,19 +573,19 @@ def fed(name: str, some: list[list[Tensor]], **settings: Any) -> dict[str, Tenso
     """Weights after a step on each list of micro-batches."""
     model = Small(dropout=0.3).train()
     optimizer = build_optimizer(model, name, lr=1.0, **SEARCHING[name])
-    feed = Feed(model, optimizer, model.loss, **settings)
+    feed = CurvatureEstimator(model, optimizer, model.loss, **settings)
     for group in some:
         for batch in group:
-            feed.see(batch)
+            feed.record_batch(batch)
             (model.loss(batch) * len(batch) / sum(map(len, group))).backward()
         grads = {p: p.grad for p in model.parameters()}
         copies = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
         numbers = torch.get_rng_state()
-        feed.ready()
+        feed.estimate()
         optimizer.step()
         assert all(p.grad is g and torch.equal(g, copies[p]) for p, g in grads.items() if g is not None)
         assert torch.equal(numbers, torch.get_rng_state()) and all(m.training for m in model.modules())
-        assert optimizer.look is None
+        assert optimizer.loss_oracle is None
         optimizer.zero_grad()
     return weights(model)
 
@@ -606,13 +606,13 @@ def test_steps_lower_the_loss_of_their_batch(name: str) -> None:
     model, batch = Small(), batches(1, 8)[0]
     lr = 0.2 if name == "olbfgs" else 1.0  # it does not look whether its step does
     optimizer = build_optimizer(model, name, lr=lr, **SEARCHING[name])
-    feed, losses = Feed(model, optimizer, model.loss), []
+    feed, losses = CurvatureEstimator(model, optimizer, model.loss), []
     for _ in range(6):
-        feed.see(batch)
+        feed.record_batch(batch)
         loss = model.loss(batch)
         losses.append(loss.item())
         loss.backward()
-        feed.ready()
+        feed.estimate()
         optimizer.step()
         optimizer.zero_grad()
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0], losses
@@ -667,19 +667,19 @@ def test_transformers_attach_installs_the_feed_and_resumes_bitwise(tmp_path: Pat
     assert all(not torch.equal(start[key], p) for key, p in test_hf.weights(whole).items())
 
 
-def searched(name: str, steps: int, member: Any = None) -> tuple[nn.Module, Executor, Callable[[], None]]:
+def searched(name: str, steps: int, member: Any = None) -> tuple[nn.Module, RuleOptimizer, Callable[[], None]]:
     """A linear model after steps with a feed, its optimizer, and what takes one more."""
     torch.manual_seed(0)
     model, loss, batch, _ = least_squares()
     optimizer = build_optimizer(model, name, lr=0.5, **SEARCHING[name])
     optimizer = optimizer if member is None else optimizer.wrap(member)
-    feed = Feed(model, optimizer, loss)
+    feed = CurvatureEstimator(model, optimizer, loss)
 
     def step() -> None:
         optimizer.zero_grad()
-        feed.see(batch)
+        feed.record_batch(batch)
         loss(batch).backward()
-        feed.ready()
+        feed.estimate()
         optimizer.step()
 
     for _ in range(steps):
@@ -747,7 +747,7 @@ def test_without_a_loss_the_error_says_what_to_add() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match="the closure must return the loss"):
         optimizer.step(lambda: backward(model))
-    Feed(model, optimizer, model.loss)
+    CurvatureEstimator(model, optimizer, model.loss)
     with pytest.raises(RuntimeError, match=r"call ready\(\) of the feed before step"):
         optimizer.step()
     assert_same(before, weights(model))
@@ -801,14 +801,14 @@ def test_a_search_that_finds_no_finite_step_changes_nothing() -> None:
 
 
 def test_a_kernel_without_a_second_derivative() -> None:
-    def run(**settings: Any) -> Executor:
+    def run(**settings: Any) -> RuleOptimizer:
         model = Small()
         model.head.register_forward_pre_hook(lambda m, x: (Once.apply(x[0]),))
         optimizer = build_optimizer(model, "hessian_free", lr=1.0, cg_iter=2)
-        feed = Feed(model, optimizer, model.loss, **settings)
-        feed.see(batches()[0])
+        feed = CurvatureEstimator(model, optimizer, model.loss, **settings)
+        feed.record_batch(batches()[0])
         model.loss(batches()[0]).backward()
-        feed.ready()
+        feed.estimate()
         optimizer.step()
         return optimizer
 
@@ -841,15 +841,15 @@ def train(rank: int, world: int, name: str, kind: str) -> dict[str, Tensor]:
     rules.feeding = False
     try:
         optimizer = build_optimizer(model, name, lr=1.0, **SEARCHING[name])
-        feed = Feed(model, optimizer, model.loss, rank=rank) if kind != "closure" else None
+        feed = CurvatureEstimator(model, optimizer, model.loss, rank=rank) if kind != "closure" else None
         for batch in batches(2):
             mine = batch.chunk(world)[rank]
             F.cross_entropy(outer(mine[:, :-1]).transpose(1, 2), mine[:, 1:]).backward()
             if feed is None:
                 optimizer.step(lambda: torch.zeros(()))
             else:
-                feed.see(mine)
-                feed.ready()
+                feed.record_batch(mine)
+                feed.estimate()
                 optimizer.step()
             optimizer.zero_grad()
     except (RuntimeError, ValueError) as error:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser
 
 from hf_integration import OptimizerFactory, TrainingArguments
-from lightning_optim import Executor
+from lightning_optim import RuleOptimizer
 from tests.test_hf import ENVIRONMENT, ROOT, llama, make_model, one_thread, stopped_adamw  # noqa: F401
 from tests.test_hf_doors import STOCK_SCRIPT, others_use_old_names
 
@@ -31,7 +31,7 @@ def test_the_code_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     make_model(Path("runs/pretrain/model"), Path(re.__file__))
-    built: list[Executor] = []
+    built: list[RuleOptimizer] = []
     build = OptimizerFactory.__call__
     monkeypatch.setattr(OptimizerFactory, "__call__", lambda *a, **k: built.append(build(*a, **k)) or built[-1])
     namespace: dict[str, Any] = {}

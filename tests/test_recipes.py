@@ -14,9 +14,9 @@ from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 from hf_integration import TrainingArguments, attach, register
-from lightning_optim import Executor, OptimizerConfig, build_optimizer, configure_optimizers, plan
+from lightning_optim import OptimizerConfig, RuleOptimizer, build_optimizer, configure_optimizers, plan
+from lightning_optim.build.recipes import RECIPES, SIZES, find
 from lightning_optim.core.rule import REGISTRY
-from lightning_optim.recipes import RECIPES, SIZES, find
 from tests.test_roles import built
 
 GIVEN = {"weight_decay", "rest", "rest_lr", "rest_settings", "lr_convention", "last_layer"}
@@ -106,7 +106,7 @@ def test_recipes_are_flags_of_transformers(tmp_path: Any) -> None:
 
     def muon(arguments: Any, trainer_of: Any) -> tuple[float, float]:
         optimizer = trainer_of(hf.LlamaForCausalLM(tiny), arguments).create_optimizer()
-        assert isinstance(optimizer, Executor)
+        assert isinstance(optimizer, RuleOptimizer)
         groups: dict[str, Any] = {g["rule"]: g for g in optimizer.param_groups}
         assert groups["muon"]["momentum"] == 0.95 and groups["muon"]["lr_convention"] == "native"
         return groups["muon"]["lr"], groups["adamw"]["lr"]

@@ -13,9 +13,9 @@ import torch
 from torch.nn import Parameter
 
 from lightning_optim import SOAP
-from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import rule_of
-from lightning_optim.core.work import Refresh
+from lightning_optim.core.optimizer import RuleOptimizer
+from lightning_optim.core.param_groups import rule_of
+from lightning_optim.core.step.work import Refresh
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal, overlap, unaligned
 from lightning_optim.ops.noise import normal
 from lightning_optim.refresh import RECORD, Clock, View, parse, phases
@@ -148,7 +148,7 @@ STALE = {
 """Settings under which a rule forgets within a few steps."""
 
 
-def watched(name: str, ps: Any, policy: str) -> tuple[Executor, list[Refresh]]:
+def watched(name: str, ps: Any, policy: str) -> tuple[RuleOptimizer, list[Refresh]]:
     """An optimizer of a rule with a policy, and what it tells."""
     optimizer, events = make(name.partition(" ")[0], ps, refresh=policy, **STALE[name]), list[Refresh]()
     optimizer.on_refresh = events.append
@@ -235,7 +235,7 @@ def test_unaligned_share_of_a_whole_basis_is_the_off_diagonal_one() -> None:
 @pytest.mark.parametrize("policy", [*ADAPTIVE, "staggered:3", "warmup_dense:1:4:2"])
 @pytest.mark.parametrize("name", ["soap", "alice", "cosmos", "shampoo"])
 def test_resume_is_bitwise_with_refreshes_after_it(name: str, policy: str) -> None:
-    def start() -> tuple[dict[str, Parameter], Executor, list[Refresh]]:
+    def start() -> tuple[dict[str, Parameter], RuleOptimizer, list[Refresh]]:
         random, sizes = torch.Generator().manual_seed(0), {"a": (6, 9), "b": (9, 9), "c": (4, 6)}
         ps = {k: Parameter(torch.randn(s, generator=random)) for k, s in sizes.items()}
         return ps, *watched(name, ps, policy)

@@ -18,10 +18,10 @@ from lightning_optim import (
     Alice0,
     Dion,
     EigenAdam,
-    Executor,
     GaLore,
     Muon,
     PSGDKron,
+    RuleOptimizer,
     Shampoo,
     SOAPMuon,
 )
@@ -43,7 +43,7 @@ def path(
 ) -> Tensor:
     """Displacements over some steps from zero, of gradients that may be turned."""
     p = Parameter(torch.zeros(shape, dtype=F64))
-    optimizer: Executor = cls([p], lr=0.1, weight_decay=0.0, **settings)
+    optimizer: RuleOptimizer = cls([p], lr=0.1, weight_decay=0.0, **settings)
     out = []
     for t in range(STEPS):
         g = draw(*shape, seed=100 + t)
@@ -192,7 +192,7 @@ def test_transposing_the_gradients_transposes_the_steps() -> None:
         ("psgd_kron", {"refresh": "fixed:100", "start": 200}),
     ]
     for rule, settings in groups:
-        a, b = (Executor([{"params": [x], "rule": rule, "lr": 0.1, **settings}]) for x in (p, q))
+        a, b = (RuleOptimizer([{"params": [x], "rule": rule, "lr": 0.1, **settings}]) for x in (p, q))
         for t in range(STEPS):
             p.grad = draw(4, 7, seed=100 + t)
             q.grad = p.grad.T.clone()

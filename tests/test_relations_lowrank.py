@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import APOLLO, APOLLOSVD, AdafactorHF, AdamW, Executor, Fira, Flora, GaLore
-from lightning_optim.core.work import Refresh
+from lightning_optim import APOLLO, APOLLOSVD, AdafactorHF, AdamW, Fira, Flora, GaLore, RuleOptimizer
+from lightning_optim.core.step.work import Refresh
 from lightning_optim.ops.projection import Method, Side, aligned, leading_vectors, left_out, project, sides
 
 NEVER = "fixed:1000"
@@ -175,7 +175,7 @@ def test_signs_do_not_depend_on_the_decomposition() -> None:
 def test_resume_is_bitwise_for_every_basis_and_policy(basis: Method, policy: str) -> None:
     grads = [g.float() for g in matrices(14, 12, 20)]
 
-    def steps(p: Parameter, optimizer: Executor, some: list[Tensor]) -> None:
+    def steps(p: Parameter, optimizer: RuleOptimizer, some: list[Tensor]) -> None:
         for g in some:
             p.grad = g.clone()
             optimizer.step()

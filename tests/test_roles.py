@@ -19,7 +19,7 @@ import transformers as hf
 from torch import nn
 
 from lightning_optim import Muon, build_optimizer, lora_plus, plan, roles
-from lightning_optim.core import chunks
+from lightning_optim.core import matrix_views
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.optimizers import CLASSES
 from tests.rules import gradient
@@ -293,7 +293,7 @@ def test_experts_are_cut_into_gate_and_up(name: str, inner: int) -> None:
     with torch.no_grad():
         assert made(tokens, *given).any()
         p = made.get_parameter("gate_up_proj")
-        for part in chunks.parts(p.shape, gate_up.blocks, transposed=gate_up.transposed):
+        for part in matrix_views.split_blocks(p.shape, gate_up.blocks, transposed=gate_up.transposed):
             view = part.of(p, gate_up.transposed)
             (view.unflatten(-2, (2, -1)).select(-3, 0) if part.rows is None else view.select(-4, 0)).zero_()
         assert not made(tokens, *given).any()
@@ -440,7 +440,7 @@ def test_fused_layers_are_cut_into_query_key_and_value(name: str) -> None:
     with torch.no_grad():
         for n, x in model.named_parameters():
             x.normal_() if n == label else x.zero_() if n.endswith("bias") else None
-        kept, parts = p.clone(), chunks.parts(p.shape, trait.blocks, transposed=trait.transposed)
+        kept, parts = p.clone(), matrix_views.split_blocks(p.shape, trait.blocks, transposed=trait.transposed)
         for without in (None, 0, 1, 2):
             p.copy_(kept)
             matrices = [m for part in parts for m in _matrices(part, p.detach(), trait.transposed)]
@@ -454,7 +454,7 @@ def test_fused_layers_are_cut_into_query_key_and_value(name: str) -> None:
     torch.testing.assert_close(queries, keys)
 
 
-def _matrices(part: chunks.Part, t: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
+def _matrices(part: matrix_views.MatrixBlock, t: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
     """Views of the matrices of a part."""
     view = part.of(t, transposed)
     return list(view.unflatten(-2, part.dims[:2]) if part.rows is None else view)
@@ -468,7 +468,7 @@ def test_fused_attention_moves_as_three_layers(name: str, optim: str) -> None:
     model = cls(config)
     (label, trait), *_ = [(n, t) for n, t in roles(model).items() if t.role == "qkv"]
     p = model.get_parameter(label)
-    parts = chunks.parts(p.shape, trait.blocks, transposed=trait.transposed)
+    parts = matrix_views.split_blocks(p.shape, trait.blocks, transposed=trait.transposed)
 
     def split(t: torch.Tensor) -> list[torch.Tensor]:
         found = [m for part in parts for m in _matrices(part, t, trait.transposed)]
@@ -560,7 +560,7 @@ def test_which_projection_gives_the_values() -> None:
 
 def by_head(p: torch.Tensor, trait: Any, size: int) -> list[tuple[torch.Tensor, bool]]:
     """The matrices of a fused layer, and whether each is of queries or keys and cut into heads."""
-    parts = chunks.parts(p.shape, trait.blocks, transposed=trait.transposed)
+    parts = matrix_views.split_blocks(p.shape, trait.blocks, transposed=trait.transposed)
     rows = [m for part in parts for m in _matrices(part, p, trait.transposed)]
     columns = p.shape[0] if trait.transposed else p.shape[1]
     return [(m.reshape(-1, columns).clone(), i < 2) for i, m in enumerate(rows)]

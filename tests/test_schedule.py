@@ -14,8 +14,8 @@ from torch.nn import Parameter
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, PolynomialLR
 
 import lightning_optim
-from lightning_optim import Curve, Executor, Schedule, build_optimizer
-from lightning_optim.core.groups import momentum_of
+from lightning_optim import RuleOptimizer, ScheduleConfig, ScheduleLR, build_optimizer
+from lightning_optim.core.momentum_alias import momentum_of
 from lightning_optim.optimizers import CLASSES
 from tests.rules import give, make, params
 
@@ -44,7 +44,7 @@ def test_power_cooldown_is_its_formula_in_every_role() -> None:
     curve = {"schedule": "power", "horizon": 12, "cooldown": 8, "power": 1.2}
     optimizer = build_optimizer(model(), "muon", lr=0.1, schedule=curve, overrides=ROLES)
     names = [g["name"] for g in optimizer.param_groups]
-    found = rates(optimizer, Schedule(optimizer), 10)
+    found = rates(optimizer, ScheduleLR(optimizer), 10)
     for t, lrs in enumerate(found):
         common = 0.1 * power(t, 12, 8, 1.2)
         expected = {"muon/hidden": common, "adamw/vector": common, "adamw/head": common}
@@ -53,16 +53,16 @@ def test_power_cooldown_is_its_formula_in_every_role() -> None:
 
 
 def test_shares_of_the_run() -> None:
-    steps = Curve("power", cooldown=400, horizon=1100, power=0.4)
-    shares = Curve("power", cooldown=400 / 1100, horizon=1.1, power=0.4)
+    steps = ScheduleConfig("power", cooldown=400, horizon=1100, power=0.4)
+    shares = ScheduleConfig("power", cooldown=400 / 1100, horizon=1.1, power=0.4)
     for t in (0, 10, 699, 700, 701, 999, 1100, 1200):
         assert steps.factor(t, lambda: 1000, {}) == pytest.approx(shares.factor(t, lambda: 1000, {}))
 
 
 def test_power_one_is_the_linear_cooldown() -> None:
     """With a cooldown of all steps, also PolynomialLR of torch."""
-    linear, line = Curve("linear", warmup_steps=5), Curve("power", warmup_steps=5)
-    down = Curve("power", cooldown=40, power=1.0)
+    linear, line = ScheduleConfig("linear", warmup_steps=5), ScheduleConfig("power", warmup_steps=5)
+    down = ScheduleConfig("power", cooldown=40, power=1.0)
     for t in range(101):
         assert linear.factor(t, lambda: 100, {}) == pytest.approx(line.factor(t, lambda: 100, {}))
         assert down.factor(t, lambda: 100, {}) == pytest.approx(min(1, (100 - t) / 40))
@@ -70,13 +70,13 @@ def test_power_one_is_the_linear_cooldown() -> None:
     optimizer = build_optimizer(net, "adamw", lr=0.1)
     theirs = rates(optimizer, PolynomialLR(optimizer, 20, power=1.3), 20)
     optimizer = build_optimizer(net, "adamw", lr=0.1, schedule={"schedule": "power", "power": 1.3})
-    assert rates(optimizer, Schedule(optimizer, total_steps=20), 20) == [pytest.approx(x) for x in theirs]
+    assert rates(optimizer, ScheduleLR(optimizer, total_steps=20), 20) == [pytest.approx(x) for x in theirs]
 
 
 def test_momentum_rises_and_falls() -> None:
     settings = {"momentum_warmup_steps": 4, "momentum_cooldown_steps": 2, "horizon": 10, "schedule": "power"}
     optimizer = build_optimizer(model(), "muon", lr=0.1, schedule=settings)
-    scheduler, found = Schedule(optimizer), []
+    scheduler, found = ScheduleLR(optimizer), []
     for _ in range(12):
         found.append(optimizer.param_groups[0]["momentum"])
         optimizer.step()
@@ -86,7 +86,7 @@ def test_momentum_rises_and_falls() -> None:
     assert optimizer.param_groups[1]["betas"] == (0.9, 0.999)
     torch.save(scheduler.state_dict(), buffer := __import__("io").BytesIO())
     buffer.seek(0)
-    again = Schedule(build_optimizer(model(), "muon", lr=0.1, schedule=settings))
+    again = ScheduleLR(build_optimizer(model(), "muon", lr=0.1, schedule=settings))
     again.load_state_dict(torch.load(buffer, weights_only=True))
     assert again.last_epoch == 12
 
@@ -116,10 +116,10 @@ def test_what_a_schedule_cannot_be(given: dict[str, Any], said: str) -> None:
 
 def test_a_schedule_needs_a_curve_and_a_length() -> None:
     with pytest.raises(ValueError, match="give a curve"):
-        Schedule(build_optimizer(model(), "adamw", lr=0.1))
+        ScheduleLR(build_optimizer(model(), "adamw", lr=0.1))
     optimizer = build_optimizer(model(), "adamw", lr=0.1, schedule={"schedule": "power"})
     with pytest.raises(ValueError, match="give total_steps"):
-        Schedule(optimizer)
+        ScheduleLR(optimizer)
 
 
 # -- torch's schedules, which move the momentum too --------------------------------------------------------------------
@@ -200,12 +200,12 @@ def test_the_momentum_of_every_group_cycles(name: str, settings: dict[str, Any],
 
 
 def test_a_cycle_goes_on_from_a_checkpoint_bit_for_bit() -> None:
-    def start() -> tuple[nn.Module, Executor, LRScheduler]:
+    def start() -> tuple[nn.Module, RuleOptimizer, LRScheduler]:
         net = model()
         optimizer = build_optimizer(net, "muon", lr=0.1)
         return net, optimizer, CYCLES["one"](optimizer)
 
-    def steps(net: nn.Module, optimizer: Executor, scheduler: LRScheduler, which: range) -> None:
+    def steps(net: nn.Module, optimizer: RuleOptimizer, scheduler: ScheduleLR, which: range) -> None:
         for t in which:
             train(net)(t)
             optimizer.step()
@@ -250,7 +250,7 @@ def test_a_momentum_under_the_other_name_is_refused_in_a_new_group() -> None:
         ("racs", {"momentum": 0.5}, "racs has no setting 'momentum'; it has no momentum"),
     ):
         with pytest.raises(ValueError, match=said):
-            Executor([{"params": [p], "rule": rule, **given}])
+            RuleOptimizer([{"params": [p], "rule": rule, **given}])
 
 
 def test_a_dead_momentum_of_an_old_checkpoint_is_left_out() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lightning_optim import Adam, AdamW, Lion, build_optimizer, plan
-from lightning_optim.core import chunks
-from lightning_optim.core.groups import rule_of
+from lightning_optim.core import matrix_views
+from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.rule import REGISTRY, hyperparameters
 from lightning_optim.ops import quantize
 from tests import jobs
@@ -137,7 +137,7 @@ def test_slots_say_which_of_their_values_are_never_negative(name: str) -> None:
     seen: dict[str, list[Tensor]] = {}
     slots = {}
     for p in ps.values():
-        dims = chunks.matrix_dims(p.shape)
+        dims = matrix_views.stack_shape(p.shape)
         for key, slot in rule.declared(*dims[1:], vector=p.ndim < 2).items():
             if slot.dtype is None and not slot.exact and "1" not in slot.letters and len(set(slot.letters)) == 2:
                 slots[key] = slot
@@ -209,7 +209,7 @@ def test_no_temporary_is_as_large_as_a_parameter() -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             optimizer.step()
         largest = max(e.cpu_memory_usage for e in profile.events() or [])
-        assert 0 < largest <= 8 * chunks.BLOCK < p.nbytes
+        assert 0 < largest <= 8 * matrix_views.BLOCK < p.nbytes
 
 
 # -- results ----------------------------------------------------------------------------------------------------------

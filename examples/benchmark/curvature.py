@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_optim import build_optimizer
 from lightning_optim.bench.models import PRESETS, build_model
-from lightning_optim.curvature import Feed
+from lightning_optim.curvature import CurvatureEstimator
 
 
 @dataclass
@@ -59,14 +59,14 @@ def run(name: str, preset: str, rows: int, steps: int) -> Cost:
     def loss(batch: Tensor) -> Tensor:
         return model(input_ids=batch, labels=batch).loss
 
-    feed = Feed(model, optimizer, loss)
+    feed = CurvatureEstimator(model, optimizer, loss)
     seconds: list[float] = []
     spent: list[float] = []
     for _ in range(steps):
         started, before = time.perf_counter(), feed.seconds
-        feed.see(batch)
+        feed.record_batch(batch)
         loss(batch).backward()
-        feed.ready()
+        feed.estimate()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)

@@ -359,7 +359,7 @@ class Row:
         return out, all(known[0] <= x <= known[-1] for x in out)
 
 
-def rows_of(record: Frontier) -> tuple[list[float], list[Row]]:
+def take_rows(record: Frontier) -> tuple[list[float], list[Row]]:
     """AdamW's last losses, and all entries that ran on all seeds, AdamW first."""
     found = record.target()
     if found is None:
@@ -387,7 +387,7 @@ def verdict(gaps: list[float]) -> str:
 
 def page_of(record: Frontier) -> str:
     """The page."""
-    target, rows = rows_of(record)
+    target, rows = take_rows(record)
     if not rows:
         return "not measured\n"
     by_label = {row.entry.label: row for row in rows[1:]}

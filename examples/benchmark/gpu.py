@@ -36,7 +36,7 @@ from step_time import INTERVAL, PASSES, PRODUCTS, markdown, show  # pyright: ign
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import Executor, build_optimizer
+from lightning_optim import RuleOptimizer, build_optimizer
 from lightning_optim.bench.__main__ import main as bench_command
 from lightning_optim.bench.models import PRESETS, build_model
 from lightning_optim.core.rule import REGISTRY
@@ -48,7 +48,7 @@ LR = 1e-6
 Row = dict[str, Any]
 TABLE2 = ("adamw", "muon", "soap", "racs", "alice", "galore", "fira", "apollo", "adam_mini", "lion")
 MATRICES = ("muon", "normuon", "soap", "kl_soap", "psgd_kron", "alice", "racs", "galore", "fira", "apollo", "dion")
-ALONE = [name for name, rule in REGISTRY.items() if not rule.observes]
+ALONE = [name for name, rule in REGISTRY.items() if not rule.curvature_input]
 """Rules that take gradients and nothing else."""
 BATCHES = {"Alice and RACS": 512 * 256, "Muon": 2**19}
 """Tokens per step in the papers: Gong et al. 2025, Sec. 6; Jordan et al. 2024 (NanoGPT)."""
@@ -166,7 +166,7 @@ def elementwise(bench: Bench) -> Iterator[Row]:
         moved = PASSES.get(name, 12 + 2 * state_bytes(REGISTRY[name]))
         for form in ({}, {"compile": True}):
             try:
-                ours = Executor(params, {"rule": name, "lr": LR, "on_nonfinite": "off", **form})
+                ours = RuleOptimizer(params, {"rule": name, "lr": LR, "on_nonfinite": "off", **form})
             except ValueError as error:  # it has no graph, and says why
                 yield {"optimizer": f"{name}, compiled", "refused": str(error)}
                 continue
@@ -239,7 +239,7 @@ def matrices(bench: Bench) -> Iterator[Row]:
     rate = bench.multiplied(bench.matrices[0][0])
     fused = torch.optim.AdamW(params, lr=LR, fused=True)
     for name in MATRICES:
-        made = Executor(params, {"rule": name, "lr": LR, "on_nonfinite": "off"})
+        made = RuleOptimizer(params, {"rule": name, "lr": LR, "on_nonfinite": "off"})
         calls: dict[str, Callable[[], Any]] = {"fused AdamW": fused.step, "ours": made.step}
         if name == "muon":
             calls["torch"] = torch.optim.Muon(params, lr=LR).step
@@ -278,7 +278,7 @@ def steps(bench: Bench) -> Iterator[Row]:
     token = bench.turns({"passes": passes})["passes"][1] / ids.numel()
     spent: dict[str, float] = {}
     for name in TABLE2:
-        policy: dict[str, Any] = {"refresh": f"staggered:{INTERVAL}"} if REGISTRY[name].costly else {}
+        policy: dict[str, Any] = {"refresh": f"staggered:{INTERVAL}"} if REGISTRY[name].preconditioners else {}
         optimizer = build_optimizer(model, name, lr=LR, on_nonfinite="off", **policy)
         for _ in range(2):
             optimizer.step()
@@ -301,7 +301,7 @@ def waits(bench: Bench) -> Iterator[Row]:
     for name in ALONE:
         params = bench.parameters([(256, 512)] * 4)
         for check in ("off", "raise"):
-            optimizer = Executor(params, {"rule": name, "lr": LR, "on_nonfinite": check})
+            optimizer = RuleOptimizer(params, {"rule": name, "lr": LR, "on_nonfinite": check})
             for _ in range(3):
                 optimizer.step()
             torch.cuda.set_sync_debug_mode("warn")
@@ -318,7 +318,7 @@ def memory(bench: Bench) -> Iterator[Row]:
         return
     for name in ALONE:
         params = bench.parameters([(1024, 2048)] * 8)
-        optimizer = Executor(params, {"rule": name, "lr": LR})
+        optimizer = RuleOptimizer(params, {"rule": name, "lr": LR})
         bench.sync()
         before = torch.cuda.memory_allocated()
         optimizer.step()

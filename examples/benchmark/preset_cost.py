@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_optim import Executor, build_optimizer
+from lightning_optim import RuleOptimizer, build_optimizer
+from lightning_optim.build.recipes import PRESETS
 from lightning_optim.core.rule import REGISTRY
-from lightning_optim.recipes import PRESETS
 
 
 def blocks(width: int, layers: int, vocabulary: int, device: str) -> nn.Module:
@@ -41,7 +41,7 @@ def blocks(width: int, layers: int, vocabulary: int, device: str) -> nn.Module:
     return model
 
 
-def step_ms(optimizer: Executor, device: str) -> float:
+def step_ms(optimizer: RuleOptimizer, device: str) -> float:
     """Take a step.
 
     Returns:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     known = {name: preset.rule for name, preset in PRESETS.items() if preset.rule in REGISTRY}
-    made: dict[str, tuple[nn.Module, Executor]] = {}
+    made: dict[str, tuple[nn.Module, RuleOptimizer]] = {}
     for label in ("muon", "soap", "soap, every step", *known):
         model = blocks(s.width, s.layers, s.vocabulary, s.device)
         if label in known:

@@ -36,7 +36,7 @@ from peers import LR, known, peers  # pyright: ignore[reportImplicitRelativeImpo
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import Executor
+from lightning_optim import RuleOptimizer
 from lightning_optim.core.rule import REGISTRY, Rule
 from lightning_optim.docs import between, state_bytes
 from lightning_optim.ops.kernels.products import product
@@ -229,7 +229,7 @@ def split(rule: Rule, hidden: list[Parameter], rest: list[Parameter]) -> tuple[l
     return taken, [p for p in rest if not rule.vectors and p.ndim < 2]
 
 
-def ours(name: str, matrices: list[Parameter], rest: list[Parameter], **settings: Any) -> Executor:
+def ours(name: str, matrices: list[Parameter], rest: list[Parameter], **settings: Any) -> RuleOptimizer:
     """Our optimizer, with AdamW for what the rule does not take.
 
     Returns:
@@ -237,18 +237,20 @@ def ours(name: str, matrices: list[Parameter], rest: list[Parameter], **settings
     """
     given = {"rule": name.partition("-")[0], "lr": LR, **VARIANTS.get(name, {}), **settings}
     groups = [{"params": matrices, **given}, {"params": rest, "rule": "adamw", "lr": LR}]
-    return Executor([group for group in groups if group["params"]])
+    return RuleOptimizer([group for group in groups if group["params"]])
 
 
-def show(optimizer: Executor, rule: Rule, matrices: Sequence[Parameter], grads: Sequence[Tensor]) -> None:
+def show(optimizer: RuleOptimizer, rule: Rule, matrices: Sequence[Parameter], grads: Sequence[Tensor]) -> None:
     """Hand over one measurement of random numbers, if the rule observes any; `curvature.py` times the measurement."""
-    if rule.observes == "factors":
+    if rule.curvature_input == "factors":
         square = [(torch.randn(2 * n, n) / n**0.5 for n in reversed(p.shape)) for p in matrices]
         pairs = [[x.mT @ x for x in sides] for sides in square]
-        optimizer.observe({p: SimpleNamespace(inputs=a, outputs=b) for p, (a, b) in zip(matrices, pairs, strict=True)})
-    elif rule.observes:
+        optimizer.update_curvature({
+            p: SimpleNamespace(inputs=a, outputs=b) for p, (a, b) in zip(matrices, pairs, strict=True)
+        })
+    elif rule.curvature_input:
         shown = zip(matrices, grads, strict=False)
-        optimizer.observe({p: SimpleNamespace(value=g, count=1) for p, g in shown})
+        optimizer.update_curvature({p: SimpleNamespace(value=g, count=1) for p, g in shown})
 
 
 def clock_of(threads: int) -> Callable[[], float]:
@@ -336,7 +338,7 @@ def measure(name: str, shapes: str, threads: int, rounds: int, *, alone: bool = 
     grads = [1e-3 * torch.randn_like(p) for p in params]
     plain = REGISTRY[name.partition("-")[0]]()
     matrices, rest = split(plain, hidden, others)
-    policies = POLICIES if plain.costly else ("",)
+    policies = POLICIES if plain.preconditioners else ("",)
     made = {p: ours(name, matrices, rest, **({"refresh": p} if p else {})) for p in policies}
     for optimizer in made.values():
         show(optimizer, plain, matrices, grads)
@@ -345,7 +347,7 @@ def measure(name: str, shapes: str, threads: int, rounds: int, *, alone: bool = 
     found = {} if alone else peers(name)
     for package, build in found.items():
         contenders[package] = build(matrices, rest, INTERVAL)
-    steps = 1 + 2 * INTERVAL if plain.costly else 2 + rounds
+    steps = 1 + 2 * INTERVAL if plain.preconditioners else 2 + rounds
     taken, failed = take_turns(contenders, params, grads, steps, clock_of(threads))
     optimizer = made[policies[0]]
     count, mine = sum(p.numel() for p in params), sum(p.numel() for p in matrices)
@@ -523,7 +525,7 @@ def main() -> None:
                 with args.jsonl.open("a") as file:
                     file.write(json.dumps(row) + "\n")
             print(shapes, " | ".join(step_cells(row)), flush=True)
-            if REGISTRY[name.partition("-")[0]].costly:
+            if REGISTRY[name.partition("-")[0]].preconditioners:
                 print("   with refreshes: ", " | ".join(refresh_cells(row)), flush=True)
     print("\n" + tables([row for (shapes, name), row in rows.items() if shapes in args.shapes and name in args.optim]))
 

@@ -22,7 +22,7 @@ TUNERS = ["adamw", "muon", "soap", "lion", "adam_mini", "galore"]
 SEEDS = ["--seeds", "0", "1", "2"]
 APART = ["--rest_lr", "0.02"]
 """AdamW's best rate for embeddings and gains (`frontier.py`), for all."""
-SEARCHING = sorted(name for name, rule in REGISTRY.items() if rule.observes == "loss")
+SEARCHING = sorted(name for name, rule in REGISTRY.items() if rule.curvature_input == "loss")
 """Rules whose trials take ten times as long: they come last."""
 OTHERS = sorted({*REGISTRY} - {*SEARCHING})
 STAGES: dict[str, list[str]] = {

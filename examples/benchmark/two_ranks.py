@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_optim import build_optimizer
-from lightning_optim.core.spread import spread
+from lightning_optim.build.mesh_estimate import estimate_mesh
 
 
 class Matrices(nn.Module):
@@ -42,7 +42,7 @@ def steps(rank: int, world: int, store: str, args: argparse.Namespace, results: 
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for name in args.optim:
         model = Matrices(args.width, args.inner, args.layers)
-        price = spread(build_optimizer(model, name, lr=1e-3), "fsdp2", 2).sent[rank]
+        price = estimate_mesh(build_optimizer(model, name, lr=1e-3), "fsdp2", 2).sent[rank]
         if world > 1:
             for layer in model.layers:
                 fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))

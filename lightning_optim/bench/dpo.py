@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 
 from lightning_optim.bench.models import size_of
 from lightning_optim.bench.space import Trial
-from lightning_optim.core.executor import Executor
+from lightning_optim.core.optimizer import RuleOptimizer
 
 if TYPE_CHECKING:
     from lightning_optim.bench.tasks import Task
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def train_dpo(
-    trial: Trial, model: nn.Module, optimizer: Executor, task: Task, run: Run, total: Stopwatch, stepping: Stopwatch
+    trial: Trial,
+    model: nn.Module,
+    optimizer: RuleOptimizer,
+    task: Task,
+    run: Run,
+    total: Stopwatch,
+    stepping: Stopwatch,
 ) -> None:
     """Train on preferences; the score is the share of held-out pairs in which the chosen one is preferred.
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lightning_optim.bench.models import shape
 from lightning_optim.bench.space import Setup
-from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import rule_of
+from lightning_optim.core.optimizer import RuleOptimizer
+from lightning_optim.core.param_groups import rule_of
 from lightning_optim.diagnostics.memory import categories
-from lightning_optim.schedule import Curve
+from lightning_optim.schedule import ScheduleConfig
 
 
 def heads(setup: Setup) -> int:
@@ -69,7 +69,7 @@ def model(module: nn.Module, config: Setup) -> dict[str, Any]:
     }
 
 
-def setup(config: Setup, context: int, curve: Curve | None = None) -> dict[str, Any]:
+def setup(config: Setup, context: int, curve: ScheduleConfig | None = None) -> dict[str, Any]:
     """Batch, schedule and machine.
 
     Args:
@@ -111,7 +111,7 @@ def hardware(device: str) -> str:
     return f"{found[0] if found else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def optimizer(optim: Executor) -> list[dict[str, Any]]:
+def optimizer(optim: RuleOptimizer) -> list[dict[str, Any]]:
     """Groups with every hyperparameter; the learning rate is the one before the schedule.
 
     Args:
@@ -129,7 +129,7 @@ def optimizer(optim: Executor) -> list[dict[str, Any]]:
     return out
 
 
-def memory(module: nn.Module, optim: Executor, predicted: int | None, peak: Mapping[str, int]) -> dict[str, Any]:
+def memory(module: nn.Module, optim: RuleOptimizer, predicted: int | None, peak: Mapping[str, int]) -> dict[str, Any]:
     """Bytes by category.
 
     Args:
@@ -146,7 +146,7 @@ def memory(module: nn.Module, optim: Executor, predicted: int | None, peak: Mapp
     return kept | {"state_predicted": predicted, **peak}
 
 
-def precision(module: nn.Module, optim: Executor, config: Setup) -> dict[str, Any]:
+def precision(module: nn.Module, optim: RuleOptimizer, config: Setup) -> dict[str, Any]:
     """The precision table.
 
     Args:
@@ -164,7 +164,7 @@ def precision(module: nn.Module, optim: Executor, config: Setup) -> dict[str, An
             if isinstance(value, Tensor):
                 state.setdefault(slot, set()).add(dtype_name(value.dtype))
     rules = {rule_of(g).name: rule_of(g) for g in optim.param_groups}
-    costly = {slot for rule in rules.values() for slot in rule.costly}
+    costly = {slot for rule in rules.values() for slot in rule.preconditioners}
     iterations: set[str] = {r.ns_dtype for r in rules.values() if hasattr(r, "ns_dtype")}  # pyright: ignore
     rounding = {g["param_rounding"] for g in optim.param_groups}
     return {

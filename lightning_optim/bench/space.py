@@ -199,7 +199,7 @@ def fitted(rule: type[Rule], size: Size) -> dict[str, Any]:
         if getattr(policy, "interval", 0) > most:
             name = known["refresh"].split(":")[0]
             out["refresh"] = f"{name}:{most}"
-    if rule.observes == "loss":
+    if rule.curvature_input == "loss":
         out |= {k: most for k, most in INNER.items() if known.get(k, 0) > most}
     return out
 

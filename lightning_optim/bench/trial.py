@@ -21,12 +21,12 @@ from lightning_optim.bench.ledger import Ledger, Line
 from lightning_optim.bench.models import make, size_of
 from lightning_optim.bench.space import Setup, Trial, decay, read_trial, roles_apart
 from lightning_optim.bench.tokens import shuffled
-from lightning_optim.core.executor import Executor
+from lightning_optim.build.factory import build_optimizer
+from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.rule import lookup
-from lightning_optim.curvature import Feed, observes
+from lightning_optim.curvature import CurvatureEstimator, curvature_input
 from lightning_optim.diagnostics.memory import LiveStorages, SavedActivations, predicted_state
-from lightning_optim.factory import build_optimizer
-from lightning_optim.schedule import SCHEDULES, Schedule
+from lightning_optim.schedule import SCHEDULES, ScheduleLR
 
 GIVEN_UP = 1.5
 """A run whose validation loss exceeds its first by this factor has diverged."""
@@ -252,7 +252,7 @@ def prepared(model: nn.Module, trial: Trial) -> nn.Module:
     return model.train()
 
 
-def build(model: nn.Module, trial: Trial) -> Executor:
+def build(model: nn.Module, trial: Trial) -> RuleOptimizer:
     """The optimizer of a trial.
 
     Args:
@@ -299,7 +299,7 @@ def schedule(setup: Setup, progress: float) -> float:
     return setup.min_lr + (1 - setup.min_lr) * SCHEDULES["cosine"](x)
 
 
-def scheduler_of(optimizer: Executor, setup: Setup, progress: Callable[[int], float]) -> LambdaLR:
+def scheduler_of(optimizer: RuleOptimizer, setup: Setup, progress: Callable[[int], float]) -> LambdaLR:
     """What moves the learning rates of a run.
 
     Args:
@@ -311,14 +311,14 @@ def scheduler_of(optimizer: Executor, setup: Setup, progress: Callable[[int], fl
         A scheduler, one step per step of the optimizer.
     """
     if optimizer.curve is not None:
-        return Schedule(optimizer, total_steps=optimizer.total_steps)
+        return ScheduleLR(optimizer, total_steps=optimizer.total_steps)
     return LambdaLR(optimizer, lambda step: schedule(setup, progress(step)))
 
 
 def train(
     trial: Trial,
     model: nn.Module,
-    optimizer: Executor,
+    optimizer: RuleOptimizer,
     task: tasks.Task,
     run: Run,
     total: Stopwatch,
@@ -411,7 +411,7 @@ def loss_of(model: nn.Module, setup: Setup, batch: Any) -> torch.Tensor:
         return model(**batch).loss
 
 
-def feed_of(model: nn.Module, optimizer: Executor, setup: Setup) -> Feed | None:
+def feed_of(model: nn.Module, optimizer: RuleOptimizer, setup: Setup) -> CurvatureEstimator | None:
     """What measures curvature for an optimizer that asks for it.
 
     Args:
@@ -422,16 +422,20 @@ def feed_of(model: nn.Module, optimizer: Executor, setup: Setup) -> Feed | None:
     Returns:
         None where gradients are enough.
     """
-    return Feed(model, optimizer, lambda batch: loss_of(model, setup, batch)) if observes(optimizer) else None
+    return (
+        CurvatureEstimator(model, optimizer, lambda batch: loss_of(model, setup, batch))
+        if curvature_input(optimizer)
+        else None
+    )
 
 
 def step(
     model: nn.Module,
-    optimizer: Executor,
+    optimizer: RuleOptimizer,
     trial: Trial,
     rows: Mapping[str, torch.Tensor],
     stepping: Stopwatch,
-    feed: Feed | None,
+    feed: CurvatureEstimator | None,
 ) -> tuple[float, bool]:
     """One optimizer step.
 
@@ -452,14 +456,14 @@ def step(
     parts = [dict(zip(rows, part, strict=True)) for part in zip(*(x.split(size) for x in rows.values()), strict=True)]
     for batch in parts:
         if feed is not None:
-            feed.see(batch)
+            feed.record_batch(batch)
         out = loss_of(model, setup, batch)
         (out / len(parts)).backward()
         loss += float(out.detach()) / len(parts)
     norm = clip_grad_norm_(model.parameters(), setup.clip) if setup.clip else torch.tensor(0.0)
     if feed is not None:
         with stepping.running():
-            feed.ready()
+            feed.estimate()
     optimizer.step()
     return loss, bool(norm > setup.clip)
 

@@ -20,10 +20,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim.core import layout, storage
-from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import parts_of, rule_of
-from lightning_optim.core.work import forms_for
+from lightning_optim.core.optimizer import RuleOptimizer
+from lightning_optim.core.parallel import sharding
+from lightning_optim.core.param_groups import parts_of, rule_of
+from lightning_optim.core.state import formats
+from lightning_optim.core.step.work import forms_for
 
 MIB = 2**20
 Key = tuple[str, int, int]
@@ -38,7 +39,7 @@ def inner_tensors(t: Tensor) -> Iterator[Tensor]:
     Yields:
         Tensors with a storage.
     """
-    t = layout.local(t)
+    t = sharding.local(t)
     if is_traceable_wrapper_subclass(t):
         for name in t.__tensor_flatten__()[0]:  # pyright: ignore[reportAttributeAccessIssue]
             yield from inner_tensors(getattr(t, name))
@@ -105,7 +106,7 @@ def predicted_state(optimizer: torch.optim.Optimizer) -> int | None:
     Returns:
         A pure function of shapes; None for an optimizer that is not ours.
     """
-    if not isinstance(optimizer, Executor):
+    if not isinstance(optimizer, RuleOptimizer):
         return None
     total = 0
     for group in optimizer.param_groups:
@@ -114,7 +115,7 @@ def predicted_state(optimizer: torch.optim.Optimizer) -> int | None:
             if p.requires_grad:
                 parts, _ = parts_of(rule, group, p.shape)
                 total += 4 + sum(form.nbytes for form in forms_for(rule, group, p, parts).values())
-                total += p.numel() * p.dtype.itemsize if storage.compensated(p.dtype, group) else 0
+                total += p.numel() * p.dtype.itemsize if formats.compensated(p.dtype, group) else 0
     return total
 
 

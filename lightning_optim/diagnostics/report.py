@@ -141,7 +141,7 @@ def summed(values: Tensor) -> Tensor:
 
 
 @dataclass
-class Pace:
+class OverheadBudget:
     """How often to measure: every so many steps, more rarely when that takes too large a share of training.
 
     After a measurement whose cost, averaged with those before, exceeds `limit` of the training time since the last

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.core import chunks, layout
-from lightning_optim.core.groups import parts_of, rule_of
+from lightning_optim.core import matrix_views
+from lightning_optim.core.parallel import sharding
+from lightning_optim.core.param_groups import parts_of, rule_of
 from lightning_optim.core.rule import Rule
 from lightning_optim.diagnostics.report import before_exchange
 
@@ -30,11 +31,11 @@ class Entry:
     role: str
     group: dict[str, Any]
     rule: Rule | None
-    parts: tuple[chunks.Part, ...]
+    parts: tuple[matrix_views.MatrixBlock, ...]
     transposed: bool
 
     @property
-    def dims(self) -> chunks.Dims:
+    def dims(self) -> matrix_views.StackShape:
         """The parameter as a stack of matrices; its first part, where they are not all equal."""
         return self.parts[0].dims
 
@@ -63,7 +64,7 @@ def whole(t: Tensor) -> Tensor:
     """
     if is_cut(t):
         before_exchange()
-    return layout.place(t.detach(), None)
+    return sharding.place(t.detach(), None)
 
 
 def entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Entry]:
@@ -90,7 +91,7 @@ def entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Entry]:
     out = []
     for (name, p, _, group), label in zip(found, labels, strict=True):
         rule = rule_of(group) if "rule" in group else None
-        parts, turned = (chunks.parts(p.shape), False) if rule is None else parts_of(rule, group, p.shape)
+        parts, turned = (matrix_views.split_blocks(p.shape), False) if rule is None else parts_of(rule, group, p.shape)
         out.append(Entry(name, p, label, group, rule, parts, turned))
     return out
 
@@ -145,7 +146,7 @@ def is_cut(p: Tensor) -> bool:
     Returns:
         True under FSDP2.
     """
-    return layout.cut_of(p) is not None
+    return sharding.sharding_of(p) is not None
 
 
 def share_of(p: Tensor, ranks: int) -> float:
@@ -158,7 +159,7 @@ def share_of(p: Tensor, ranks: int) -> float:
     Returns:
         1 / ranks for a parameter that every rank has whole, 1 / replicas for a sharded one.
     """
-    cut = layout.cut_of(p)
+    cut = sharding.sharding_of(p)
     return 1 / ranks if cut is None else cut.size / ranks
 
 
@@ -173,7 +174,7 @@ def reduce_local(found: Sequence[Entry], part: Callable[[Entry], Tensor | None],
     Returns:
         `[len(found)]`, float64; to be added up over ranks.
     """
-    device = layout.local(found[0].param).device
+    device = sharding.local(found[0].param).device
     zero = torch.zeros((), dtype=torch.float64, device=device)
     sums = [part(e) for e in found]
     weights = torch.tensor([share_of(e.param, ranks) for e in found], dtype=torch.float64)
@@ -205,7 +206,7 @@ def bases_of(e: Entry, state: dict[str, Any]) -> list[tuple[str, Tensor]]:
         return []
     out, (b, m, n) = [], e.dims
     declared = e.rule.declared(m, n, vector=e.param.ndim < 2)
-    for key in e.rule.costly:
+    for key in e.rule.preconditioners:
         value = state.get(key)
         if key not in declared or not isinstance(value, Tensor) or not value.numel():
             continue

@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor
 
-from lightning_optim.ops.runs import RUN, column_sums, squares, swept
+from lightning_optim.ops.row_chunks import RUN, column_sums, squares, sum_over_row_chunks
 
 
 def mean(x: Tensor, dim: int) -> Tensor:
@@ -47,7 +47,7 @@ def update_means_(
         row.lerp_(mean(square, -1) + eps, weight)
         return (column_sums(square),)
 
-    (total,) = swept(sums, row, *of)
+    (total,) = sum_over_row_chunks(sums, row, *of)
     column.lerp_(total / row.shape[-2] + eps, weight)
 
 
@@ -114,6 +114,6 @@ def clipping(x: Callable[..., Tensor], limit: float, *, of: tuple[Tensor, ...]) 
     Returns:
         max(1, RMS(x) / limit), `[..., 1, 1]`.
     """
-    (total,) = swept(lambda *views: (squares(x(*views)),), *of)
+    (total,) = sum_over_row_chunks(lambda *views: (squares(x(*views)),), *of)
     m, n = of[0].shape[-2:]
     return (total.sqrt() / ((m * n) ** 0.5 * limit)).clamp_(min=1.0)

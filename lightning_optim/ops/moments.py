@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.ops.kernels.products import product
-from lightning_optim.ops.runs import column_sums, row_products, swept
+from lightning_optim.ops.row_chunks import column_sums, row_products, sum_over_row_chunks
 
 Sides = Literal["both", "left", "right", "short"]
 
@@ -112,7 +112,7 @@ def rank_one(a: Tensor, iterations: int = 5, *, squared: bool = False) -> tuple[
     def entries(x: Tensor) -> Tensor:
         return x * x if squared else x
 
-    (s,) = swept(lambda x: (column_sums(entries(x)),), a)
+    (s,) = sum_over_row_chunks(lambda x: (column_sums(entries(x)),), a)
     s, parts = s / a.shape[-2], []
     for last in [False] * (iterations - 1) + [True]:
         # squares of small gradients' squares would underflow; not the largest, which no columns on a rank have not
@@ -128,10 +128,10 @@ def rank_one(a: Tensor, iterations: int = 5, *, squared: bool = False) -> tuple[
             return [] if last else [column_sums(x, parts[-1]), (parts[-1] * parts[-1]).sum(-2, keepdim=True)]
 
         if not last:
-            product_, size = swept(take, a)
+            product_, size = sum_over_row_chunks(take, a)
             s = product_ / size.clamp(min=tiny)
         else:
-            swept(take, a)
+            sum_over_row_chunks(take, a)
     return torch.cat(parts, -2) if len(parts) > 1 else parts[0], s
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from lightning_optim.ops.kernels.graphs import is_traced
-from lightning_optim.ops.runs import squares
+from lightning_optim.ops.row_chunks import squares
 
 
 def norm(x: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Rows, Rule, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, DirectionByRows, Rule, StateSpec, zeros
 from lightning_optim.ops.factored import clipping, inverse_roots, mean, over_root, scaled, update_means_
 from lightning_optim.ops.norms import clip_rms_, rms
-from lightning_optim.ops.runs import rows_of, swept
+from lightning_optim.ops.row_chunks import sum_over_row_chunks, take_rows
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Adafactor(Rule):
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return None if self.scale_parameter else self.d
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | DirectionByRows:  # noqa: D102
         eps1 = torch.finfo(g.dtype).eps if self.eps1 is None else self.eps1
         weight = t**self.beta2_decay
         if hasattr(s, "variance"):
@@ -77,7 +77,7 @@ class Adafactor(Rule):
         factor = _relative(self.lr, t) / clipping(ratio, self.d, of=(g, row))
         if self.scale_parameter and p is not None:
             factor = factor * rms(p).clamp(min=self.eps2)
-        return lambda run: ratio(rows_of(g, run), rows_of(row, run), factor)
+        return lambda run: ratio(take_rows(g, run), take_rows(row, run), factor)
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,14 @@ class AdafactorHF(Rule):
         if self.warmup_init and not self.relative_step:
             raise ValueError("adafactor_hf: warmup_init needs relative_step=True")
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         second = super().slots(m, n, vector=vector)
         return {**second, "exp_avg": zeros("mn")} if self.beta1 is not None else second
 
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return None if self.scale_parameter else self.clip_threshold if self.beta1 is None else ADAMW_RMS
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | DirectionByRows:  # noqa: D102
         assert p is not None
         a = self.size(p, t)
         if hasattr(s, "variance"):
@@ -145,14 +145,16 @@ class AdafactorHF(Rule):
         left, right = self._factors(g, s, t)
         left = left * (a / clipping(lambda g, left: scaled(g, left, right), self.clip_threshold, of=(g, left)))
         if self.beta1 is None:
-            return lambda run: self.decayed(scaled(rows_of(g, run), rows_of(left, run), right), rows_of(p, run), a)
+            return lambda run: self.decayed(
+                scaled(take_rows(g, run), take_rows(left, run), right), take_rows(p, run), a
+            )
 
         def average(g: Tensor, m: Tensor, left: Tensor) -> list[Tensor]:
             self._averaged(m, scaled(g, left, right))
             return []
 
-        swept(average, g, s.exp_avg, left)
-        return lambda run: self.decayed(self._per_lr(rows_of(s.exp_avg, run)), rows_of(p, run), a)
+        sum_over_row_chunks(average, g, s.exp_avg, left)
+        return lambda run: self.decayed(self._per_lr(take_rows(s.exp_avg, run)), take_rows(p, run), a)
 
     def ratio(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         """Take g into the second moment.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.adagrad import adagrad
 
-from lightning_optim.core.rule import Rule, Slot
+from lightning_optim.core.rule import Rule, StateSpec
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Adagrad(Rule):
     elementwise: ClassVar = True
     decay: ClassVar = "coupled"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
-        return {"sum": Slot("mn", self.initial_accumulator_value, nonnegative=True)}
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+        return {"sum": StateSpec("mn", self.initial_accumulator_value, nonnegative=True)}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         s.sum.addcmul_(g, g)

@@ -11,12 +11,12 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, Rows, Slot, zeros
-from lightning_optim.ops.runs import rows_of, swept
+from lightning_optim.core.rule import ADAMW_RMS, DirectionByRows, MomentumRule, StateSpec, zeros
+from lightning_optim.ops.row_chunks import sum_over_row_chunks, take_rows
 
 
 @dataclass(frozen=True)
-class AdamMini(Averaging):
+class AdamMini(MomentumRule):
     """Adam-mini: one second moment per row, head or matrix instead of one per element.
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) mean_block(g^2);  d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -49,29 +49,29 @@ class AdamMini(Averaging):
     reduces: ClassVar = True
     head_settings: ClassVar = {"block": "matrix"}
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         letters = "11" if self.block == "matrix" else "mn" if vector else "m1"
         return {"exp_avg": zeros("mn"), "exp_avg_sq": zeros(letters, nonnegative=True)}
 
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return ADAMW_RMS if self.statistic == "mean" else None
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | DirectionByRows:  # noqa: D102
         b1, b2 = self.betas
         v = s.exp_avg_sq
         dims = [d for d in (-2, -1) if v.shape[d] != g.shape[d]]
 
         def observe(g: Tensor, v: Tensor, *means: Tensor) -> list[Tensor]:
             v.lerp_(self._of_block(g, dims) if dims else g * g, 1 - b2)
-            self.averaged(self.seen(means), g, b1, t)
+            self.update_ema(self.ema_state(means), g, b1, t)
             return []
 
         if dims == [-1]:
-            swept(observe, g, v, *self.held(s))
+            sum_over_row_chunks(observe, g, v, *self.emas(s))
         else:
-            observe(g, v, *self.held(s))
-        size = (v / (1 - b2**t)).sqrt_().add_(self.eps).mul_(self.mass(b1, t))
-        return lambda run: self.blended(self.seen(self.held(s), run), t) / rows_of(size, run)
+            observe(g, v, *self.emas(s))
+        size = (v / (1 - b2**t)).sqrt_().add_(self.eps).mul_(self.bias_correction(b1, t))
+        return lambda run: self.ema(self.ema_state(self.emas(s), run), t) / take_rows(size, run)
 
     def _of_block(self, g: Tensor, dims: list[int]) -> Tensor:
         """The statistic of g^2 over blocks, without squares."""

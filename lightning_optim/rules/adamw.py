@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, Rule, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, MomentumRule, Rule, StateSpec, zeros
 from lightning_optim.ops.moments import adam_ratio, average_square_
 
 
 @dataclass(frozen=True)
-class AdamW(Averaging):
+class AdamW(MomentumRule):
     """AdamW: Adam with decoupled weight decay.
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  d = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
@@ -63,7 +63,7 @@ class AdamW(Averaging):
             raise ValueError(f"the checkpoint's weight decay has the {form} form, which is {other}'s, not {cls.name}'s")
         return super().translate(group)
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         return {**self.state, "max_exp_avg_sq": zeros("mn", nonnegative=True)} if self.amsgrad else self.state
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
@@ -71,12 +71,12 @@ class AdamW(Averaging):
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         b1, b2 = self.betas
-        m = self.averaged(s, g, b1, t)
+        m = self.update_ema(s, g, b1, t)
         average_square_(s.exp_avg_sq, g, b2)
         v = s.exp_avg_sq
         if self.amsgrad:
             v = torch.maximum(s.max_exp_avg_sq, v, out=s.max_exp_avg_sq)
-        mean, root = (self.mass(b1, t), (1 - b2**t) ** 0.5) if self.correct_bias else (1.0, 1.0)
+        mean, root = (self.bias_correction(b1, t), (1 - b2**t) ** 0.5) if self.correct_bias else (1.0, 1.0)
         eps = self.eps if self.eps_mode == "corrected" else self.eps / root
         return adam_ratio(m, v, mean, root, eps)
 

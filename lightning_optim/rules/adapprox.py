@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, MomentumRule, StateSpec, zeros
 from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lowrank import range_basis
 from lightning_optim.ops.norms import clip_rms_
 
 
 @dataclass(frozen=True)
-class Adapprox(Averaging):
+class Adapprox(MomentumRule):
     """Adapprox: a second moment of low rank, found anew at every step by a random sketch.
 
     V = b2 max(Q U^T, 0) + (1 - b2) g^2;  Q = leading left singular vectors of V;  U = V^T Q
@@ -55,7 +55,7 @@ class Adapprox(Averaging):
         if self.rank < 1 or self.iterations < 1:
             raise ValueError(f"adapprox: needs rank >= 1 and iterations >= 1, got {self.rank}, {self.iterations}")
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         factors = {"factor_left": zeros("mr", exact=True), "factor_right": zeros("nr", exact=True)}
         return {"exp_avg": zeros("mn"), **factors} if self.betas[0] else factors
 
@@ -68,7 +68,7 @@ class Adapprox(Averaging):
         s.factor_left = range_basis(v, self._sketch(g, s), s.factor_left.shape[-1], power=self.iterations - 1)
         s.factor_right = product(v.mT, s.factor_left)
         u = clip_rms_(torch.div(g, v.sqrt_().add_(self.eps), out=v), self.clip_threshold)
-        return self.averaged(s, u, b1, t) if b1 else u
+        return self.update_ema(s, u, b1, t) if b1 else u
 
     def _sketch(self, g: Tensor, s: SimpleNamespace) -> Tensor:
         rank = s.factor_left.shape[-1]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_optim.core.rule import Averaging, Slot, zeros
+from lightning_optim.core.rule import MomentumRule, StateSpec, zeros
 from lightning_optim.ops.eigenbasis import unaligned
 from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lowrank import follow_subspace, leading_basis, switch
@@ -21,7 +21,7 @@ from lightning_optim.ops.projection import lift, project
 
 
 @dataclass(frozen=True)
-class Alice(Averaging):
+class Alice(MomentumRule):
     """Alice: Adam in a leading subspace that is tracked, switched and compensated.
 
     For m <= n (wide; tall matrices through their transpose), U [m, r] with orthonormal columns:
@@ -60,7 +60,7 @@ class Alice(Averaging):
     name: ClassVar = "alice"
     source: ClassVar = "Gong et al. 2025, arXiv:2502.07752, Alg. 2-4, 10"
     vectors: ClassVar = False
-    costly: ClassVar = ("basis",)
+    preconditioners: ClassVar = ("basis",)
     adamw_settings: ClassVar = {"normalize": True}
 
     def validate(self) -> None:
@@ -76,7 +76,7 @@ class Alice(Averaging):
                 f"got {self.rank}, {self.leading}, {self.alpha}"
             )
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         short, long = "mn" if m <= n else "nm"
         out = {
             "exp_avg": zeros(f"r{long}"),
@@ -99,7 +99,7 @@ class Alice(Averaging):
         inner = project(x, s.basis)
         if b3:
             s.factor.lerp_(gram(inner, left=True), 1 - b3)
-        m = self.averaged(s, inner, b1, t)
+        m = self.update_ema(s, inner, b1, t)
         average_square_(s.exp_avg_sq, inner, b2)
         w = m / (s.exp_avg_sq.sqrt().add_(self.eps))
         d = lift(w, s.basis)
@@ -125,7 +125,7 @@ class Alice(Averaging):
         s.norm = factor * size
         return rest.mul_(factor)
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         x, old = _wide(g), s.basis
         if t == 1:
             s.basis = leading_basis(x, old.shape[-1])

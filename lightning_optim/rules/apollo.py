@@ -44,7 +44,7 @@ class APOLLO(Limited):
     name: ClassVar = "apollo"
     source: ClassVar = "Zhu et al. 2024, arXiv:2412.05270, Alg. 1"
 
-    def goes_stale(self) -> bool:  # noqa: D102
+    def measures_staleness(self) -> bool:  # noqa: D102
         return self.projection == "svd"
 
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
@@ -54,9 +54,9 @@ class APOLLO(Limited):
             return self.scale**0.5
         return ADAMW_RMS * self.share(m, n) * self.scale**0.5 if self.projection == "random" else None
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         if self.projection == "svd":
-            return super().rebuild(g, s, t)
+            return super().refresh_preconditioner(g, s, t)
         self.draw(s)
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, Rows, zeros
+from lightning_optim.core.rule import ADAMW_RMS, DirectionByRows, MomentumRule, zeros
 from lightning_optim.ops.factored import clipping, inverse_roots, scaled, update_means_
 from lightning_optim.ops.norms import clip_rms_
-from lightning_optim.ops.runs import rows_of
+from lightning_optim.ops.row_chunks import take_rows
 
 
 @dataclass(frozen=True)
-class CAME(Averaging):
+class CAME(MomentumRule):
     """CAME: Adafactor with momentum, divided by the root of how far the momentum is from the steps.
 
     r <- b2 r + (1 - b2) mean_cols(g^2 + eps1), c likewise;  u = g / sqrt(r c / mean(r)), clipped to RMS clip_threshold
@@ -47,20 +47,20 @@ class CAME(Averaging):
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return ADAMW_RMS
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | DirectionByRows:  # noqa: D102
         b1, b2, b3 = self.betas
         if hasattr(s, "exp_avg_sq"):
             s.exp_avg_sq.lerp_((g * g).add_(self.eps[0]), 1 - b2)
-            return self.averaged(s, clip_rms_(g * s.exp_avg_sq.rsqrt(), self.clip_threshold), b1, t)
+            return self.update_ema(s, clip_rms_(g * s.exp_avg_sq.rsqrt(), self.clip_threshold), b1, t)
         update_means_(s.exp_avg_sq_row, s.exp_avg_sq_col, lambda g: g, 1 - b2, self.eps[0], of=(g,))
         left, right = inverse_roots(s.exp_avg_sq_row, s.exp_avg_sq_col)
         left = left / clipping(lambda g, left: scaled(g, left, right), self.clip_threshold, of=(g, left))
 
         def residual(g: Tensor, left: Tensor, *means: Tensor) -> Tensor:
             u = scaled(g, left, right)
-            return u.sub_(self.averaged(self.seen(means), u, b1, t))
+            return u.sub_(self.update_ema(self.ema_state(means), u, b1, t))
 
-        of = g, left, *self.held(s)
+        of = g, left, *self.emas(s)
         update_means_(s.exp_avg_res_row, s.exp_avg_res_col, residual, 1 - b3, self.eps[1], of=of)
         rows, columns = inverse_roots(s.exp_avg_res_row, s.exp_avg_res_col)
-        return lambda run: scaled(self.blended(self.seen(self.held(s), run), t), rows_of(rows, run), columns)
+        return lambda run: scaled(self.ema(self.ema_state(self.emas(s), run), t), take_rows(rows, run), columns)

@@ -59,7 +59,7 @@ class COSMOS(Rule):
         "factor": zeros("rr"),
     }
     vectors: ClassVar = False
-    costly: ClassVar = ("basis",)
+    preconditioners: ClassVar = ("basis",)
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -92,7 +92,7 @@ class COSMOS(Rule):
         adam = inner / (s.exp_avg_sq.sqrt() / (1 - b2**t) ** 0.5 + self.eps)
         return normalized(lift(adam, right=s.basis).add_(normalized(rest, self.gamma)), self.lr_ratio)
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         if t == 1:
             s.basis = leading_basis(g.mT, s.basis.shape[-1])
             return

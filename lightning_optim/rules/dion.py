@@ -28,8 +28,8 @@ class Dion(Rule):
     normalised, not orthogonalised, so full rank is not Muon. For hidden matrices; the published runs use a
     rank of a quarter of the shorter side and more.
 
-    Replicas need only exchange M Q and M^T P, (m + n) rank numbers instead of m n (`Executor.compress`, Sec. 3.2 of the
-    paper): both are linear in M, so that every replica may keep the M of its own gradients.
+    Replicas need only exchange M Q and M^T P, (m + n) rank numbers instead of m n (`RuleOptimizer.compress`, Sec. 3.2
+    of the paper): both are linear in M, so that every replica may keep the M of its own gradients.
 
     Differs: P comes from Householder QR (the distributed code uses a randomised Cholesky QR).
     """

@@ -9,14 +9,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, Slot, eye, zeros
+from lightning_optim.core.rule import ADAMW_RMS, MomentumRule, StateSpec, eye, zeros
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal
 from lightning_optim.ops.moments import average_square_, gram
 from lightning_optim.ops.projection import lift, project
 
 
 @dataclass(frozen=True)
-class EigenAdam(Averaging):
+class EigenAdam(MomentumRule):
     """Eigen-Adam: Adam in the eigenbasis of the Gram matrix of the shorter side.
 
     Q <- b3 Q + (1 - b3) G G^T;  M <- b1 M + (1 - b1) G;  when due U = eigenvectors(Q)
@@ -39,9 +39,9 @@ class EigenAdam(Averaging):
     name: ClassVar = "eigen_adam"
     source: ClassVar = "Gong et al. 2025, arXiv:2502.07752, Alg. 7"
     vectors: ClassVar = False
-    costly: ClassVar = ("basis",)
+    preconditioners: ClassVar = ("basis",)
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         side = "mm" if m <= n else "nn"
         return {
             "exp_avg": zeros("mn"),
@@ -59,12 +59,12 @@ class EigenAdam(Averaging):
         s.factor.lerp_(gram(g, left=left), 1 - b3)
         s.refresh(g)
         sides = (s.basis, None) if left else (None, s.basis)
-        m = self.averaged(s, g, b1, t)
+        m = self.update_ema(s, g, b1, t)
         average_square_(s.exp_avg_sq, project(g, *sides), b2)
         d = lift(project(m, *sides).div_(s.exp_avg_sq.sqrt().add_(self.eps)), *sides)
-        return d.mul_((1 - b2**t) ** 0.5 / self.mass(b1, t)) if self.correct_bias else d
+        return d.mul_((1 - b2**t) ** 0.5 / self.bias_correction(b1, t)) if self.correct_bias else d
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         s.basis = eigenbasis(s.factor, previous=s.basis)
 
     def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Rows, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, DirectionByRows, StateSpec, zeros
 from lightning_optim.ops.norms import clip_rms_
 from lightning_optim.ops.projection import lift, project
 from lightning_optim.rules.projected import FactoredSubspace, projection
@@ -36,14 +36,14 @@ class Flora(FactoredSubspace):
     name: ClassVar = "flora"
     source: ClassVar = "Hao et al. 2024, arXiv:2402.03293, Alg. 2; order of operations of the authors' code"
 
-    def goes_stale(self) -> bool:  # noqa: D102
+    def measures_staleness(self) -> bool:  # noqa: D102
         return False
 
     def projected_sides(self, m: int, n: int, *, vector: bool = False) -> tuple[str, ...]:  # noqa: D102
         small = self.beta1 is None or min(m, n) <= self.rank
         return () if small else super().projected_sides(m, n, vector=vector)
 
-    def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:  # noqa: D102
+    def moments(self, letters: str, *, vector: bool = False) -> dict[str, StateSpec]:  # noqa: D102
         out = super().moments(letters, vector=vector)
         return out if vector else {**out, "row_var": zeros("m1"), "col_var": zeros("1n")}
 
@@ -52,13 +52,13 @@ class Flora(FactoredSubspace):
         noisy = self.projected_sides(m, n) and not self.scale_parameter
         return ADAMW_RMS * (1 + self.share(m, n) ** -2) ** 0.5 if noisy else whole  # P P^T x is longer than x
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         momentum = lift(s.exp_avg, *projection(s)) if t > 1 else None
         self.draw(s)
         if momentum is not None:
             s.exp_avg = project(momentum, *projection(s))
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | DirectionByRows:  # noqa: D102
         if self.beta1 is None:
             return super().update(g, s, p, t)
         assert p is not None

@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Landscape, Searching, Slot, zeros
+from lightning_optim.core.rule import GlobalStepRule, Objective, StateSpec, zeros
 from lightning_optim.ops.krylov import conjugate_gradients
 
 
 @dataclass(frozen=True)
-class HessianFree(Searching):
+class HessianFree(GlobalStepRule):
     """Hessian-free optimization: Newton's step with the Gauss-Newton matrix, by conjugate gradients.
 
     s = argmin q(s) + lambda/2 |s|^2,  q(s) = g^T s + 1/2 s^T G s, by at most `cg_iter` iterations from cg_decay s'
@@ -40,7 +40,7 @@ class HessianFree(Searching):
     name: ClassVar = "hessian_free"
     source: ClassVar = "Martens 2010, Deep learning via Hessian-free optimization (ICML), sections 4.1 to 4.6"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # the last solution, and lambda
         return {"solution": zeros("mn", exact=True), "damping": zeros("11", torch.float64)}
 
@@ -56,7 +56,7 @@ class HessianFree(Searching):
                 f"hessian_free: cg_iter must be >= 1 and cg_decay <= 1, got {self.cg_iter} and {self.cg_decay}"
             )
 
-    def find(self, at: Landscape, s: SimpleNamespace) -> Tensor:  # noqa: D102
+    def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
         damping = float(s.damping) or self.damping
         found = conjugate_gradients(
             lambda v: at.product(v) + damping * v,

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Observable, Rule, Slot, eye, zeros
+from lightning_optim.core.rule import CurvatureInput, Rule, StateSpec, eye, zeros
 from lightning_optim.ops.kronecker import damped_inverse, divided, factored_damping, mean_eigenvalue
 from lightning_optim.ops.lapack import Fallback, eigh
 
@@ -51,13 +51,13 @@ class KFAC(Rule):
     name: ClassVar = "kfac"
     source: ClassVar = "Martens & Grosse 2015, arXiv:1503.05671; as in kfac-pytorch 0.4.2 (Pauloski et al. 2020)"
     vector_state: ClassVar = {"momentum_buffer": zeros("mn")}
-    costly: ClassVar = ("input_basis", "output_basis")
-    observes: ClassVar[Observable | None] = "factors"
-    observed_by: ClassVar = "factors"
-    joint: ClassVar = True
+    preconditioners: ClassVar = ("input_basis", "output_basis")
+    curvature_input: ClassVar[CurvatureInput | None] = "factors"
+    curvature_schedule: ClassVar = "factors"
+    needs_all_gradients: ClassVar = True
     search: ClassVar = {"lr": (1.0, 0.3, 3.0, 0.1, 0.03), "damping": (1e-3, 1e-2)}
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # momentum, factors, and their eigenbases and values, or inverses; on the input side with room for a bias
         if vector:
             return {"momentum_buffer": zeros("mn")}
@@ -79,7 +79,7 @@ class KFAC(Rule):
         if not self.beta < 1:
             raise ValueError(f"kfac: beta must lie in [0, 1), got {self.beta}")
 
-    def observe(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
+    def update_curvature(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
         for x, new in ((s.input_factor, seen.inputs), (s.output_factor, seen.outputs)):
             n, k = x.shape[-1], new.shape[-1]  # there may be room for a bias
             if seen.t == 1:
@@ -87,13 +87,13 @@ class KFAC(Rule):
             x.view(-1, n, n)[:, :k, :k].lerp_(new.to(x.dtype), 1 - self.beta)
         return {}
 
-    def prepare(self, members: Sequence[SimpleNamespace]) -> None:  # noqa: D102
+    def precondition_jointly(self, members: Sequence[SimpleNamespace]) -> None:  # noqa: D102
         layers = [x for x in members if not x.s.vector]
         total: Tensor | float = 0.0
         for x in layers:
             g = x.g
-            if x.mated:  # without a gradient, too: the basis is of both
-                g = torch.cat([g, g.new_zeros(*g.shape[:-1], 1) if x.mate is None else x.mate.g.mT], -1)
+            if x.has_bias:  # without a gradient, too: the basis is of both
+                g = torch.cat([g, g.new_zeros(*g.shape[:-1], 1) if x.bias is None else x.bias.g.mT], -1)
             x.s.refresh(g)
             x.d = x.rule._divided(g, x.s)
             total = total + x.lr**2 * (x.d * g).sum(dtype=torch.float64)
@@ -101,11 +101,11 @@ class KFAC(Rule):
         nu = 1.0 if self.kl_clip is None or size == 0 else min(1.0, (self.kl_clip / size) ** 0.5)
         for x in layers:
             n = x.g.shape[-1]
-            if x.mate is not None:
-                x.mate.g = nu * x.d[..., n:].mT
+            if x.bias is not None:
+                x.bias.g = nu * x.d[..., n:].mT
             x.g = x.d[..., :n].mul_(nu)
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         k = g.shape[-1]
         a, b = s.input_factor[..., :k, :k], s.output_factor
         if self.mode == "eigen":

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Averaging, Rows, zeros
+from lightning_optim.core.rule import DirectionByRows, MomentumRule, zeros
 from lightning_optim.ops.moments import adam_ratio, average_square_
 from lightning_optim.ops.norms import quotient
-from lightning_optim.ops.runs import rows_of, squares, swept
+from lightning_optim.ops.row_chunks import squares, sum_over_row_chunks, take_rows
 
 
 @dataclass(frozen=True)
-class LAMB(Averaging):
+class LAMB(MomentumRule):
     """LAMB: Adam whose every layer moves by a fixed fraction of its norm, for large batches.
 
     m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
@@ -59,10 +59,10 @@ class LAMB(Averaging):
         if self.norm_bounds is not None and self.norm_bounds[0] > self.norm_bounds[1]:
             raise ValueError(f"lamb: norm_bounds must be (lower, upper), got {self.norm_bounds!r}")
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | DirectionByRows:  # noqa: D102
         assert p is not None
         b1, b2 = self.betas
-        mean, root = (self.mass(b1, t), (1 - b2**t) ** 0.5) if self.correct_bias else (1.0, 1.0)
+        mean, root = (self.bias_correction(b1, t), (1 - b2**t) ** 0.5) if self.correct_bias else (1.0, 1.0)
         adapted = not (self.exclude_vectors and s.vector)
 
         def step(m: Tensor, v: Tensor, p: Tensor) -> Tensor:
@@ -70,17 +70,17 @@ class LAMB(Averaging):
             return u.add_(p, alpha=self.weight_decay) if self.weight_decay and adapted else u
 
         def lengths(g: Tensor, v: Tensor, p: Tensor, *means: Tensor) -> tuple[Tensor, Tensor]:
-            m = self.averaged(self.seen(means), g, b1, t)
+            m = self.update_ema(self.ema_state(means), g, b1, t)
             average_square_(v, g, b2)
             return squares(p), squares(step(m, v, p))
 
-        length, size = (x.sqrt() for x in swept(lengths, g, s.exp_avg_sq, p, *self.held(s)))
+        length, size = (x.sqrt() for x in sum_over_row_chunks(lengths, g, s.exp_avg_sq, p, *self.emas(s)))
         ratio = quotient(length if self.norm_bounds is None else length.clamp_(*self.norm_bounds), size)
         ratio = ratio if self.trust_clip is None else ratio.clamp_(max=self.trust_clip)
 
         def direction(run: slice) -> Tensor:
-            m = self.blended(self.seen(self.held(s), run), t)
-            u = step(m, rows_of(s.exp_avg_sq, run), rows_of(p, run))
+            m = self.ema(self.ema_state(self.emas(s), run), t)
+            u = step(m, take_rows(s.exp_avg_sq, run), take_rows(p, run))
             return u.mul_(ratio) if adapted else u
 
         return direction

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim.core.rule import Landscape, Searching, Slot, zeros
+from lightning_optim.core.rule import GlobalStepRule, Objective, StateSpec, zeros
 from lightning_optim.ops.secant import held, names
 
 NUMBERS = ("count", "n_iter", "func_evals", "t", "H_diag", "prev_loss")
 
 
 @dataclass(frozen=True)
-class LBFGS(Searching):
+class LBFGS(GlobalStepRule):
     """L-BFGS: several quasi-Newton steps on the loss of one batch, all parameters as one vector.
 
     x <- x - t H g, up to `max_iter` times per step, with the two-loop recursion's inverse Hessian H of the last
@@ -43,9 +43,9 @@ class LBFGS(Searching):
 
     name: ClassVar = "lbfgs"
     source: ClassVar = "Nocedal 1980, Math. Comp. 35; as in torch.optim.LBFGS"
-    keeps_weights: ClassVar = True  # the next pair is of the last gradient and t d, from one step to the next
+    tracks_weights: ClassVar = True  # the next pair is of the last gradient and t d, from one step to the next
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # the pairs, oldest first, the last direction and gradient, and numbers
         vectors = ("d", "prev_flat_grad", *names(self.history_size))
         numbers = {"numbers": zeros(f"1{len(NUMBERS)}", torch.float64)}
@@ -63,7 +63,7 @@ class LBFGS(Searching):
                 f"lbfgs: max_iter and history_size must be >= 1, got {self.max_iter} and {self.history_size}"
             )
 
-    def find(self, at: Landscape, s: SimpleNamespace) -> Tensor:  # noqa: D102
+    def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
         x = Parameter(at.x.clone())
         inner = torch.optim.LBFGS(
             [x], **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "weight_decay"}

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Averaging, Rule, zeros
+from lightning_optim.core.rule import MomentumRule, Rule, zeros
 
 
 @dataclass(frozen=True)
-class Lion(Averaging):
+class Lion(MomentumRule):
     """Lion: the sign of an interpolated momentum.
 
     d = sign(b1 m + (1 - b1) g);  m <- b2 m + (1 - b2) g
@@ -35,6 +35,6 @@ class Lion(Averaging):
         return 1.0
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        d = self.blended(s, t - 1).lerp(g, 1 - self.betas[0]).sign_()
-        self.averaged(s, g, self.betas[1], t)
+        d = self.ema(s, t - 1).lerp(g, 1 - self.betas[0]).sign_()
+        self.update_ema(s, g, self.betas[1], t)
         return d

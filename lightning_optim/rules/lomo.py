@@ -1,4 +1,4 @@
-"""LOMO and AdaLOMO: rules for a backward pass that uses every gradient at once (`Executor.fuse_backward`)."""
+"""LOMO and AdaLOMO: rules for a backward pass that uses every gradient at once (`RuleOptimizer.fuse_backward`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Rows, Rule
+from lightning_optim.core.rule import DirectionByRows, Rule
 from lightning_optim.rules.adafactor import AdafactorHF
 
 
@@ -89,7 +89,7 @@ class AdaLOMO(Rule):
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return self._adafactor.rms(m, n)
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | DirectionByRows:  # noqa: D102
         return self._adafactor.update(g, s, p, t)
 
     @property

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Rule, Slot, zeros
+from lightning_optim.core.rule import Rule, StateSpec, zeros
 from lightning_optim.ops.norms import norm
 from lightning_optim.ops.secant import damped, dot, held, names, push, two_loop
 
@@ -51,7 +51,7 @@ class MLBFGS(Rule):
     decay: ClassVar = "coupled"
     search: ClassVar = {"lr": (1.0, 3.0, 10.0, 0.3, 30.0), "interval": (100, 20)}
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # running means, those of the last pair, and the pairs, oldest first
         exact = zeros("mn", exact=True)
         means = ("mean_param", "mean_grad", "last_param", "last_grad")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Averaging, Rule, nearest, zeros
+from lightning_optim.core.rule import MomentumRule, Rule, nearest, zeros
 from lightning_optim.ops.maps import Size, aurora, contra
 from lightning_optim.ops.orthogonal import DTYPES, SCHEDULES, SOFT_WEIGHTS, Divisor, IterationDtype, orthogonalize
 
@@ -25,7 +25,7 @@ Scale = Literal["original", "match_rms_adamw", "spectral", "none"]
 
 
 @dataclass(frozen=True)
-class Muon(Averaging):
+class Muon(MomentumRule):
     """Muon: momentum, orthogonalised by Newton-Schulz, for hidden matrices.
 
     m <- momentum m + (1 - momentum) g;  x = (1 - momentum) g + momentum m, or m without nesterov
@@ -106,7 +106,7 @@ class Muon(Averaging):
         Returns:
             `[b, m, n]`; the state itself without nesterov.
         """
-        m = self.averaged(s, g, self.momentum, t)
+        m = self.update_ema(s, g, self.momentum, t)
         return g.lerp(m, self.momentum) if self.nesterov else m
 
     def polar(self, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Muown(Rule):
     }
     vectors: ClassVar = False
     reads_param: ClassVar = True
-    keeps_weights: ClassVar = True
+    tracks_weights: ClassVar = True
     decay: ClassVar = "own"
 
     def validate(self) -> None:

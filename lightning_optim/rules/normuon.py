@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Slot, zeros
+from lightning_optim.core.rule import StateSpec, zeros
 from lightning_optim.ops.norms import variance_factor
 from lightning_optim.rules.muon import SCALES, Muon
 
@@ -37,7 +37,7 @@ class NorMuon(Muon):
     name: ClassVar = "normuon"
     source: ClassVar = "Li et al. 2025, arXiv:2510.05491, Alg. 1; norm as in the authors' code"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         letters = "1n" if self.lines == "longer" and m < n else "m1"
         return {**self.state, "second_momentum": zeros(letters)}
 

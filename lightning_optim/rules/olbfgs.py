@@ -9,12 +9,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Landscape, Searching, Slot, zeros
+from lightning_optim.core.rule import GlobalStepRule, Objective, StateSpec, zeros
 from lightning_optim.ops.secant import held, names, push, two_loop
 
 
 @dataclass(frozen=True)
-class OLBFGS(Searching):
+class OLBFGS(GlobalStepRule):
     """oLBFGS: L-BFGS of all parameters as one vector, whose pairs are differences of gradients of one batch.
 
     s = -lr H g(x);  x <- x + s;  y = g(x + s) - g(x) + damping s, both gradients of the same batch
@@ -36,7 +36,7 @@ class OLBFGS(Searching):
     name: ClassVar = "olbfgs"
     source: ClassVar = "Schraudolph, Yu & Guenter 2007, A stochastic quasi-Newton method for online convex optimization"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # the pairs, oldest first
         return dict.fromkeys(names(self.history), zeros("mn", exact=True))
 
@@ -50,7 +50,7 @@ class OLBFGS(Searching):
         if self.history < 1:
             raise ValueError(f"olbfgs: history must be >= 1, got {self.history}")
 
-    def find(self, at: Landscape, s: SimpleNamespace) -> Tensor:  # noqa: D102
+    def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
         g = at.gradient
         pairs = held(s, self.history)
         if pairs[0][-1].any():

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Averaging, Rule, Slot, zeros
+from lightning_optim.core.rule import MomentumRule, Rule, StateSpec, zeros
 from lightning_optim.ops.moments import average_square_
 from lightning_optim.ops.norms import growth_factor, norm
 from lightning_optim.ops.projection import OVERSAMPLING, Method, Side, leading_vectors, left_out, project, sides
@@ -32,8 +32,8 @@ class Subspace(Rule):
     refresh: str = "staggered:200"
     basis: Method = "svd"
 
-    costly: ClassVar = ("projection_left", "projection_right")
-    never_stale: ClassVar = "its projection is drawn at random and fits every gradient alike"
+    preconditioners: ClassVar = ("projection_left", "projection_right")
+    unmeasurable_reason: ClassVar = "its projection is drawn at random and fits every gradient alike"
 
     def projected_sides(self, m: int, n: int, *, vector: bool = False) -> tuple[str, ...]:
         """Which sides of a parameter are projected.
@@ -44,14 +44,14 @@ class Subspace(Rule):
         side: Side = getattr(self, "side", "std")
         return () if vector or min(m, n) == 1 or self.rank == 0 else sides(m, n, side)
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         used = self.projected_sides(m, n, vector=vector)
         letters = ("r" if "left" in used else "m") + ("r" if "right" in used else "n")
         out = self.moments(letters, vector=vector)
         out |= {f"projection_{side}": zeros("mr" if side == "left" else "nr", exact=True) for side in used}
-        return {**out, "left_out": zeros("11")} if used and self.goes_stale() else out
+        return {**out, "left_out": zeros("11")} if used and self.measures_staleness() else out
 
-    def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:
+    def moments(self, letters: str, *, vector: bool = False) -> dict[str, StateSpec]:
         """State beside the projection.
 
         Args:
@@ -72,7 +72,7 @@ class Subspace(Rule):
         lengths = [m if side == "left" else n for side in self.projected_sides(m, n)]
         return math.prod(min(self.rank, m, n) / k for k in lengths) ** 0.5
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         old = {side: x for side, x in zip(("left", "right"), projection(s), strict=True) if x is not None}
 
         def sketch(side: str) -> Tensor:
@@ -94,7 +94,7 @@ class Subspace(Rule):
         short, rank, count = min(m, n), min(self.rank, m, n), len(self.projected_sides(m, n, vector=vector))
         sketch = 4 * (rank + OVERSAMPLING) * count
         passes = {"svd": 10 * short, "randomized_svd": sketch, "subspace_iteration": 4 * rank}
-        return float(m * n * (passes[self.basis] if self.goes_stale() else 1)) if count else 0.0
+        return float(m * n * (passes[self.basis] if self.measures_staleness() else 1)) if count else 0.0
 
     def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         """The share of the gradient's energy that the projection loses, beyond what it lost when it was made.
@@ -106,7 +106,7 @@ class Subspace(Rule):
 
 
 @dataclass(frozen=True)
-class Projected(Averaging, Subspace):
+class Projected(MomentumRule, Subspace):
     """Base of rules that take a projected gradient into Adam's moments.
 
     x = P^T g, or g P where the columns are projected;  m <- b1 m + (1 - b1) x;  v <- b2 v + (1 - b2) x^2
@@ -121,7 +121,7 @@ class Projected(Averaging, Subspace):
 
     decay: ClassVar = "after"
 
-    def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:  # noqa: D102
+    def moments(self, letters: str, *, vector: bool = False) -> dict[str, StateSpec]:  # noqa: D102
         return {"exp_avg": zeros(letters), "exp_avg_sq": zeros(letters, nonnegative=True)}
 
     def ratio(self, x: Tensor, s: SimpleNamespace, t: int) -> tuple[Tensor, float]:
@@ -131,9 +131,9 @@ class Projected(Averaging, Subspace):
             (u, c) of the formulae above.
         """
         b1, b2 = self.betas
-        m = self.averaged(s, x, b1, t)
+        m = self.update_ema(s, x, b1, t)
         average_square_(s.exp_avg_sq, x, b2)
-        correction = (1 - b2**t) ** 0.5 / self.mass(b1, t) if self.correct_bias else 1.0
+        correction = (1 - b2**t) ** 0.5 / self.bias_correction(b1, t) if self.correct_bias else 1.0
         return m / s.exp_avg_sq.sqrt().add_(self.eps), correction
 
     def projected(
@@ -163,7 +163,7 @@ class FactoredSubspace(Subspace, AdafactorHF):
     reduces: ClassVar = False
     last_two: ClassVar = False
 
-    def moments(self, letters: str, *, vector: bool = False) -> dict[str, Slot]:  # noqa: D102
+    def moments(self, letters: str, *, vector: bool = False) -> dict[str, StateSpec]:  # noqa: D102
         second = {"row_var": zeros(f"{letters[0]}1"), "col_var": zeros(f"1{letters[1]}")}
         first = {"exp_avg": zeros(letters)} if self.beta1 is not None else {}
         return {**({"variance": zeros("mn", nonnegative=True)} if vector else second), **first}
@@ -180,7 +180,7 @@ class Limited(Projected):
     limit: float | None = 1.01
     limiter_restarts: bool = True
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         out = super().slots(m, n, vector=vector)
         limits = self.limit is not None and self.projected_sides(m, n, vector=vector)
         return {**out, "norm": zeros("11")} if limits else out

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Averaging, Slot, zeros
+from lightning_optim.core.rule import MomentumRule, StateSpec, zeros
 from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import LinAlgError, failures
 from lightning_optim.ops.moments import gram
@@ -19,7 +19,7 @@ from lightning_optim.ops.spectral import norm_lower_bound
 
 
 @dataclass(frozen=True)
-class PSGDKron(Averaging):
+class PSGDKron(MomentumRule):
     """PSGD: a Kronecker-factored preconditioner, fitted by gradient descent on a Lie group.
 
     M <- b M + (1 - b) G;  m = M / (1 - b^t)
@@ -56,8 +56,8 @@ class PSGDKron(Averaging):
     source: ClassVar = "Li 2018, arXiv:1512.04202; Li 2024, arXiv:2402.04553; order of operations of kron_torch"
     first_moment: ClassVar = "momentum_buffer"
     vectors: ClassVar = False
-    costly: ClassVar = ("left", "right")
-    never_stale: ClassVar = "a fit is one step along a noisy gradient, and one chosen by its noise is biased"
+    preconditioners: ClassVar = ("left", "right")
+    unmeasurable_reason: ClassVar = "a fit is one step along a noisy gradient, and one chosen by its noise is biased"
     adamw_settings: ClassVar = {"normalize": True}
 
     def validate(self) -> None:
@@ -72,7 +72,7 @@ class PSGDKron(Averaging):
                 f"psgd_kron: needs momentum < 1 and init_scale > 0 or None, got {self.momentum}, {self.init_scale}"
             )
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         left = zeros("mm" if 1 < m <= self.max_triangular else "1m")
         right = zeros("nn" if 1 < n <= self.max_triangular else "1n")
         return {"momentum_buffer": zeros("mn"), "left": left, "right": right}
@@ -81,7 +81,7 @@ class PSGDKron(Averaging):
         return 1.0 if self.normalize else None
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        m = self.averaged(s, g, self.momentum, t) / self.mass(self.momentum, t)
+        m = self.update_ema(s, g, self.momentum, t) / self.bias_correction(self.momentum, t)
         if t == 1:
             size = rms(m)
             scale = size.pow(-0.25).where(size > 0, 1.0) if self.init_scale is None else self.init_scale
@@ -92,7 +92,7 @@ class PSGDKron(Averaging):
         d = _times(_times(d.mT, s.right), s.right, transposed=True).mT
         return normalized(d) if self.normalize else d * (self.max_rms / (rms(d) + 1e-6)).clamp(max=1.0)
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         a = _times(_times(g, s.left).mT, s.right).mT
         try:
             b = _solve(_solve(s.noise("mn"), s.left).mT, s.right).mT

@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Rows, Rule, zeros
+from lightning_optim.core.rule import DirectionByRows, Rule, zeros
 from lightning_optim.ops.factored import scaled
 from lightning_optim.ops.moments import rank_one
 from lightning_optim.ops.norms import growth_factor
-from lightning_optim.ops.runs import rows_of, squares, swept
+from lightning_optim.ops.row_chunks import squares, sum_over_row_chunks, take_rows
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class RACS(Rule):
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         return self.alpha if self.normalize else None
 
-    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | Rows:  # noqa: D102
+    def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | DirectionByRows:  # noqa: D102
         rows, columns = rank_one(g, self.iterations, squared=True)
         correction = 1.0
         if self.ema:
@@ -76,7 +76,7 @@ class RACS(Rule):
             s.row_scale, s.col_scale = rows, columns
         tiny = torch.finfo(g.dtype).tiny
         left, right = (torch.where(x > 0, x.clamp(min=tiny).rsqrt(), 0.0) for x in (rows, columns))
-        (total,) = swept(lambda g, left: (squares(scaled(g, left, right)),), g, left)
+        (total,) = sum_over_row_chunks(lambda g, left: (squares(scaled(g, left, right)),), g, left)
         size = total.sqrt() * correction
         if self.normalize:
             factor = torch.where(size > 0, self.alpha * (g.shape[-2] * g.shape[-1]) ** 0.5 / size, 0.0)
@@ -85,4 +85,4 @@ class RACS(Rule):
             s.norm = limited * size
             factor = self.alpha * limited
         left = left * (factor * correction)
-        return lambda run: scaled(rows_of(g, run), rows_of(left, run), right)
+        return lambda run: scaled(take_rows(g, run), take_rows(left, run), right)

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Rule, Slot, eye, zeros
+from lightning_optim.core.rule import Rule, StateSpec, eye, zeros
 from lightning_optim.ops.eigenbasis import INITIAL_ROOT, average_kl_, eigenbasis, follow_eigenbasis, off_diagonal
 from lightning_optim.ops.lapack import Fallback, first_columns, orthonormal
 from lightning_optim.ops.moments import gram, gram_sides
@@ -41,7 +41,7 @@ class Rotated(Rule):
     decomposition: Decomposition = "qr"
     rotation_dtype: RotationDtype = "float32"
 
-    costly: ClassVar = ("basis_left", "basis_right")
+    preconditioners: ClassVar = ("basis_left", "basis_right")
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -66,7 +66,7 @@ class Rotated(Rule):
         fits = {"left": m <= self.max_precond_dim, "right": n <= self.max_precond_dim}
         return () if vector else tuple(side for side in chosen if fits[side])
 
-    def rotation(self, m: int, n: int, *, vector: bool = False) -> dict[str, Slot]:
+    def rotation(self, m: int, n: int, *, vector: bool = False) -> dict[str, StateSpec]:
         """State of the bases.
 
         Returns:
@@ -131,7 +131,7 @@ class Rotated(Rule):
             for side, root in average_kl_(factors, bases, by_side(s, "root"), x, weight).items():
                 setattr(s, f"root_{side}", root)
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         for side, old in by_side(s, "basis").items():
             factor, order = getattr(s, f"factor_{side}"), None
             if t == 1 or self.decomposition == "eigh":

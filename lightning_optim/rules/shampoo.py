@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, MomentumRule, StateSpec, zeros
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal
 from lightning_optim.ops.moments import Sides, gram, gram_sides
 from lightning_optim.ops.norms import norm
@@ -20,7 +20,7 @@ from lightning_optim.ops.tiles import filled, joined, tiles
 
 
 @dataclass(frozen=True)
-class Shampoo(Averaging):
+class Shampoo(MomentumRule):
     """Shampoo: inverse roots of Kronecker factors of the gradient's second moment.
 
     L <- b2 L + (1 - b2) G G^T;  R <- b2 R + (1 - b2) G^T G, or sums
@@ -66,8 +66,8 @@ class Shampoo(Averaging):
 
     name: ClassVar = "shampoo"
     source: ClassVar = "Gupta et al. 2018, arXiv:1802.09568, Alg. 1, 2; Shi et al. 2023, arXiv:2309.06497"
-    costly: ClassVar = ("root_left", "root_right")
-    never_stale: ClassVar = "a root is tested by products of matrices, for exponent = 1 / integer only"
+    preconditioners: ClassVar = ("root_left", "root_right")
+    unmeasurable_reason: ClassVar = "a root is tested by products of matrices, for exponent = 1 / integer only"
     adamw_settings: ClassVar = {"graft": "adam"}
 
     def validate(self) -> None:
@@ -82,19 +82,21 @@ class Shampoo(Averaging):
         if self.max_dim == 0:
             raise ValueError("shampoo: max_dim must be positive")
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         out = {"exp_avg": zeros("mn")} if self.betas[0] or self.beta3 else {}
         if self.graft in ("adagrad", "rmsprop", "adam"):
             out["graft_sq"] = zeros("mn", nonnegative=True)
         rows, columns, count = self._tile(m, n)
         if self.preconditioner == "eigenvalue":
             out["exp_avg_sq"] = (
-                zeros("mn", nonnegative=True) if (rows, columns) == (m, n) else Slot("kk", size=(count * rows, columns))
+                zeros("mn", nonnegative=True)
+                if (rows, columns) == (m, n)
+                else StateSpec("kk", size=(count * rows, columns))
             )
         for side in self._sides(m, n):
             size = rows if side == "left" else columns
             letters = {m: "mm", n: "nn"}.get(size) if count == 1 else None
-            slot = zeros(letters) if letters else Slot("kk", size=(count * size, size))
+            slot = zeros(letters) if letters else StateSpec("kk", size=(count * size, size))
             out |= {f"factor_{side}": slot, f"root_{side}": slot}
         return out
 
@@ -116,7 +118,7 @@ class Shampoo(Averaging):
         if t > self.start or t == self.start == 1:
             s.refresh(g)
         elif t == self.start:
-            self.rebuild(g, s, t)
+            self.refresh_preconditioner(g, s, t)
         if self.preconditioner == "eigenvalue":
             inner = project(x, **_stored(s, "root"))
             _second(s.exp_avg_sq.unflatten(-2, (-1, x.shape[-2])), inner, b2, summed)
@@ -131,7 +133,7 @@ class Shampoo(Averaging):
             d = d * (norm(self._cut(grafted)) / (norm(d) + 1e-16))
         return joined(d, *self._merged(*g.shape[-2:])).reshape(g.shape)
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
         roots, sizes = _stored(s, "root"), self._sizes(*g.shape[-2:])
         for side, factors in self._factors(g, s, t).items():
             for i, size in enumerate(sizes[side]):
@@ -149,7 +151,7 @@ class Shampoo(Averaging):
             order = 1 / self._exponent(sides)
             root.copy_(inverse_root(factor, order, eps=self.eps, method=self.root, previous=root))
 
-    def goes_stale(self) -> bool:  # noqa: D102
+    def measures_staleness(self) -> bool:  # noqa: D102
         return self.preconditioner == "eigenvalue" or not self.exponent or (1 / self.exponent) % 1 == 0
 
     def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
@@ -181,9 +183,9 @@ class Shampoo(Averaging):
         b1, b3 = self.betas[0], self.betas[0] if self.beta3 is None else self.beta3
         if not hasattr(s, "exp_avg"):
             return g
-        n = g.lerp(self.blended(s, t - 1), b3)
-        self.averaged(s, g, b1, t)
-        return n / (1 - b3 * (1 - self.mass(b1, t - 1))) if self.correct_bias else n
+        n = g.lerp(self.ema(s, t - 1), b3)
+        self.update_ema(s, g, b1, t)
+        return n / (1 - b3 * (1 - self.bias_correction(b1, t - 1))) if self.correct_bias else n
 
     def _grafted(self, n: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         if not hasattr(s, "graft_sq"):

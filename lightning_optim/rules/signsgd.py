@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import Averaging, Rule, zeros
+from lightning_optim.core.rule import MomentumRule, Rule, zeros
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SignSGD(Rule):
     d = sign(g)
 
     With `lr_convention="native"` use a learning rate like Lion's, 3 to 10 times below AdamW's. Ranks average their
-    gradients first, as for every rule, or vote on the signs, one byte per element (`Executor.compress`, Alg. 3).
+    gradients first, as for every rule, or vote on the signs, one byte per element (`RuleOptimizer.compress`, Alg. 3).
     """
 
     lr: float = 1e-4
@@ -37,7 +37,7 @@ class SignSGD(Rule):
 
 
 @dataclass(frozen=True)
-class Signum(Averaging, SignSGD):
+class Signum(MomentumRule, SignSGD):
     """Signum: the sign of a running mean of the gradients.
 
     m <- momentum m + (1 - momentum) g;  d = sign(m)
@@ -65,4 +65,4 @@ class Signum(Averaging, SignSGD):
             raise ValueError(f"signum: momentum must be below 1, got {self.momentum}")
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        return s.vote(self.averaged(s, g, self.momentum, t))
+        return s.vote(self.update_ema(s, g, self.momentum, t))

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, Rule, Slot, zeros
+from lightning_optim.core.rule import ADAMW_RMS, MomentumRule, Rule, StateSpec, zeros
 from lightning_optim.ops.moments import average_square_
 from lightning_optim.ops.norms import normalized, rms
 from lightning_optim.ops.projection import lift, project
@@ -17,7 +17,7 @@ from lightning_optim.rules.rotated import Factors, Rotated, RotationDtype, Sides
 
 
 @dataclass(frozen=True)
-class SOAP(Averaging, Rotated):
+class SOAP(MomentumRule, Rotated):
     """SOAP: Adam in the eigenbasis of Shampoo's factors.
 
     G' = Q_L^T G Q_R;  M <- b1 M + (1 - b1) G';  V <- b2 V + (1 - b2) G'^2
@@ -59,7 +59,7 @@ class SOAP(Averaging, Rotated):
     search: ClassVar = Rule.search | {"betas": ((0.95, 0.95), (0.9, 0.95))}
     decay: ClassVar = "after"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         moments = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
         return moments | self.rotation(m, n, vector=vector)
 
@@ -67,7 +67,7 @@ class SOAP(Averaging, Rotated):
         sides = super().rotated_sides(m, n)
         return tuple(x for x in sides if x == "right" and self.precondition_1d) if vector else sides
 
-    def rests(self, t: int) -> bool:  # noqa: D102
+    def skips_update(self, t: int) -> bool:  # noqa: D102
         return t == 1 and self.skip_first
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
@@ -82,7 +82,7 @@ class SOAP(Averaging, Rotated):
                 return g
         turned = self.turned(g, s)
         (b1, b2), k = self.betas, t - self.skip_first
-        m = self.averaged(s, turned, b1, k)
+        m = self.update_ema(s, turned, b1, k)
         average_square_(s.exp_avg_sq, turned, b2)
         scale = s.exp_avg_sq.sqrt()
         scale += self.eps + (self.floor * rms(scale) if self.floor else 0.0)
@@ -90,14 +90,14 @@ class SOAP(Averaging, Rotated):
         if self.normalize_grads:
             d = normalized(d)
         if self.correct_bias:
-            d = d * ((1 - b2**k) ** 0.5 / self.mass(b1, k))
+            d = d * ((1 - b2**k) ** 0.5 / self.bias_correction(b1, k))
         if t > 1:
             self.accumulate(g, s, weight, t)
             s.refresh(g)
         return d
 
-    def rebuild(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
-        outside = {name: lift(getattr(s, name), **by_side(s, "basis")) for name in self.means()}
-        super().rebuild(g, s, t)
+    def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
+        outside = {name: lift(getattr(s, name), **by_side(s, "basis")) for name in self.ema_names()}
+        super().refresh_preconditioner(g, s, t)
         for name, m in outside.items():
             setattr(s, name, project(m, **by_side(s, "basis")))

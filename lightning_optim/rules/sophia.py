@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import ADAMW_RMS, Averaging, Observable, Rule, zeros
+from lightning_optim.core.rule import ADAMW_RMS, CurvatureInput, MomentumRule, Rule, zeros
 
 
 @dataclass(frozen=True)
-class SophiaH(Averaging):
+class SophiaH(MomentumRule):
     """Sophia-H: momentum over Hutchinson's estimate of the Hessian's diagonal, clipped.
 
     m <- b1 m + (1 - b1) g;  d = clip(m / max(rho h, eps), 1);  h <- b2 h + (1 - b2) u * (H u), every k steps
@@ -41,16 +41,16 @@ class SophiaH(Averaging):
     source: ClassVar = "Liu et al. 2023, arXiv:2305.14342, Alg. 3 with Alg. 1"
     state: ClassVar = {"exp_avg": zeros("mn"), "hessian": zeros("mn")}
     elementwise: ClassVar = True
-    observes: ClassVar[Observable | None] = "hutchinson"
+    curvature_input: ClassVar[CurvatureInput | None] = "hutchinson"
     search: ClassVar = Rule.search | {"rho": (0.01, 0.1)}
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return ADAMW_RMS
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        return (self.averaged(s, g, self.betas[0], t) / self._scale(s.hessian)).clamp_(-1, 1)
+        return (self.update_ema(s, g, self.betas[0], t) / self._scale(s.hessian)).clamp_(-1, 1)
 
-    def observe(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
+    def update_curvature(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
         s.hessian.lerp_(self._estimate(seen).to(s.hessian.dtype), 1 - self.betas[1])
         return {"win_rate": s.exp_avg.abs() < self._scale(s.hessian)}
 
@@ -89,11 +89,11 @@ class SophiaG(SophiaH):
     name: ClassVar = "sophia_g"
     source: ClassVar = "Liu et al. 2023, arXiv:2305.14342, Alg. 3 with Alg. 2; step as in the authors' code"
     state: ClassVar = {"exp_avg": zeros("mn"), "hessian": zeros("mn", nonnegative=True)}
-    observes: ClassVar[Observable | None] = "gauss_newton"
+    curvature_input: ClassVar[CurvatureInput | None] = "gauss_newton"
     search: ClassVar = Rule.search | {"rho": (0.04, 0.1)}
 
-    def observe(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
-        said = super().observe(seen, s)
+    def update_curvature(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
+        said = super().update_curvature(seen, s)
         s.hessian.clamp_(min=0)  # Hutchinson's estimate can be negative
         return said
 

@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core.rule import Landscape, Searching, Slot, zeros
+from lightning_optim.core.rule import GlobalStepRule, Objective, StateSpec, zeros
 from lightning_optim.ops.secant import cubic_step, held, names, push, sr1
 
 
 @dataclass(frozen=True)
-class SR1Cubic(Searching):
+class SR1Cubic(GlobalStepRule):
     """Limited-memory SR1 with a cubic model, of all parameters as one vector.
 
     s = argmin m(s),  m(s) = g^T s + 1/2 s^T B s + mu/3 Phi(s)^3;  rho = (f(x) - f(x + s)) / -m(s)
@@ -44,7 +44,7 @@ class SR1Cubic(Searching):
     source: ClassVar = "Ranganath, Singhal & Marcia 2025, arXiv:2502.12298 (ARCs-LSR1)"
     search: ClassVar = {"lr": (1.0, 0.5, 0.25, 2.0, 0.125), "reach": (1.0, 10.0)}
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, Slot]:  # noqa: D102
+    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # the pairs, oldest first, and D
         return {**dict.fromkeys(names(self.history), zeros("mn", exact=True)), "reach": zeros("11", torch.float64)}
 
@@ -62,7 +62,7 @@ class SR1Cubic(Searching):
         if not 0 < self.eta[0] < self.eta[1] < 1:
             raise ValueError(f"sr1_cubic: eta must be (low, high) with 0 < low < high < 1, got {self.eta}")
 
-    def find(self, at: Landscape, s: SimpleNamespace) -> Tensor:  # noqa: D102
+    def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
         pairs = held(s, self.history)
         reach = float(s.reach) or self.reach
         step, turned, least = cubic_step(at.gradient, *sr1(*pairs), mu=self.mu, reach=reach)

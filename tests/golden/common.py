@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from lightning_optim import Executor
+from lightning_optim import RuleOptimizer
 
 Params = dict[str, Parameter]
 Case = dict[str, Any]
@@ -32,7 +32,7 @@ def _inject_basis(optimizer: torch.optim.Optimizer, params: Params, case: Case) 
                     optimizer.state[p][f"basis_{side}"].copy_(basis)
 
 
-def injected(optimizer: Executor, params: Params, case: Case) -> Executor:
+def injected(optimizer: RuleOptimizer, params: Params, case: Case) -> RuleOptimizer:
     """The optimizer, which takes over the recorded first eigenbases, if there are any."""
     if case.get("inject"):
         optimizer.register_step_post_hook(lambda opt, *_: _inject_basis(opt, params, case))

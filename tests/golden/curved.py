@@ -8,25 +8,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_optim import KFAC, LBFGS, Executor, SophiaG, SophiaH
-from lightning_optim.curvature import Feed
+from lightning_optim import KFAC, LBFGS, RuleOptimizer, SophiaG, SophiaH
+from lightning_optim.curvature import CurvatureEstimator
 from tests.golden import replay
 from tests.golden.common import Case, Params
 
 
-def _sophia_g(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _sophia_g(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """Of the authors: step(bs) with a default of 5120."""
     h["tokens"] = h.pop("bs", 5120)
     return _shown(SophiaG(params.items(), **h), params)
 
 
-def _sophia_paper(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _sophia_paper(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """The estimate itself is recorded, whichever it was."""
     h["rho"] = h.pop("gamma", 0.01)
     return _shown(SophiaH(params.items(), **h), params)
 
 
-def _kfac(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _kfac(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """Of kfac-pytorch and torch's SGD. The feed needs the passes through a module, so they are taken in the step."""
     given, sgd = dict(h["kfac"]), dict(h["sgd"])
     optimizer = KFAC(
@@ -48,20 +48,20 @@ def _kfac(params: Params, h: dict[str, Any], case: Case) -> Executor:
     def loss(batch: Any) -> Tensor:
         return 0.5 * (model(x) - y).square().sum(1).mean()
 
-    feed, step = Feed(model, optimizer, loss), optimizer.step
+    feed, step = CurvatureEstimator(model, optimizer, loss), optimizer.step
 
     def passing(closure: Any = None) -> Any:
         optimizer.zero_grad()
-        feed.see(x)
+        feed.record_batch(x)
         loss(x).backward()
-        feed.ready()
+        feed.estimate()
         return step(closure)
 
     optimizer.step = passing
     return optimizer
 
 
-def _lbfgs(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _lbfgs(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return LBFGS(params.items(), **{"history_size": 100, **h})
 
 
@@ -71,17 +71,17 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-def _shown(optimizer: Executor, params: Params) -> Executor:
-    optimizer.fed = True
+def _shown(optimizer: RuleOptimizer, params: Params) -> RuleOptimizer:
+    optimizer.has_curvature = True
 
     def update_hessian(found: dict[str, Tensor], t: int) -> None:
-        optimizer.observe({params[name]: SimpleNamespace(value=x, count=1) for name, x in found.items()})
+        optimizer.update_curvature({params[name]: SimpleNamespace(value=x, count=1) for name, x in found.items()})
 
     optimizer.update_hessian = update_hessian  # pyright: ignore[reportAttributeAccessIssue]
     return optimizer
 
 
-FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], RuleOptimizer]] = {
     "KFAC": _kfac,
     "LBFGS": _lbfgs,
     "Sophia-G": _sophia_g,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_optim import KLSOAP, AdamW, Executor, Muon, MuonSq, Muown, NorMuon, SinkSOAP
+from lightning_optim import KLSOAP, AdamW, Muon, MuonSq, Muown, NorMuon, RuleOptimizer, SinkSOAP
 from tests.golden.common import Case, Params, injected
 
 POLAR: dict[str, Any] = {"ns_steps": 12, "ns_coefficients": "converged", "ns_dtype": "float32"}
@@ -22,7 +22,7 @@ def _floor(h: Case) -> dict[str, Any]:
     return {"uw_floor": h["target_uw"]} if h.get("target_uw") else {}
 
 
-def _soap_muon_278(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _soap_muon_278(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """Matrices that are not preconditioned are NorMuon's."""
     contra = {"contra": h["contra_muon"], "contra_size": "power"}
     shared = {**_momentum(h), **_floor(h), **contra, "weight_decay": 0.0}
@@ -40,10 +40,10 @@ def _soap_muon_278(params: Params, h: dict[str, Any], case: Case) -> Executor:
         {"params": chosen, "rule": "soap_muon", **shared, **soap},
         {"params": others, "rule": "normuon", **shared, "lines": "longer"},
     ]
-    return injected(Executor([g for g in groups if g["params"]]), params, case)
+    return injected(RuleOptimizer([g for g in groups if g["params"]]), params, case)
 
 
-def _soap_muon_321(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _soap_muon_321(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     settings = {**_momentum(h), "beta2": h["soap_beta2"], "refresh": f"fixed:{h['precondition_frequency']}"}
     settings |= _floor(h)
     if h.get("row_floor"):
@@ -62,10 +62,10 @@ def _soap_muon_321(params: Params, h: dict[str, Any], case: Case) -> Executor:
         {"params": gated, "rule": "soap_muon", **settings, "trust_gate": gate},
         {"params": others, "rule": "soap_muon", **settings},
     ]
-    return injected(Executor([g for g in groups if g["params"]]), params, case)
+    return injected(RuleOptimizer([g for g in groups if g["params"]]), params, case)
 
 
-def _kl_soap_h(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _kl_soap_h(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     optimizer = KLSOAP(
         params.items(),
         lr=h["lr"],
@@ -78,29 +78,29 @@ def _kl_soap_h(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return injected(optimizer, params, case)
 
 
-def _muon_h(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _muon_h(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return Muon(params.items(), **_momentum(h), **HYPERBALL)
 
 
-def _nor_muon_h(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _nor_muon_h(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return NorMuon(params.items(), **_momentum(h), beta2=h["beta2"], lines="longer", **HYPERBALL)
 
 
-def _adam_h(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _adam_h(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return AdamW(params.items(), lr=h["lr"], betas=tuple(h["betas"]), eps=h["eps"], **HYPERBALL)
 
 
-def _muon_sq(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _muon_sq(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     decay = h.get("weight_decay", 0.0125)
     return MuonSq(params.items(), **_momentum(h), beta2=h["beta2"], inner_eps=h["eps"], weight_decay=decay)
 
 
-def _contra_muon(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _contra_muon(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     contra = {"contra": h["contra_muon"], "contra_size": "power", "lines": "longer"}
     return NorMuon(params.items(), **_momentum(h), **_floor(h), **contra)
 
 
-def _sink_soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _sink_soap(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return SinkSOAP(
         params.items(),
         lr=h["lr"],
@@ -114,7 +114,7 @@ def _sink_soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
     )
 
 
-def _muown(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _muown(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return Muown(
         params.items(),
         lr=h["lr"],
@@ -129,7 +129,7 @@ def _muown(params: Params, h: dict[str, Any], case: Case) -> Executor:
     )
 
 
-FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], RuleOptimizer]] = {
     "AdamH": _adam_h,
     "ContraMuon": _contra_muon,
     "KLSOAPH": _kl_soap_h,

@@ -20,11 +20,11 @@ from lightning_optim import (
     AdamW,
     AMSGrad,
     EMANesterov,
-    Executor,
     Lion,
     Muon,
     NorMuon,
     RMSprop,
+    RuleOptimizer,
     SignSGD,
     Signum,
 )
@@ -60,67 +60,67 @@ FLOAT32: dict[str, Any] = {"ns_dtype": "float32"}
 the product). Their bfloat16 cases are compared with a float32 iteration, for which the tolerance was recorded."""
 
 
-def _plain(cls: Callable[..., Executor]) -> Callable[[Params, dict[str, Any], Case], Executor]:
+def _plain(cls: Callable[..., RuleOptimizer]) -> Callable[[Params, dict[str, Any], Case], RuleOptimizer]:
     return lambda params, h, case: cls(params.items(), **h)
 
 
-def _adafactor(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _adafactor(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     if "eps" in h:
         h["eps1"], h["eps2"] = h.pop("eps")
     return Adafactor(params.items(), **h)
 
 
-def _adafactor_hf(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _adafactor_hf(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return AdafactorHF(params.items(), **{"lr": 1e-2, **{k: v for k, v in h.items() if v is not None}})
 
 
-def _adam_uncorrected(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _adam_uncorrected(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return Adam(params.items(), **h, correct_bias=False)
 
 
-def _lamb(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _lamb(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return LAMB(params.items(), **h, exclude_vectors=False)
 
 
-def _lars_paper(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _lars_paper(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     h["trust_coefficient"] = h.pop("trust", 1e-3)
     return LARS(params.items(), **h, exclude_vectors=False, lr_in_momentum=True, zero_gradient_rate="one")
 
 
-def _signsgd(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _signsgd(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     momentum = h.pop("momentum", 0.9)
     return Signum(params.items(), momentum=momentum, **h) if momentum else SignSGD(params.items(), **h)
 
 
-def _lion(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _lion(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     if h.pop("decoupled_weight_decay", False):  # lion-pytorch divides by the initial learning rate
         h["weight_decay"] = h.get("weight_decay", 0.0) / h.get("lr", 1e-4)
     return Lion(params.items(), **h)
 
 
-def _muon_torch(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _muon_torch(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     defaults = {"lr": 1e-3, "weight_decay": 0.1}
     h["scale"] = h.pop("adjust_lr_fn", None) or "original"
     return Muon(params.items(), **{**defaults, **h, **_torch_iteration(case)})
 
 
-def _muon_keller_jordan(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _muon_keller_jordan(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return Muon(params.items(), **{"lr": 0.02, **h, **FLOAT32})
 
 
-def _hybrid(params: Params, muon: dict[str, Any], adam: dict[str, Any]) -> Executor:
+def _hybrid(params: Params, muon: dict[str, Any], adam: dict[str, Any]) -> RuleOptimizer:
     hidden, rest = split(params)
     groups = [{"params": hidden, "rule": "muon", **muon}, {"params": rest, "rule": "adamw", **adam}]
-    return Executor([g for g in groups if g["params"]])
+    return RuleOptimizer([g for g in groups if g["params"]])
 
 
-def _muon_aux_adam(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _muon_aux_adam(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     adam = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
     muon = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, **FLOAT32}
     return _hybrid(params, {**muon, **h["muon"]}, {**adam, **h["adam"]})
 
 
-def _muon_moonlight(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _muon_moonlight(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     h = {"lr": 1e-3, "wd": 0.1, "momentum": 0.95, "nesterov": True, "ns_steps": 5, **h}
     shared = {"lr": h["lr"], "weight_decay": h["wd"]}
     muon = {k: h[k] for k in ("momentum", "nesterov", "ns_steps")}
@@ -128,7 +128,7 @@ def _muon_moonlight(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return _hybrid(params, {**shared, **muon, "scale": "match_rms_adamw", **FLOAT32}, {**shared, **adam})
 
 
-def _normuon(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _normuon(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """Of microsoft/dion: momentum without Nesterov and Polar Express by default, the scale under `adjust_lr`."""
     scale: dict[str | None, Any] = {"spectral_norm": "spectral", "rms_norm": "match_rms_adamw", None: "none"}
     polar = h.get("use_polar_express", True)
@@ -148,7 +148,7 @@ def _normuon(params: Params, h: dict[str, Any], case: Case) -> Executor:
     )
 
 
-def _adam_mini(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _adam_mini(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """Of adam-mini 1.1.1: blocks by the reference's own substrings of lower-cased names, first match wins."""
     dim, heads = h.pop("dim"), h.pop("n_heads")
     h.pop("n_kv_heads", None)
@@ -167,10 +167,10 @@ def _adam_mini(params: Params, h: dict[str, Any], case: Case) -> Executor:
         else:
             settings["block"] = "row" if any(k in low for k in rows) else "matrix"
         groups.append({"params": [(name, p)], "rule": "adam_mini", "name": name, **settings})
-    return Executor(groups)
+    return RuleOptimizer(groups)
 
 
-def _soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _soap(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     h.pop("merge_dims", None)
     h.pop("data_format", None)
     beta = h.pop("shampoo_beta", -1)
@@ -178,13 +178,13 @@ def _soap(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return injected(SOAP(params.items(), **h, shampoo_beta=None if beta < 0 else beta), params, case)
 
 
-def _adamw8bit_bitsandbytes(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _adamw8bit_bitsandbytes(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """Recorded on a CPU, where bitsandbytes rounds to an even grid first."""
     smallest = h.pop("min_8bit_size", 4096)
     return AdamW(params.items(), **h, state_storage="int8_grid", storage_min=smallest)
 
 
-def _adamw8bit_torchao(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _adamw8bit_torchao(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """torchao quantises only tensors of whole blocks."""
     block = h.pop("block_size", 256)
     whole = {n: p for n, p in params.items() if p.numel() % block == 0}
@@ -195,13 +195,13 @@ def _adamw8bit_torchao(params: Params, h: dict[str, Any], case: Case) -> Executo
     return AdamW([g for g in groups if g["params"]], **h)
 
 
-def _ema_nesterov(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _ema_nesterov(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     inner = AdamW(params.items(), lr=h["lr"], betas=h["betas"], weight_decay=h["weight_decay"])
     steps = {"start": h["prefill_steps"], "stop": h["rest_steps"]}
     return inner.wrap(EMANesterov(h["lookahead_stepsize"], h["lookahead_ema"], **steps))
 
 
-FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], RuleOptimizer]] = {
     "CAME": _plain(CAME),
     "AMSGrad": _plain(AMSGrad),
     "Adafactor-HF": _adafactor_hf,

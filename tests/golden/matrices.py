@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import RACS, SWAN, Alice, Alice0, Dion, EigenAdam, Executor, PSGDKron, Shampoo
-from lightning_optim.core import work
+from lightning_optim import RACS, SWAN, Alice, Alice0, Dion, EigenAdam, PSGDKron, RuleOptimizer, Shampoo
+from lightning_optim.core.step import work
 
 Params = dict[str, Parameter]
 Case = dict[str, Any]
 
 
-def _racs(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _racs(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return RACS(params.items(), limit=h.pop("gamma", 1.01), iterations=h.pop("iters", 5), **h)
 
 
-def _swan(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _swan(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return SWAN(params.items(), **h, root="eigh")  # recorded with the exact root
 
 
-def _eigen_adam(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _eigen_adam(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     return EigenAdam(params.items(), refresh=_multiples(h.pop("interval", 200)), **h)
 
 
@@ -34,12 +34,12 @@ def _multiples(interval: int) -> str:
     return f"fixed:{interval}:{interval}"
 
 
-def _dion(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _dion(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     optimizer = Dion(params.items(), momentum=h.pop("mu", 0.95), **h)
     return _injected(optimizer, params, lambda name, t: case["inject"].get(f"Q_{t - 1}/{name}"))
 
 
-def _injected(optimizer: Executor, params: Params, recorded: Callable[[str, int], Tensor | None]) -> Executor:
+def _injected(optimizer: RuleOptimizer, params: Params, recorded: Callable[[str, int], Tensor | None]) -> RuleOptimizer:
     """Replace the random numbers that rules draw by recorded ones."""
     names, draw, step = {id(p): name for name, p in params.items()}, work._noise, optimizer.step
 
@@ -56,7 +56,7 @@ def _injected(optimizer: Executor, params: Params, recorded: Callable[[str, int]
     return optimizer
 
 
-def _cosmos(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _cosmos(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """Vectors run the reference's own Adam, whose first moment has a weight of 0.1 whatever beta1 is."""
     vectors = [(n, p) for n, p in params.items() if p.ndim < 2]
     matrices = [(n, p) for n, p in params.items() if p.ndim >= 2]
@@ -68,11 +68,11 @@ def _cosmos(params: Params, h: dict[str, Any], case: Case) -> Executor:
         {"params": matrices, "rule": "cosmos", **h, "ns_dtype": "float32"},
         {"params": vectors, "rule": "adamw", **adam},
     ]
-    return Executor([g for g in groups if g["params"]])
+    return RuleOptimizer([g for g in groups if g["params"]])
 
 
-def _alice(cls: Callable[..., Executor]) -> Callable[[Params, dict[str, Any], Case], Executor]:
-    def made(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _alice(cls: Callable[..., RuleOptimizer]) -> Callable[[Params, dict[str, Any], Case], RuleOptimizer]:
+    def made(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
         optimizer = cls(params.items(), refresh=_multiples(h.pop("interval", 200)), limit=h.pop("gamma", 1.01), **h)
         names, refresh, step = {id(p): name for name, p in params.items()}, work._refresh, optimizer.step
 
@@ -92,7 +92,7 @@ def _alice(cls: Callable[..., Executor]) -> Callable[[Params, dict[str, Any], Ca
     return made
 
 
-def _psgd_kron(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _psgd_kron(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """Of pytorch_optimizer: an update counter, so a probability of 0.2 fits at steps 5, 10, 15."""
     interval = round(1 / h.pop("pre_conditioner_update_probability"))
     h.pop("balance_prob", None)
@@ -100,7 +100,7 @@ def _psgd_kron(params: Params, h: dict[str, Any], case: Case) -> Executor:
     return _injected(optimizer, params, lambda name, t: case["inject"].get(f"probe_{t}/{name}"))
 
 
-def _shampoo_distributed(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _shampoo_distributed(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """Of facebookresearch/optimizers: a beta2 of 1 is a sum, a start of -1 the first multiple of the interval."""
     beta1, beta2 = h.pop("betas", (0.9, 1.0))
     interval = h.pop("precondition_frequency", 1)
@@ -128,7 +128,7 @@ def _shampoo_distributed(params: Params, h: dict[str, Any], case: Case) -> Execu
     )
 
 
-def _shampoo_paper(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _shampoo_paper(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     """Of pytorch_optimizer: the paper's sums; before the first multiple of the interval only the decay acts."""
     interval = h.get("preconditioning_compute_steps", 1)
     decoupled = h.get("weight_decouple", False)
@@ -148,7 +148,7 @@ def _shampoo_paper(params: Params, h: dict[str, Any], case: Case) -> Executor:
     )
 
 
-FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], RuleOptimizer]] = {
     "Alice": _alice(Alice),
     "Alice-0": _alice(Alice0),
     "COSMOS": _cosmos,

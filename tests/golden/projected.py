@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from lightning_optim import Executor
-from lightning_optim.core.work import Job
+from lightning_optim import RuleOptimizer
+from lightning_optim.core.step.work import Job
 from lightning_optim.rules.projected import Subspace
 from tests.golden.common import Case, Params, split
 
 
-class Recorded(Executor):
+class Recorded(RuleOptimizer):
     """Takes projections from a recording where it would compute them; one group per projected parameter."""
 
     def __init__(self, groups: list[dict[str, Any]], case: Case) -> None:
@@ -23,16 +23,16 @@ class Recorded(Executor):
     def _run(self, job: Job) -> None:
         name = job.group["name"]
 
-        def rebuild(rule: Subspace, g: torch.Tensor, s: Any, t: int) -> None:
+        def refresh_preconditioner(rule: Subspace, g: torch.Tensor, s: Any, t: int) -> None:
             found = {slot: self.inject.get(f"{key}_{t}/{name}") for slot, key in _sides(rule, g).items()}
             if any(x is None for x in found.values()):
-                type(job.rule).rebuild(rule, g, s, t)
+                type(job.rule).refresh_preconditioner(rule, g, s, t)
             for slot, x in found.items():
                 if x is not None:
                     setattr(s, slot, (x.mT if "right" in slot else x).to(g)[None])
 
         if isinstance(job.rule, Subspace):
-            recorded = type("Recorded", (type(job.rule),), {"rebuild": rebuild})
+            recorded = type("Recorded", (type(job.rule),), {"refresh_preconditioner": refresh_preconditioner})
             job = job._replace(rule=recorded(**vars(job.rule)))
         super()._run(job)
 
@@ -47,7 +47,7 @@ def _sides(rule: Subspace, g: torch.Tensor) -> dict[str, str]:
 def _projected(rule: str, defaults: dict[str, Any], names: dict[str, str]):
     """A reference class with a projector: matrices with a recorded projection, the others in plain Adam steps."""
 
-    def build(params: Params, h: dict[str, Any], case: Case) -> Executor:
+    def build(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
         h = {**defaults, **h}
         h["refresh"] = f"fixed:{h.pop('update_proj_gap')}"
         h = {names.get(k, k): v for k, v in h.items()}
@@ -65,21 +65,21 @@ _galore = _projected("galore", PROJECTOR, {"proj_type": "side"})
 _fira = _projected("fira", {**LIMITED, "alpha": 1.0, "residual_uses_alpha": True}, {"proj_type": "side"})
 
 
-def _galore_adafactor(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _galore_adafactor(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     rate = {"decay_rate": h.pop("decay_rate")} if "decay_rate" in h else {}
     lr = {} if h.get("lr") is not None else {"lr": 1e-2}  # relative steps
     defaults = {**PROJECTOR, "scale": 1.0, "scale_parameter": True, "relative_step": True}
     return _projected("galore_adafactor", defaults, {"proj_type": "side"})(params, {**h, **rate, **lr}, case)
 
 
-def _apollo(params: Params, h: dict[str, Any], case: Case) -> Executor:
+def _apollo(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     h.pop("proj_type", None)  # the standard one
     h["projection"] = h.pop("proj", "random")
     limit = {"limit": None} if h.pop("disable_nl", False) else {}
     return _projected("apollo", LIMITED, {})(params, {**h, **limit}, case)
 
 
-FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], Executor]] = {
+FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], RuleOptimizer]] = {
     "APOLLO": _apollo,
     "Fira": _fira,
     "GaLore": _galore,

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_optim.core import layout
+from lightning_optim.core.parallel import sharding
 from lightning_optim.diagnostics import figures, view
-from lightning_optim.diagnostics.report import Pace, Report, checked, over_ranks, summed
+from lightning_optim.diagnostics.report import OverheadBudget, Report, checked, over_ranks, summed
 
 T = TypeVar("T")
 ENTRIES: Mapping[str, Callable[[], Any]] = {
@@ -109,7 +109,7 @@ class Probe:
     def __init__(self, every: int, max_overhead: float, detail: bool = False) -> None:
         if every < 1 or not max_overhead > 0:
             raise ValueError(f"{self.name}: needs every >= 1 and max_overhead > 0, got {every}, {max_overhead}")
-        self.pace = Pace(every, max_overhead)
+        self.pace = OverheadBudget(every, max_overhead)
         self.detail, self.picture_every = detail, 1
         self.filled: set[str] = set()
         self._lines: dict[str, Lines] = {}
@@ -233,7 +233,7 @@ class Probe:
         run = self.run
         if run is None or run.ranks == 1:
             return
-        device = layout.local(run.optimizer.param_groups[0]["params"][0]).device
+        device = sharding.local(run.optimizer.param_groups[0]["params"][0]).device
         if summed(torch.tensor([float(failed)], device=device)).sum() > 0:
             raise OtherRankError
 
@@ -329,7 +329,7 @@ class Probe:
             with self._timed():
                 self.finish(self.run, report)
                 self._show(report)
-            self._judge(report)
+            self._adapt_interval(report)
         return report
 
     def draws(self) -> bool:
@@ -453,10 +453,10 @@ class Probe:
                 self._agree()
             self._sampled = self._together = False
 
-    def _judge(self, report: Report) -> None:
+    def _adapt_interval(self, report: Report) -> None:
         """Note the cost, agreed on by all ranks so that they keep measuring together."""
         assert self.run is not None
-        device = layout.local(self.run.optimizer.param_groups[0]["params"][0]).device
+        device = sharding.local(self.run.optimizer.param_groups[0]["params"][0]).device
         trained = self.pace._since
         agreed = over_ranks(torch.tensor([self._cost, trained], dtype=torch.float64, device=device)) / self.run.ranks
         self._together = False

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_optim.core import chunks, layout
+from lightning_optim.core import matrix_views
+from lightning_optim.core.parallel import collectives
 from lightning_optim.diagnostics import figures, hessian, lanczos, view
 from lightning_optim.diagnostics.hessian import Hessian
 from lightning_optim.diagnostics.probes.base import Probe, Run, found_entries
@@ -369,7 +370,7 @@ def starts_of(runs: Sequence[lanczos.Ritz]) -> Tensor:
 
 def _average(tensors: Sequence[Tensor]) -> None:
     before_exchange()
-    layout.average_(tensors)
+    collectives.average_(tensors)
 
 
 def first_sequences(batch: Any, count: int | None) -> Any:
@@ -459,7 +460,9 @@ def scaling_root(e: view.Entry, state: Mapping[str, Any]) -> Callable[[Tensor], 
         y = y * root
         y = y if left is None else left @ y
         y = y if right is None else y @ right.mT
-        return chunks.turned(y.reshape(chunks.turned(e.param, e.transposed).shape), e.transposed).to(x.dtype)
+        return matrix_views.transpose_if(
+            y.reshape(matrix_views.transpose_if(e.param, e.transposed).shape), e.transposed
+        ).to(x.dtype)
 
     return apply
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core import layout
+from lightning_optim.core.parallel import sharding
 from lightning_optim.core.rule import ADAMW_RMS
 from lightning_optim.diagnostics import figures, view
 from lightning_optim.diagnostics.probes.base import History, Probe, Run, found_entries
@@ -79,7 +79,7 @@ class Health(Probe):
             setattr(self, key, state[key])
 
     def before(self, run: Run) -> None:  # noqa: D102
-        self._samples = {id(e.param): _sample(layout.local(e.param)).clone() for e in found_entries(run)}
+        self._samples = {id(e.param): _sample(sharding.local(e.param)).clone() for e in found_entries(run)}
 
     def always(self, run: Run, advanced: bool) -> None:  # noqa: D102
         self.skipped += not advanced
@@ -95,13 +95,13 @@ class Health(Probe):
         counts = [e.param.numel() for e in found]
 
         def moved(e: view.Entry) -> Tensor:
-            own, start = layout.local(e.param), self._samples[id(e.param)]
+            own, start = sharding.local(e.param), self._samples[id(e.param)]
             part = (_sample(own) - start).square().sum(dtype=torch.float64)
             return part * (own.numel() / max(1, start.numel()))
 
-        weights = view.reduce_local(found, lambda e: _square(layout.local(e.param)), run.ranks)
+        weights = view.reduce_local(found, lambda e: _square(sharding.local(e.param)), run.ranks)
         updates = view.reduce_local(found, moved, run.ranks)
-        gradients = view.reduce_local(found, lambda e: _square(layout.local_gradient(e.param)), run.ranks)
+        gradients = view.reduce_local(found, lambda e: _square(sharding.local_gradient(e.param)), run.ranks)
         sums = over_ranks(torch.cat([weights, updates, gradients])).cpu().view(3, -1)
         self._samples = {}
         present = [e.param.grad is not None for e in found]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lightning_optim.core import layout
+from lightning_optim.core.parallel import sharding
 from lightning_optim.diagnostics import memory
 from lightning_optim.diagnostics.memory import MIB
 from lightning_optim.diagnostics.probes.base import Probe, Run
@@ -193,7 +193,7 @@ def _checkpoint(find: Callable[[], Path | None] | None) -> int | None:
 def _across(run: Run, found: Mapping[str, float]) -> dict[str, float]:
     """Sums and maxima over ranks."""
     keys = sorted(found)
-    device = layout.local(next(run.model.parameters())).device
+    device = sharding.local(next(run.model.parameters())).device
     table = torch.zeros(run.ranks, len(keys), dtype=torch.float64, device=device)
     table[run.rank] = torch.tensor([found[k] for k in keys], dtype=torch.float64)
     table = over_ranks(table.flatten()).cpu().view(run.ranks, -1) / MIB

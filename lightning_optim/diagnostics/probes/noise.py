@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_optim.core import layout
+from lightning_optim.core.parallel import sharding
 from lightning_optim.diagnostics import noise, view
 from lightning_optim.diagnostics.hessian import measuring
 from lightning_optim.diagnostics.probes.base import Probe, Run, found_entries
@@ -112,7 +112,7 @@ class GradientNoiseScale(Probe):
         if self._found and not self._watched:
             with self._timed(), torch.no_grad():
                 for i, e in enumerate(self._found):
-                    total = layout.local_gradient(e.param)
+                    total = sharding.local_gradient(e.param)
                     if total is not None:
                         last = self._last[i]
                         self._note(i, total if last is None else total - last)
@@ -122,7 +122,7 @@ class GradientNoiseScale(Probe):
         found, watched = self._found, bool(self._watched)
         if not found:
             return None
-        device = layout.local(found[0].param).device
+        device = sharding.local(found[0].param).device
         vectors = [torch.stack([x.to(device) for x in column]) for column in (self._squares, self._sums)]
         calls = torch.tensor(self._calls, dtype=torch.float64, device=device)
         counted = torch.tensor(self._examples, dtype=torch.float64, device=device)
@@ -132,7 +132,7 @@ class GradientNoiseScale(Probe):
             before_exchange()
             result = {k: v.cpu() for k, v in metric.compute().items()}
             finals = [e.param.grad for e in found]
-            square = view.reduce_local(found, lambda e: _square(layout.local_gradient(e.param)), run.ranks)
+            square = view.reduce_local(found, lambda e: _square(sharding.local_gradient(e.param)), run.ranks)
             sums = [torch.zeros(()) if g is None else g.sum(dtype=torch.float64).cpu() for g in finals]
             factor = _common_factor(result["sums"], torch.stack([s.double() for s in sums]))
         else:  # shards: sums over ranks make one process's numbers

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_optim.core.parallel.ownership import assign_owners
 from lightning_optim.core.rule import ADAMW_RMS, hyperparameters
-from lightning_optim.core.travel import assign_owners
 from lightning_optim.diagnostics import figures, spectrum, subspace, view
 from lightning_optim.diagnostics.probes.base import History, Probe, Run, found_entries
 from lightning_optim.diagnostics.report import Report, over_ranks

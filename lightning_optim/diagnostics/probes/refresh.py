@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_optim.core import layout, work
-from lightning_optim.core.executor import Executor
-from lightning_optim.core.groups import rule_of
+from lightning_optim.core.optimizer import RuleOptimizer
+from lightning_optim.core.parallel import sharding
+from lightning_optim.core.param_groups import rule_of
+from lightning_optim.core.step import work
 from lightning_optim.diagnostics import figures
 from lightning_optim.diagnostics.probes.base import History, Probe, Run, SettingError
 from lightning_optim.diagnostics.report import Report, over_ranks
@@ -88,7 +89,7 @@ class PreconditionerRefresh(Probe):
             SettingError: a policy that measures staleness, for a rule that does not define it.
         """
         self.events = []
-        if isinstance(run.optimizer, Executor):
+        if isinstance(run.optimizer, RuleOptimizer):
             for text in self.schedule.values():
                 self._set(run.optimizer, text, only_check=True)
             run.optimizer.on_refresh = self.events.append
@@ -100,7 +101,7 @@ class PreconditionerRefresh(Probe):
                 self._policy = run.optimizer.register_step_pre_hook(lambda *_: self._before_policy(run))
 
     def clear(self) -> None:  # noqa: D102
-        if self.run is not None and isinstance(self.run.optimizer, Executor):
+        if self.run is not None and isinstance(self.run.optimizer, RuleOptimizer):
             self.run.optimizer.on_refresh = None
 
     def stop(self) -> None:  # noqa: D102
@@ -115,12 +116,12 @@ class PreconditionerRefresh(Probe):
 
     def _follow(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         texts = [text for start, text in self.schedule.items() if start <= step]
-        if texts and isinstance(optimizer, Executor):
+        if texts and isinstance(optimizer, RuleOptimizer):
             self._set(optimizer, texts[-1])
 
-    def _set(self, optimizer: Executor, text: str, *, only_check: bool = False) -> None:
+    def _set(self, optimizer: RuleOptimizer, text: str, *, only_check: bool = False) -> None:
         for job in optimizer._jobs():
-            if job.rule.costly and job.group["refresh"] != text:
+            if job.rule.preconditioners and job.group["refresh"] != text:
                 own = job.group["refresh"]
                 job.group["refresh"] = text
                 try:
@@ -132,23 +133,23 @@ class PreconditionerRefresh(Probe):
                     job.group["refresh"] = own
 
     def after(self, run: Run) -> Report | None:  # noqa: D102
-        if not isinstance(run.optimizer, Executor):
+        if not isinstance(run.optimizer, RuleOptimizer):
             return None
         ages: dict[str, float] = {}
         stale: dict[str, Tensor] = {}
         names: list[str] = []
         for job in run.optimizer._jobs():
-            if not job.rule.costly:
+            if not job.rule.preconditioners:
                 continue
             for w in job.works:
                 kept = [t for key, t in w.state.items() if key.partition(".")[0] == "refreshed"]
                 if not kept:
                     continue
                 names.append(w.name)
-                if all(layout.local(t).numel() for t in kept):  # empty on ranks that do not own the matrix
+                if all(sharding.local(t).numel() for t in kept):  # empty on ranks that do not own the matrix
                     ages[w.name] = max(float(record[:, 0].amax()) for record in w.records)
-                    whole = layout.cut_of(w.param) is None
-                    if whole and w.has_gradient and job.rule.goes_stale():
+                    whole = sharding.sharding_of(w.param) is None
+                    if whole and w.has_gradient and job.rule.measures_staleness():
                         w.cost = work.refresh_cost(job.rule, w.parts, vector=w.param.ndim < 2)
                         stale[w.name] = work.staleness(job, w, w.gradient())
         if not names:
@@ -167,7 +168,7 @@ class PreconditionerRefresh(Probe):
         events: list[work.Refresh],
         trained: float,
     ) -> Report:
-        device = layout.local(run.optimizer.param_groups[0]["params"][0]).device
+        device = sharding.local(run.optimizer.param_groups[0]["params"][0]).device
         drifts = [1 - e.overlap for e in events if not math.isnan(e.overlap)]
         seconds = sum(e.seconds for e in events)
         scalars = [len(events), seconds, sum(drifts), len(drifts), trained]

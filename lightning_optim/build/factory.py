@@ -1,0 +1,330 @@
+"""One call from a model to an optimizer: the right rule on every parameter, AdamW's learning rate still valid."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_optim.build.recipes import PRESETS, find
+from lightning_optim.build.recipes import chosen as completed
+from lightning_optim.build.roles import MATRIX_ROLES, Override, applicable_overrides, assign, roles, without_parameters
+from lightning_optim.core.optimizer import RuleOptimizer
+from lightning_optim.core.options import OPTIONS
+from lightning_optim.core.parallel import collectives, sharding
+from lightning_optim.core.parallel.flat_parameters import check_unflattened
+from lightning_optim.core.param_groups import plain, rule_of, settings_of, unused
+from lightning_optim.core.rule import Rule, check_value, lookup, nearest
+from lightning_optim.core.step import constraints
+from lightning_optim.core.step.averaging_methods import EMANesterov, MuLoCo, TailEMA, averages_of
+from lightning_optim.optimizers import CLASSES
+from lightning_optim.schedule import OF_ROLE, ScheduleConfig
+
+_log = logging.getLogger(__name__)
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float | None = None,
+    recipe: str | None = None,
+    preset: str | None = None,
+    weight_decay: float | None = None,
+    rest: str | None = None,
+    rest_lr: float | None = None,
+    rest_settings: Mapping[str, Any] | None = None,
+    lr_convention: str | None = None,
+    overrides: Sequence[Override] = (),
+    last_layer: Literal["rest", "rule"] | None = None,
+    blocks: Literal["layers", "heads"] | None = None,
+    wrap: Mapping[str, Mapping[str, Any]] | None = None,
+    schedule: Mapping[str, Any] | None = None,
+    fused_backward: bool = False,
+    shard_work: bool = False,
+    **settings: Any,
+) -> RuleOptimizer:
+    """Build one optimizer for a whole model.
+
+    Rules for whole matrices (muon) get the hidden matrices and `rest` the embeddings, head and vectors; every other
+    rule gets everything. Vectors are not decayed. The main rule's hidden matrices are group 0, whose learning rate
+    the trainers log. If there is nothing for the main rule, a warning says so.
+
+    Args:
+        model: any module; its trainable parameters are taken.
+        name: of the main rule, `python -m lightning_optim list` prints them.
+        lr: learning rate; with the default convention, AdamW's.
+        recipe: name of published settings (`lightning_optim.build.recipes`) for what is not given here.
+        preset: name of a published pretraining stack (`lightning_optim.build.recipes.PRESETS`), with roles, `schedule` and
+            `wrap`; what is given here goes before. With a learning rate of 1e-3 or less, or adapters, only the rule's
+            hyperparameters are taken, and a warning says so.
+        weight_decay: of everything but vectors; 0 if not given.
+        rest: rule of what the main rule does not take; adamw if not given.
+        rest_lr: its learning rate, `lr` if not given.
+        rest_settings: its hyperparameters.
+        lr_convention: `"adamw"`, if not given, scales every direction to AdamW's RMS; `"native"` takes `lr` as
+            published.
+        overrides: ordered (pattern or role, rule or None, settings); the first match wins. Settings are hyperparameters
+            and options of the executor, `lr_factor`, which multiplies the learning rate and survives schedulers, as
+            they multiply every group's first one, `lr_per_rms`, a learning rate per root mean square of the weights as
+            they are now (how large an embedding starts differs from model to model), `blocks`, which may be `"heads"`,
+            too, and `cooldown` and `min_lr_ratio`, which the group then has in place of the schedule's.
+        last_layer: whether `"rest"`, if not given, or the main `"rule"` gets an untied output layer.
+        blocks: what is a matrix to rules that need whole ones: each of fused `"layers"`, if not given, or also each of
+            the `"heads"` of queries, keys and values, which rules with row, column or whole sums then follow, too.
+            `adam_mini` has one second moment per head of queries and keys in any case, unless `block="row"` is given.
+        wrap: what to do around the steps, by name: `{"ema_nesterov": {"step_size": 0.6}}`, `"tail_ema"`, `"muloco"`
+            (`lightning_optim.core.step.weight_averaging`).
+        schedule: settings of `lightning_optim.schedule.ScheduleConfig`, which `ScheduleLR` and the trainers' doors
+            follow.
+        fused_backward: step within the backward pass, where gradients are freed (`RuleOptimizer.fuse_backward`).
+        shard_work: under DDP, let the ranks share out the matrices of whole-matrix rules (`RuleOptimizer.shard_work`).
+        **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
+            `clip_norm`, `seed`). Options about the norms of matrices (`constraint`, `uw_floor`, `radial_damping`,
+            `pin`) are for the main rule's hidden ones; overrides can give them to others.
+
+    Returns:
+        An instance of the main rule's class with one group per rule and role.
+
+    Raises:
+        ValueError: an unknown name, setting or pattern, a parameter its rule cannot take, or parameters that FSDP1 or
+            ZeRO-3 has flattened or emptied.
+    """
+    check_unflattened(lookup(name), model.named_parameters())
+    given: dict[str, Any] = {
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "rest": rest,
+        "rest_lr": rest_lr,
+        "rest_settings": rest_settings,
+        "lr_convention": lr_convention,
+        "last_layer": last_layer,
+        "blocks": blocks,
+        "wrap": wrap,
+        "schedule": schedule,
+        "overrides": overrides,
+    }
+    if recipe is not None and preset is not None:
+        raise ValueError(f"give a recipe or a preset, not both; got {recipe!r} and {preset!r}")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; {nearest(preset, list(PRESETS))}")
+    adapters = preset is not None and any(trait.role.startswith("lora") for trait in roles(model).values())
+    chosen = completed(name, recipe or preset, given | settings, adapters=adapters)
+    more = chosen.pop("more_overrides")
+    overrides = [*overrides, *applicable_overrides(model, overrides, more)] if more else overrides
+    curve = ScheduleConfig.of(chosen["schedule"]) if chosen["schedule"] else None
+    members = averages_of(chosen["wrap"])
+    rule, other = lookup(name), lookup(chosen["rest"])
+    own = {k: v for k, v in chosen.items() if k not in given}
+    _check_names(rule, own)
+    of_rest = {k: v for k, v in chosen["rest_settings"].items() if k not in OF_ROLE}
+    _check_names(other, of_rest)
+    normed = {key: own.pop(key) for key in constraints.OPTIONS if key in own}
+    masked = own.pop("cautious_decay", 0.0)
+    shared = {key: value for key, value in own.items() if key in OPTIONS}
+    of_rule = {other.name: shared | chosen["rest_settings"], rule.name: own}
+    groups: dict[str, dict[str, Any]] = {}
+    relatives: dict[str, dict[str, Any]] = {}
+    cut = {key: chosen[key] for key in ("last_layer", "blocks")}
+    assigned = assign(model, name, other.name, overrides, **cut, constrained=bool(normed), given=of_rule)
+    for a in assigned:
+        if a.group not in groups:
+            owner = lookup(a.rule)
+            extra = dict(a.settings)
+            factor, relative = extra.pop("lr_factor", 1.0), extra.pop("lr_per_rms", None)
+            _check_names(owner, {k: v for k, v in extra.items() if k not in OF_ROLE})
+            own_lr = a.rule == rule.name or chosen["rest_lr"] is None
+            group = {
+                "name": a.group,
+                "rule": a.rule,
+                "role": a.role,
+                "lr": chosen["lr"] if own_lr else chosen["rest_lr"],
+                "weight_decay": 0.0 if a.role == "vector" else chosen["weight_decay"],
+                "cautious_decay": 0.0 if a.role == "vector" and masked is not True else masked,
+                "lr_convention": chosen["lr_convention"],
+                "transposed": a.transposed,
+                "blocks": a.blocks,
+                **of_rule.get(a.rule, shared),
+                **(normed if a.rule == rule.name and a.role in MATRIX_ROLES else {}),
+                **extra,
+                "params": [],
+            }
+            check_value(f"{a.group}: lr_factor", factor, float)
+            check_value(f"{a.group}: lr_per_rms", relative, float | None)
+            if relative is not None:
+                group["lr"], relatives[a.group] = relative, group
+            if factor != 1:
+                group["lr"] = group["lr"] * factor
+            groups[a.group] = group
+        groups[a.group]["params"].append((a.name, a.param))
+    for group in relatives.values():
+        group["lr"] *= _rms([p for _, p in group["params"]])
+    ordered = sorted(groups.values(), key=lambda g: (g["rule"] != rule.name, g["role"] != "hidden"))
+    optimizer = CLASSES[rule.name](ordered)
+    given_all = {k: chosen[k] for k in ("lr", "weight_decay", "lr_convention")}
+    optimizer.defaults.update(own | given_all | {"cautious_decay": masked})
+    _say_native(optimizer, chosen["lr_convention"])
+    if all(a.rule != rule.name for a in assigned):
+        _log.warning("%s", without_parameters(rule.name, ((a.name, a.role, a.param.shape) for a in assigned)))
+
+    def divide(group: dict[str, Any]) -> list[dict[str, Any]]:
+        like = given | {"overrides": overrides, "wrap": {}}
+        again = build_optimizer(model, name, recipe=recipe, preset=preset, **like, **settings)
+        return _divided(group, again, {g["name"] for g in optimizer.param_groups})
+
+    optimizer.divide = divide
+    if members:
+        optimizer.wrap(*members)
+    optimizer.curve = curve
+    if fused_backward:
+        optimizer.fuse_backward()
+    if shard_work:
+        optimizer.shard_work()
+    return optimizer
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """What `configure_optimizers` is to be given, as a value that LightningCLI reads from YAML.
+
+    A module takes it as an argument, `optimizer: OptimizerConfig`, and ends its `configure_optimizers` with
+    `return self.optimizer(self)`: it is called with the module because the parameters alone do not tell their roles.
+    `optimizer: OptimizerConfig | OptimizerCallable`, in this order, takes optimizer classes as well. jsonargparse lets
+    `OptimizerCallable` alone take only them; to such a module give `lightning_optim.callbacks.HybridOptimizer`.
+
+    Args:
+        name: see `configure_optimizers`, as are all the following but the last.
+        lr: see there.
+        recipe: see there.
+        preset: see there.
+        schedule: see there.
+        warmup_steps: see there.
+        total_steps: see there.
+        min_lr_ratio: see there.
+        cooldown: see there.
+        horizon: see there.
+        power: see there.
+        momentum_warmup_steps: see there.
+        momentum_start: see there.
+        momentum_cooldown_steps: see there.
+        momentum_end: see there.
+        weight_decay: see there.
+        rest: see there.
+        rest_lr: see there.
+        rest_settings: see there.
+        lr_convention: see there.
+        overrides: see there.
+        settings: hyperparameters of the main rule, and options of all groups.
+
+    Raises:
+        ValueError: an unknown name, recipe or schedule.
+    """
+
+    name: str
+    lr: float | None = None
+    recipe: str | None = None
+    preset: str | None = None
+    schedule: Literal["constant", "linear", "cosine", "power"] | None = None
+    warmup_steps: int | None = None
+    total_steps: int | None = None
+    min_lr_ratio: float | None = None
+    cooldown: int | float | None = None
+    horizon: int | float | None = None
+    power: float | None = None
+    momentum_warmup_steps: int | None = None
+    momentum_start: float | None = None
+    momentum_cooldown_steps: int | None = None
+    momentum_end: float | None = None
+    weight_decay: float | None = None
+    rest: str | None = None
+    rest_lr: float | None = None
+    rest_settings: dict[str, Any] = field(default_factory=dict)
+    lr_convention: Literal["adamw", "native"] | None = None
+    overrides: list[Override] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the names before a model is built, and make numbers plain."""
+        lookup(self.name)
+        lookup(self.rest or self.name)
+        find(self.recipe or self.name)
+        for f in fields(self):
+            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
+        if self.schedule is not None:
+            ScheduleConfig(self.schedule)
+        if self.preset is not None:
+            find(self.preset)
+
+    def __call__(self, module: Any) -> dict[str, Any]:
+        """Build what `LightningModule.configure_optimizers` returns.
+
+        Args:
+            module: a LightningModule; all its trainable parameters are taken.
+
+        Returns:
+            See `configure_optimizers`.
+        """
+        import lightning_optim  # which imports Lightning only now
+
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
+        return lightning_optim.configure_optimizers(module, **given, **self.settings)
+
+
+# `save_hyperparameters()` puts these into checkpoints, which load with `weights_only=True`: all hold plain values. The
+# second name is that of checkpoints written while the class was defined there.
+torch.serialization.add_safe_globals([OptimizerConfig, ScheduleConfig, EMANesterov, MuLoCo, TailEMA])
+torch.serialization.add_safe_globals([(OptimizerConfig, "lightning_optim.lightning.OptimizerConfig")])
+
+
+def _divided(group: Mapping[str, Any], like: RuleOptimizer, taken: Collection[str]) -> list[dict[str, Any]]:
+    """A group that joins, as groups like those of an optimizer that has its parameters from the start.
+
+    Args:
+        group: names no rule.
+        like: the optimizer built anew, with the parameters that are trained now.
+        taken: names of groups that are there.
+
+    Returns:
+        One group per rule and role; what `like` does not have comes last, under the main rule.
+    """
+    params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    left = {id(p[1] if isinstance(p, tuple) else p): p for p in params}
+    given = {k: v for k, v in group.items() if k not in ("params", "name", "lr")}
+    share = group["lr"] / like.defaults["lr"] if "lr" in group and like.defaults["lr"] else 1.0
+    out: list[dict[str, Any]] = []
+    for g in like.param_groups:
+        mine = [(n, p) for n, p in zip(g["param_names"], g["params"], strict=True) if left.pop(id(p), None) is not None]
+        if mine:
+            label = f"{group['name']}/{g['name']}" if "name" in group else g["name"]
+            of_role = {k: v for k, v in given.items() if k != "weight_decay" or g["role"] != "vector"}
+            out.append({**g, **of_role, "name": unused(label, taken), "lr": g["lr"] * share, "params": mine})
+    if left:
+        out.append({**group, "rule": like.defaults["rule"], "params": list(left.values())})
+    return out
+
+
+def _check_names(rule: type[Rule], settings: Mapping[str, Any]) -> None:
+    known = list(settings_of(rule))
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{rule.name} has no setting {key!r}; {nearest(key, known)}")
+
+
+def _rms(params: Sequence[Tensor]) -> float:
+    """The root mean square of weights, over the whole mesh; 1 where there are none yet."""
+    if any(p.is_meta for p in params):
+        return 1.0
+    norm = collectives.total_norms([[(p, sharding.local(p.detach())) for p in params]])[0]
+    return norm / sum(p.numel() for p in params) ** 0.5 or 1.0
+
+
+def _say_native(optimizer: RuleOptimizer, lr_convention: str) -> None:
+    """Say once which rules have no scale that the adamw convention could match."""
+    if lr_convention == "adamw":
+        scaleless = {g["rule"] for g in optimizer.param_groups if rule_of(g).rms(2, 2) is None}
+        if scaleless:
+            _log.warning("%s: lr is the published one, not AdamW's (no fixed scale)", ", ".join(sorted(scaleless)))

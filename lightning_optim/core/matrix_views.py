@@ -1,0 +1,247 @@
+"""How parameters are cut into pieces of work: matrices of a parameter, stacks of equal matrices, cache-sized blocks."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+StackShape = tuple[int, int, int]
+Blocks = int | tuple[int, ...] | tuple[tuple[int, int], ...] | None
+T = TypeVar("T")
+
+STACK_LIMIT = 2**18
+"""A matrix with so many elements or more is a stack of its own, a view; smaller ones are copied into a stack."""
+BLOCK = 2**17
+"""Elements of a block that stays in a CPU's cache."""
+SMALL = 2**14
+"""Tensors with fewer elements are worked on end to end."""
+
+
+def stack_shape(
+    shape: Sequence[int], blocks: int | None = None, *, conv: bool = True, transposed: bool = False
+) -> StackShape:
+    """How a parameter reads as a stack of matrices.
+
+    A vector of length n is `[1, 1, n]`; three dimensions are a stack; with four or more, the trailing ones are
+    flattened (a convolution kernel is out x in*kh*kw) or, without `conv`, the leading ones are stacked.
+
+    Args:
+        shape: of the parameter.
+        blocks: cut the rows of each matrix into this many blocks (attention heads, a fused QKV); vectors stay whole.
+        transposed: the matrices are stored columns x rows (two and three dimensions).
+        conv: whether four and more dimensions are one matrix.
+
+    Returns:
+        (b, m, n).
+
+    Raises:
+        ValueError: the rows do not divide into `blocks`.
+    """
+    if len(shape) < 2:
+        b, m, n = 1, 1, math.prod(shape)
+    elif len(shape) > 3 and conv:
+        b, m, n = 1, shape[0], math.prod(shape[1:])
+    else:
+        b, m, n = math.prod(shape[:-2]), shape[-2], shape[-1]
+        m, n = (n, m) if transposed else (m, n)
+    if blocks and blocks > 1 and len(shape) > 1:
+        if m % blocks:
+            raise ValueError(f"{m} rows do not divide into {blocks} blocks")
+        b, m = b * blocks, m // blocks
+    return b, m, n
+
+
+class MatrixBlock(NamedTuple):
+    """Equal matrices of a parameter: all of it, or some of its rows."""
+
+    dims: StackShape
+    rows: tuple[int, int, int] | None = None
+    """(rows of a period, first row taken in each, rows of one matrix in each); None for all rows as they lie."""
+    apart: bool = False
+    """Whether a block is a matrix of its own in every period, not one with the same block of the others."""
+
+    def of(self, t: Tensor, transposed: bool) -> Tensor:
+        """The part of a parameter-shaped tensor.
+
+        Args:
+            t: the tensor.
+            transposed: whether its matrices are stored columns x rows.
+
+        Returns:
+            A view that reshapes to `dims`.
+        """
+        t = transpose_if(t, transposed)
+        if self.rows is None:
+            return t
+        period, first, size = self.rows
+        periods = t.shape[-2] // period
+        count = self.dims[0] // math.prod(t.shape[:-2]) // (periods if self.apart else 1)
+        taken = t.unflatten(-2, (-1, period)).narrow(-2, first, count * size).unflatten(-2, (count, size))
+        return taken if self.apart else taken.transpose(-4, -3)
+
+
+@lru_cache(4096)
+def split_blocks(
+    shape: tuple[int, ...], blocks: Blocks = None, *, conv: bool = True, transposed: bool = False
+) -> tuple[MatrixBlock, ...]:
+    """How a parameter reads as matrices of one or more sizes.
+
+    Args:
+        shape: of the parameter.
+        blocks: a number of equal blocks of rows, or the rows of one block after the other, repeated until the rows are
+            used up: (q, k, v) for a fused layer with fewer keys than queries, (d, d, d) for one that keeps query, key
+            and value of a head together, (1, 1) for alternate rows. A block repeated is one matrix. Pairs of (rows of
+            a block, number of such blocks) are matrices of their own each time they are repeated: ((128, 2), (1, 128))
+            for a fused layer with the query, key and value of a head together, the first two whole, the last by row.
+        conv: see `matrix_dims`.
+        transposed: see `matrix_dims`.
+
+    Returns:
+        One part per run of equally large blocks.
+
+    Raises:
+        ValueError: the rows do not divide so.
+    """
+    if not isinstance(blocks, tuple) or len(shape) < 2:
+        whole = None if isinstance(blocks, tuple) else blocks
+        return (MatrixBlock(stack_shape(shape, whole, conv=conv, transposed=transposed)),)
+    b, m, n = stack_shape(shape, conv=conv, transposed=transposed)
+    runs = [x if isinstance(x, tuple) else (x, 1) for x in blocks]
+    period = sum(size * count for size, count in runs)
+    if m % period or len(shape) > 3:
+        raise ValueError(f"{m} rows of shape {tuple(shape)} do not divide into blocks of {blocks} rows")
+    apart = isinstance(blocks[0], tuple)
+    if m == period and not apart and len(set(blocks)) == 1:
+        return (MatrixBlock((b * len(blocks), runs[0][0], n)),)
+    out: list[MatrixBlock] = []
+    first = 0
+    for size, same in groupby(runs, key=lambda x: x[0]):
+        count = sum(x[1] for x in same)
+        dims = (b * count * (m // period), size, n) if apart else (b * count, m // period * size, n)
+        out.append(MatrixBlock(dims, (period, first, size), apart))
+        first += count * size
+    return tuple(out)
+
+
+def frozen(blocks: Any) -> Any:
+    """The option `blocks` as it is used, of one that was read from a file.
+
+    Returns:
+        Tuples in place of lists.
+    """
+    return tuple(frozen(x) for x in blocks) if isinstance(blocks, (list, tuple)) else blocks
+
+
+def bucket(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """Group items by a key, in order of first appearance.
+
+    Returns:
+        Lists of items with equal keys.
+    """
+    groups: defaultdict[Hashable, list[T]] = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return list(groups.values())
+
+
+def stacks(items: Sequence[T], elements: int, max_temp_bytes: int, beside: Sequence[int] = ()) -> Iterator[Sequence[T]]:
+    """Cut items of one shape into chunks that become one stack each.
+
+    Args:
+        items: of one shape.
+        elements: of one item.
+        max_temp_bytes: bound for a stack and the temporaries of its update, counted as four float32 copies.
+        beside: elements of state of another shape (factors, bases) that is stacked with an item.
+
+    Yields:
+        Runs of `items`; single ones from `STACK_LIMIT` elements on, of the item or of one of its states.
+    """
+    large = max(elements, *beside, 1) >= STACK_LIMIT
+    size = 1 if large else max(1, max_temp_bytes // (16 * max(elements + sum(beside), 1)))
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def dense_order(t: Tensor) -> tuple[int, ...]:
+    """The dimensions of a tensor from the largest stride to the smallest.
+
+    Returns:
+        A permutation under which a dense tensor is contiguous.
+    """
+    return tuple(sorted(range(t.ndim), key=lambda d: (-t.stride(d), d)))
+
+
+def same_strides(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors have one dtype and one dense memory layout, so that memory order pairs their elements.
+
+    Returns:
+        True if a flat kernel may run over them.
+    """
+    first, plain = tensors[0], True
+    for t in tensors:  # no generators: this is asked of every parameter in every step
+        if t.dtype != first.dtype:
+            return False
+        plain = plain and t.is_contiguous()
+    if plain:  # much faster than to ask for strides
+        return True
+    return all(t.stride() == first.stride() for t in tensors) and first.permute(dense_order(first)).is_contiguous()
+
+
+def cache_blocks(tensors: Sequence[Tensor], align: int = 1, start: int = 0) -> Iterator[tuple[list[Tensor], slice]]:
+    """Walk over tensors of one shape in blocks that stay in cache.
+
+    Dense tensors with equal strides are cut flat, in memory order; others by rows of the largest stride, or of the
+    first dimension if `align` is given.
+
+    Args:
+        tensors: of one shape; dtypes may differ.
+        align: cut only where the index of an element, in row-major order, is a multiple of this.
+        start: index of the first element.
+
+    Yields:
+        (views of every tensor, the slice of the flat or row range they cover).
+    """
+    first = tensors[0]
+    order = dense_order(first)
+    if not first.is_contiguous() and align == 1:
+        tensors = [t.permute(order) for t in tensors]
+    if all(t.is_contiguous() for t in tensors):
+        tensors = [t.view(-1) for t in tensors]
+    first = tensors[0]
+    total, rows = first.numel(), first.shape[0] if first.ndim else 1
+    if total <= SMALL or first.device.type != "cpu" or first.ndim == 0:
+        yield list(tensors), slice(0, rows)
+        return
+    unit = align // math.gcd(align, total // rows)
+    lead = next((k for k in range(unit) if (start + k * (total // rows)) % align == 0), 0)
+    step = -(-max(1, BLOCK * rows // total) // unit) * unit
+    for cut in range(lead - step if lead else 0, rows, step):
+        here = slice(max(0, cut), min(cut + step, rows))
+        yield [t[here] for t in tensors], here
+
+
+def transpose_if(t: Tensor, transposed: bool) -> Tensor:
+    """A parameter-shaped tensor with rows and columns as the rule counts them; its own inverse.
+
+    Returns:
+        A view.
+    """
+    return t.mT if transposed and 2 <= t.ndim <= 3 else t
+
+
+def stack(tensors: Sequence[Tensor], dims: StackShape, dtype: torch.dtype) -> Tensor:
+    """One stack `[len(tensors) * b, m, n]` out of equally shaped tensors; a view where there is one of this dtype.
+
+    Returns:
+        The stack.
+    """
+    if len(tensors) == 1:
+        return tensors[0].reshape(dims).to(dtype)
+    return torch.cat([t.reshape(dims) for t in tensors]).to(dtype)

@@ -1,0 +1,94 @@
+"""What the engine that a trainer is set up for (DeepSpeed, FSDP1) would do to an optimizer, from its settings.
+
+An engine is asked before it has done anything: DeepSpeed flattens the parameters of a finished optimizer, and with
+offload accelerate builds another optimizer out of its groups. accelerate, Transformers and DeepSpeed are never imported
+here: where they are not in use, there is nothing to refuse.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_optim.core.parallel.flat_parameters import HIDDEN, REMEDY
+from lightning_optim.core.rule import Rule
+
+
+def validate_engine(rules: Iterable[type[Rule]]) -> None:
+    """Check that the engine that accelerate or Transformers is set up for in this process can run rules.
+
+    Args:
+        rules: of an optimizer.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    rules = list(rules)
+    config = _deepspeed_config()
+    if config is not None:
+        check_deepspeed(config, rules)
+    whole = _whole(rules)
+    if whole and _is_fsdp1():
+        raise ValueError(f"{whole} needs whole matrices, {HIDDEN}: accelerate's fsdp_version is 1; {REMEDY}")
+
+
+def check_deepspeed(config: Mapping[str, Any], rules: Iterable[type[Rule]]) -> None:
+    """Check that DeepSpeed can run rules.
+
+    Args:
+        config: of DeepSpeed, as a dictionary.
+        rules: of an optimizer.
+
+    Raises:
+        ValueError: DeepSpeed would put another optimizer in the place of ours, or flatten matrices that a rule needs.
+    """
+    rules = list(rules)
+    name, whole = rules[0].name, _whole(rules)
+    if "optimizer" in config:
+        raise ValueError(
+            f"DeepSpeed's configuration has an 'optimizer' of its own, which would replace {name!r} without a word; "
+            "remove that entry"
+        )
+    zero = config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    device = (zero.get("offload_optimizer") or {}).get("device", "none")
+    refused = f"ZeRO-{stage} refuses {whole}, which needs whole matrices; {REMEDY}" if whole and stage else ""
+    if device not in ("none", "auto", None) and config.get("zero_force_ds_cpu_optimizer", True):
+        then = f". Even so, {refused}" if refused else f"; {name} then steps on the host"
+        raise ValueError(
+            f"offload_optimizer.device={device!r} in DeepSpeed's configuration puts DeepSpeedCPUAdam in the place of "
+            f'{name!r}; add "zero_force_ds_cpu_optimizer": false, which keeps it{then}'
+        )
+    if refused:
+        raise ValueError(f"{whole} needs whole matrices, {HIDDEN}: DeepSpeed's ZeRO stage is {stage}; {REMEDY}")
+
+
+def _whole(rules: Iterable[type[Rule]]) -> str:
+    """The first rule that cannot step a flat tensor, "" if there is none."""
+    return next((rule.name for rule in rules if not rule.elementwise or rule.curvature_input), "")
+
+
+def _deepspeed_config() -> Mapping[str, Any] | None:
+    """DeepSpeed's configuration, if an `Accelerator` or `TrainingArguments` with one are the last that were made."""
+    state = _state()
+    if state.get("distributed_type") != "DEEPSPEED":
+        return None
+    plugins = state.get("deepspeed_plugins")
+    if isinstance(plugins, Mapping):
+        plugins = next((plugin for plugin in plugins.values() if plugin.selected), None)
+    if plugins is not None:
+        return plugins.deepspeed_config
+    module = sys.modules.get("transformers.integrations.deepspeed")
+    return None if module is None else module.deepspeed_config()
+
+
+def _is_fsdp1() -> bool:
+    state = _state()
+    return state.get("distributed_type") == "FSDP" and getattr(state.get("fsdp_plugin"), "fsdp_version", 1) == 1
+
+
+def _state() -> Mapping[str, Any]:
+    """The state of accelerate in this process; calling `AcceleratorState()` would reset its `distributed_type`."""
+    module = sys.modules.get("accelerate.state")
+    return {} if module is None else module.AcceleratorState._shared_state or module.PartialState._shared_state

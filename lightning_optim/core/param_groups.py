@@ -1,0 +1,285 @@
+"""What a param group says: its rule, hyperparameters and options, completed and checked before anything is changed."""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from lightning_optim.core import matrix_views
+from lightning_optim.core.momentum_alias import MOMENTUM_NAMES, is_other_name, momentum_field
+from lightning_optim.core.options import OPTION_TYPES, OPTIONS
+from lightning_optim.core.parallel import sharding
+from lightning_optim.core.parallel.flat_parameters import check_flat, is_flat
+from lightning_optim.core.rule import Rule, check_value, hyperparameters, lookup
+from lightning_optim.core.step import constraints, line_search
+from lightning_optim.ops.quantize import PIECE
+
+
+def settings_of(rule: type[Rule]) -> dict[str, Any]:
+    """Every setting of a group of this rule.
+
+    Returns:
+        Names and defaults: hyperparameters, then options.
+    """
+    return hyperparameters(rule) | OPTIONS
+
+
+def plain(value: Any) -> Any:
+    """A setting as a checkpoint can hold it: numpy's numbers do not load with `weights_only=True`.
+
+    Args:
+        value: any; tuples, lists and dictionaries are searched.
+
+    Returns:
+        The value with Python's numbers.
+    """
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind(plain(x) for x in value)
+    if kind is dict:
+        return {k: plain(x) for k, x in value.items()}
+    if kind in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def rule_of(group: Mapping[str, Any]) -> Rule:
+    """The rule that owns a group, with the group's present settings; a tensor lr is read here.
+
+    Args:
+        group: of `param_groups`.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: the group lacks a setting of its rule, or has an option of no known value.
+    """
+    rule = lookup(group["rule"])
+    missing = [name for name in settings_of(rule) if name not in group]
+    if missing:
+        raise ValueError(
+            f"group {group.get('name', '')!r} runs {rule.name!r} but has no {', '.join(missing)}; "
+            "a group keeps the rule it was added with"
+        )
+    if group["lr_convention"] not in ("native", "adamw") or group["on_nonfinite"] not in ("raise", "skip", "off"):
+        _check_options(group)
+    values = {name: group[name] for name in hyperparameters(rule)}
+    return rule(**{k: float(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+def parts_of(
+    rule: Rule, group: Mapping[str, Any], shape: Sequence[int]
+) -> tuple[tuple[matrix_views.MatrixBlock, ...], bool]:
+    """How a parameter of a group reads as matrices; elementwise rules ask only for the norms of a constraint.
+
+    Args:
+        rule: of the group.
+        group: gives `blocks` and `transposed`.
+        shape: of the parameter.
+
+    Returns:
+        (parts, whether rows and columns are exchanged).
+
+    Raises:
+        ValueError: the rows do not divide into the group's blocks.
+    """
+    blocks, transposed = reading_of(rule, group)
+    return matrix_views.split_blocks(tuple(shape), blocks, conv=not rule.last_two, transposed=transposed), transposed
+
+
+def reading_of(rule: Rule, group: Mapping[str, Any]) -> tuple[matrix_views.Blocks, bool]:
+    """What of a group's settings says how its parameters read as matrices.
+
+    Args:
+        rule: of the group.
+        group: gives `blocks` and `transposed`.
+
+    Returns:
+        (blocks, whether rows and columns are exchanged).
+    """
+    if rule.elementwise and not constraints.shapes_step(group):
+        return None, False
+    return None if rule.needs_all_gradients else group["blocks"], group[
+        "transposed"
+    ]  # a layer has one input, whatever its rows are
+
+
+def complete_group(
+    group: Mapping[str, Any], defaults: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """A new group with everything it leaves out, checked.
+
+    Args:
+        group: as the user gave it.
+        defaults: what the user gave the optimizer; they count for groups of the same rule.
+        groups: that the optimizer has already.
+
+    Returns:
+        A new dictionary.
+
+    Raises:
+        ValueError: an unknown rule or option, a value out of range, or a parameter the rule cannot take.
+    """
+    out = dict(group)
+    params = out.get("params", ())
+    if not isinstance(params, set):  # torch refuses sets
+        out["params"] = [params] if isinstance(params, Tensor) else list(params)
+    name = out.get("rule", defaults.get("rule"))
+    if name is None:
+        raise ValueError(f"param group {out.get('name', '')!r} names no rule; add 'rule': 'adamw', say")
+    rule = lookup(name)
+    out["rule"] = rule.name
+    for key in group:
+        _refuse_misspelled(key, rule)
+    if defaults.get("rule") == rule.name:
+        own = {k: v for k, v in defaults.items() if k not in MOMENTUM_NAMES or not is_other_name(rule, k)}
+        out = {**own, **out}
+    if out.get("lr_convention") == "adamw":
+        out = {**rule.adamw_settings, **out}
+    out = {**settings_of(rule), **out}
+    out = {k: v if k == "params" else plain(v) for k, v in out.items()}
+    out["blocks"] = matrix_views.frozen(out["blocks"])
+    taken = {g["name"] for g in groups}
+    if out.setdefault("name", unused(rule.name, taken)) in taken:
+        raise ValueError(f"two param groups are named {out['name']!r}; names must be unique")
+    _check_settings(out)
+    if out["on_nonfinite"] is None:
+        out["on_nonfinite"] = "off" if rule.elementwise else "raise"
+    made = rule_of(out)
+    for label, p in _named(out):
+        if isinstance(p, Tensor) and p.requires_grad:
+            validate_param(made, label, p, out)
+    _check_owned_once(groups, out)
+    _name_alike(groups, out)
+    return out
+
+
+def validate_loaded(group: Mapping[str, Any]) -> Rule:
+    """Check a group that comes from a checkpoint.
+
+    Returns:
+        Its rule.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    _check_settings(group)
+    return rule_of(group)
+
+
+def _check_settings(group: Mapping[str, Any]) -> None:
+    rule = lookup(group["rule"])
+    values = {k: float(v) if isinstance(v := group[k], Tensor) else v for k in hyperparameters(rule)}
+    made = rule(**values)
+    made.validate()
+    _check_options(group)
+    constraints.validate_constraints(made, group)
+    line_search.validate_line_search(made, group)
+    block = group["storage_block"]
+    if not 16 <= block <= PIECE or PIECE % block:
+        raise ValueError(f"{group['name']}: storage_block must be a power of two from 16 to {PIECE}, got {block!r}")
+    if group["clip_norm"] == 0:
+        raise ValueError(f"{group['name']}: clip_norm must be positive, or None for no clipping, got 0")
+    blocks = group["blocks"]
+    sizes = blocks if isinstance(blocks, tuple) else (blocks,)
+    if (
+        blocks is not None
+        and min((x for size in sizes for x in (size if isinstance(size, tuple) else (size,))), default=0) < 1
+    ):
+        raise ValueError(f"{group['name']}: blocks must be a positive integer or several, got {blocks!r}")
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    for key, hint in OPTION_TYPES.items():
+        check_value(f"{group['name']}: {key}", group[key], hint, signed=key == "seed")
+
+
+def _refuse_misspelled(key: str, rule: type[Rule]) -> None:
+    known = [*settings_of(rule), "params", "rule", "name", "role", "initial_lr", "param_names"]
+    if key in MOMENTUM_NAMES and key not in known:
+        field = momentum_field(rule)
+        said = {None: "it has no momentum", "betas": "its momentum is the first of 'betas'"}
+        raise ValueError(f"{rule.name} has no setting {key!r}; {said.get(field, f'its momentum is {field!r}')}")
+    if key not in known and (close := difflib.get_close_matches(key, [*known, "learning_rate"], n=1, cutoff=0.8)):
+        right = "lr" if close[0] == "learning_rate" else close[0]
+        raise ValueError(f"{rule.name} has no setting {key!r}; did you mean {right!r}?")
+
+
+def unused(name: str, taken: Collection[str]) -> str:
+    """The name itself, or the first of `name_1`, `name_2`, ... that is free.
+
+    Returns:
+        A name that is not taken.
+    """
+    return next(x for x in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if x not in taken)
+
+
+def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Parameters of a group that torch has not seen yet, with a name for messages."""
+    at = f"of group {group['name']!r}"
+    return [x if isinstance(x, tuple) else (f"parameter {i} {at}", x) for i, x in enumerate(group["params"])]
+
+
+def _name_alike(groups: Sequence[Mapping[str, Any]], new: dict[str, Any]) -> None:
+    """Torch wants all groups named or none; a group that joins follows those that are there."""
+    if groups and new["params"] and isinstance(new["params"], list):
+        named, joins_named = "param_names" in groups[0], isinstance(new["params"][0], tuple)
+        if named and not joins_named:
+            new["params"] = [(f"{new['name']}.{i}", p) for i, p in enumerate(new["params"])]
+        elif joins_named and not named:
+            new["params"] = [p for _, p in new["params"]]
+
+
+def _check_owned_once(groups: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> None:
+    owners = {id(p): group["name"] for group in groups for p in group["params"]}
+    for name, p in _named(new):
+        if id(p) in owners:
+            raise ValueError(f"{name}: already owned by group {owners[id(p)]!r}; a parameter belongs to one group")
+        owners[id(p)] = new["name"]
+
+
+def validate_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    """Check that a rule can take a parameter that is to be trained.
+
+    Args:
+        rule: the rule.
+        name: of the parameter, for the message.
+        p: the parameter.
+        group: of the parameter.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if is_lazy(p):
+        return  # checked when it has a shape and is trained
+    shape = tuple(p.shape)
+    if p.is_complex():
+        raise ValueError(f"{name}: complex parameters are not supported; use torch.view_as_real")
+    if not p.is_floating_point():
+        raise ValueError(f"{name}: {rule.name} needs a floating-point parameter, got {p.dtype}")
+    if p.layout != torch.strided:
+        raise ValueError(f"{name}: sparse parameters are not supported, got layout {p.layout}")
+    if is_flat(p):
+        check_flat(rule, name, p, group)
+    constraints.validate_param(name, p, group)
+    if rule.elementwise and not constraints.shapes_step(group):
+        return
+    if rule.needs_all_gradients and sharding.local(p) is not p:
+        raise ValueError(f"{name}: {rule.name} needs whole parameters and hooks, which FSDP2 does not support; use DDP")
+    line_search.validate_dtype(rule, name, p)
+    if p.ndim < 2 and not rule.vectors:
+        raise ValueError(
+            f"{name}: {rule.name} needs a matrix, got shape {shape}; give it to an elementwise rule such as adamw "
+            "(build_optimizer does)"
+        )
+    try:
+        parts_of(rule, group, shape)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

@@ -1,0 +1,71 @@
+"""state_spec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One state tensor of a rule, declared by letters of its shape.
+
+    Args:
+        letters: two out of `m` (rows), `n` (columns), `r` (the rule's rank) and digits.
+        fill: start value: a number, or `"eye"` for an identity per matrix.
+        dtype: None for float32 (float64 for float64 parameters).
+        rank: what `r` stands for; filled in by `Rule.declared`.
+        nonnegative: whether no value is ever below zero (second moments); 8-bit storage has a finer map for those.
+        exact: whether the values must not rest narrower than declared (a basis); square slots never do.
+        size: (rows, columns) where letters do not tell them.
+        dims: (matrices, rows, columns) it is for, where a parameter is cut into matrices of several sizes; filled in by
+            the executor.
+    """
+
+    letters: str
+    fill: float | Literal["eye"] = 0.0
+    dtype: torch.dtype | None = None
+    rank: int | None = None
+    nonnegative: bool = False
+    exact: bool = False
+    size: tuple[int, int] | None = None
+    dims: tuple[int, int, int] | None = None
+
+    def shape(self, m: int, n: int) -> tuple[int, int]:
+        """The shape of this slot for one `m x n` matrix.
+
+        Returns:
+            (rows, columns).
+
+        Raises:
+            ValueError: the shape has an `r` that nobody has filled in.
+        """
+        if self.size is not None:
+            return self.size
+        size = {"m": m, "n": n, "r": self.rank}
+        rows, columns = (size[x] if x in size else int(x) for x in self.letters)
+        if rows is None or columns is None:
+            raise ValueError(f"the rank of slot {self.letters!r} is not known yet; ask Rule.declared")
+        return rows, columns
+
+
+def zeros(
+    letters: str, dtype: torch.dtype | None = None, *, nonnegative: bool = False, exact: bool = False
+) -> StateSpec:
+    """Declare a slot that starts at zero.
+
+    Returns:
+        The declaration.
+    """
+    return StateSpec(letters, 0.0, dtype, nonnegative=nonnegative, exact=exact)
+
+
+def eye(letters: str, dtype: torch.dtype | None = None) -> StateSpec:
+    """Declare a square slot that starts as the identity.
+
+    Returns:
+        The declaration.
+    """
+    return StateSpec(letters, "eye", dtype)
