@@ -1,33 +1,4 @@
-"""Lightning callbacks, imported as `lightning_optim.callbacks`."""
+"""Lightning callbacks, for readers of the repository; installed, they are `lightning_optim.callbacks`."""
 
-from lightning_optim.lightning import AveragedWeights, ModuleOrder
-
-from .curvature import CurvatureCallback  # noqa: TID251
-from .hybrid import HybridOptimizer  # noqa: TID251  (this folder has two names; here it is the package's)
-from .observe import (  # noqa: TID251
-    GradientNoiseScale,
-    GradientRank,
-    HessianBlocks,
-    MemoryLogger,
-    OptimizerHealth,
-    PreconditionerRefresh,
-    diagnostics,
-)
-from .relora import ReLoRA  # noqa: TID251
-from .roles import RoleTable  # noqa: TID251
-
-__all__ = [
-    "AveragedWeights",
-    "CurvatureCallback",
-    "GradientNoiseScale",
-    "GradientRank",
-    "HessianBlocks",
-    "HybridOptimizer",
-    "MemoryLogger",
-    "ModuleOrder",
-    "OptimizerHealth",
-    "PreconditionerRefresh",
-    "ReLoRA",
-    "RoleTable",
-    "diagnostics",
-]
+from lightning_optim.callbacks import *  # noqa: F403
+from lightning_optim.callbacks import __all__ as __all__

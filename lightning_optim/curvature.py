@@ -388,10 +388,10 @@ class CurvatureEstimator:
 
 
 class BatchLossOracle:
-    """The loss of the coming step's batches, as rules that search ask for it
-    (`lightning_optim.core.step.line_search.BatchLossOracle`).
+    """The loss of the coming step's batches, for rules that search.
 
-    It is the mean over micro-batches and ranks, without dropout; no `.grad` is touched.
+    It implements `lightning_optim.core.step.line_search.LossOracle`: the mean over micro-batches and ranks, without
+    dropout; no `.grad` is touched.
 
     Args:
         feed: that measures it.

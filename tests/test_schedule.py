@@ -205,7 +205,7 @@ def test_a_cycle_goes_on_from_a_checkpoint_bit_for_bit() -> None:
         optimizer = build_optimizer(net, "muon", lr=0.1)
         return net, optimizer, CYCLES["one"](optimizer)
 
-    def steps(net: nn.Module, optimizer: RuleOptimizer, scheduler: ScheduleLR, which: range) -> None:
+    def steps(net: nn.Module, optimizer: RuleOptimizer, scheduler: LRScheduler, which: range) -> None:
         for t in which:
             train(net)(t)
             optimizer.step()

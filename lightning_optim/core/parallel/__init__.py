@@ -1,0 +1,1 @@
+"""Sharded parameters and replicas: the only code that imports torch.distributed."""

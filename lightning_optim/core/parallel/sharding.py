@@ -171,6 +171,11 @@ def rows_over(ranks: int) -> Sharding:
 
 @functools.lru_cache(maxsize=64)
 def team_of(mesh: DeviceMesh, dims: tuple[int, ...]) -> tuple[int, ...]:
+    """The global ranks along some mesh dimensions, through this process.
+
+    Returns:
+        Ranks in the order of their coordinates.
+    """
     own = cast("list[int]", mesh.get_coordinate())
     return tuple(mesh.mesh[tuple(slice(None) if d in dims else k for d, k in enumerate(own))].flatten().tolist())
 
@@ -188,6 +193,17 @@ def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
 
 
 def wrap(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], part: Tensor) -> DTensor:
+    """A DTensor around this rank's part of a tensor.
+
+    Args:
+        mesh: the device mesh.
+        placements: one per mesh dimension.
+        shape: of the whole tensor.
+        part: this rank's part.
+
+    Returns:
+        The DTensor; it shares memory with the part.
+    """
     stride = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
 

@@ -304,8 +304,8 @@ class Rule:
             policy = parse(getattr(self, self.curvature_schedule))
             if policy.reads or policy.timed:
                 raise ValueError(
-                    f"{self.name}: {self.curvature_schedule}={policy} looks at single matrices; one measurement is for all: "
-                    "fixed, warmup_dense, or any, all and until of these"
+                    f"{self.name}: {self.curvature_schedule}={policy} looks at single matrices; one measurement is "
+                    "for all: fixed, warmup_dense, or any, all and until of these"
                 )
         betas = getattr(self, "betas", ())
         if any(beta >= 1 for beta in betas):

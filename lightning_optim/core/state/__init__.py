@@ -1,0 +1,1 @@
+"""State tensors: their storage formats, allocation, and their form in a checkpoint."""

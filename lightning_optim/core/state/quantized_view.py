@@ -64,6 +64,15 @@ def quantize(
 
 
 def encode(form: StateFormat, value: Tensor, codes: Tensor, scale: Tensor, start: int) -> None:
+    """Quantize values.
+
+    Args:
+        form: of the state tensor.
+        value: flat values.
+        codes: written.
+        scale: of the blocks that `codes` touches; written.
+        start: index of the first element.
+    """
     kind, signless = cast("codec.Format", form.kind), form.slot.nonnegative
     codec.encode(value.float(), codes, scale, kind, nonnegative=signless, block=form.block, start=start)
 

@@ -1,0 +1,1 @@
+"""The phases of a step, in their order: plan, preflight, curvature input, refreshes, directions, apply."""

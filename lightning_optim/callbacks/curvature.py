@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import curvature
+from lightning_optim.callbacks.observe import loss_scale, training_loss, unwrapped
 from lightning_optim.diagnostics.hessian import again
-
-from .observe import loss_scale, training_loss, unwrapped  # noqa: TID251
 
 
 class CurvatureCallback(Callback):

@@ -8,10 +8,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from lightning_optim.callbacks.roles import RoleTable
 from lightning_optim.core.rule import lookup
 from lightning_optim.lightning import check_strategy, configure_optimizers
-
-from .roles import RoleTable  # noqa: TID251
 
 
 class HybridOptimizer(RoleTable):
