@@ -37,7 +37,7 @@ def state_formula(rule: type[Rule]) -> str:
     Returns:
         A sum such as `2mn` or `m + n`; `0` without state.
     """
-    slots = rule().declared(1024, 1024).values()
+    slots = rule().state_specs(1024, 1024).values()
     letters = ["".join(sorted(slot.letters.replace("1", ""))) for slot in slots]
     constant = sum(math.prod(map(int, slot.letters)) for slot in slots if slot.letters.isdigit())
     terms = [x if letters.count(x) == 1 else f"{letters.count(x)}{x}" for x in dict.fromkeys(letters) if x.isalpha()]
@@ -51,7 +51,7 @@ def state_bytes(rule: type[Rule], m: int = 1024, n: int = 1024) -> float:
         Bytes per element.
     """
     size = 0
-    for slot in rule().declared(m, n).values():
+    for slot in rule().state_specs(m, n).values():
         rows, columns = slot.shape(m, n)
         size += rows * columns * (slot.dtype.itemsize if slot.dtype else 4)
     return size / (m * n)

@@ -173,7 +173,7 @@ def test_state_is_as_declared_after_the_first_step(name: str) -> None:
     rule = rule_of(optimizer.param_groups[0])
     for p in ps.values():
         dims = (1, p.shape[0], p.shape[1]) if p.ndim == 2 else (1, 1, p.numel())
-        slots = rule.declared(*dims[1:], vector=p.ndim < 2)
+        slots = rule.state_specs(*dims[1:], vector=p.ndim < 2)
         state = optimizer.state[p]
         assert set(state) == {"step", *slots}
         for key, slot in slots.items():

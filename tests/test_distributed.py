@@ -22,7 +22,7 @@ pytestmark = pytest.mark.dist
 NAMES = [n for n in ALL_NAMES if not REGISTRY[n].needs_all_gradients]  # the others need whole parameters
 every_rule = pytest.mark.parametrize("name", NAMES)
 WHOLE = [n for n in NAMES if not REGISTRY[n].elementwise and not REGISTRY[n].reduces]
-STATEFUL = [n for n in WHOLE if REGISTRY[n]().declared(5, 12)]
+STATEFUL = [n for n in WHOLE if REGISTRY[n]().state_specs(5, 12)]
 ONE_OF_EACH = ["lion", "adafactor", "muon"]
 
 
@@ -136,7 +136,7 @@ def test_full_state_dict_broadcast_from_rank_0(pool: Pool, name: str) -> None:
     for (found, shapes), rank in zip(pool.run("tests.jobs:full_state", 2, name=name, steps=3), (0, 1), strict=True):
         compare(name, found, straight(name, 6))
         if rank == 0:
-            slot = next(iter(REGISTRY[name]().declared(5, 12)))
+            slot = next(iter(REGISTRY[name]().state_specs(5, 12)))
             assert f"wide.{slot}" in shapes
             whole = {"muon": (5, 12), "lion": (5, 12), "adafactor": (5, 1)}
             assert shapes[f"wide.{slot}"] == whole[name]
@@ -165,7 +165,7 @@ def test_each_matrix_has_one_owner_and_the_checkpoint_is_sharded(pool: Pool, nam
     for found, parts, tight in results:
         for key, held in found.items():
             dims = matrix_views.stack_shape(shapes[key])
-            slots = REGISTRY[name]().declared(*dims[1:], vector=len(shapes[key]) < 2)
+            slots = REGISTRY[name]().state_specs(*dims[1:], vector=len(shapes[key]) < 2)
             assert held == {k: stored_shape(slot, shapes[key], dims) for k, slot in slots.items()}
         assert all(sharded == (slot != "step") for slots in parts.values() for slot, (_, sharded) in slots.items())
         assert tight, "a saved shard owns exactly its storage"

@@ -61,7 +61,7 @@ def test_kernels_for_accelerators_take_our_arguments(rule: Rule) -> None:
     """On the meta device, which has no numbers, torch's kernels write what they are to write."""
     shapes = [(4, 3), (7,)]
     p, g = ([torch.empty(s, device="meta") for s in shapes] for _ in range(2))
-    state = {k: [torch.empty(s, device="meta") for s in shapes] for k in rule.declared(4, 3)}
+    state = {k: [torch.empty(s, device="meta") for s in shapes] for k in rule.state_specs(4, 3)}
     assert rule.kernel(p, g, state, 2)
     assert all(t._version > 0 for ts in (p, *state.values()) for t in ts)
     assert all(t._version == 0 for t in g)

@@ -88,6 +88,6 @@ def test_tables_1_and_6(name: str, formula: Any) -> None:
     """Elements of state of an m x n matrix with m < n; the weight itself is not counted."""
     m, n, r = 96, 160, 12
     rule = REGISTRY[name](rank=r) if hasattr(REGISTRY[name], "rank") else REGISTRY[name]()  # pyright: ignore[reportCallIssue]
-    slots = rule.declared(m, n)
+    slots = rule.state_specs(m, n)
     found = sum(a * b for a, b in (slot.shape(m, n) for slot in slots.values()))
     assert 0 <= found - formula(m, n, r) <= 7, {k: s.shape(m, n) for k, s in slots.items()}

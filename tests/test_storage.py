@@ -138,7 +138,7 @@ def test_slots_say_which_of_their_values_are_never_negative(name: str) -> None:
     slots = {}
     for p in ps.values():
         dims = matrix_views.stack_shape(p.shape)
-        for key, slot in rule.declared(*dims[1:], vector=p.ndim < 2).items():
+        for key, slot in rule.state_specs(*dims[1:], vector=p.ndim < 2).items():
             if slot.dtype is None and not slot.exact and "1" not in slot.letters and len(set(slot.letters)) == 2:
                 slots[key] = slot
                 seen.setdefault(key, []).append(optimizer.state[p][key].flatten())

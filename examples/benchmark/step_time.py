@@ -199,7 +199,7 @@ def floor(name: str, rule: Rule, matrices: Shapes, rest: Shapes, fused: float, r
     moved = PASSES.get(rule.name, 12 + 2 * state_bytes(type(rule)))
     if rule.name in PRODUCTS:
         shape = matrices[0]
-        shaped = rule.declared(*shape)
+        shaped = rule.state_specs(*shape)
         moved = 12 + 2 * sum(4 * math.prod(x.shape(*shape)) for x in shaped.values()) / math.prod(shape)
     moved = 16 if VARIANTS.get(name, {}).get("state_storage") in NARROW else moved
     seconds, said = fused * moved * sum(map(math.prod, matrices)), f"{moved:.0f} B"

@@ -606,7 +606,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Step what a torch kernel of the rule can take; return the rest."""
         if type(job.rule).kernel is Rule.kernel or not takes_kernels(job.group):
             return works
-        slots = list(job.rule.declared(1, 1))
+        slots = list(job.rule.state_specs(1, 1))
         rest: list[Work] = []
         runs = matrix_views.bucket(works, lambda w: (w.t, w.param.dtype, w.param.device))
         for run in (portion for same in runs for portion in portions(same, self.max_temp_bytes)):

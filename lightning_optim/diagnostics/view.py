@@ -205,7 +205,7 @@ def bases_of(e: Entry, state: dict[str, Any]) -> list[tuple[str, Tensor]]:
     if e.rule is None or len(e.parts) > 1:
         return []
     out, (b, m, n) = [], e.dims
-    declared = e.rule.declared(m, n, vector=e.param.ndim < 2)
+    declared = e.rule.state_specs(m, n, vector=e.param.ndim < 2)
     for key in e.rule.preconditioners:
         value = state.get(key)
         if key not in declared or not isinstance(value, Tensor) or not value.numel():

@@ -130,8 +130,8 @@ class AdafactorHF(Rule):
         if self.warmup_init and not self.relative_step:
             raise ValueError("adafactor_hf: warmup_init needs relative_step=True")
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
-        second = super().slots(m, n, vector=vector)
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+        second = super().declare_state(m, n, vector=vector)
         return {**second, "exp_avg": zeros("mn")} if self.beta1 is not None else second
 
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102

@@ -35,7 +35,7 @@ class Adagrad(Rule):
     elementwise: ClassVar = True
     decay: ClassVar = "coupled"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         return {"sum": StateSpec("mn", self.initial_accumulator_value, nonnegative=True)}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102

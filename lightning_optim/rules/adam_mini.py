@@ -49,7 +49,7 @@ class AdamMini(MomentumRule):
     reduces: ClassVar = True
     head_settings: ClassVar = {"block": "matrix"}
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         letters = "11" if self.block == "matrix" else "mn" if vector else "m1"
         return {"exp_avg": zeros("mn"), "exp_avg_sq": zeros(letters, nonnegative=True)}
 

@@ -63,7 +63,7 @@ class AdamW(MomentumRule):
             raise ValueError(f"the checkpoint's weight decay has the {form} form, which is {other}'s, not {cls.name}'s")
         return super().translate(group)
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         return {**self.state, "max_exp_avg_sq": zeros("mn", nonnegative=True)} if self.amsgrad else self.state
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102

@@ -55,7 +55,7 @@ class Adapprox(MomentumRule):
         if self.rank < 1 or self.iterations < 1:
             raise ValueError(f"adapprox: needs rank >= 1 and iterations >= 1, got {self.rank}, {self.iterations}")
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         factors = {"factor_left": zeros("mr", exact=True), "factor_right": zeros("nr", exact=True)}
         return {"exp_avg": zeros("mn"), **factors} if self.betas[0] else factors
 

@@ -76,7 +76,7 @@ class Alice(MomentumRule):
                 f"got {self.rank}, {self.leading}, {self.alpha}"
             )
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         short, long = "mn" if m <= n else "nm"
         out = {
             "exp_avg": zeros(f"r{long}"),

@@ -41,7 +41,7 @@ class EigenAdam(MomentumRule):
     vectors: ClassVar = False
     preconditioners: ClassVar = ("basis",)
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         side = "mm" if m <= n else "nn"
         return {
             "exp_avg": zeros("mn"),

@@ -40,7 +40,7 @@ class HessianFree(GlobalStepRule):
     name: ClassVar = "hessian_free"
     source: ClassVar = "Martens 2010, Deep learning via Hessian-free optimization (ICML), sections 4.1 to 4.6"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # the last solution, and lambda
         return {"solution": zeros("mn", exact=True), "damping": zeros("11", torch.float64)}
 

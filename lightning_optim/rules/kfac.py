@@ -57,7 +57,7 @@ class KFAC(Rule):
     needs_all_gradients: ClassVar = True
     search: ClassVar = {"lr": (1.0, 0.3, 3.0, 0.1, 0.03), "damping": (1e-3, 1e-2)}
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # momentum, factors, and their eigenbases and values, or inverses; on the input side with room for a bias
         if vector:
             return {"momentum_buffer": zeros("mn")}

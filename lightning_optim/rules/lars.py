@@ -56,7 +56,7 @@ class LARS(Rule):
         if self.momentum >= 1 or (self.nesterov and not self.momentum):
             raise ValueError(f"lars: momentum must be below 1, and above 0 with nesterov, got {self.momentum}")
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         return {"momentum_buffer": zeros("mn")} if self.momentum else {}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102

@@ -45,7 +45,7 @@ class LBFGS(GlobalStepRule):
     source: ClassVar = "Nocedal 1980, Math. Comp. 35; as in torch.optim.LBFGS"
     tracks_weights: ClassVar = True  # the next pair is of the last gradient and t d, from one step to the next
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # the pairs, oldest first, the last direction and gradient, and numbers
         vectors = ("d", "prev_flat_grad", *names(self.history_size))
         numbers = {"numbers": zeros(f"1{len(NUMBERS)}", torch.float64)}

@@ -51,7 +51,7 @@ class MLBFGS(Rule):
     decay: ClassVar = "coupled"
     search: ClassVar = {"lr": (1.0, 3.0, 10.0, 0.3, 30.0), "interval": (100, 20)}
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # running means, those of the last pair, and the pairs, oldest first
         exact = zeros("mn", exact=True)
         means = ("mean_param", "mean_grad", "last_param", "last_grad")

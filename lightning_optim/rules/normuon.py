@@ -37,7 +37,7 @@ class NorMuon(Muon):
     name: ClassVar = "normuon"
     source: ClassVar = "Li et al. 2025, arXiv:2510.05491, Alg. 1; norm as in the authors' code"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         letters = "1n" if self.lines == "longer" and m < n else "m1"
         return {**self.state, "second_momentum": zeros(letters)}
 

@@ -36,7 +36,7 @@ class OLBFGS(GlobalStepRule):
     name: ClassVar = "olbfgs"
     source: ClassVar = "Schraudolph, Yu & Guenter 2007, A stochastic quasi-Newton method for online convex optimization"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # the pairs, oldest first
         return dict.fromkeys(names(self.history), zeros("mn", exact=True))
 

@@ -44,7 +44,7 @@ class Subspace(Rule):
         side: Side = getattr(self, "side", "std")
         return () if vector or min(m, n) == 1 or self.rank == 0 else sides(m, n, side)
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         used = self.projected_sides(m, n, vector=vector)
         letters = ("r" if "left" in used else "m") + ("r" if "right" in used else "n")
         out = self.moments(letters, vector=vector)
@@ -180,8 +180,8 @@ class Limited(Projected):
     limit: float | None = 1.01
     limiter_restarts: bool = True
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
-        out = super().slots(m, n, vector=vector)
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+        out = super().declare_state(m, n, vector=vector)
         limits = self.limit is not None and self.projected_sides(m, n, vector=vector)
         return {**out, "norm": zeros("11")} if limits else out
 

@@ -72,7 +72,7 @@ class PSGDKron(MomentumRule):
                 f"psgd_kron: needs momentum < 1 and init_scale > 0 or None, got {self.momentum}, {self.init_scale}"
             )
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         left = zeros("mm" if 1 < m <= self.max_triangular else "1m")
         right = zeros("nn" if 1 < n <= self.max_triangular else "1n")
         return {"momentum_buffer": zeros("mn"), "left": left, "right": right}

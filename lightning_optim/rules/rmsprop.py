@@ -50,7 +50,7 @@ class RMSprop(Rule):
         if self.alpha >= 1 or self.momentum >= 1:
             raise ValueError(f"rmsprop: needs alpha < 1 and momentum < 1, got {self.alpha}, {self.momentum}")
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         kept = {"square_avg": True, "momentum_buffer": self.momentum > 0, "grad_avg": self.centered}
         return {key: zeros("mn", nonnegative=key == "square_avg") for key, keep in kept.items() if keep}
 

@@ -44,7 +44,7 @@ class SGD(Rule):
         if self.nesterov and (self.momentum == 0 or self.dampening != 0):
             raise ValueError("sgd: nesterov needs momentum > 0 and dampening = 0")
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         return {"momentum_buffer": zeros("mn")} if self.momentum else {}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102

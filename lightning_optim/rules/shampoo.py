@@ -82,7 +82,7 @@ class Shampoo(MomentumRule):
         if self.max_dim == 0:
             raise ValueError("shampoo: max_dim must be positive")
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         out = {"exp_avg": zeros("mn")} if self.betas[0] or self.beta3 else {}
         if self.graft in ("adagrad", "rmsprop", "adam"):
             out["graft_sq"] = zeros("mn", nonnegative=True)

@@ -59,7 +59,7 @@ class SOAP(MomentumRule, Rotated):
     search: ClassVar = Rule.search | {"betas": ((0.95, 0.95), (0.9, 0.95))}
     decay: ClassVar = "after"
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         moments = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("mn", nonnegative=True)}
         return moments | self.rotation(m, n, vector=vector)
 

@@ -87,7 +87,7 @@ class SOAPMuon(Rotated, Muon):
                 f"{self.name}: trust_gate is (floor, cap, first, last) with first < last, not {self.trust_gate}"
             )
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         out = {**self.state, **({} if self.sinkhorn else {"exp_avg_sq": zeros("mn", nonnegative=True)})}
         if self.lines != "none" and not (self.lines == "unequal" and m == n):
             out["second_momentum"] = zeros("1n" if self.lines != "rows" and m < n else "m1")

@@ -44,7 +44,7 @@ class SR1Cubic(GlobalStepRule):
     source: ClassVar = "Ranganath, Singhal & Marcia 2025, arXiv:2502.12298 (ARCs-LSR1)"
     search: ClassVar = {"lr": (1.0, 0.5, 0.25, 2.0, 0.125), "reach": (1.0, 10.0)}
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # the pairs, oldest first, and D
         return {**dict.fromkeys(names(self.history), zeros("mn", exact=True)), "reach": zeros("11", torch.float64)}
 

@@ -119,7 +119,7 @@ class Rule:
             raise TypeError(f"{name}: a rule with costly state works on whole matrices")
         REGISTRY[name] = cls
 
-    def slots(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:
+    def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:
         """The state this rule keeps for a parameter, a pure function of its hyperparameters and the shape.
 
         Args:
@@ -132,8 +132,8 @@ class Rule:
         """
         return self.vector_state if vector and self.vector_state is not None else self.state
 
-    def declared(self, m: int, n: int, *, vector: bool = False) -> dict[str, StateSpec]:
-        """`slots`, with the rank filled in: the field `rank`, at most the shorter side.
+    def state_specs(self, m: int, n: int, *, vector: bool = False) -> dict[str, StateSpec]:
+        """`declare_state`, with the rank filled in: the field `rank`, at most the shorter side.
 
         Args:
             m: rows.
@@ -144,7 +144,7 @@ class Rule:
             Slot declarations by name.
         """
         rank = min(getattr(self, "rank", 1), m, n)
-        slots = dict(self.slots(m, n, vector=vector))
+        slots = dict(self.declare_state(m, n, vector=vector))
         if any(key in slots for key in self.preconditioners):
             slots["refreshed"] = zeros(f"1{len(RECORD)}")
         return {k: dataclasses.replace(s, rank=rank) if "r" in s.letters else s for k, s in slots.items()}
@@ -235,7 +235,7 @@ class Rule:
         Returns:
             The cost; 0 where there is no costly state.
         """
-        declared = self.declared(m, n, vector=vector)
+        declared = self.state_specs(m, n, vector=vector)
         shapes = [declared[key].shape(m, n) for key in self.preconditioners if key in declared]
         return float(sum(a * b * max(a, b) for a, b in shapes))
 

@@ -55,8 +55,8 @@ class MomentumRule(Rule):
                 f"{self.name}: kernel_steps must say from when to when weights change, got {(first, last)}"
             )
 
-    def declared(self, m: int, n: int, *, vector: bool = False) -> dict[str, StateSpec]:  # noqa: D102
-        slots = super().declared(m, n, vector=vector)
+    def state_specs(self, m: int, n: int, *, vector: bool = False) -> dict[str, StateSpec]:  # noqa: D102
+        slots = super().state_specs(m, n, vector=vector)
         if self.first_moment not in slots:
             return slots
         return slots | {name: slots[self.first_moment] for name in self.ema_names()[1:]}

@@ -16,7 +16,7 @@ class StateSpec:
         letters: two out of `m` (rows), `n` (columns), `r` (the rule's rank) and digits.
         fill: start value: a number, or `"eye"` for an identity per matrix.
         dtype: None for float32 (float64 for float64 parameters).
-        rank: what `r` stands for; filled in by `Rule.declared`.
+        rank: what `r` stands for; filled in by `Rule.state_specs`.
         nonnegative: whether no value is ever below zero (second moments); 8-bit storage has a finer map for those.
         exact: whether the values must not rest narrower than declared (a basis); square slots never do.
         size: (rows, columns) where letters do not tell them.

@@ -150,7 +150,7 @@ def _rest(rule: Rule, group: Mapping[str, Any], p: Tensor, forms: Sequence[State
     """`Kind.rest` of a parameter of an elementwise rule."""
     if forms is None:
         dims = matrix_views.stack_shape(p.shape)
-        slots = rule.declared(*dims[1:], vector=p.ndim < 2).values()
+        slots = rule.state_specs(*dims[1:], vector=p.ndim < 2).values()
         forms = [formats.format_of(slot, p.shape, dims, p.dtype, group) for slot in slots]
     return tuple(f.kind if f.is_quantized else "fp32" for f in forms) if any(f.is_quantized for f in forms) else ()
 
@@ -203,7 +203,7 @@ def _graph(rule: Rule, kind: Kind, threads: int) -> Compiled:
             "takes a graph of its own. Leave it as it is, or give compile=False"
         )
     b, m, n = (EXAMPLE[0] if kind.stacked else 1, *EXAMPLE[1:])
-    slots = rule.declared(m, n)
+    slots = rule.state_specs(m, n)
     narrow = {k: form for k, form in zip(slots, kind.rest, strict=False) if form in CODES}
     coded: dict[str, tuple[quantize.Format, bool]]
     coded = {k: (cast("quantize.Format", form), slots[k].nonnegative) for k, form in narrow.items()}

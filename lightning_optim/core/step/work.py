@@ -76,7 +76,7 @@ class Work:
             return [self]
         out = []
         for i, part in enumerate(self.parts):
-            slots = rule.declared(*part.dims[1:])
+            slots = rule.state_specs(*part.dims[1:])
             state = {k: self.state[_key(k, slot, i)] for k, slot in slots.items()}
             cost = refresh_cost(rule, (part,), vector=False)
             due = self.due if cost else ""
@@ -155,7 +155,7 @@ def slots_of(rule: Rule, parts: Sequence[MatrixBlock], ndim: int) -> dict[str, S
     """
     out: dict[str, StateSpec] = {}
     for i, part in enumerate(parts):
-        for key, slot in rule.declared(*part.dims[1:], vector=ndim < 2).items():
+        for key, slot in rule.state_specs(*part.dims[1:], vector=ndim < 2).items():
             out[_key(key, slot, i)] = slot if len(parts) == 1 else replace(slot, dims=part.dims)
     return out
 
