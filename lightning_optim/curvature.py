@@ -557,8 +557,8 @@ class Layer:
 
 def _layers(model: nn.Module, optimizer: RuleOptimizer) -> list[Layer]:
     """The layers whose factors a rule observes."""
-    jobs = [job for job in optimizer._jobs() if job.rule.curvature_input == "factors"]
-    wanted = {id(w.param): (job.rule, w) for job in jobs for w in job.works}
+    groups = [group for group in optimizer.group_steps() if group.rule.curvature_input == "factors"]
+    wanted = {id(s.plan.param): (group.rule, s.plan) for group in groups for s in group.params}
     out: dict[int, Layer] = {}
     for module in model.modules() if wanted else ():
         if id(getattr(module, "weight", None)) in wanted and _has_factors(module):
@@ -566,10 +566,10 @@ def _layers(model: nn.Module, optimizer: RuleOptimizer) -> list[Layer]:
             bias: Any = getattr(module, "bias", None)
             bias = bias if id(bias) in wanted else None
             out[id(module.weight)] = Layer(module, bias, rule.sequence == "reduce")
-    for key, (rule, w) in wanted.items():
-        if w.param.ndim > 1 and key not in out:
+    for key, (rule, plan) in wanted.items():
+        if plan.param.ndim > 1 and key not in out:
             raise ValueError(
-                f"{w.name}: {rule.name} needs the weight of an nn.Linear, an nn.Conv2d (one group, padded by zeros) or "
+                f"{plan.name}: {rule.name} needs the weight of an nn.Linear, an nn.Conv2d (one group, padded by zeros) or "
                 "Transformers' Conv1D; give it to another rule (overrides)"
             )
     return list(out.values())
@@ -628,23 +628,23 @@ def curvature_input(optimizer: Any) -> bool:
 
 
 def _check_params(model: nn.Module, optimizer: RuleOptimizer) -> None:
-    for job in optimizer._jobs():
-        if job.rule.curvature_input:
-            flat = optimizer.flat_tensors(job.group)
-            for w in job.works:
-                if is_flat(w.param) or any(w.param is p for p in flat):
+    for group in optimizer.group_steps():
+        if group.rule.curvature_input:
+            flat = optimizer.known_params.flat_tensors(group.group)
+            for plan in (s.plan for s in group.params):
+                if is_flat(plan.param) or any(plan.param is p for p in flat):
                     raise ValueError(
-                        f"{w.name}: {job.rule.name} cannot be measured in the flat parameters of FSDP1 and ZeRO; "
-                        f"use DDP{' or FSDP2 (fully_shard)' if job.rule.curvature_input == 'gauss_newton' else ''}"
+                        f"{plan.name}: {group.rule.name} cannot be measured in the flat parameters of FSDP1 and ZeRO; "
+                        f"use DDP{' or FSDP2 (fully_shard)' if group.rule.curvature_input == 'gauss_newton' else ''}"
                     )
-                if job.rule.curvature_input != "gauss_newton" and sharding.local(w.param) is not w.param:
+                if group.rule.curvature_input != "gauss_newton" and sharding.local(plan.param) is not plan.param:
                     raise ValueError(
-                        f"{w.name}: {job.rule.name} needs a double backward pass, which FSDP2 does not support; "
+                        f"{plan.name}: {group.rule.name} needs a double backward pass, which FSDP2 does not support; "
                         "use DDP, or sophia_g"
                     )
-                if sharding.is_tensor_parallel(w.param, model):
+                if sharding.is_tensor_parallel(plan.param, model):
                     raise ValueError(
-                        f"{w.name}: {job.rule.name} counts the labels of all ranks, which see the same batches under "
+                        f"{plan.name}: {group.rule.name} counts the labels of all ranks, which see the same batches under "
                         "tensor parallelism; use DDP or FSDP2 alone"
                     )
 

@@ -81,17 +81,31 @@ class Policy:
     """Whether it looks at what a refresh changed, which not every rule's state tells."""
     timed: ClassVar[bool] = False
     """Whether it looks at the clock."""
+    is_periodic: ClassVar[bool] = False
+    """Whether `next_step` tells the next refresh, so that nothing has to be decided before it."""
 
     def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:
         """Decide for each view; never called at t = 1.
 
         Args:
             views: of the parameters.
-            measure: gives the staleness of views, in [0, 1], with one synchronisation.
+            measure: gives the staleness of views, in [0, 1], with one synchronization.
             clock: for time budgets.
 
         Returns:
             The reason of a refresh, or an empty string.
+        """
+        return ["interval" if self.next_step(v.t, v.phase) == v.t else "" for v in views]
+
+    def next_step(self, t: int, phase: Callable[[int], int]) -> int:
+        """The next refresh of a parameter, for policies that depend on the step and the phase alone (`is_periodic`).
+
+        Args:
+            t: number of a step, from 2.
+            phase: gives the phase of the parameter for an interval.
+
+        Returns:
+            The first step from `t` on in which a refresh is due.
         """
         raise NotImplementedError
 
@@ -105,9 +119,10 @@ class Fixed(Policy):
 
     interval: int = 10
     offset: int = 1
+    is_periodic: ClassVar = True
 
-    def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:  # noqa: D102
-        return ["interval" if (v.t - self.offset) % self.interval == 0 else "" for v in views]
+    def next_step(self, t: int, phase: Callable[[int], int]) -> int:  # noqa: D102
+        return t + (self.offset - t) % self.interval
 
 
 @dataclass(frozen=True)
@@ -115,9 +130,10 @@ class Staggered(Policy):
     """Every `interval` steps, each matrix at its own phase; phases balance the cost, so no step pays for all."""
 
     interval: int = 10
+    is_periodic: ClassVar = True
 
-    def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:  # noqa: D102
-        return ["interval" if (v.t - 1) % self.interval == v.phase(self.interval) else "" for v in views]
+    def next_step(self, t: int, phase: Callable[[int], int]) -> int:  # noqa: D102
+        return t + (phase(self.interval) + 1 - t) % self.interval
 
 
 @dataclass(frozen=True)

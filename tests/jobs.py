@@ -289,13 +289,13 @@ def price(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, set
     members = averages_of((settings := dict(settings)).pop("wrap", {}))
     whole = make(name, Model(name, dtype).parameters(), **settings)
     if members:
-        whole.wrap(*members)
+        whole.with_averaging(*members)
     strategy: Any = "ddp" if layout == "shared" else layout
     said = estimate_mesh(whole, strategy, world, node_size=world // 2, shard_work=layout == "shared")
     model = lay_out(Model(name, dtype), layout, world)
     optimizer = make(name, model.parameters(), **settings)
     if members:
-        optimizer.wrap(*members)
+        optimizer.with_averaging(*members)
     if layout == "shared":
         optimizer.shard_work()
     take_steps(model, optimizer, range(1, 3))
@@ -340,7 +340,7 @@ def consolidated(rank: int, world: int, name: str) -> Any:
     optimizer.shard_work()
     take_steps(model, optimizer, range(1, 4))
     held = sum(t.nbytes for s in optimizer.state.values() for k, t in s.items() if k != "step")
-    optimizer._meeting.timeout = timedelta(seconds=2)
+    optimizer._guard.timeout = timedelta(seconds=2)
     message, saved = "", None
     if rank == 1:
         try:
@@ -552,7 +552,7 @@ def lonely_state_dict(rank: int, world: int, name: str) -> Any:
     model = sharded(name, world)
     optimizer = make(name, model.parameters())
     take_steps(model, optimizer, range(1, 3))
-    optimizer._meeting.timeout = timedelta(seconds=2)
+    optimizer._guard.timeout = timedelta(seconds=2)
     message = ""
     if rank == 0:
         try:
@@ -675,7 +675,7 @@ def refused_in_fused_backward(rank: int, world: int) -> list[str]:
 def averaged(rank: int, world: int, name: str, folder: str, members: Any) -> dict[str, Tensor]:
     """Train a wrapped optimizer under FSDP2, save in between; the weights to evaluate."""
     model = sharded(name, world)
-    optimizer = make(name, model.parameters()).wrap(*members)
+    optimizer = make(name, model.parameters()).with_averaging(*members)
     get_optimizer_state_dict(model, optimizer)
     take_steps(model, optimizer, range(1, 5))
     optimizer.eval()

@@ -37,7 +37,7 @@ def problem() -> tuple[Parameter, Tensor]:
 def trained(members: tuple[Any, ...], steps: int, *, closure: bool, **settings: Any) -> tuple[Parameter, RuleOptimizer]:
     p, target = problem()
     optimizer = make("sgd", [p], lr=0.1, momentum=0.5, **settings)
-    optimizer = optimizer.wrap(*members) if members else optimizer
+    optimizer = optimizer.with_averaging(*members) if members else optimizer
 
     def compute() -> Tensor:
         optimizer.zero_grad()
@@ -113,7 +113,7 @@ def test_muloco_that_does_nothing_is_the_inner_optimizer() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_ema_nesterov_that_does_nothing_is_the_inner_optimizer_bit_for_bit(name: str, closure: bool) -> None:
     ps, alone = params(name), params(name)
-    optimizer = make(name, ps).wrap(EMANesterov(step_size=0.0, start=1))
+    optimizer = make(name, ps).with_averaging(EMANesterov(step_size=0.0, start=1))
     for t in range(1, 6):
         give(ps, t)
         optimizer.step((lambda: 0.0) if closure else None)
@@ -127,8 +127,8 @@ def test_ema_nesterov_that_does_nothing_is_the_inner_optimizer_bit_for_bit(name:
 def test_save_load_continue_is_bitwise(name: str, members: tuple[Any, ...], shown: bool) -> None:
     """Whichever weights the model was saved with."""
     whole, ps = params(name), params(name)
-    straight = run(name, whole, range(1, 10), make(name, whole).wrap(*members))
-    first = run(name, ps, range(1, 6), make(name, ps).wrap(*members))
+    straight = run(name, whole, range(1, 10), make(name, whole).with_averaging(*members))
+    first = run(name, ps, range(1, 6), make(name, ps).with_averaging(*members))
     if shown:
         first.eval()
     file = io.BytesIO()
@@ -136,7 +136,7 @@ def test_save_load_continue_is_bitwise(name: str, members: tuple[Any, ...], show
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     resumed = {k: Parameter(v) for k, v in saved["params"].items()}
-    second = make(name, resumed).wrap(*members)
+    second = make(name, resumed).with_averaging(*members)
     second.load_state_dict(saved["optimizer"])
     second.train()
     run(name, resumed, range(6, 10), second)
@@ -149,8 +149,8 @@ def test_save_load_continue_is_bitwise(name: str, members: tuple[Any, ...], show
 @each
 def test_eval_and_train_leave_the_run_as_it_is(members: tuple[Any, ...]) -> None:
     plain, watched = params("adamw"), params("adamw")
-    run("adamw", plain, range(1, 9), make("adamw", plain).wrap(*members))
-    optimizer = make("adamw", watched).wrap(*members)
+    run("adamw", plain, range(1, 9), make("adamw", plain).with_averaging(*members))
+    optimizer = make("adamw", watched).with_averaging(*members)
     optimizer.eval()
     for t in range(1, 9):
         optimizer.train()
@@ -179,7 +179,7 @@ def test_embeddings_are_not_averaged() -> None:
 
 def test_a_share_of_the_run_needs_its_length() -> None:
     p, target = problem()
-    optimizer = make("sgd", [p], lr=0.1).wrap(TailEMA(start=0.5, tau=2.0))
+    optimizer = make("sgd", [p], lr=0.1).with_averaging(TailEMA(start=0.5, tau=2.0))
     p.grad, before = p.detach() - target, p.detach().clone()
     with pytest.raises(RuntimeError, match=r"set optimizer.total_steps, give Schedule total_steps"):
         optimizer.step()
@@ -193,7 +193,7 @@ def test_a_share_of_the_run_needs_its_length() -> None:
 
 def test_a_step_that_is_left_out_moves_nothing() -> None:
     ps = params("adamw")
-    optimizer = make("adamw", ps, on_nonfinite="skip").wrap(EMANesterov(0.5, 0.9, start=1))
+    optimizer = make("adamw", ps, on_nonfinite="skip").with_averaging(EMANesterov(0.5, 0.9, start=1))
     run("adamw", ps, range(1, 5), optimizer)
     before = {k: Parameter(p.detach().clone()) for k, p in ps.items()}
     for closure in (None, lambda: 0.0):
@@ -208,7 +208,10 @@ def test_a_step_that_is_left_out_moves_nothing() -> None:
     assert optimizer.param_groups[0]["average_step"] == 4
     other = params("adamw")
     twin = run(
-        "adamw", other, range(1, 5), make("adamw", other, on_nonfinite="skip").wrap(EMANesterov(0.5, 0.9, start=1))
+        "adamw",
+        other,
+        range(1, 5),
+        make("adamw", other, on_nonfinite="skip").with_averaging(EMANesterov(0.5, 0.9, start=1)),
     )
     assert_equal(before, other)
     twin.eval()
@@ -219,7 +222,7 @@ def test_fused_backward_steps_are_the_same() -> None:
     results = []
     for fused in (True, False):
         p = Parameter(torch.ones(4, 5))
-        optimizer = make("adamw", [p], lr=0.1).wrap(EMANesterov(0.5, 0.9, start=1), TailEMA(start=2))
+        optimizer = make("adamw", [p], lr=0.1).with_averaging(EMANesterov(0.5, 0.9, start=1), TailEMA(start=2))
         if fused:
             optimizer.fuse_backward()
         for t in range(1, 6):
@@ -233,7 +236,7 @@ def test_fused_backward_steps_are_the_same() -> None:
 
 def test_a_group_that_joins_is_averaged_too() -> None:
     p, late = Parameter(torch.ones(4, 5)), Parameter(torch.ones(5))
-    optimizer = make("adamw", [p], lr=0.1).wrap(TailEMA(start=0))
+    optimizer = make("adamw", [p], lr=0.1).with_averaging(TailEMA(start=0))
     for t in range(1, 5):
         if t == 2:
             optimizer.add_param_group({"params": [late]})
@@ -249,7 +252,7 @@ def test_a_group_that_joins_is_averaged_too() -> None:
 def test_a_resized_parameter_is_refused_before_weights_move(members: Any) -> None:
     """Also of a rule without state of its own, where only the averages know the old shape."""
     p, other = Parameter(torch.ones(4, 5)), Parameter(torch.ones(5))
-    optimizer = make("sgd", [p, other], lr=0.1, momentum=0.0).wrap(*members)
+    optimizer = make("sgd", [p, other], lr=0.1, momentum=0.0).with_averaging(*members)
     for t in range(1, 6):
         for key, x in (("p", p), ("other", other)):
             x.grad = gradient(x, key, t)
@@ -272,22 +275,22 @@ def test_a_resized_parameter_is_refused_before_weights_move(members: Any) -> Non
 def test_what_cannot_be_is_named() -> None:
     narrow = Parameter(torch.ones(4, 5).bfloat16())
     with pytest.raises(ValueError, match="parameter 0 of group 'adamw': ema_nesterov moves weights by less than"):
-        make("adamw", [narrow]).wrap(EMANesterov())
+        make("adamw", [narrow]).with_averaging(EMANesterov())
     with pytest.raises(ValueError, match="do not go together"):
-        make("adamw", params("adamw")).wrap(EMANesterov(), MuLoCo())
+        make("adamw", params("adamw")).with_averaging(EMANesterov(), MuLoCo())
     with pytest.raises(ValueError, match="tail_ema: tau must be"):
         TailEMA(tau=-1.0)
-    wrapped = make("adamw", params("adamw")).wrap(TailEMA())
+    wrapped = make("adamw", params("adamw")).with_averaging(TailEMA())
     with pytest.raises(ValueError, match="one call"):
-        wrapped.wrap(MuLoCo())
-    run("adamw", ps := params("adamw"), range(1, 3), wrapped := make("adamw", ps).wrap(TailEMA()))
+        wrapped.with_averaging(MuLoCo())
+    run("adamw", ps := params("adamw"), range(1, 3), wrapped := make("adamw", ps).with_averaging(TailEMA()))
     with pytest.raises(ValueError, match="wrap this one alike"):
         make("adamw", params("adamw")).load_state_dict(wrapped.state_dict())
     wrapped.eval()
     saved = wrapped.state_dict()
     cut = {i: {k: v for k, v in slots.items() if k != "train_weight"} for i, slots in saved["state"].items()}
     with pytest.raises(ValueError, match=r"made after optimizer.eval\(\)"):
-        make("adamw", params("adamw")).wrap(TailEMA()).load_state_dict({**saved, "state": cut})
+        make("adamw", params("adamw")).with_averaging(TailEMA()).load_state_dict({**saved, "state": cut})
     with pytest.raises(RuntimeError, match=r"call optimizer.train\(\)"):
         wrapped.step()
     model = nn.Linear(3, 3)
@@ -299,7 +302,7 @@ def test_what_cannot_be_is_named() -> None:
 
 def test_bfloat16_weights_have_a_float32_average() -> None:
     p = Parameter(torch.ones(4, 5).bfloat16())
-    optimizer = make("adamw", [p], lr=0.01).wrap(TailEMA(start=0, tau=100.0))
+    optimizer = make("adamw", [p], lr=0.01).with_averaging(TailEMA(start=0, tau=100.0))
     for t in range(1, 4):
         p.grad = gradient(p, "x", t)
         optimizer.step()
@@ -328,12 +331,12 @@ def test_two_ranks_and_a_checkpoint_of_theirs_on_one(pool: Pool, name: str, tmp_
     found = pool.run("tests.jobs:averaged", 2, name=name, folder=folder, members=ALL[0])
     model = jobs.Model(name)
     torch.set_num_threads(1)
-    optimizer = make(name, model.parameters()).wrap(*ALL[0])
+    optimizer = make(name, model.parameters()).with_averaging(*ALL[0])
     jobs.take_steps(model, optimizer, range(1, 9))
     optimizer.eval()
     straight = jobs.weights(model)
     other = jobs.Model(name)
-    resumed = make(name, other.parameters()).wrap(*ALL[0])
+    resumed = make(name, other.parameters()).with_averaging(*ALL[0])
     jobs.load_into(other, resumed, folder)
     jobs.take_steps(other, resumed, range(5, 9))
     resumed.eval()
@@ -346,7 +349,7 @@ def test_two_ranks_and_a_checkpoint_of_theirs_on_one(pool: Pool, name: str, tmp_
 def saved_by_one(rank: int, world: int) -> list[dict[str, Tensor]]:
     """Shared work, collected before the weights to evaluate are there: the weights to train, and those loaded."""
     model = jobs.Model("muon")
-    optimizer, fresh = (make("muon", model.parameters()).wrap(TailEMA(start=0)) for _ in range(2))
+    optimizer, fresh = (make("muon", model.parameters()).with_averaging(TailEMA(start=0)) for _ in range(2))
     optimizer.shard_work()
     jobs.take_steps(model, optimizer, range(1, 4))
     trained = {k: p.clone() for k, p in jobs.weights(model).items()}
@@ -369,19 +372,19 @@ def test_what_is_collected_before_eval_has_the_weights_to_train(pool: Pool) -> N
 
 def test_a_checkpoint_that_lacks_some_weights_to_train_is_refused() -> None:
     ps = params("adamw")
-    optimizer = run("adamw", ps, range(1, 3), make("adamw", ps).wrap(TailEMA()))
+    optimizer = run("adamw", ps, range(1, 3), make("adamw", ps).with_averaging(TailEMA()))
     optimizer.eval()
     saved = optimizer.state_dict()
     del saved["state"][1]["train_weight"]
     with pytest.raises(ValueError, match=r"made after optimizer.eval\(\)"):
-        make("adamw", params("adamw")).wrap(TailEMA()).load_state_dict(saved)
+        make("adamw", params("adamw")).with_averaging(TailEMA()).load_state_dict(saved)
 
 
 @pytest.mark.parametrize("member", [EMANesterov(), MuLoCo()])
 def test_a_rule_that_keeps_the_weights_is_not_moved(member: Any) -> None:
     with pytest.raises(ValueError, match="group 'muown': muown keeps .* wrap it in tail_ema only"):
-        make("muown", [Parameter(torch.ones(4, 5))]).wrap(member)
-    make("muown", [Parameter(torch.ones(4, 5))]).wrap(TailEMA())
+        make("muown", [Parameter(torch.ones(4, 5))]).with_averaging(member)
+    make("muown", [Parameter(torch.ones(4, 5))]).with_averaging(TailEMA())
 
 
 @pytest.mark.parametrize("loaded", [True, False])
@@ -414,7 +417,7 @@ def test_shared_state_is_collected_before_a_trainer_knows_the_best(strategy: str
 
 def test_what_is_frozen_ahead_or_in_evaluation_comes_back() -> None:
     p, q = (Parameter(torch.ones(4, 5)) for _ in range(2))
-    optimizer = make("adamw", [p, q], lr=0.1).wrap(EMANesterov(0.5, 0.9, start=1), TailEMA(start=0))
+    optimizer = make("adamw", [p, q], lr=0.1).with_averaging(EMANesterov(0.5, 0.9, start=1), TailEMA(start=0))
     for t in range(1, 5):
         p.grad, q.grad = gradient(p, "p", t), gradient(q, "q", t)
         optimizer.step()

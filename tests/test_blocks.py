@@ -90,7 +90,7 @@ def test_parts_cover_every_element_once() -> None:
         for shape, turned in (((48, 5), False), ((3, 5, 48), True)):
             t = torch.zeros(shape)
             for part in matrix_views.split_blocks(shape, blocks, transposed=turned):
-                view = part.of(t, turned)
+                view = part.view_of(t, turned)
                 view += 1
                 assert view.reshape(part.dims).shape == part.dims
             assert t.eq(1).all()

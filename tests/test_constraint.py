@@ -222,18 +222,16 @@ def test_save_load_continue_is_bitwise(name: str, given: dict[str, Any], dtype: 
 
 def test_nothing_of_it_runs_when_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW is torch's fused kernel and nothing else; no rule asks for sums."""
-    from lightning_optim.core import optimizer as executor
-    from lightning_optim.core.step import constraints as constraint
-    from lightning_optim.core.step import work
+    from lightning_optim.core.step import apply, constraints, elementwise
 
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("off")
 
-    monkeypatch.setattr(constraint, "factors", never)
-    monkeypatch.setattr(work._Write, "_held", never)
+    monkeypatch.setattr(constraints, "factors", never)
+    monkeypatch.setattr(apply.ParamWriter, "_cautious_factor", never)
     for name in RULES:
         run(name, params(name), range(1, 3))
-    monkeypatch.setattr(executor, "update_elementwise", never)
+    monkeypatch.setattr(elementwise, "step_param", never)
     run("adamw", params("adamw"), range(1, 3))
 
 

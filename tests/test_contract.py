@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.rule import ADAMW_RMS, REGISTRY, StateSpec
 from lightning_optim.core.state.formats import compute_dtype_of, stored_shape
-from lightning_optim.core.step import work
+from lightning_optim.core.step import stacked
 from lightning_optim.docs import state_bytes
 from tests.references import noise
 from tests.rules import (
@@ -49,13 +49,13 @@ searching_too = pytest.mark.parametrize("name", [*NAMES, *SEARCHING])
 def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random numbers of a matrix come from its index among all; here from its shape, so that it may be alone."""
 
-    def drawn(job: Any, chunk: Any, frame: Any, letters: str, stream: int) -> torch.Tensor:
-        b, m, n = chunk[0].dims
-        rank = min(getattr(job.rule, "rank", 1), m, n)
+    def drawn(group: Any, chunk: Any, frame: Any, letters: str, stream: int = 0) -> torch.Tensor:
+        b, m, n = chunk[0].plan.dims
+        rank = min(getattr(group.rule, "rank", 1), m, n)
         one = noise(StateSpec(letters, rank=rank).shape(m, n), chunk[0].t, stream)
-        return one.to(compute_dtype_of(chunk[0].param.dtype)).expand(b * len(chunk), *one.shape)
+        return one.to(chunk[0].plan.compute_dtype).expand(b * len(chunk), *one.shape)
 
-    monkeypatch.setattr(work, "_noise", drawn)
+    monkeypatch.setattr(stacked, "_noise", drawn)
 
 
 @pytest.mark.parametrize(("name", "given"), cases())

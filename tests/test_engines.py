@@ -116,7 +116,7 @@ def test_a_checkpoint_is_not_loaded_into_flat_tensors() -> None:
 def test_one_vector_cut_into_shards_is_flat() -> None:
     optimizer = lightning_optim.Adafactor([("bias", nn.Parameter(torch.ones(8)))])
     optimizer.param_groups[0]["params"] = [torch.ones(4, requires_grad=True)]
-    assert len(optimizer.flat_tensors(optimizer.param_groups[0])) == 1
+    assert len(optimizer.known_params.flat_tensors(optimizer.param_groups[0])) == 1
 
 
 def test_parameters_that_the_user_replaces_are_not_flat() -> None:
@@ -134,7 +134,7 @@ def test_parameters_that_the_user_replaces_are_not_flat() -> None:
         group["params"] = params
         for p in params:
             p.grad = torch.ones_like(p)
-        assert not optimizer.flat_tensors(group)
+        assert not optimizer.known_params.flat_tensors(group)
         optimizer.step()
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_optim import Adafactor, AdamW, Lion, Muon, Rule, RuleOptimizer, eye, zeros
 from lightning_optim.core import matrix_views
 from lightning_optim.core.rule import REGISTRY
+from lightning_optim.core.step import stacks
 from lightning_optim.ops.orthogonal import orthogonalize
 from lightning_optim.ops.rounding import hash_key, random_bits, stochastic_round
 from tests.rules import gradient
@@ -106,11 +107,11 @@ def test_matrix_dims() -> None:
 
 
 def test_stacks_respect_their_bounds() -> None:
-    assert [len(c) for c in matrix_views.stacks(range(10), 1000, 16 * 3000)] == [3, 3, 3, 1]
-    assert [len(c) for c in matrix_views.stacks(range(3), matrix_views.STACK_LIMIT + 1, 2**40)] == [1, 1, 1]
-    assert [len(c) for c in matrix_views.stacks(range(3), 1000, 1)] == [1, 1, 1]
-    assert [len(c) for c in matrix_views.stacks(range(5), 1000, 16 * 6000, [500, 1500])] == [2, 2, 1]
-    assert [len(c) for c in matrix_views.stacks(range(2), 1000, 2**40, [matrix_views.STACK_LIMIT])] == [1, 1]
+    assert [len(c) for c in stacks.stacks(range(10), 1000, 16 * 3000)] == [3, 3, 3, 1]
+    assert [len(c) for c in stacks.stacks(range(3), matrix_views.STACK_LIMIT + 1, 2**40)] == [1, 1, 1]
+    assert [len(c) for c in stacks.stacks(range(3), 1000, 1)] == [1, 1, 1]
+    assert [len(c) for c in stacks.stacks(range(5), 1000, 16 * 6000, [500, 1500])] == [2, 2, 1]
+    assert [len(c) for c in stacks.stacks(range(2), 1000, 2**40, [matrix_views.STACK_LIMIT])] == [1, 1]
 
 
 class Largest(TorchDispatchMode):

@@ -185,13 +185,16 @@ def test_a_matrix_that_fails_does_not_disturb_its_stack() -> None:
 
 
 def test_failures_are_told_together_at_the_end() -> None:
-    with pytest.warns(RuntimeWarning) as said, failures.collected():
+    with pytest.warns(RuntimeWarning) as said:
+        failures.depth += 1
         failures.add("this")
-        failures.name(lambda: [f"w{i}" for i in range(7)])
+        failures.name([f"w{i}" for i in range(7)])
         failures.add("that")
-        failures.name(lambda: ["v"])
-        failures.name(lambda: ["another, of which nothing failed"])
+        failures.name(["v"])
+        failures.name(["another, of which nothing failed"])
+        failures.depth -= 1
         assert not said
+        failures.warn()
     assert [str(x.message) for x in said] == ["w0, w1, w2, w3, w4 and 2 more: this; v: that"]
 
 

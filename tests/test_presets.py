@@ -21,8 +21,8 @@ from hf_integration import KeepSchedule, TrainingArguments, attach
 from lightning_optim import RuleOptimizer, ScheduleLR, build_optimizer, plan
 from lightning_optim.build.recipes import PRESETS
 from lightning_optim.callbacks import HybridOptimizer
+from lightning_optim.core import options
 from lightning_optim.core.rule import REGISTRY, hyperparameters
-from lightning_optim.core.step import constraints
 from tests import jobs
 from tests.pool import Pool
 from tests.test_hf import Tokens, arguments, gpt2, llama, trainer_of, weights
@@ -57,7 +57,7 @@ def test_every_preset_is_what_it_says(name: str) -> None:
     preset, model = PRESETS[name], llama(tied=False)
     optimizer = build_optimizer(model, preset.rule, preset=name)
     hidden = [g for g in optimizer.param_groups if g["rule"] == preset.rule]
-    known = {*hyperparameters(REGISTRY[preset.rule]), *constraints.OPTIONS, "cautious_decay", "cautious_when"}
+    known = {*hyperparameters(REGISTRY[preset.rule]), *options.CONSTRAINTS, "cautious_decay", "cautious_when"}
     for key in preset.settings.keys() & known:
         assert {g[key] for g in hidden} == {preset.settings[key]}, key
     others = [g for g in optimizer.param_groups if g["rule"] != preset.rule]

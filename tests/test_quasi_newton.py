@@ -672,7 +672,7 @@ def searched(name: str, steps: int, member: Any = None) -> tuple[nn.Module, Rule
     torch.manual_seed(0)
     model, loss, batch, _ = least_squares()
     optimizer = build_optimizer(model, name, lr=0.5, **SEARCHING[name])
-    optimizer = optimizer if member is None else optimizer.wrap(member)
+    optimizer = optimizer if member is None else optimizer.with_averaging(member)
     feed = CurvatureEstimator(model, optimizer, loss)
 
     def step() -> None:
@@ -728,7 +728,7 @@ def test_an_average_leaves_a_search_as_it_is(name: str) -> None:
 @pytest.mark.parametrize("member", [EMANesterov(), MuLoCo()], ids=["ahead", "outer"])
 def test_lbfgs_whose_pairs_go_from_step_to_step_is_not_moved(member: Any) -> None:
     with pytest.raises(ValueError, match="lbfgs keeps .* wrap it in tail_ema only"):
-        LBFGS([Parameter(torch.ones(2))]).wrap(member)
+        LBFGS([Parameter(torch.ones(2))]).with_averaging(member)
 
 
 # -- what stands in the way -------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from lightning_optim import SOAP
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.param_groups import rule_of
-from lightning_optim.core.step.work import Refresh
+from lightning_optim.core.step.records import Refresh
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal, overlap, unaligned
 from lightning_optim.ops.noise import normal
 from lightning_optim.refresh import RECORD, Clock, View, parse, phases

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim import APOLLO, APOLLOSVD, AdafactorHF, AdamW, Fira, Flora, GaLore, RuleOptimizer
-from lightning_optim.core.step.work import Refresh
+from lightning_optim.core.step.records import Refresh
 from lightning_optim.ops.projection import Method, Side, aligned, leading_vectors, left_out, project, sides
 
 NEVER = "fixed:1000"

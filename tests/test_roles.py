@@ -294,7 +294,7 @@ def test_experts_are_cut_into_gate_and_up(name: str, inner: int) -> None:
         assert made(tokens, *given).any()
         p = made.get_parameter("gate_up_proj")
         for part in matrix_views.split_blocks(p.shape, gate_up.blocks, transposed=gate_up.transposed):
-            view = part.of(p, gate_up.transposed)
+            view = part.view_of(p, gate_up.transposed)
             (view.unflatten(-2, (2, -1)).select(-3, 0) if part.rows is None else view.select(-4, 0)).zero_()
         assert not made(tokens, *given).any()
 
@@ -456,7 +456,7 @@ def test_fused_layers_are_cut_into_query_key_and_value(name: str) -> None:
 
 def _matrices(part: matrix_views.MatrixBlock, t: torch.Tensor, transposed: bool) -> list[torch.Tensor]:
     """Views of the matrices of a part."""
-    view = part.of(t, transposed)
+    view = part.view_of(t, transposed)
     return list(view.unflatten(-2, part.dims[:2]) if part.rows is None else view)
 
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lightning_optim.build.recipes import PRESETS, find
 from lightning_optim.build.recipes import chosen as completed
 from lightning_optim.build.roles import MATRIX_ROLES, Override, applicable_overrides, assign, roles, without_parameters
+from lightning_optim.core import options
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.options import OPTIONS
 from lightning_optim.core.parallel import collectives, sharding
 from lightning_optim.core.parallel.flat_parameters import check_unflattened
 from lightning_optim.core.param_groups import plain, rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
-from lightning_optim.core.step import constraints
 from lightning_optim.core.step.averaging_methods import EMANesterov, MuLoCo, TailEMA, averages_of
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.schedule import OF_ROLE, ScheduleConfig
@@ -123,7 +123,7 @@ def build_optimizer(
     _check_names(rule, own)
     of_rest = {k: v for k, v in chosen["rest_settings"].items() if k not in OF_ROLE}
     _check_names(other, of_rest)
-    normed = {key: own.pop(key) for key in constraints.OPTIONS if key in own}
+    normed = {key: own.pop(key) for key in options.CONSTRAINTS if key in own}
     masked = own.pop("cautious_decay", 0.0)
     shared = {key: value for key, value in own.items() if key in OPTIONS}
     of_rule = {other.name: shared | chosen["rest_settings"], rule.name: own}
@@ -178,7 +178,7 @@ def build_optimizer(
 
     optimizer.divide = divide
     if members:
-        optimizer.wrap(*members)
+        optimizer.with_averaging(*members)
     optimizer.curve = curve
     if fused_backward:
         optimizer.fuse_backward()

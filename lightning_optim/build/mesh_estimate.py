@@ -13,11 +13,12 @@ from torch import Tensor
 from lightning_optim.core.parallel import sharding, stack_sharding
 from lightning_optim.core.parallel.ownership import assign_owners
 from lightning_optim.core.parallel.sharding import Sharding
-from lightning_optim.core.param_groups import parts_of, rule_of
+from lightning_optim.core.param_groups import blocks_of, rule_of
 from lightning_optim.core.rule import Rule
 from lightning_optim.core.state import formats
 from lightning_optim.core.state.formats import StateFormat
-from lightning_optim.core.step.work import forms_for, needs_param, work_of
+from lightning_optim.core.step.plan import state_formats, step_cost
+from lightning_optim.core.step.stacked import needs_param
 
 if TYPE_CHECKING:
     from lightning_optim.core.optimizer import RuleOptimizer
@@ -40,7 +41,7 @@ class MeshEstimate:
     summed: int
     """Bytes of row or column sums that are added up over the ranks in a step, about."""
     work: list[float] = field(default_factory=list)
-    """Of whole-matrix rules by rank, see `work_of`; empty where nothing is shared out."""
+    """Of whole-matrix rules by rank, see `step_cost`; empty where nothing is shared out."""
     largest: float = 0.0
     """Of one parameter: no way to share out the work gives every rank less than this."""
 
@@ -87,8 +88,8 @@ def estimate_mesh(
     for group in optimizer.param_groups:
         rule = rule_of(group)
         for p in group["params"]:
-            parts, turned = parts_of(rule, group, p.shape)
-            forms = forms_for(rule, group, p, parts)
+            parts, turned = blocks_of(rule, group, p.shape)
+            forms = state_formats(rule, group, p, parts)
             kept = p.dtype.itemsize if formats.compensated(p.dtype, group) else 0
             if optimizer.averages is not None:
                 kept += formats.compute_dtype_of(p.dtype).itemsize * len(optimizer.averages.keys)
@@ -108,13 +109,13 @@ def estimate_mesh(
                 cut_form = (
                     cut
                     if rule.elementwise
-                    else stack_sharding.stored_sharding(cut, axes or (), form.slot, len(form.shape))
+                    else stack_sharding.stored_sharding(cut, axes or (), form.spec, len(form.shape))
                 )
                 for r, held in enumerate(_bytes(cut_form, form, size)):
                     state[r] += held
                 summed += 4 * math.prod(form.shape) if cut is not None and cut_form is None else 0
     work = [0.0] * size
-    costs = [work_of(parts) for _, _, _, parts, _ in travelling]
+    costs = [step_cost(parts) for _, _, _, parts, _ in travelling]
     for (rule, group, p, _, forms), owner in zip(travelling, assign_owners(costs, work), strict=True):
         state[owner] += sum(form.nbytes for form in forms.values())
         wide = formats.compute_dtype_of(p.dtype).itemsize

@@ -14,9 +14,9 @@ from lightning_optim.build.factory import build_optimizer
 from lightning_optim.build.mesh_estimate import MeshEstimate, Strategy, estimate_mesh
 from lightning_optim.build.roles import matches, roles, without_parameters
 from lightning_optim.core.optimizer import RuleOptimizer
-from lightning_optim.core.param_groups import parts_of, rule_of
+from lightning_optim.core.param_groups import blocks_of, rule_of
 from lightning_optim.core.state import formats
-from lightning_optim.core.step.work import forms_for
+from lightning_optim.core.step.plan import state_formats
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,10 @@ def describe(model: nn.Module, optimizer: RuleOptimizer) -> Plan:
             label = names.get(id(p), "")
             if label not in traits:
                 continue
-            parts, _ = parts_of(rule, group, p.shape)
-            forms = forms_for(rule, group, p, parts)
+            parts, _ = blocks_of(rule, group, p.shape)
+            forms = state_formats(rule, group, p, parts)
             state: dict[str, int] = {key: form.nbytes for key, form in forms.items()}
-            away = sum(form.nbytes for form in forms.values() if form.kind == "host")
+            away = sum(form.nbytes for form in forms.values() if form.name == "host")
             if formats.compensated(p.dtype, group):
                 state[formats.COMPENSATION] = p.numel() * p.dtype.itemsize
             if formats.keeps_radius(p.dtype, group):

@@ -26,9 +26,9 @@ from lightning_optim.build.output_layers import (
     output_embeddings,
     output_layers,
 )
+from lightning_optim.core import options
 from lightning_optim.core.matrix_views import Blocks, frozen
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
-from lightning_optim.core.step import constraints
 
 Role = Literal[
     "hidden",
@@ -479,9 +479,9 @@ def assign(
                 break
         normed = constrained and owner == main.name and trait.role in MATRIX_ROLES
         shapeless = lookup(owner).elementwise or lookup(owner).curvature_input == "loss"
-        blind = shapeless and not normed and not any(k in settings for k in constraints.OPTIONS)
+        blind = shapeless and not normed and not any(k in settings for k in options.CONSTRAINTS)
         cut = None if blind else _blocks(lookup(owner), trait, settings.get("blocks"), blocks)
-        if not normed and not any(k in settings for k in constraints.OPTIONS):
+        if not normed and not any(k in settings for k in options.CONSTRAINTS):
             by_head, of_heads = _by_head(lookup(owner), trait, settings, blocks, (given or {}).get(owner, {}))
             cut, settings = by_head or cut, {**of_heads, **settings}
         turned = trait.transposed and not blind

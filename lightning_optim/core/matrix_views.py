@@ -9,7 +9,6 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
 StackShape = tuple[int, int, int]
@@ -67,7 +66,7 @@ class MatrixBlock(NamedTuple):
     apart: bool = False
     """Whether a block is a matrix of its own in every period, not one with the same block of the others."""
 
-    def of(self, t: Tensor, transposed: bool) -> Tensor:
+    def view_of(self, t: Tensor, transposed: bool) -> Tensor:
         """The part of a parameter-shaped tensor.
 
         Args:
@@ -151,24 +150,6 @@ def bucket(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     return list(groups.values())
 
 
-def stacks(items: Sequence[T], elements: int, max_temp_bytes: int, beside: Sequence[int] = ()) -> Iterator[Sequence[T]]:
-    """Cut items of one shape into chunks that become one stack each.
-
-    Args:
-        items: of one shape.
-        elements: of one item.
-        max_temp_bytes: bound for a stack and the temporaries of its update, counted as four float32 copies.
-        beside: elements of state of another shape (factors, bases) that is stacked with an item.
-
-    Yields:
-        Runs of `items`; single ones from `STACK_LIMIT` elements on, of the item or of one of its states.
-    """
-    large = max(elements, *beside, 1) >= STACK_LIMIT
-    size = 1 if large else max(1, max_temp_bytes // (16 * max(elements + sum(beside), 1)))
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 def dense_order(t: Tensor) -> tuple[int, ...]:
     """The dimensions of a tensor from the largest stride to the smallest.
 
@@ -209,8 +190,8 @@ def cache_blocks(tensors: Sequence[Tensor], align: int = 1, start: int = 0) -> I
         (views of every tensor, the slice of the flat or row range they cover).
     """
     first = tensors[0]
-    order = dense_order(first)
     if not first.is_contiguous() and align == 1:
+        order = dense_order(first)
         tensors = [t.permute(order) for t in tensors]
     if all(t.is_contiguous() for t in tensors):
         tensors = [t.view(-1) for t in tensors]
@@ -234,14 +215,3 @@ def transpose_if(t: Tensor, transposed: bool) -> Tensor:
         A view.
     """
     return t.mT if transposed and 2 <= t.ndim <= 3 else t
-
-
-def stack(tensors: Sequence[Tensor], dims: StackShape, dtype: torch.dtype) -> Tensor:
-    """One stack `[len(tensors) * b, m, n]` out of equally shaped tensors; a view where there is one of this dtype.
-
-    Returns:
-        The stack.
-    """
-    if len(tensors) == 1:
-        return tensors[0].reshape(dims).to(dtype)
-    return torch.cat([t.reshape(dims) for t in tensors]).to(dtype)

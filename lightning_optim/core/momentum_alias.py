@@ -1,4 +1,4 @@
-"""momentum_alias."""
+"""One name for the momentum of every group, under which torch's schedules and Lightning's monitor look for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ParamGroup(dict[str, Any]):
 
     def __missing__(self, key: str) -> Any:
         """Read the momentum under its other name."""
-        if key in MOMENTUM_NAMES and "rule" in self:
+        if key in MOMENTUM_NAMES and "rule" in self and is_other_name(lookup(self["rule"]), key):
             now = momentum_of(self) or 0.0
             return (now,) if key == "betas" else now
         raise KeyError(key)
@@ -97,3 +97,17 @@ def is_other_name(rule: type[Rule], key: str, value: Any = None) -> bool:
     """Whether a rule has no setting of this name, or (COSMOS) one of another meaning than the value's."""
     known = hyperparameters(rule)
     return key not in known or (isinstance(known[key], str) and isinstance(value, numbers.Real))
+
+
+def publish_momentum(defaults: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Keep in an optimizer's `defaults` the names under which schedules and monitors look for a momentum.
+
+    Args:
+        defaults: of the optimizer, extended.
+        groups: of the optimizer.
+    """
+    rule = lookup(defaults.get("rule", groups[0]["rule"]))
+    settings = hyperparameters(rule)
+    for key in (momentum_field(rule), momentum_names(groups)):
+        if key in MOMENTUM_NAMES:
+            defaults.setdefault(key, settings[key] if key in settings else groups[0][key])

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_optim.core import matrix_views
+from lightning_optim.core import matrix_views, options
 from lightning_optim.core.momentum_alias import MOMENTUM_NAMES, is_other_name, momentum_field
 from lightning_optim.core.options import OPTION_TYPES, OPTIONS
 from lightning_optim.core.parallel import sharding
 from lightning_optim.core.parallel.flat_parameters import check_flat, is_flat
-from lightning_optim.core.rule import Rule, check_value, hyperparameters, lookup
-from lightning_optim.core.step import constraints, line_search
+from lightning_optim.core.rule import GlobalStepRule, Rule, check_value, hyperparameters, lookup
 from lightning_optim.ops.quantize import PIECE
 
 
@@ -74,7 +73,7 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
     return rule(**{k: float(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
-def parts_of(
+def blocks_of(
     rule: Rule, group: Mapping[str, Any], shape: Sequence[int]
 ) -> tuple[tuple[matrix_views.MatrixBlock, ...], bool]:
     """How a parameter of a group reads as matrices; elementwise rules ask only for the norms of a constraint.
@@ -90,11 +89,11 @@ def parts_of(
     Raises:
         ValueError: the rows do not divide into the group's blocks.
     """
-    blocks, transposed = reading_of(rule, group)
+    blocks, transposed = matrix_view_options(rule, group)
     return matrix_views.split_blocks(tuple(shape), blocks, conv=not rule.last_two, transposed=transposed), transposed
 
 
-def reading_of(rule: Rule, group: Mapping[str, Any]) -> tuple[matrix_views.Blocks, bool]:
+def matrix_view_options(rule: Rule, group: Mapping[str, Any]) -> tuple[matrix_views.Blocks, bool]:
     """What of a group's settings says how its parameters read as matrices.
 
     Args:
@@ -104,11 +103,10 @@ def reading_of(rule: Rule, group: Mapping[str, Any]) -> tuple[matrix_views.Block
     Returns:
         (blocks, whether rows and columns are exchanged).
     """
-    if rule.elementwise and not constraints.shapes_step(group):
+    if rule.elementwise and not options.has_constraint(group):
         return None, False
-    return None if rule.needs_all_gradients else group["blocks"], group[
-        "transposed"
-    ]  # a layer has one input, whatever its rows are
+    # a layer has one input, whatever its rows are
+    return None if rule.needs_all_gradients else group["blocks"], group["transposed"]
 
 
 def complete_group(
@@ -180,8 +178,8 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     made = rule(**values)
     made.validate()
     _check_options(group)
-    constraints.validate_constraints(made, group)
-    line_search.validate_line_search(made, group)
+    options.validate_constraints(made, group)
+    options.validate_line_search(made, group)
     block = group["storage_block"]
     if not 16 <= block <= PIECE or PIECE % block:
         raise ValueError(f"{group['name']}: storage_block must be a power of two from 16 to {PIECE}, got {block!r}")
@@ -268,18 +266,28 @@ def validate_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -
         raise ValueError(f"{name}: sparse parameters are not supported, got layout {p.layout}")
     if is_flat(p):
         check_flat(rule, name, p, group)
-    constraints.validate_param(name, p, group)
-    if rule.elementwise and not constraints.shapes_step(group):
+    if group["constraint"] == "hyperball" and _is_zero(p):
+        raise ValueError(f"{name}: {options.ZERO_MATRIX}")
+    if rule.elementwise and not options.has_constraint(group):
         return
     if rule.needs_all_gradients and sharding.local(p) is not p:
         raise ValueError(f"{name}: {rule.name} needs whole parameters and hooks, which FSDP2 does not support; use DDP")
-    line_search.validate_dtype(rule, name, p)
+    if isinstance(rule, GlobalStepRule) and p.dtype.itemsize < 4:
+        raise ValueError(
+            f"{name}: {rule.name} compares the loss at weights that are close together, which {p.dtype} cannot tell "
+            "apart; keep weights in float32 (bf16-mixed, torch_dtype=torch.float32)"
+        )
     if p.ndim < 2 and not rule.vectors:
         raise ValueError(
             f"{name}: {rule.name} needs a matrix, got shape {shape}; give it to an elementwise rule such as adamw "
             "(build_optimizer does)"
         )
     try:
-        parts_of(rule, group, shape)
+        blocks_of(rule, group, shape)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _is_zero(p: Tensor) -> bool:
+    """Whether a parameter that is whole on this rank has only zeros; those of a mesh are checked before their step."""
+    return p.device.type != "meta" and sharding.sharding_of(p) is None and not p.any()

@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.parallel import sharding
-from lightning_optim.core.param_groups import parts_of, rule_of
+from lightning_optim.core.param_groups import blocks_of, rule_of
 from lightning_optim.core.state import formats
-from lightning_optim.core.step.work import forms_for
+from lightning_optim.core.step.plan import state_formats
 
 MIB = 2**20
 Key = tuple[str, int, int]
@@ -113,8 +113,8 @@ def predicted_state(optimizer: torch.optim.Optimizer) -> int | None:
         rule = rule_of(group)
         for p in group["params"]:
             if p.requires_grad:
-                parts, _ = parts_of(rule, group, p.shape)
-                total += 4 + sum(form.nbytes for form in forms_for(rule, group, p, parts).values())
+                parts, _ = blocks_of(rule, group, p.shape)
+                total += 4 + sum(form.nbytes for form in state_formats(rule, group, p, parts).values())
                 total += p.numel() * p.dtype.itemsize if formats.compensated(p.dtype, group) else 0
     return total
 

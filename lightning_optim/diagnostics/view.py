@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_optim.core import matrix_views
 from lightning_optim.core.parallel import sharding
-from lightning_optim.core.param_groups import parts_of, rule_of
+from lightning_optim.core.param_groups import blocks_of, rule_of
 from lightning_optim.core.rule import Rule
 from lightning_optim.diagnostics.report import before_exchange
 
@@ -53,7 +53,7 @@ class Entry:
         Returns:
             `[b, m, n]` of each part.
         """
-        return [part.of(t, self.transposed).reshape(part.dims) for part in self.parts]
+        return [part.view_of(t, self.transposed).reshape(part.dims) for part in self.parts]
 
 
 def whole(t: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Entry]:
     out = []
     for (name, p, _, group), label in zip(found, labels, strict=True):
         rule = rule_of(group) if "rule" in group else None
-        parts, turned = (matrix_views.split_blocks(p.shape), False) if rule is None else parts_of(rule, group, p.shape)
+        parts, turned = (matrix_views.split_blocks(p.shape), False) if rule is None else blocks_of(rule, group, p.shape)
         out.append(Entry(name, p, label, group, rule, parts, turned))
     return out
 

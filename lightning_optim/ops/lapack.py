@@ -9,8 +9,7 @@ A step that has begun must end: other parameters have moved by then. So whoever 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,13 +31,15 @@ class Eigen(NamedTuple):
 class Failures:
     """What could not be computed within one step; the warning comes when the step is whole, even where it is an error.
 
-    Outside of `collected` every failure is a warning at once.
+    While `depth` is 0 every failure is a warning at once.
     """
 
     def __init__(self) -> None:
-        self._collecting = False
-        self._unnamed: list[str] = []
-        self._named: list[str] = []
+        self.depth = 0
+        """Number of steps that are under way, one within the other."""
+        self.unnamed: list[str] = []
+        """Failures of which the parameters are not known yet."""
+        self.named: list[str] = []
 
     def add(self, what: str) -> None:
         """Note a failure.
@@ -46,34 +47,27 @@ class Failures:
         Args:
             what: could not be computed, and what takes its place.
         """
-        if self._collecting:
-            self._unnamed.append(what)
+        if self.depth:
+            self.unnamed.append(what)
         else:
             warnings.warn(what, RuntimeWarning, stacklevel=3)
 
-    def name(self, names: Callable[[], Sequence[str]]) -> None:
+    def name(self, names: Sequence[str]) -> None:
         """Say whose matrices the last failures were of, if there were any.
 
         Args:
-            names: gives the names of the parameters.
+            names: of the parameters.
         """
-        if self._unnamed:
-            some = names()
-            label = ", ".join(some[:5]) + (f" and {len(some) - 5} more" if len(some) > 5 else "")
-            self._named += [f"{label}: {what}" for what in dict.fromkeys(self._unnamed)]
-            self._unnamed.clear()
+        if self.unnamed:
+            label = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            self.named += [f"{label}: {what}" for what in dict.fromkeys(self.unnamed)]
+            self.unnamed.clear()
 
-    @contextmanager
-    def collected(self) -> Iterator[None]:
-        """Hold failures back until the block has ended; then warn of all of them at once."""
-        outer, self._collecting = self._collecting, True
-        try:
-            yield
-        finally:
-            self._collecting = outer
-            found, self._named, self._unnamed = [*self._named, *self._unnamed], [], []
-        if found:
-            warnings.warn("; ".join(dict.fromkeys(found)), RuntimeWarning, stacklevel=2)
+    def warn(self) -> None:
+        """Warn of all failures of a step at once, and forget them."""
+        messages, self.named, self.unnamed = [*self.named, *self.unnamed], [], []
+        if messages:
+            warnings.warn("; ".join(dict.fromkeys(messages)), RuntimeWarning, stacklevel=2)
 
 
 failures = Failures()

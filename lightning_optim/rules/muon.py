@@ -117,7 +117,8 @@ class Muon(MomentumRule):
         """
         settings = {"eps": self.eps, "dtype": DTYPES[self.ns_dtype], "divisor": self.ns_divisor, "soft": self.soft}
         iterate = functools.partial(orthogonalize, steps=self.ns_steps, coefficients=self.ns_coefficients, **settings)
-        return contra(aurora(x, iterate, self.aurora) if self.aurora else iterate(x), x, self.contra, self.contra_size)
+        out = aurora(x, iterate, self.aurora) if self.aurora else iterate(x)
+        return contra(out, x, self.contra, self.contra_size) if self.contra else out
 
     def orthogonal(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
         """The orthogonalised momentum.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import ClassVar, Literal
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from lightning_optim.core.rule import Rule, StateSpec, eye, zeros
 from lightning_optim.ops.eigenbasis import INITIAL_ROOT, average_kl_, eigenbasis, follow_eigenbasis, off_diagonal
+from lightning_optim.ops.kernels.products import product
 from lightning_optim.ops.lapack import Fallback, first_columns, orthonormal
 from lightning_optim.ops.moments import gram, gram_sides
-from lightning_optim.ops.projection import lift, project
 
 Sides = Literal["both", "left", "right", "short", "none"]
 Factors = Literal["gram", "kl"]
@@ -80,7 +79,7 @@ class Rotated(Rule):
                 out[f"root_{side}"] = zeros(line)
         return out
 
-    def turned(self, x: Tensor, s: SimpleNamespace) -> Tensor:
+    def to_eigenbasis(self, x: Tensor, s: SimpleNamespace) -> Tensor:
         """A matrix in the basis.
 
         Args:
@@ -90,9 +89,10 @@ class Rotated(Rule):
         Returns:
             Q_L^T x Q_R.
         """
-        return self._rotated(project, x, s)
+        bases = by_side(s, "basis")
+        return self._rotated(x, bases.get("left"), bases.get("right"), transpose_left=True)
 
-    def back(self, y: Tensor, s: SimpleNamespace) -> Tensor:
+    def from_eigenbasis(self, y: Tensor, s: SimpleNamespace) -> Tensor:
         """A matrix out of the basis.
 
         Args:
@@ -102,13 +102,18 @@ class Rotated(Rule):
         Returns:
             Q_L y Q_R^T.
         """
-        return self._rotated(lift, y, s)
-
-    def _rotated(self, how: Callable[..., Tensor], x: Tensor, s: SimpleNamespace) -> Tensor:
         bases = by_side(s, "basis")
-        if self.rotation_dtype == "float32" or not bases:
-            return how(x, **bases)
-        return how(x.bfloat16(), **{side: q.bfloat16() for side, q in bases.items()}).to(x.dtype)
+        return self._rotated(y, bases.get("left"), bases.get("right"), transpose_left=False)
+
+    def _rotated(self, x: Tensor, left: Tensor | None, right: Tensor | None, *, transpose_left: bool) -> Tensor:
+        dtype = x.dtype
+        if self.rotation_dtype == "bfloat16" and (left is not None or right is not None):
+            x, left, right = x.bfloat16(), _bfloat16(left), _bfloat16(right)
+        if left is not None:
+            x = product(left.mT if transpose_left else left, x)
+        if right is not None:
+            x = product(x, right if transpose_left else right.mT)
+        return x.to(dtype)
 
     def accumulate(self, x: Tensor, s: SimpleNamespace, weight: float, t: int) -> None:
         """Take a matrix into the factors.
@@ -122,7 +127,7 @@ class Rotated(Rule):
         factors, bases = by_side(s, "factor"), by_side(s, "basis")
         if self.factors == "gram":
             for side, factor in factors.items():
-                factor.lerp_(gram(x, left=side == "left"), weight)
+                factor.lerp_(product(x, x.mT) if side == "left" else product(x.mT, x), weight)
         elif t == 1:
             for side, factor in factors.items():
                 factor.copy_(gram(x, left=side == "left") / x.shape[-1 if side == "left" else -2])
@@ -149,6 +154,10 @@ class Rotated(Rule):
     def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
         bases = by_side(s, "basis")
         return torch.stack([off_diagonal(getattr(s, f"factor_{side}"), q, t) for side, q in bases.items()]).amax(0)
+
+
+def _bfloat16(q: Tensor | None) -> Tensor | None:
+    return None if q is None else q.bfloat16()
 
 
 def by_side(s: SimpleNamespace, kind: str) -> dict[str, Tensor]:

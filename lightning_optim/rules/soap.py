@@ -10,7 +10,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_optim.core.rule import ADAMW_RMS, MomentumRule, Rule, StateSpec, zeros
-from lightning_optim.ops.moments import average_square_
 from lightning_optim.ops.norms import normalized, rms
 from lightning_optim.ops.projection import lift, project
 from lightning_optim.rules.rotated import Factors, Rotated, RotationDtype, Sides, by_side
@@ -80,13 +79,13 @@ class SOAP(MomentumRule, Rotated):
             s.refresh(g)
             if self.skip_first:
                 return g
-        turned = self.turned(g, s)
+        turned = self.to_eigenbasis(g, s)
         (b1, b2), k = self.betas, t - self.skip_first
         m = self.update_ema(s, turned, b1, k)
-        average_square_(s.exp_avg_sq, turned, b2)
+        s.exp_avg_sq.mul_(b2).addcmul_(turned, turned, value=1 - b2)
         scale = s.exp_avg_sq.sqrt()
         scale += self.eps + (self.floor * rms(scale) if self.floor else 0.0)
-        d = self.back(m / scale, s)
+        d = self.from_eigenbasis(m / scale, s)
         if self.normalize_grads:
             d = normalized(d)
         if self.correct_bias:

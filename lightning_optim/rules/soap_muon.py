@@ -125,15 +125,15 @@ class SOAPMuon(Rotated, Muon):
         bases = by_side(s, "basis")
         if t == 1 and bases and not self.refresh_first:
             return u
-        y = self.turned(u, s)
+        y = self.to_eigenbasis(u, s)
         if self.sinkhorn:
             y = sinkhorn(y, self.sinkhorn, self.inner_eps)
         else:
-            second = y if self.second_moment == "momentum" else self.turned(g, s)
+            second = y if self.second_moment == "momentum" else self.to_eigenbasis(g, s)
             average_square_(s.exp_avg_sq, second, self.beta2)
             root = s.exp_avg_sq.sqrt()
             y = y / (root.add_(self.inner_eps) if self.inner_eps_added else root.clamp_(min=self.inner_eps))
-        x = self.back(y, s)
+        x = self.from_eigenbasis(y, s)
         if self.restore != "none":
             size = NORMS[self.restore]
             x = x * (size(u) / size(x).clamp_(min=1e-8))

@@ -198,7 +198,7 @@ def _adamw8bit_torchao(params: Params, h: dict[str, Any], case: Case) -> RuleOpt
 def _ema_nesterov(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     inner = AdamW(params.items(), lr=h["lr"], betas=h["betas"], weight_decay=h["weight_decay"])
     steps = {"start": h["prefill_steps"], "stop": h["rest_steps"]}
-    return inner.wrap(EMANesterov(h["lookahead_stepsize"], h["lookahead_ema"], **steps))
+    return inner.with_averaging(EMANesterov(h["lookahead_stepsize"], h["lookahead_ema"], **steps))
 
 
 FAMILIES: dict[str, Callable[[Params, dict[str, Any], Case], RuleOptimizer]] = {

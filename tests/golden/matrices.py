@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim import RACS, SWAN, Alice, Alice0, Dion, EigenAdam, PSGDKron, RuleOptimizer, Shampoo
-from lightning_optim.core.step import work
+from lightning_optim.core.step import stacked
 
 Params = dict[str, Parameter]
 Case = dict[str, Any]
@@ -41,15 +41,15 @@ def _dion(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
 
 def _injected(optimizer: RuleOptimizer, params: Params, recorded: Callable[[str, int], Tensor | None]) -> RuleOptimizer:
     """Replace the random numbers that rules draw by recorded ones."""
-    names, draw, step = {id(p): name for name, p in params.items()}, work._noise, optimizer.step
+    names, draw, step = {id(p): name for name, p in params.items()}, stacked._noise, optimizer.step
 
-    def noise(job: Any, chunk: Any, frame: Any, letters: str, stream: int) -> Tensor:
-        drawn = draw(job, chunk, frame, letters, stream).split(chunk[0].dims[0])
-        found = [recorded(names[id(w.param)], w.t) for w in chunk]
+    def noise(group: Any, chunk: Any, frame: Any, letters: str, stream: int = 0) -> Tensor:
+        drawn = draw(group, chunk, frame, letters, stream).split(chunk[0].plan.dims[0])
+        found = [recorded(names[id(s.plan.param)], s.t) for s in chunk]
         return torch.cat([d if f is None else f.to(d).view(d.shape) for d, f in zip(drawn, found, strict=True)])
 
     def injecting(closure: Callable[[], Any] | None = None) -> Any:
-        with mock.patch.object(work, "_noise", noise):
+        with mock.patch.object(stacked, "_noise", noise):
             return step(closure)
 
     optimizer.step = injecting
@@ -74,16 +74,16 @@ def _cosmos(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
 def _alice(cls: Callable[..., RuleOptimizer]) -> Callable[[Params, dict[str, Any], Case], RuleOptimizer]:
     def made(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
         optimizer = cls(params.items(), refresh=_multiples(h.pop("interval", 200)), limit=h.pop("gamma", 1.01), **h)
-        names, refresh, step = {id(p): name for name, p in params.items()}, work._refresh, optimizer.step
+        names, refresh, step = {id(p): name for name, p in params.items()}, stacked.refresh_if_due, optimizer.step
 
         def recorded(job: Any, chunk: Any, s: Any, g: Tensor) -> None:
             refresh(job, chunk, s, g)
-            found = [case["inject"].get(f"U_{w.t}/{names[id(w.param)]}") for w in chunk]
+            found = [case["inject"].get(f"U_{x.t}/{names[id(x.plan.param)]}") for x in chunk]
             if all(u is not None for u in found):
                 s.basis = torch.stack([u.to(g) for u in found])
 
         def injecting(closure: Callable[[], Any] | None = None) -> Any:
-            with mock.patch.object(work, "_refresh", recorded):
+            with mock.patch.object(stacked, "refresh_if_due", recorded):
                 return step(closure)
 
         optimizer.step = injecting

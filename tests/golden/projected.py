@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from lightning_optim import RuleOptimizer
-from lightning_optim.core.step.work import Job
+from lightning_optim.core.step.records import GroupStep
 from lightning_optim.rules.projected import Subspace
 from tests.golden.common import Case, Params, split
 
@@ -20,21 +20,24 @@ class Recorded(RuleOptimizer):
         super().__init__(groups)
         self.inject: dict[str, torch.Tensor] = case.get("inject") or {}
 
-    def _run(self, job: Job) -> None:
-        name = job.group["name"]
+    def take_step(self, groups: Sequence[GroupStep], clip: Any, oracle: Any = None) -> bool:
+        return super().take_step([self._recorded(group) for group in groups], clip, oracle)
+
+    def _recorded(self, group: GroupStep) -> GroupStep:
+        name, kind = group.group["name"], type(group.rule)
 
         def refresh_preconditioner(rule: Subspace, g: torch.Tensor, s: Any, t: int) -> None:
-            found = {slot: self.inject.get(f"{key}_{t}/{name}") for slot, key in _sides(rule, g).items()}
-            if any(x is None for x in found.values()):
-                type(job.rule).refresh_preconditioner(rule, g, s, t)
-            for slot, x in found.items():
+            bases = {slot: self.inject.get(f"{key}_{t}/{name}") for slot, key in _sides(rule, g).items()}
+            if any(x is None for x in bases.values()):
+                kind.refresh_preconditioner(rule, g, s, t)
+            for slot, x in bases.items():
                 if x is not None:
                     setattr(s, slot, (x.mT if "right" in slot else x).to(g)[None])
 
-        if isinstance(job.rule, Subspace):
-            recorded = type("Recorded", (type(job.rule),), {"refresh_preconditioner": refresh_preconditioner})
-            job = job._replace(rule=recorded(**vars(job.rule)))
-        super()._run(job)
+        if not isinstance(group.rule, Subspace):
+            return group
+        recorded = type("Recorded", (kind,), {"refresh_preconditioner": refresh_preconditioner})
+        return group._replace(rule=recorded(**vars(group.rule)))
 
 
 def _sides(rule: Subspace, g: torch.Tensor) -> dict[str, str]:

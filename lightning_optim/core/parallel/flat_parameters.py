@@ -1,16 +1,17 @@
-"""flat_parameters."""
+"""Parameters that FSDP1 or DeepSpeed ZeRO has flattened: what can step them, and what is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
+from lightning_optim.core import options
 from lightning_optim.core.options import OPTIONS
 from lightning_optim.core.rule import Rule
-from lightning_optim.core.step import constraints
 
 HIDDEN = "which FSDP1 and ZeRO hide in flat parameters"
 REMEDY = "use FSDP2 (fully_shard, Lightning's ModelParallelStrategy, accelerate fsdp_version 2) or DDP"
@@ -61,7 +62,7 @@ def check_flat(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> No
     """
     _check_shapeless(rule, name)
     defaults = OPTIONS | {"on_nonfinite": "off"}
-    keys = ["clip_norm", "on_nonfinite", *(constraints.OPTIONS if constraints.shapes_step(group) else ())]
+    keys = ["clip_norm", "on_nonfinite", *(options.CONSTRAINTS if options.has_constraint(group) else ())]
     keys += ["state_storage"] if group["state_storage"] != "host" else []
     instead = {key: f"{key}={defaults[key]!r}" for key in keys if group[key] != defaults[key]}
     if p.dtype == torch.bfloat16 and group["param_rounding"] == "stochastic":
@@ -76,3 +77,72 @@ def _check_shapeless(rule: Rule | type[Rule], name: str) -> None:
         raise ValueError(f"{name}: {rule.name} needs whole matrices, {HIDDEN}; {REMEDY}")
     if rule.curvature_input:
         raise ValueError(f"{name}: {rule.name} cannot be measured in the flat parameters of FSDP1 and ZeRO; {REMEDY}")
+
+
+class KnownParameters:
+    """The parameters that each group was given, to recognize what an engine puts in their place."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, list[tuple[int, torch.Size | None]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def remember(self, group: Mapping[str, Any]) -> None:
+        """Note the parameters of a group.
+
+        Args:
+            group: of `param_groups`.
+        """
+        self._groups[group["name"]] = [(id(p), None if is_lazy(p) else p.shape) for p in group["params"]]
+
+    def rename(self, names: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Follow groups whose names a checkpoint has changed.
+
+        Args:
+            names: before.
+            groups: of `param_groups`, now.
+        """
+        before = [self._groups.get(name, []) for name in names]
+        self._groups |= {group["name"]: known for group, known in zip(groups, before, strict=True)}
+
+    def flat_tensors(self, group: Mapping[str, Any]) -> list[Tensor]:
+        """The flat tensors that an engine (DeepSpeed ZeRO) has put in the place of a group's parameters.
+
+        A parameter may be replaced by a copy, or by a shard of the same shape (FSDP2); then the result is empty.
+
+        Args:
+            group: of `param_groups`.
+
+        Returns:
+            One-dimensional tensors that the group was not given, where it was given other shapes or more parameters.
+        """
+        before, params = self._groups.get(group["name"], []), group["params"]
+        ids, out = {number for number, _ in before}, []
+        for i, p in enumerate(params) if before else ():
+            if id(p) in ids or p.ndim != 1:
+                continue
+            shape = before[i][1] if i < len(before) else None
+            # a vector of the user's own may replace another; DeepSpeed's flat tensors are no Parameters
+            vector = shape is None or shape == p.shape or (len(shape) == 1 and isinstance(p, torch.nn.Parameter))
+            if len(params) < len(before) or not vector:
+                out.append(p)
+        return out
+
+    def validate(self, rule: Rule, group: Mapping[str, Any], *, averaging: bool) -> None:
+        """Check that a rule and the group's options can step the flat tensors that an engine has put in a group.
+
+        Args:
+            rule: of the group.
+            group: of `param_groups`.
+            averaging: whether the optimizer has averaging methods.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        for p in self.flat_tensors(group):
+            names = ", ".join([*group.get("param_names", ("parameters",))[:3], "..."])
+            where = f"group {group['name']!r} ({names}), which DeepSpeed (or a like engine) has made a flat tensor"
+            check_flat(rule, where, p, group)
+            if averaging:
+                raise ValueError(f"{where}: the averages of `with_averaging` would not reach the model; {REMEDY}")

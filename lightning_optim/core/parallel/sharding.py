@@ -37,6 +37,15 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
+def placement_of(p: Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]] | None:
+    """Where a parameter lies on a mesh.
+
+    Returns:
+        (mesh, placements) of a DTensor; None for a plain tensor.
+    """
+    return (p.device_mesh, tuple(p.placements)) if isinstance(p, DTensor) else None
+
+
 def local_gradient(p: Tensor) -> Tensor | None:
     """The gradient of a parameter on this rank, in the parameter's placement.
 

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from lightning_optim.core.matrix_views import MatrixBlock, StackShape
 from lightning_optim.core.parallel.sharding import Sharding, local, place, sharding_of, wrap
 from lightning_optim.core.rule import StateSpec
-from lightning_optim.core.state.allocate import allocate
 from lightning_optim.core.state.formats import StateFormat
+from lightning_optim.core.state.initial_values import initial_value
 
 
 def _axis(p: Tensor, d: int, dims: StackShape, transposed: bool) -> str:
@@ -125,21 +125,21 @@ class StackSharding:
         """Whether parameters of one shape may share a stack."""
         return "b" not in self.axes
 
-    def allocate(self, form: StateFormat) -> Tensor:
+    def allocate(self, fmt: StateFormat) -> Tensor:
         """A slot's tensor at its start value, cut like the parameter where its letters are.
 
         Returns:
             A DTensor where the slot is cut, else a plain tensor that is equal on all ranks.
         """
         cut, whole, part = (
-            stored_sharding(self.cut, self.axes, form.slot, len(form.shape)),
-            form.shape,
+            stored_sharding(self.cut, self.axes, fmt.spec, len(fmt.shape)),
+            fmt.shape,
             local(self.param),
         )
         if cut is None:
-            return allocate(form, part, whole)
+            return initial_value(fmt, part, whole)
         box = cut.shard_slices(whole, cut.rank)
-        return cut.shard(whole, allocate(form, part, [end - first for first, end in box]))
+        return cut.shard(whole, initial_value(fmt, part, [end - first for first, end in box]))
 
     def place(self, slot: StateSpec, value: Tensor) -> Tensor:
         """Bring a loaded slot into the placement `allocate` would give it.

@@ -26,6 +26,8 @@ COMPENSATION = "compensation"
 """The state entry that holds what rounding left of a narrow weight, under `param_rounding="kahan"`."""
 RADIUS = "radius"
 """The state entry that holds the norms of narrow matrices under `"hyperball"`, which rounding would raise."""
+TRAINED = "train_weight"
+"""The state entry that holds the training weights while the parameter has averaged ones."""
 CODES = {"int8": torch.uint8, "int8_grid": torch.uint8, "fp8": torch.int8}
 """Dtype of the codes at rest; e4m3 as its bit patterns, which every collective can move."""
 
@@ -66,13 +68,13 @@ def stored_shape(slot: StateSpec, shape: Sequence[int], dims: StackShape) -> tup
 class StateFormat:
     """How one slot of one parameter rests."""
 
-    slot: StateSpec
+    spec: StateSpec
     shape: tuple[int, ...]
     """Of the whole slot at rest."""
-    kind: Storage
+    name: Storage
     dtype: torch.dtype
     """Of `state[p][slot]`."""
-    wide: torch.dtype
+    compute_dtype: torch.dtype
     """Of the values a rule sees."""
     block: int
     """Elements per scale."""
@@ -80,7 +82,7 @@ class StateFormat:
     @property
     def is_quantized(self) -> bool:
         """Whether it rests as codes and scales."""
-        return self.kind in CODES
+        return self.name in CODES
 
     @property
     def scales(self) -> int:
@@ -92,7 +94,7 @@ class StateFormat:
         """Bytes of the whole slot."""
         return math.prod(self.shape) * self.dtype.itemsize + 4 * self.scales
 
-    def direct(self, device: torch.device) -> bool:
+    def is_compute_format(self, device: torch.device) -> bool:
         """Whether a rule works on the resting tensor itself.
 
         Args:
@@ -101,7 +103,7 @@ class StateFormat:
         Returns:
             False where values are to be made of it first.
         """
-        return self.kind == "fp32" or (self.kind == "host" and device.type == "cpu")
+        return self.name == "fp32" or (self.name == "host" and device.type == "cpu")
 
 
 def scale_key(key: str) -> str:

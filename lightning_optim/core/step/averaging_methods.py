@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -12,12 +12,6 @@ from torch import Tensor
 from lightning_optim.core.rule import check_value, nearest
 from lightning_optim.core.state.formats import compute_dtype_of
 
-if TYPE_CHECKING:
-    pass
-
-
-TRAINED = "train_weight"
-"""The state entry that holds the weights to train while the parameter has those to evaluate."""
 COUNTERS: dict[str, Any] = {"train_mode": True, "average_step": 0, "average_shift": 0.0, "average_count": 0}
 """Of every group of a wrapped optimizer."""
 

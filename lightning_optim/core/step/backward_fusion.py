@@ -1,36 +1,52 @@
 """The step within the backward pass: every gradient is used as soon as it is there, then freed.
 
-A hook on each parameter hands the executor a job of this one parameter; what happens then is an ordinary step.
+A hook on each parameter hands the optimizer the step of this one parameter; what happens then is an ordinary step.
 """
 
 from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_optim.core.parallel import collectives
+from lightning_optim.core.parallel import collectives, sharding
 from lightning_optim.core.parallel.flat_parameters import is_flat
 from lightning_optim.core.rule import Rule
-from lightning_optim.core.step.work import Job, Work
+from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.ops.lapack import failures
-
-if TYPE_CHECKING:
-    from lightning_optim.core.optimizer import RuleOptimizer
-
 
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Who steps a parameter within the backward pass, and the hook by which it does: (weak reference, handle)."""
 
 PREVIOUS = "previous_norm"
 """Key of a param group that clips: the norm of its gradients in the step before."""
+
+
+class SteppedOptimizer(Protocol):
+    """What a fused backward pass needs of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    fused: FusedBackward | None
+    _step_supports_amp_scaling: bool
+
+    def group_steps(self) -> list[GroupStep]:
+        """Every group with its rule and its trainable parameters."""
+        ...
+
+    def validate_shapes(self, groups: Sequence[GroupStep]) -> None:
+        """Check that every parameter still has the shape of its state."""
+        ...
+
+    def take_step(self, groups: Sequence[GroupStep], clip: Callable[[Sequence[GroupStep]], None]) -> bool:
+        """The phases of a step."""
+        ...
 
 
 class FusedBackward:
@@ -54,10 +70,10 @@ class FusedBackward:
         optimizer.step()
 
     `on_nonfinite="raise"` looks at each gradient before its parameter is written; parameters that came before it in the
-    pass have moved. After a norm pass nothing has. To go on after an error call `zero_grad()` and `step()`.
+    pass have moved. After a norm pass nothing has. To continue after an error call `zero_grad()` and `step()`.
 
-    Refused: rules with costly state, which is refreshed in turns over all parameters, or with `curvature_input`; rules
-    for whole matrices whose parameters are sharded, for they travel together; `on_nonfinite="skip"`; parameters that
+    Refused: rules with preconditioners, which are refreshed in turns over all parameters, or with `curvature_input`; rules
+    for whole matrices whose parameters are sharded, for they are exchanged together; `on_nonfinite="skip"`; parameters that
     are whole on several ranks (DDP, FSDP1), whose gradients are not reduced yet when the hook runs; a `GradScaler`.
     FSDP2 works.
 
@@ -69,9 +85,9 @@ class FusedBackward:
         ValueError: something of the above.
     """
 
-    def __init__(self, optimizer: RuleOptimizer) -> None:
+    def __init__(self, optimizer: SteppedOptimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._jobs: dict[int, Job] = {}
+        self._steps: dict[int, GroupStep] = {}
         """Of this pass, one per parameter; empty between passes."""
         self._done: set[int] = set()
         self._only_norms = False
@@ -79,17 +95,17 @@ class FusedBackward:
         """By group, of the gradients of this pass."""
         self._norms: dict[str, float] = {}
         """By group, from a norm pass."""
-        for job in optimizer._jobs():
-            validate_fusion(job.rule, job.group, job.works)
+        for group in optimizer.group_steps():
+            validate_fusion(group.rule, group.group, group.params)
         optimizer._step_supports_amp_scaling = True  # GradScaler then leaves it to `finish` to refuse
         self.watch()
 
     @property
-    def optimizer(self) -> RuleOptimizer:
+    def optimizer(self) -> SteppedOptimizer:
         """Whose parameters these are."""
-        found = self._optimizer()
-        assert found is not None
-        return found
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
 
     def watch(self) -> None:
         """Hook every trainable parameter that is not hooked yet."""
@@ -123,20 +139,20 @@ class FusedBackward:
             FloatingPointError: a gradient is not finite and its group asks to raise; nothing was written.
             RuntimeError: a backward pass has begun to step.
         """
-        if self._jobs:
+        if self._steps:
             raise RuntimeError("norm_pass: a backward pass has stepped already; call step() first")
-        found: dict[str, float] = {}
+        norms: dict[str, float] = {}
         self._only_norms = True
         try:
-            yield found
-            found.update({k: math.sqrt(x.item()) for k, x in self._squares.items()})
+            yield norms
+            norms.update({k: math.sqrt(x.item()) for k, x in self._squares.items()})
         finally:
             self._only_norms = False
             self._end()
         for group in self.optimizer.param_groups:
-            if group["on_nonfinite"] == "raise" and not math.isfinite(found.get(group["name"], 0.0)):
+            if group["on_nonfinite"] == "raise" and not math.isfinite(norms.get(group["name"], 0.0)):
                 raise FloatingPointError(f"gradient not finite in group {group['name']!r}; nothing was updated")
-        self._norms = found
+        self._norms = norms
 
     @torch.no_grad()
     def use(self, p: Tensor) -> None:
@@ -149,25 +165,25 @@ class FusedBackward:
             FloatingPointError: the gradient is not finite and its group asks to raise.
             RuntimeError: a second gradient before `step()`, or one that is not reduced yet.
         """
-        if not self._jobs:
-            self._begin(list(self.optimizer._jobs()))
-        job = self._jobs.get(id(p))
-        if job is None:
+        if not self._steps:
+            self._begin(self.optimizer.group_steps())
+        step = self._steps.get(id(p))
+        if step is None:
             return  # it left its group
         if id(p) in self._done:
             raise RuntimeError(
-                f"{job.works[0].name}: a second gradient before step(). A fused backward pass uses each gradient at "
+                f"{step.params[0].plan.name}: a second gradient before step(). A fused backward pass uses each gradient at "
                 "once and cannot accumulate: call step() after every backward pass (gradient_accumulation_steps=1, "
                 "accumulate_grad_batches=1, no reentrant checkpointing), or do without fused_backward"
             )
-        self._step(job)
+        self._step(step)
         self._done.add(id(p))
 
-    def finish(self, jobs: Sequence[Job]) -> None:
+    def finish(self, groups: Sequence[GroupStep]) -> None:
         """End the pass: step parameters that still have a gradient, and keep the norms.
 
         Args:
-            jobs: of all groups.
+            groups: of this step.
 
         Raises:
             RuntimeError: a GradScaler makes the call.
@@ -178,12 +194,11 @@ class FusedBackward:
                 "a fused backward pass has used gradients of a scaled loss: no GradScaler (precision 16-mixed, --fp16) "
                 "with fused_backward; train in bfloat16, or without fused_backward. The weights have moved too far"
             )
-        left = [w.param for job in jobs for w in job.works if w.has_gradient]
-        if left and not self._jobs:
-            self._begin(jobs)
-        by_param = {id(w.param): Job(job.rule, job.group, [w]) for job in jobs for w in job.works}
-        for p in left:
-            self._step(by_param[id(p)])
+        left = [group.only([s]) for group in groups for s in group.params if s.grad is not None]
+        if left and not self._steps:
+            self._begin(groups)
+        for step in left:
+            self._step(step)
         for group in optimizer.param_groups:
             if group["clip_norm"] is not None and group["name"] in self._squares:
                 group[PREVIOUS] = math.sqrt(self._squares[group["name"]].item())
@@ -191,82 +206,94 @@ class FusedBackward:
         self._end()
         self.watch()
 
-    def _begin(self, jobs: Sequence[Job]) -> None:
-        self.optimizer._check_shapes(jobs)
-        for rule, group, works in jobs:
-            validate_fusion(rule, group, works)
-            for w in works:
-                if collectives.is_replicated(w.param):
+    def _begin(self, groups: Sequence[GroupStep]) -> None:
+        self.optimizer.validate_shapes(groups)
+        for group in groups:
+            validate_fusion(group.rule, group.group, group.params)
+            for s in group.params:
+                if collectives.is_replicated(s.plan.param):
                     raise RuntimeError(
-                        f"{w.name}: every rank has this parameter whole, so DDP, FSDP1 or ZeRO reduces its gradient "
-                        "after a fused backward pass has used it; nothing was updated. Use FSDP2 (fully_shard) or do "
-                        "without fused_backward"
+                        f"{s.plan.name}: every rank has this parameter whole, so DDP, FSDP1 or ZeRO reduces its "
+                        "gradient after a fused backward pass has used it; nothing was updated. Use FSDP2 "
+                        "(fully_shard) or do without fused_backward"
                     )
-        self._jobs = {id(w.param): Job(rule, group, [w]) for rule, group, works in jobs for w in works}
+        self._steps = {id(s.plan.param): group.only([s]) for group in groups for s in group.params}
 
     def _end(self) -> None:
-        self._jobs, self._squares = {}, {}
+        self._steps, self._squares = {}, {}
         self._done.clear()
 
-    def _step(self, job: Job) -> None:
-        w, group = job.works[0], job.group
+    def _step(self, group: GroupStep) -> None:
+        """Step the one parameter of a group."""
+        s = group.params[0]
+        s.grad = sharding.local_gradient(s.plan.param)
         if self._only_norms:
-            self._measure(w, group)
+            self._measure(s, group.group)
         else:
+            failures.depth += 1
             try:
-                with failures.collected():
-                    self.optimizer._take([job], self._clip)
+                self.optimizer.take_step([group], self._clip)
             except FloatingPointError as error:
-                said = str(error).partition(";")[0]
-                raise FloatingPointError(f"{said}; it was not updated, parameters before it in the pass were") from None
-        w.param.grad = None
+                reason = str(error).partition(";")[0]
+                raise FloatingPointError(
+                    f"{reason}; it was not updated, parameters before it in the pass were"
+                ) from None
+            finally:
+                failures.depth -= 1
+                if failures.named or failures.unnamed:
+                    failures.warn()
+        s.plan.param.grad = None
 
-    def _measure(self, w: Work, group: dict[str, Any]) -> Tensor:
-        norm = collectives.norm(w.param, w.gradient())
+    def _measure(self, step: ParamStep, group: dict[str, Any]) -> Tensor:
+        norm = collectives.norm(step.plan.param, step.gradient())
         before = self._squares.get(group["name"])
         square = norm.square()
         self._squares[group["name"]] = square if before is None else before + square.to(before.device)
         return norm
 
-    def _clip(self, jobs: Sequence[Job]) -> None:
+    def _clip(self, groups: Sequence[GroupStep]) -> None:
         """Clip `p.grad`, which nobody sees again; the factor stays on the device."""
-        for _, group, works in jobs:
-            if group["clip_norm"] is not None:
-                own = self._measure(works[0], group)
-                known = self._norms.get(group["name"])
-                norm = own.clamp(min=group.get(PREVIOUS, 0.0)) if known is None else torch.full_like(own, known)
-                scale = (group["clip_norm"] / (norm + 1e-6)).clamp(max=1.0)
-                collectives.scale_gradient(works[0].param, scale)
+        for group in groups:
+            settings, s = group.group, group.params[0]
+            if settings["clip_norm"] is not None:
+                norm = self._measure(s, settings)
+                whole = self._norms.get(settings["name"])
+                norm = norm.clamp(min=settings.get(PREVIOUS, 0.0)) if whole is None else torch.full_like(norm, whole)
+                scale = (settings["clip_norm"] / (norm + 1e-6)).clamp(max=1.0)
+                collectives.scale_gradient(s.plan.param, scale)
+                s.grad = sharding.local_gradient(s.plan.param)
 
 
 def _hooked(p: Tensor, fused: weakref.ref[FusedBackward]) -> RemovableHandle:
     def hook(p: Tensor) -> None:
-        if (found := fused()) is not None:
-            found.use(p)
+        if (owner := fused()) is not None:
+            owner.use(p)
 
     return p.register_post_accumulate_grad_hook(hook)
 
 
-def validate_fusion(rule: Rule, group: dict[str, Any], works: Sequence[Work]) -> None:
+def validate_fusion(rule: Rule, group: dict[str, Any], steps: Sequence[ParamStep]) -> None:
     """Check that a group can be stepped within the backward pass.
 
     Args:
         rule: of the group.
         group: its settings.
-        works: its parameters.
+        steps: its parameters.
 
     Raises:
         ValueError: it cannot.
     """
-    said = f"group {group['name']!r}: fused_backward"
+    label = f"group {group['name']!r}: fused_backward"
     if rule.preconditioners:
-        raise ValueError(f"{said} is not for {rule.name}, whose refreshes are spread over all parameters of a step")
+        raise ValueError(f"{label} is not for {rule.name}, whose refreshes are spread over all parameters of a step")
     if rule.curvature_input:
-        raise ValueError(f"{said} is not for {rule.name}, which is shown the curvature before a step")
+        raise ValueError(f"{label} is not for {rule.name}, which is shown the curvature before a step")
     if group["on_nonfinite"] == "skip":
-        raise ValueError(f'{said} cannot leave out a step that has begun (on_nonfinite="skip"); "raise" can stop it')
-    for w in works:
-        if is_flat(w.param):
-            raise ValueError(f"{w.name}: fused_backward needs FSDP2, not FSDP1 or ZeRO")
-        if w.team is not None:
-            raise ValueError(f"{w.name}: fused_backward is not for {rule.name} on shards: its matrices travel together")
+        raise ValueError(f'{label} cannot leave out a step that has begun (on_nonfinite="skip"); "raise" can stop it')
+    for s in steps:
+        if is_flat(s.plan.param):
+            raise ValueError(f"{s.plan.name}: fused_backward needs FSDP2, not FSDP1 or ZeRO")
+        if s.plan.team is not None:
+            raise ValueError(
+                f"{s.plan.name}: fused_backward is not for {rule.name} on shards: its matrices are exchanged together"
+            )

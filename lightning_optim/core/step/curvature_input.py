@@ -1,4 +1,4 @@
-"""What rules with `curvature_input` are shown beside gradients: when it is due, and how it gets into their state."""
+"""Curvature that rules need beside gradients: when it is due, and how it becomes part of their state."""
 
 from __future__ import annotations
 
@@ -9,108 +9,121 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.parallel import sharding
-from lightning_optim.core.state import stacking
-from lightning_optim.core.step.work import Job, Work, kept_slots, with_values
+from lightning_optim.core.step.records import GroupStep, ParamStep
+from lightning_optim.core.step.stacks import copy_aliased, quantized_views, with_values
 from lightning_optim.refresh import Clock, View, parse
 
 Estimate = SimpleNamespace
-"""What was measured of one parameter; `Rule.observe` lists the fields."""
+"""What was estimated of one parameter; `Rule.update_curvature` lists the fields."""
 
 
-def due(jobs: Iterable[Job]) -> dict[str, list[Tensor]]:
-    """What is to be measured before the next step.
+def pending(groups: Iterable[GroupStep]) -> dict[str, list[Tensor]]:
+    """What is to be estimated before the next step.
+
+    Args:
+        groups: of the step.
 
     Returns:
-        Parameters by what their rules observe.
+        Parameters by the `curvature_input` of their rules.
     """
     out: dict[str, list[Tensor]] = {}
-    for rule, _, works in jobs:
-        if rule.curvature_input == "loss" and works:
-            out.setdefault(rule.curvature_input, []).extend(w.param for w in works)
-        elif rule.curvature_input and works:
-            t = 1 + max(int(w.state["step"]) if "step" in w.state else 0 for w in works)
+    for group in groups:
+        rule, steps = group.rule, group.params
+        if not rule.curvature_input or not steps:
+            continue
+        if rule.curvature_input != "loss":
+            t = 1 + max(int(s.state["step"]) if "step" in s.state else 0 for s in steps)
             view = View(t, 1.0, lambda interval: 0, {})
             policy = parse(getattr(rule, rule.curvature_schedule))
-            if policy.decide([view], lambda views: [0.0] * len(views), Clock())[0]:
-                out.setdefault(rule.curvature_input, []).extend(w.param for w in works)
+            if not policy.decide([view], lambda views: [0.0] * len(views), Clock())[0]:
+                continue
+        out.setdefault(rule.curvature_input, []).extend(s.plan.param for s in steps)
     return out
 
 
-def chosen(jobs: Iterable[Job], seen: Mapping[Tensor, Estimate]) -> list[Job]:
-    """The jobs of what was measured.
+def measured(groups: Iterable[GroupStep], estimates: Mapping[Tensor, Estimate]) -> list[GroupStep]:
+    """The groups of the parameters that were estimated.
+
+    Args:
+        groups: of the step.
+        estimates: by parameter.
 
     Returns:
-        Jobs with those parameters only.
+        Groups with those parameters only.
 
     Raises:
-        ValueError: a parameter whose rule observes nothing.
+        ValueError: a parameter whose rule needs no curvature.
     """
-    out = [Job(rule, group, [w for w in works if w.param in seen]) for rule, group, works in jobs]
-    for rule, _, works in out:
-        if works and rule.curvature_input in (None, "loss"):
-            raise ValueError(f"{works[0].name}: {rule.name} observes nothing but the gradient")
-    return [job for job in out if job.works]
+    out = [group.only([s for s in group.params if s.plan.param in estimates]) for group in groups]
+    for group in out:
+        if group.params and group.rule.curvature_input in (None, "loss"):
+            raise ValueError(f"{group.params[0].plan.name}: {group.rule.name} observes nothing but the gradient")
+    return [group for group in out if group.params]
 
 
-def update_curvature(jobs: Sequence[Job], seen: Mapping[Tensor, Estimate]) -> dict[str, float]:
-    """Show rules what was measured; their state is complete.
+def update_curvature(groups: Sequence[GroupStep], estimates: Mapping[Tensor, Estimate]) -> dict[str, float]:
+    """Hand estimates to the rules; the state of the parameters is complete.
+
+    Args:
+        groups: with the parameters that were estimated.
+        estimates: by parameter.
 
     Returns:
-        Means of what they say, over all elements.
+        The rules' metrics, averaged over all elements.
     """
     sums: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
-    for job in jobs:
-        for w in job.works:
-            for key, said in _observe(job, w, seen[w.param]).items():
-                sums[key] = sums.get(key, 0.0) + said.sum(dtype=torch.float64)
-                sizes[key] = sizes.get(key, 0) + said.numel()
+    for group in groups:
+        for s in group.params:
+            for key, metric in _update(group, s, estimates[s.plan.param]).items():
+                sums[key] = sums.get(key, 0.0) + metric.sum(dtype=torch.float64)
+                sizes[key] = sizes.get(key, 0) + metric.numel()
     return {key: float(total) / max(1, sizes[key]) for key, total in sums.items()}
 
 
-def _observe(job: Job, w: Work, seen: Estimate) -> Mapping[str, Tensor]:
-    w.t = ~int(w.state["step"])  # rounds by other random numbers than the step
-    kept = kept_slots(job, w)
-    values = {k: sharding.local(t) for k, t in with_values(w, kept).state.items() if k in w.forms}
+def _update(group: GroupStep, step: ParamStep, estimate: Estimate) -> Mapping[str, Tensor]:
+    """Hand the estimate of one parameter to its rule; the rule's metrics."""
+    step.t = ~int(step.state["step"])  # rounds by other random numbers than the step
+    views = quantized_views(group, step)
+    loaded = with_values(step, views)
+    values = {k: loaded.local_state(k) for k in step.plan.formats}
     s = SimpleNamespace(**values)
-    here = {k: sharding.local(x) if isinstance(x, Tensor) else x for k, x in vars(seen).items()}
-    said = job.rule.update_curvature(SimpleNamespace(**here, t=-w.t), s)
-    for key, value in stacking.copy_aliased(values, vars(s)).items():
+    here = {k: sharding.local(x) if isinstance(x, Tensor) else x for k, x in vars(estimate).items()}
+    metrics = group.rule.update_curvature(SimpleNamespace(**here, t=-step.t), s)
+    for key, value in copy_aliased(values, {k: getattr(s, k) for k in values}).items():
         if value is not values[key]:
             values[key].copy_(value)
-    for key, x in kept.items():
-        x.close_all(values[key])
-    return said
+    for key, view in views.items():
+        view.store_all(values[key])
+    return metrics
 
 
-def require_curvature(jobs: Sequence[Job], *, fed: bool, look: bool) -> None:
-    """Check that no rule waits for what nobody measures.
+def require_curvature(groups: Sequence[GroupStep], has_curvature: bool, *, has_oracle: bool) -> None:
+    """Check that no rule needs what nobody estimates.
 
     Args:
-        jobs: of this step.
-        fed: whether there is a curvature feed.
-        look: whether the loss of this step can be asked for.
+        groups: of this step.
+        has_curvature: whether there is a curvature estimator.
+        has_oracle: whether the loss of this step can be asked for.
 
     Raises:
         RuntimeError: one does; the message says what to add.
     """
-    for rule, group, works in jobs:
-        if (
-            not rule.curvature_input
-            or (look if rule.curvature_input == "loss" else fed)
-            or not any(w.has_gradient for w in works)
-        ):
+    for group in groups:
+        rule = group.rule
+        available = has_oracle if rule.curvature_input == "loss" else has_curvature
+        if not rule.curvature_input or available or not any(s.grad is not None for s in group.params):
             continue
-        what = "more than gradients"
-        if rule.curvature_input == "loss":
-            what = "the loss of the batch at other weights"
-        if fed:
+        loss = rule.curvature_input == "loss"
+        what = "the loss of the batch at other weights" if loss else "more than gradients"
+        if has_curvature:
             raise RuntimeError(
-                f"group {group['name']!r}: {rule.name} needs {what}: call ready() of the feed before step()"
+                f"group {group.group['name']!r}: {rule.name} needs {what}: call estimate() of the curvature estimator "
+                "before step()"
             )
         raise RuntimeError(
-            f"group {group['name']!r}: {rule.name} needs {what}, and nobody measures it; nothing was "
-            "updated. Add a curvature feed: Trainer(callbacks=[CurvatureFeed()]) with hf_integration.CurvatureFeed "
-            "or lightning_optim.callbacks.CurvatureFeed; in your own loop, lightning_optim.curvature.Feed"
-            f"{', or step(closure)' if rule.curvature_input == 'loss' else ''}"
+            f"group {group.group['name']!r}: {rule.name} needs {what}, and nobody measures it; nothing was updated. "
+            "Add a curvature estimator: Trainer(callbacks=[CurvatureCallback()]) with "
+            "hf_integration.CurvatureCallback or lightning_optim.callbacks.CurvatureCallback; in your own loop, "
+            f"lightning_optim.curvature.CurvatureEstimator{', or step(closure)' if loss else ''}"
         )

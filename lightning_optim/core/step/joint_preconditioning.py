@@ -1,4 +1,4 @@
-"""Rules that work on all their gradients at once, before the step of each parameter."""
+"""Rules that precondition all their gradients at once, before the step of each parameter."""
 
 from __future__ import annotations
 
@@ -8,66 +8,68 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from lightning_optim.core import matrix_views
-from lightning_optim.core.state import stacking
-from lightning_optim.core.step import work
-from lightning_optim.core.step.work import Job, Work, kept_slots, stacked_gradient, stacked_state, with_values
+from lightning_optim.core.matrix_views import transpose_if
+from lightning_optim.core.step.records import GroupStep, ParamStep
+from lightning_optim.core.step.refresh_scheduler import RefreshScheduler, refresh_if_due
+from lightning_optim.core.step.stacks import (
+    copy_aliased,
+    quantized_views,
+    stacked_gradient,
+    stacked_state,
+    store_stack,
+    with_values,
+)
 
 
 def precondition_jointly(
-    jobs: Sequence[Job], bias_of: Mapping[Tensor, Tensor], decide: Callable[[Job, Sequence[Work]], None]
+    groups: Sequence[GroupStep], bias_of: Mapping[Tensor, Tensor], refreshes: RefreshScheduler
 ) -> None:
-    """Let rules with `joint` replace the gradients of all their parameters.
+    """Let rules with `needs_all_gradients` replace the gradients of all their parameters.
 
     Args:
-        jobs: of this step.
+        groups: of this step, with the parameters that have a gradient.
         bias_of: the bias of a layer by its weight.
-        decide: asks the refresh policy of a job.
+        refreshes: decides which preconditioners are due.
     """
-    for kind in dict.fromkeys(
-        type(job.rule) for job in jobs if job.rule.needs_all_gradients and job.rule.curvature_input != "loss"
-    ):
-        mine = [(job, [w for w in job.works if w.has_gradient]) for job in jobs if type(job.rule) is kind]
-        for job, works in mine:
-            decide(job, works)
-        found = [(w, _member(job, w)) for job, works in mine for w in works]
-        by_param = {w.param: x for w, (x, _) in found}
-        for w, (x, _) in found:
-            bias = bias_of.get(w.param)
-            x.has_bias, x.bias = bias is not None, None if bias is None else by_param.get(bias)
-        if found:
-            mine[0][0].rule.precondition_jointly([x for _, (x, _) in found])
-        for w, (x, store) in found:
+    joint = [g for g in groups if g.rule.needs_all_gradients and g.rule.curvature_input != "loss" and g.params]
+    for kind in dict.fromkeys(type(group.rule) for group in joint):
+        mine = [group for group in joint if type(group.rule) is kind]
+        for group in mine:
+            refreshes.decide(group, group.params)
+        members = [(s, *_member(group, s)) for group in mine for s in group.params]
+        member_of = {s.plan.param: x for s, x, _ in members}
+        for s, x, _ in members:
+            bias = bias_of.get(s.plan.param)
+            x.has_bias, x.bias = bias is not None, None if bias is None else member_of.get(bias)
+        mine[0].rule.precondition_jointly([x for _, x, _ in members])
+        for s, x, store in members:
             store()
-            g = w.gradient()
-            w.prepared = matrix_views.transpose_if(
-                x.g.reshape(matrix_views.transpose_if(g, w.transposed).shape), w.transposed
-            )
-            w.scale = 1.0
+            shape = transpose_if(s.gradient(), s.plan.transposed).shape
+            s.grad, s.clip = transpose_if(x.g.reshape(shape), s.plan.transposed), 1.0
 
 
-def _member(job: Job, w: Work) -> tuple[SimpleNamespace, Callable[[], None]]:
+def _member(group: GroupStep, step: ParamStep) -> tuple[SimpleNamespace, Callable[[], None]]:
     """What a rule sees of a parameter, and what stores the state it leaves."""
-    slots, kept = w.slots(job.rule), kept_slots(job, w)
-    full = with_values(w, kept)
-    entries, before = stacked_state([full], slots, w.dims)
+    specs, views, dims = step.plan.specs, quantized_views(group, step), step.plan.dims
+    loaded = with_values(step, views)
+    entries, before = stacked_state([loaded], specs, dims)
     s = SimpleNamespace(**before)
-    s.vector = w.param.ndim < 2
-    s.refresh = functools.partial(work._refresh, job, [w], s)
+    s.vector = step.plan.is_vector
+    s.refresh = functools.partial(refresh_if_due, group, [step], s)
     x = SimpleNamespace(
-        g=stacked_gradient([w], [w.gradient()], w.dims),
+        g=stacked_gradient([step], [step.gradient()], dims),
         s=s,
-        rule=job.rule,
-        lr=job.rule.lr,
-        t=w.t,
+        rule=group.rule,
+        lr=group.rule.lr,
+        t=step.t,
         bias=None,
         has_bias=False,
     )
 
     def store() -> None:
-        for key, value in stacking.copy_aliased(before, {k: getattr(s, k) for k in slots}).items():
-            stacking.store_stack(entries[key], value)
-        for key, slot in kept.items():
-            slot.close_all(full.state[key])
+        for key, value in copy_aliased(before, {k: getattr(s, k) for k in specs}).items():
+            store_stack(entries[key], value)
+        for key, view in views.items():
+            view.store_all(loaded.state[key])
 
     return x, store

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.parallel import collectives
-from lightning_optim.core.rule import GlobalStepRule, Rule
-from lightning_optim.core.state import formats, stacking
-from lightning_optim.core.step import constraints
-from lightning_optim.core.step.work import Job, Work, kept_slots, with_values
+from lightning_optim.core.rule import GlobalStepRule, StateSpec
+from lightning_optim.core.state import formats
+from lightning_optim.core.step.records import GroupStep, ParamStep
+from lightning_optim.core.step.stacks import copy_aliased, quantized_views, with_values
 
 
 class LossOracle(Protocol):
@@ -45,7 +45,7 @@ class LossOracle(Protocol):
 
 
 class ClosureOracle:
-    """The loss by the closure of a loop of one's own, which sets the gradients.
+    """The loss by the closure of a training loop of one's own, which sets the gradients.
 
     Args:
         closure: of `step`, called once.
@@ -59,15 +59,15 @@ class ClosureOracle:
         if collectives.world_size() > 1:
             raise RuntimeError(
                 f"{name}: the closure of each process knows the loss of its own batch only; nothing was updated. Add a "
-                "curvature feed, which averages it"
+                "curvature estimator, which averages it"
             )
         self.closure, self.name, self.first = closure, name, _number(value)
-        self.fresh = True
+        self.is_first = True
 
     def gradient(self, params: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
         """See `LossOracle`."""
-        if self.fresh:
-            value, self.fresh = self.first, False
+        if self.is_first:
+            value, self.is_first = self.first, False
         else:
             with torch.enable_grad():
                 value = _number(self.closure())
@@ -81,7 +81,7 @@ class ClosureOracle:
         """
         raise RuntimeError(
             f"{self.name} needs products with the Gauss-Newton matrix, which a closure cannot give; nothing was "
-            "updated. Add a curvature feed: in your own loop, lightning_optim.curvature.Feed"
+            "updated. Add a curvature estimator: in your own loop, lightning_optim.curvature.CurvatureEstimator"
         )
 
 
@@ -92,14 +92,14 @@ def _number(value: Any) -> float:
 class FlatObjective:
     """What a rule sees of the loss (`core.rule.Objective`); it moves the weights, and puts them back bitwise."""
 
-    def __init__(self, works: Sequence[Work], decays: Sequence[float], look: LossOracle) -> None:
-        self.params, self.loss_oracle = [w.param for w in works], look
+    def __init__(self, steps: Sequence[ParamStep], decays: Sequence[float], oracle: LossOracle) -> None:
+        self.params, self.oracle = [s.plan.param for s in steps], oracle
         self.dtype = formats.compute_dtype_of(self.params[0].dtype)
-        self.saved = [p.detach().clone() for p in self.params]
-        self.x = self.vector(self.saved)
+        self.start = [p.detach().clone() for p in self.params]
+        self.x = self.vector(self.start)
         sizes = torch.tensor([p.numel() for p in self.params], device=self.x.device)
         self.decay = torch.tensor(decays, dtype=self.dtype, device=self.x.device).repeat_interleave(sizes)
-        self.moved = False
+        self.is_moved = False
         self.value, self.gradient = self._measured(self.x)
 
     @torch.no_grad()
@@ -107,21 +107,21 @@ class FlatObjective:
         """See `Objective`."""
         if torch.equal(x, self.x):
             return self.value, self.gradient.clone()
-        self.moved = True
+        self.is_moved = True
         for p, part in zip(self.params, self.parts(x), strict=True):
             p.copy_(part)
         return self._measured(x)
 
     def product(self, v: Tensor) -> Tensor:
         """See `Objective`."""
-        self.back()
-        return self.vector(self.loss_oracle.product(self.params, self.parts(v))) + self.decay * v
+        self.restore()
+        return self.vector(self.oracle.product(self.params, self.parts(v))) + self.decay * v
 
-    def back(self) -> None:
-        """To the present weights, if that is not where they are: graphs mind being written to."""
-        for p, start in zip(self.params, self.saved, strict=True) if self.moved else ():
+    def restore(self) -> None:
+        """Put the present weights back if they were moved: autograd graphs mind writes."""
+        for p, start in zip(self.params, self.start, strict=True) if self.is_moved else ():
             p.copy_(start)
-        self.moved = False
+        self.is_moved = False
 
     def vector(self, tensors: Sequence[Tensor]) -> Tensor:
         """One vector of tensors like the parameters."""
@@ -133,60 +133,59 @@ class FlatObjective:
         return [part.view(p.shape) for p, part in zip(self.params, pieces, strict=True)]
 
     def _measured(self, x: Tensor) -> tuple[float, Tensor]:
-        value, found = self.loss_oracle.gradient(self.params)
+        value, gradients = self.oracle.gradient(self.params)
         penalty = 0.5 * float((self.decay * x).dot(x))
-        return value + penalty, self.vector(found).addcmul_(self.decay, x)
+        return value + penalty, self.vector(gradients).addcmul_(self.decay, x)
 
 
-def search(jobs: Sequence[Job], look: LossOracle) -> None:
+def search(groups: Sequence[GroupStep], oracle: LossOracle) -> None:
     """Let every rule that searches replace the gradients of its parameters by the direction it finds.
 
-    State is stored when all of them have found one.
-
-    A closure leaves the gradients of its last call, as with torch.optim.LBFGS; a curvature feed touches none.
+    State is stored when all of them have found one. A closure leaves the gradients of its last call, as with
+    torch.optim.LBFGS; a curvature estimator touches none.
 
     Args:
-        jobs: of this step.
-        look: the loss.
+        groups: of this step.
+        oracle: gives the loss.
 
     Raises:
         ValueError: groups of one such rule whose settings differ.
         FloatingPointError: the direction is not finite; weights and state are as before.
     """
-    found: list[Callable[[], None]] = []
-    for kind in dict.fromkeys(type(job.rule) for job in jobs if isinstance(job.rule, GlobalStepRule)):
-        mine = [(job, w) for job in jobs if type(job.rule) is kind for w in job.works if w.has_gradient]
+    stores: list[Callable[[], None]] = []
+    for kind in dict.fromkeys(type(group.rule) for group in groups if isinstance(group.rule, GlobalStepRule)):
+        mine = [(group, s) for group in groups if type(group.rule) is kind for s in group.params if s.grad is not None]
         if mine:
-            found.append(_search([job for job, _ in mine], [w for _, w in mine], look))
-    for store in found:
+            stores.append(_search([group for group, _ in mine], [s for _, s in mine], oracle))
+    for store in stores:
         store()
 
 
-def _search(jobs: Sequence[Job], works: Sequence[Work], look: LossOracle) -> Callable[[], None]:
+def _search(groups: Sequence[GroupStep], steps: Sequence[ParamStep], oracle: LossOracle) -> Callable[[], None]:
     """Find a direction; what stores it, and the state that goes with it."""
-    rules = [cast("GlobalStepRule", job.rule) for job in jobs]
-    for job in jobs:
-        if replace(cast("Any", job.rule), weight_decay=0.0) != replace(cast("Any", rules[0]), weight_decay=0.0):
+    rules = [cast("GlobalStepRule", group.rule) for group in groups]
+    for group in groups:
+        if replace(cast("Any", group.rule), weight_decay=0.0) != replace(cast("Any", rules[0]), weight_decay=0.0):
             raise ValueError(
-                f"group {job.group['name']!r}: {job.rule.name} takes one step of all its parameters, so its groups may "
-                "differ in weight_decay only; leave out lr_factor and the like, or give parameters to another rule"
+                f"group {group.group['name']!r}: {group.rule.name} takes one step of all its parameters, so its groups "
+                "may differ in weight_decay only; leave out lr_factor and the like, or give parameters to another rule"
             )
-    if len({w.param.device for w in works}) > 1:
+    if len({s.plan.param.device for s in steps}) > 1:
         raise ValueError(f"{rules[0].name}: all parameters must be on one device, as they are one vector")
-    kept = [kept_slots(job, w) for job, w in zip(jobs, works, strict=True)]
-    full = [with_values(w, slots) for w, slots in zip(works, kept, strict=True)]
-    steps = [int(w.state["step"]) for w in works]
-    oldest = steps.index(max(steps))  # a parameter that joined late knows less
+    views = [quantized_views(group, s) for group, s in zip(groups, steps, strict=True)]
+    loaded = [with_values(s, of) for s, of in zip(steps, views, strict=True)]
+    counts, specs = [int(s.state["step"]) for s in steps], steps[0].plan.specs
+    oldest = counts.index(max(counts))  # a parameter that joined late knows less
     at: FlatObjective | None = None
     before: dict[str, Tensor] = {}
-    after: dict[str, Tensor] = {}
+    after: Mapping[str, Tensor] = {}
     try:
         if rules[0].lr:
-            at = FlatObjective(works, [r.weight_decay for r in rules], look)
-            for key, slot in works[0].slots(rules[0]).items():
-                held = [w.state[key] for w in full]
-                row = held[oldest].reshape(-1)[: slot.shape(1, 1)[1]].clone()
-                before[key] = at.vector(held) if slot.letters == "mn" else row
+            at = FlatObjective(steps, [rule.weight_decay for rule in rules], oracle)
+            for key, spec in specs.items():
+                tensors = [s.state[key] for s in loaded]
+                row = tensors[oldest].reshape(-1)[: spec.shape(1, 1)[1]].clone()
+                before[key] = at.vector(tensors) if spec.letters == "mn" else row
             s = SimpleNamespace(**before)
             d = rules[0].direction(at, s)
             if not bool(d.isfinite().all()):
@@ -194,64 +193,30 @@ def _search(jobs: Sequence[Job], works: Sequence[Work], look: LossOracle) -> Cal
                     f"{rules[0].name}: no finite step was found; nothing was updated. A lower lr may help"
                 )
             directions = at.parts(d)
-            after = stacking.copy_aliased(before, {k: getattr(s, k) for k in before})
+            after = copy_aliased(before, {k: getattr(s, k) for k in before})
         else:
-            directions = [torch.zeros_like(w.param) for w in works]
+            directions = [torch.zeros_like(s.plan.param) for s in steps]
     finally:
         if at is not None:
-            at.back()
+            at.restore()
 
     def store() -> None:
         if at is not None:
-            _store(full, at, works[0].slots(rules[0]), after)
-        for w, d, slots in zip(works, directions, kept, strict=True):
-            w.prepared, w.scale = d, 1.0
-            for key, x in slots.items():
-                x.close_all(w.state[key])
+            _store(loaded, at, specs, after)
+        for s, d, of, values in zip(steps, directions, views, loaded, strict=True):
+            s.grad, s.clip = d, 1.0
+            for key, view in of.items():
+                view.store_all(values.state[key])
 
     return store
 
 
-def _store(works: Sequence[Work], at: FlatObjective, slots: Any, after: dict[str, Tensor]) -> None:
+def _store(
+    steps: Sequence[ParamStep], at: FlatObjective, specs: Mapping[str, StateSpec], after: Mapping[str, Tensor]
+) -> None:
+    """Store vectors over all parameters, and rows that belong to all of them."""
     for key, value in after.items():
-        parts = at.parts(value) if slots[key].letters == "mn" else [value] * len(works)
-        for w, part in zip(works, parts, strict=True):
-            held = w.state[key]
-            held.copy_(part if part.shape == held.shape else part.expand(held.shape))
-
-
-def validate_line_search(rule: Rule, group: Mapping[str, Any]) -> None:
-    """Check that a group leaves the step of a rule that searches as it is found.
-
-    Args:
-        rule: of the group.
-        group: its settings.
-
-    Raises:
-        ValueError: an option that would change it.
-    """
-    if not isinstance(rule, GlobalStepRule):
-        return
-    said = f"group {group['name']!r}: {rule.name} takes the step for which it measured the loss, so"
-    if group["clip_norm"] is not None:
-        raise ValueError(f"{said} clip_norm has no gradient to clip; leave it out")
-    if group["cautious_decay"] or constraints.shapes_step(group):
-        raise ValueError(f"{said} constraint, uw_floor, radial_damping, pin and cautious_decay are not for it")
-
-
-def validate_dtype(rule: Rule, name: str, p: Tensor) -> None:
-    """Check that a parameter can be moved along a search.
-
-    Args:
-        rule: that is to own it.
-        name: of the parameter.
-        p: the parameter.
-
-    Raises:
-        ValueError: its dtype is too narrow for small steps.
-    """
-    if isinstance(rule, GlobalStepRule) and p.dtype.itemsize < 4:
-        raise ValueError(
-            f"{name}: {rule.name} compares the loss at weights that are close together, which {p.dtype} cannot tell "
-            "apart; keep weights in float32 (bf16-mixed, torch_dtype=torch.float32)"
-        )
+        parts = at.parts(value) if specs[key].letters == "mn" else [value] * len(steps)
+        for s, part in zip(steps, parts, strict=True):
+            stored = s.state[key]
+            stored.copy_(part if part.shape == stored.shape else part.expand(stored.shape))

@@ -1,28 +1,37 @@
-"""What is done to all weights around the steps of any rule: look-ahead, averages to evaluate with, an outer optimizer.
+"""Averaging around the steps of any rule: look-ahead, averages to evaluate with, an outer optimizer.
 
-    optimizer.wrap(EMANesterov(0.3), TailEMA(start=2400))
-    optimizer.eval()     # weights to validate and to save
-    optimizer.train()    # weights to train, bit for bit as they were
+    optimizer.with_averaging(EMANesterov(0.3), TailEMA(start=2400))
+    optimizer.eval()     # averaged weights, to validate and to save
+    optimizer.train()    # training weights, bit for bit as they were
 
 The state is in `state[p]`, the counters are in the groups: checkpoints hold both, whichever weights the model's hold.
-Lightning's and Transformers' doors make the two calls.
+The integrations with Lightning and Transformers make the two calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_optim.core.parallel import sharding
 from lightning_optim.core.rule import lookup
-from lightning_optim.core.state.formats import compute_dtype_of
-from lightning_optim.core.step.averaging_methods import COUNTERS, TRAINED, AveragingMethod, EMANesterov, MuLoCo, TailEMA
+from lightning_optim.core.state.formats import TRAINED, compute_dtype_of
+from lightning_optim.core.step.averaging_methods import COUNTERS, AveragingMethod, EMANesterov, MuLoCo, TailEMA
 
-if TYPE_CHECKING:
-    from lightning_optim.core.optimizer import RuleOptimizer
+
+class AveragedOptimizer(Protocol):
+    """What averaging needs of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @property
+    def total_steps(self) -> int | None:
+        """The length of the run, if known."""
+        ...
 
 
 class _Place(NamedTuple):
@@ -38,7 +47,7 @@ class _Place(NamedTuple):
 
 
 class Averages:
-    """What an optimizer is wrapped in; made by `RuleOptimizer.wrap`.
+    """What an optimizer is wrapped in; made by `RuleOptimizer.with_averaging`.
 
     Args:
         optimizer: whose steps these are.
@@ -48,7 +57,7 @@ class Averages:
         ValueError: two that do not go together, or weights that are too narrow.
     """
 
-    def __init__(self, optimizer: RuleOptimizer, members: tuple[AveragingMethod, ...]) -> None:
+    def __init__(self, optimizer: AveragedOptimizer, members: tuple[AveragingMethod, ...]) -> None:
         names = [m.name for m in members]
         if len(set(names)) < len(names) or {EMANesterov.name, MuLoCo.name} <= set(names):
             raise ValueError(f"wrap: {', '.join(names)} do not go together; each once, and ema_nesterov or muloco")
@@ -89,7 +98,7 @@ class Averages:
         """Whether a setting is a share of the run."""
         return any(isinstance(getattr(m, key, None), float) for m in self.members for key in ("start", "stop"))
 
-    def check_total(self, optimizer: RuleOptimizer) -> None:
+    def check_total(self, optimizer: AveragedOptimizer) -> None:
         """Check, before anything is written, that shares of the run can be told.
 
         Args:
@@ -128,7 +137,7 @@ class Averages:
         """Of their state."""
         return [key for m in self.members for key in m.slots]
 
-    def materialise(self, p: Tensor, state: dict[str, Tensor]) -> None:
+    def allocate(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """Make the state of a parameter that has none.
 
         Args:
@@ -140,7 +149,7 @@ class Averages:
                 if key not in state:
                     state[key] = sharding.wrapped_like(m.init(key, sharding.local(p).detach()), p)
 
-    def _each(self, optimizer: RuleOptimizer) -> Iterator[_Place]:
+    def _each(self, optimizer: AveragedOptimizer) -> Iterator[_Place]:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = optimizer.state[p] if p in optimizer.state else {}
@@ -154,11 +163,11 @@ class Averages:
             at.x.copy_(torch.where(at.slots["lookahead"] != 0, at.slots["anchor"], at.x))
             at.slots["lookahead"].zero_()
 
-    def _note(self, optimizer: RuleOptimizer, **counters: Any) -> None:
+    def _note(self, optimizer: AveragedOptimizer, **counters: Any) -> None:
         for group in optimizer.param_groups:
             group.update(counters)
 
-    def _shift(self, optimizer: RuleOptimizer, by: float) -> None:
+    def _shift(self, optimizer: AveragedOptimizer, by: float) -> None:
         """Put the weights ahead of the anchor, or back on it."""
         if by != optimizer.param_groups[0]["average_shift"]:
             for at in self._each(optimizer):
@@ -170,14 +179,14 @@ class Averages:
                     at.x.add_(at.slots["lookahead"], alpha=by)
             self._note(optimizer, average_shift=by)
 
-    def _wanted(self, optimizer: RuleOptimizer) -> float:
+    def _wanted(self, optimizer: AveragedOptimizer) -> float:
         """How far ahead the next gradient is to be taken."""
         group = optimizer.param_groups[0]
         first = float(group.get("initial_lr", self.lr))
         ratio = float(group["lr"]) / first if first else 1.0
         return self.ahead.ahead(group["average_step"], optimizer.total_steps, ratio) if self.ahead else 0.0
 
-    def begin(self, optimizer: RuleOptimizer, *, closure: bool) -> None:
+    def begin(self, optimizer: AveragedOptimizer, *, closure: bool) -> None:
         """Before a step, and before its closure computes the gradients.
 
         Args:
@@ -192,7 +201,7 @@ class Averages:
         if closure:
             self.look_ahead(optimizer)
 
-    def look_ahead(self, optimizer: RuleOptimizer) -> None:
+    def look_ahead(self, optimizer: AveragedOptimizer) -> None:
         """Put the weights where the next gradient is to be taken; for gradients that a closure takes only in part.
 
         Args:
@@ -200,7 +209,7 @@ class Averages:
         """
         self._shift(optimizer, self._wanted(optimizer))
 
-    def end(self, optimizer: RuleOptimizer, *, taken: bool, closure: bool) -> None:
+    def end(self, optimizer: AveragedOptimizer, *, taken: bool, closure: bool) -> None:
         """After a step.
 
         Args:
@@ -222,7 +231,7 @@ class Averages:
         if closure or taken:
             self._shift(optimizer, 0.0 if closure else self._wanted(optimizer))
 
-    def eval(self, optimizer: RuleOptimizer) -> None:
+    def eval(self, optimizer: AveragedOptimizer) -> None:
         """Put the weights to evaluate in the place of those to train.
 
         Args:
@@ -243,7 +252,7 @@ class Averages:
                 at.x.copy_(shown)
         self._note(optimizer, train_mode=False)
 
-    def train(self, optimizer: RuleOptimizer) -> None:
+    def train(self, optimizer: AveragedOptimizer) -> None:
         """Put the weights to train back.
 
         Args:
@@ -255,7 +264,7 @@ class Averages:
                     at.x.copy_(sharding.local(at.state.pop(TRAINED)))
             self._note(optimizer, train_mode=True)
 
-    def replaced(self, optimizer: RuleOptimizer) -> None:
+    def replaced(self, optimizer: AveragedOptimizer) -> None:
         """Take the weights for those to evaluate as they are, since others than the run's were loaded.
 
         Args:

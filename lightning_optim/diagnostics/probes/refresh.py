@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.parallel import sharding
 from lightning_optim.core.param_groups import rule_of
-from lightning_optim.core.step import work
+from lightning_optim.core.step.records import Refresh
+from lightning_optim.core.step.refresh_scheduler import staleness
 from lightning_optim.diagnostics import figures
 from lightning_optim.diagnostics.probes.base import History, Probe, Run, SettingError
 from lightning_optim.diagnostics.report import Report, over_ranks
@@ -65,7 +66,7 @@ class PreconditionerRefresh(Probe):
             self.schedule = {0: policy} | self.schedule
         for text in self.schedule.values():
             parse(text)
-        self.events: list[work.Refresh] = []
+        self.events: list[Refresh] = []
         self.total = 0
         self.history = History()
         self._since = 0.0
@@ -120,7 +121,7 @@ class PreconditionerRefresh(Probe):
             self._set(optimizer, texts[-1])
 
     def _set(self, optimizer: RuleOptimizer, text: str, *, only_check: bool = False) -> None:
-        for job in optimizer._jobs():
+        for job in optimizer.group_steps():
             if job.rule.preconditioners and job.group["refresh"] != text:
                 own = job.group["refresh"]
                 job.group["refresh"] = text
@@ -138,20 +139,19 @@ class PreconditionerRefresh(Probe):
         ages: dict[str, float] = {}
         stale: dict[str, Tensor] = {}
         names: list[str] = []
-        for job in run.optimizer._jobs():
+        for job in run.optimizer.group_steps():
             if not job.rule.preconditioners:
                 continue
-            for w in job.works:
+            for w in job.params:
                 kept = [t for key, t in w.state.items() if key.partition(".")[0] == "refreshed"]
                 if not kept:
                     continue
-                names.append(w.name)
+                names.append(w.plan.name)
                 if all(sharding.local(t).numel() for t in kept):  # empty on ranks that do not own the matrix
-                    ages[w.name] = max(float(record[:, 0].amax()) for record in w.records)
-                    whole = sharding.sharding_of(w.param) is None
-                    if whole and w.has_gradient and job.rule.measures_staleness():
-                        w.cost = work.refresh_cost(job.rule, w.parts, vector=w.param.ndim < 2)
-                        stale[w.name] = work.staleness(job, w, w.gradient())
+                    ages[w.plan.name] = max(float(record[:, 0].amax()) for record in w.refresh_records())
+                    whole = sharding.sharding_of(w.plan.param) is None
+                    if whole and w.grad is not None and job.rule.measures_staleness():
+                        stale[w.plan.name] = staleness(job, w, w.gradient())
         if not names:
             return None
         events, trained = list(self.events), self.pace.trained - self._since
@@ -165,7 +165,7 @@ class PreconditionerRefresh(Probe):
         names: list[str],
         ages: Mapping[str, float],
         stale: Mapping[str, float],
-        events: list[work.Refresh],
+        events: list[Refresh],
         trained: float,
     ) -> Report:
         device = sharding.local(run.optimizer.param_groups[0]["params"][0]).device

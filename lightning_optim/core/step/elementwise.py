@@ -1,0 +1,156 @@
+"""Steps of elementwise rules: a fused kernel of torch's, a compiled graph, or a walk in blocks that stay in cache."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lightning_optim.core.matrix_views import cache_blocks, same_strides
+from lightning_optim.core.rule import Rule
+from lightning_optim.core.state.quantized_view import ElementIndex, no_index, offset
+from lightning_optim.core.step import compiled
+from lightning_optim.core.step.apply import ParamWriter, apply_direction
+from lightning_optim.core.step.records import GroupStep, ParamStep
+from lightning_optim.core.step.stacks import copy_aliased, quantized_views
+
+
+def step_elementwise(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: int) -> None:
+    """Step parameters of an elementwise rule.
+
+    Args:
+        group: of the parameters.
+        steps: parameters with a gradient.
+        max_temp_bytes: bound for copies of clipped gradients.
+    """
+    for s in _step_by_kernel(group, steps, max_temp_bytes) if group.plan.has_kernel else steps:
+        step_param(group, s)
+
+
+def step_param(group: GroupStep, step: ParamStep) -> None:
+    """Step one parameter: by a graph, and by a walk in flat blocks over what that leaves.
+
+    Args:
+        group: of the parameter.
+        step: the parameter.
+    """
+    done, count = compiled.step_param(group, step), step.local().numel()
+    for part in (None,) if done is None else (slice(0, done.start), slice(done.stop, count)):
+        if part is None or part.stop > part.start:
+            _walk(group, step, part)
+
+
+def _step_by_kernel(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: int) -> list[ParamStep]:
+    """Step what a fused kernel of torch's can take; return the rest."""
+    rule, keys = group.rule, group.plan.kernel_state
+    rest: list[ParamStep] = []
+    runs: dict[tuple[int, int], list[ParamStep]] = {}
+    for s in steps:
+        if s.plan.has_kernel and s.plan.is_compute_format:
+            runs.setdefault((s.t, s.plan.kernel_id), []).append(s)
+        else:
+            rest.append(s)
+    for run in runs.values():
+        for portion in portions(run, max_temp_bytes):
+            taken: list[ParamStep] = []
+            columns: list[list[Tensor]] = [[] for _ in range(2 + len(keys))]
+            for s in portion:
+                row = [s.plan.param, s.grad, *[s.state[k] for k in keys]]
+                if s.plan.is_sharded:
+                    row = [s.local(), s.grad, *[s.local_state(k) for k in keys]]
+                if s.clip != 1:
+                    row[1] = s.gradient()
+                tensors = cast("list[Tensor]", row)
+                if same_strides(tensors):
+                    taken.append(s)
+                    for column, t in zip(columns, tensors, strict=True):
+                        column.append(t)
+                else:
+                    rest.append(s)
+            if not taken:
+                continue
+            p, g, *state = columns
+            if rule.kernel(p, g, dict(zip(keys, state, strict=True)), taken[0].t) is None:
+                rest += taken
+    return rest
+
+
+def portions(steps: Sequence[ParamStep], max_temp_bytes: int) -> Iterator[Sequence[ParamStep]]:
+    """Divide parameters into runs whose clipped gradients, which are copies, fit into `max_temp_bytes`.
+
+    Args:
+        steps: the parameters.
+        max_temp_bytes: the bound; single parameters may exceed it.
+
+    Yields:
+        Consecutive parameters.
+    """
+    start = size = 0
+    for i, s in enumerate(steps):
+        if s.clip == 1:
+            continue
+        nbytes = s.plan.param.numel() * s.plan.param.element_size()
+        size += nbytes
+        if size > max_temp_bytes and i > start:
+            yield steps[start:i]
+            start, size = i, nbytes
+    yield steps[start:]
+
+
+def _walk(group: GroupStep, step: ParamStep, part: slice | None) -> None:
+    """Walk over one parameter in flat blocks, or over some elements of a contiguous one without stochastic rounding."""
+    rule, plan, p = group.rule, step.plan, step.local()
+    write, views = ParamWriter(group, step), quantized_views(group, step)
+    rounded = write.is_stochastic or any(view.fmt.name == "bf16" for view in views.values())
+    where = ElementIndex(p, plan.param) if rounded else None
+    # a constraint needs the whole direction
+    whole = [torch.empty_like(p, dtype=plan.compute_dtype)] if group.plan.has_constraint else []
+    grad = cast("Tensor", step.grad)
+    tensors = [p, grad, *(step.local_state(k) for k in plan.formats), *(whole or write.compensation)]
+    tensors += where.tensors if where else []
+    quantized = next((view for view in views.values() if view.fmt.is_quantized), None)
+    first = 0
+    if part is not None:
+        first, tensors = part.start, [t.reshape(-1)[part] for t in tensors]
+    align, start = (quantized.fmt.block, quantized.start + first) if quantized else (1, 0)
+    count, aside = len(plan.formats), len(whole or write.compensation)
+    for (pb, gb, *rest), cut in cache_blocks(tensors, align, start):
+        stored, beside = dict(zip(plan.formats, rest, strict=False)), rest[count : count + aside]
+        at = first + offset(pb, cut)
+        values = {k: views[k].load(x, at) if k in views else x for k, x in stored.items()}
+        known = rest[count + aside :]
+        index = no_index if where is None else functools.cache(functools.partial(where, pb, cut, known))
+        gb = gb.to(plan.compute_dtype) if step.clip == 1 else gb.to(plan.compute_dtype) * step.clip
+        if not (views and plan.has_kernel and _kernel(rule, pb, gb, values, step.t)):
+            d = _update_block(group, step, pb, gb, values)
+            if whole:
+                beside[0].copy_(d)
+            elif not (group.plan.may_skip and rule.skips_update(step.t)):
+                write(pb, d, index, *beside)
+        for key, view in views.items():
+            view.store(stored[key], values[key], index, at)
+    if whole and not (group.plan.may_skip and rule.skips_update(step.t)):
+        apply_direction(group, step, whole[0])
+
+
+def _update_block(group: GroupStep, step: ParamStep, p: Tensor, g: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Call a rule on one block, and keep the state it leaves in `values`; its direction."""
+    rule, replicas = group.rule, step.plan.replicas
+    if rule.decay == "coupled" and rule.weight_decay:
+        g = g.add(p, alpha=rule.weight_decay)
+    s = SimpleNamespace(**values)
+    s.vote = torch.sign if replicas is None else replicas.vote
+    d = rule.update(g, s, p.to(step.plan.compute_dtype) if rule.reads_param else None, step.t)
+    for key, value in copy_aliased(values, {k: getattr(s, k) for k in values}).items():
+        if value is not values[key]:
+            values[key].copy_(value)
+    return cast("Tensor", d)
+
+
+def _kernel(rule: Rule, p: Tensor, g: Tensor, s: Mapping[str, Tensor], t: int) -> bool:
+    """Try the rule's fused kernel on one block."""
+    return same_strides([p, g, *s.values()]) and rule.kernel([p], [g], {k: [x] for k, x in s.items()}, t) is not None
