@@ -27,7 +27,7 @@ from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer, build_optimizer
 from lightning_optim.build.mesh_estimate import estimate_mesh
-from lightning_optim.core.parallel.sharding import start_of
+from lightning_optim.core.parallel.element_positions import start_of
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.core.step.averaging_methods import averages_of
 from tests.rules import gradient, make

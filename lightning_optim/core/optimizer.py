@@ -7,7 +7,7 @@ of a step; the modules of `lightning_optim.core.step` do them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,11 +29,10 @@ from lightning_optim.core.step import (
     preflight,
     stacked,
 )
-from lightning_optim.core.step.averaging_methods import COUNTERS, AveragingMethod
+from lightning_optim.core.step.averaging_methods import COUNTERS
 from lightning_optim.core.step.backward_fusion import FusedBackward, validate_fusion
 from lightning_optim.core.step.records import GroupStep, Refresh, count_steps
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler
-from lightning_optim.core.step.weight_averaging import Averages
 from lightning_optim.ops.lapack import failures
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -252,7 +251,7 @@ class RuleOptimizer(StatefulOptimizer):
             exchanged.finish_exchanges(exchanges)
         return True
 
-    # -- curvature, averages, parallel modes --------------------------------------------------------------------------
+    # -- curvature and parallel modes --------------------------------------------------------------------------
 
     def pending_curvature(self) -> dict[str, list[Tensor]]:
         """What is to be estimated before the next step.
@@ -288,38 +287,6 @@ class RuleOptimizer(StatefulOptimizer):
             return {}
         self.allocate_state(measured)
         return curvature_input.update_curvature(measured, estimates)
-
-    def with_averaging(self, *members: AveragingMethod) -> Self:
-        """Average or shift the weights around every step (`lightning_optim.core.step.averaging_methods`).
-
-        Args:
-            members: `EMANesterov`, `TailEMA` or `MuLoCo`, each at most once.
-
-        Returns:
-            The optimizer.
-
-        Raises:
-            ValueError: called before, two that do not go together, or weights that are too narrow.
-        """
-        if self.averages is not None:
-            raise ValueError("with_averaging: give everything in one call")
-        self.averages = Averages(self, members)
-        self._plans.clear()
-        return self
-
-    def eval(self) -> None:
-        """Put the averaged weights in the place of the training weights; nothing where they are the same."""
-        if self.averages is not None:
-            self.validate_shapes(self.group_steps(frozen=True))
-            with torch.inference_mode(False), torch.no_grad():
-                self.averages.eval(self)
-
-    def train(self) -> None:
-        """Put the training weights back, bit for bit."""
-        if self.averages is not None:
-            self.validate_shapes(self.group_steps(frozen=True))
-            with torch.inference_mode(False), torch.no_grad():
-                self.averages.train(self)
 
     def fuse_backward(self) -> FusedBackward:
         """From now on, step every parameter within the backward pass and free its gradient at once.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lightning_optim.core.parallel.replicas import Replicas
 from lightning_optim.core.param_groups import plain, validate_param
 from lightning_optim.core.state import allocate, checkpoint, checks
 from lightning_optim.core.state.formats import TRAINED
+from lightning_optim.core.step.averaging_methods import AveragingMethod
 from lightning_optim.core.step.records import GroupStep, PlanCache, is_trained
 from lightning_optim.core.step.weight_averaging import Averages
 
@@ -121,6 +122,38 @@ class StatefulOptimizer(torch.optim.Optimizer):
         allocate.assign_owners(groups, self._owners, chain.from_iterable(g["params"] for g in self.param_groups))
         also = None if self.averages is None else self.averages.allocate
         allocate.allocate_state(groups, self._owners, lambda p: self.state.setdefault(p, {}), also)
+
+    def with_averaging(self, *members: AveragingMethod) -> Self:
+        """Average or shift the weights around every step (`lightning_optim.core.step.averaging_methods`).
+
+        Args:
+            members: `EMANesterov`, `TailEMA` or `MuLoCo`, each at most once.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ValueError: called before, two that do not go together, or weights that are too narrow.
+        """
+        if self.averages is not None:
+            raise ValueError("with_averaging: give everything in one call")
+        self.averages = Averages(self, members)
+        self._plans.clear()
+        return self
+
+    def eval(self) -> None:
+        """Put the averaged weights in the place of the training weights; nothing where they are the same."""
+        if self.averages is not None:
+            self.validate_shapes(self.group_steps(frozen=True))
+            with torch.inference_mode(False), torch.no_grad():
+                self.averages.eval(self)
+
+    def train(self) -> None:
+        """Put the training weights back, bit for bit."""
+        if self.averages is not None:
+            self.validate_shapes(self.group_steps(frozen=True))
+            with torch.inference_mode(False), torch.no_grad():
+                self.averages.train(self)
 
     def is_sharded(self) -> bool:
         """Whether a rank holds parts of parameters only: checkpoints of that kind are to be made after `train()`.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core import matrix_views
-from lightning_optim.core.parallel import sharding
+from lightning_optim.core.parallel import element_positions
 from lightning_optim.core.state.formats import CODES, StateFormat, Storage
 from lightning_optim.ops import quantize as codec
 from lightning_optim.ops.rounding import indices, stochastic_round
@@ -145,8 +145,10 @@ class ElementIndex:
             part: what blocks are cut from.
             param: the parameter whose local part it is shaped like; a whole tensor if not given.
         """
-        self.first = (0 if part.is_contiguous() else None) if param is None else sharding.first_element(param)
-        self.tensors = [] if self.first is not None else [sharding.element_index(part if param is None else param)]
+        self.first = (0 if part.is_contiguous() else None) if param is None else element_positions.first_element(param)
+        self.tensors = (
+            [] if self.first is not None else [element_positions.element_index(part if param is None else param)]
+        )
         """The indices, as a tensor to be cut with the part, where the part is not one contiguous run."""
 
     def __call__(self, block: Tensor, cut: slice, index: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.matrix_views import STACK_LIMIT, StackShape
-from lightning_optim.core.parallel import sharding
+from lightning_optim.core.parallel import element_positions
 from lightning_optim.core.rule import Rule, StateSpec
 from lightning_optim.core.state.formats import StateFormat, scale_key
 from lightning_optim.core.state.quantized_view import QuantizedView
@@ -48,7 +48,7 @@ def first_index(rule: Rule, plan: ParamPlan, fmt: StateFormat) -> int:
     """
     if not fmt.is_quantized or not is_sharded_like_param(rule, plan, fmt):
         return 0
-    return sharding.start_of(plan.param, plan.name)
+    return element_positions.start_of(plan.param, plan.name)
 
 
 def quantized_views(group: GroupStep, step: ParamStep) -> dict[str, QuantizedView]:
