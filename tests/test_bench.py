@@ -306,7 +306,7 @@ def test_a_trial_follows_a_schedule_of_its_settings(tmp_path: Path, cache: Path)
     space = workspace(tmp_path, cache)
     own = execute(Trial(TOY, "muon", 1e-2, {"schedule": {"schedule": "constant"}}), space)
     assert [x["loss"] for x in own["curve"]] == [x["loss"] for x in execute(Trial(flat, "muon", 1e-2), space)["curve"]]
-    assert own["setup"]["schedule"].startswith("the optimizer's own: Curve(schedule='constant'")
+    assert own["setup"]["schedule"].startswith("the optimizer's own: ScheduleConfig(schedule='constant'")
     preset = Trial(TOY, "soap_muon", 0.0375, {"preset": "record46"})
     optimizer = build(make(TOY), preset)
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0} and optimizer.total_steps == 4

@@ -442,7 +442,7 @@ def messages(said: Any, words: str = "stops measuring") -> list[str]:
     return [str(w.message) for w in said if words in str(w.message)]
 
 
-METHODS = ["before", "always", "after", "finish", "_show", "_judge", "_before", "_after"]
+METHODS = ["before", "always", "after", "finish", "_show", "_adapt_interval", "_before", "_after"]
 
 
 @pytest.mark.parametrize("framework", ["lightning", "transformers"])
