@@ -464,3 +464,29 @@ def test_numbers_of_numpy_do_not_end_in_a_checkpoint() -> None:
     file.seek(0)
     (group,) = torch.load(file, weights_only=True)["param_groups"]
     assert (group["lr"], group["betas"], group["seed"], type(group["seed"])) == (5e-3, (0.8, 0.5), 3, int)
+
+
+def test_options_that_belong_together_may_be_one_mapping() -> None:
+    one = AdamW(
+        [Parameter(torch.ones(8, 8))],
+        constraint={"name": "hyperball", "uw_floor": 0.1, "uw_floor_by": "row"},  # pyright: ignore
+        state_storage={"format": "int8", "block": 64, "min": 16},  # pyright: ignore
+    )
+    flat = AdamW(
+        [Parameter(torch.ones(8, 8))],
+        constraint="hyperball",
+        uw_floor=0.1,
+        uw_floor_by="row",
+        state_storage="int8",
+        storage_block=64,
+        storage_min=16,
+    )
+    assert one.state_dict()["param_groups"] == flat.state_dict()["param_groups"] and one.defaults == flat.defaults
+    one.add_param_group({"params": [Parameter(torch.ones(4))], "cautious_decay": {"rate": 0.1, "when": "after_pin"}})
+    assert one.param_groups[1]["cautious_decay"] == 0.1 and one.param_groups[1]["cautious_when"] == "after_pin"
+    for wrong, words in [
+        ({"constraint": {"nme": "hyperball"}}, "constraint has no setting 'nme'; did you mean 'name'"),
+        ({"constraint": {"uw_floor": 1.0}, "uw_floor": 2.0}, "uw_floor is given twice"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            AdamW([Parameter(torch.ones(8, 8))], **wrong)

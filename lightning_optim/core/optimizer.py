@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_optim.core.momentum_alias import ParamGroup, publish_momentum
+from lightning_optim.core.options import expand_options
 from lightning_optim.core.parallel import engines, replicas
 from lightning_optim.core.param_groups import complete_group, rule_of
 from lightning_optim.core.rule import lookup
@@ -77,7 +78,7 @@ class RuleOptimizer(StatefulOptimizer):
         self, params: ParamsT, defaults: Mapping[str, Any] | None = None, *, max_temp_bytes: int = 2**25
     ) -> None:
         self._start(max_temp_bytes)
-        super().__init__(cast("Any", params), dict(defaults or {}))
+        super().__init__(cast("Any", params), expand_options(defaults or {}))
         for key in ("lr", "weight_decay"):
             self.defaults.setdefault(key, self.param_groups[0][key])
         self._is_built = True

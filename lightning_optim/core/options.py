@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lightning_optim.core.rule import GlobalStepRule, Rule
+from lightning_optim.core.rule import GlobalStepRule, Rule, nearest
 from lightning_optim.core.state.formats import Storage
 
 CONSTRAINTS = ("constraint", "uw_floor", "uw_floor_by", "radial_damping", "pin")
@@ -77,6 +77,14 @@ class Options:
     """Seed of the stochastic rounding of weights and state, and of random projections."""
 
 
+TOGETHER: dict[str, dict[str, str]] = {
+    "constraint": {"name": "constraint"} | {key: key for key in CONSTRAINTS[1:]},
+    "cautious_decay": {"rate": "cautious_decay", "when": "cautious_when"},
+    "state_storage": {"format": "state_storage", "block": "storage_block", "min": "storage_min"},
+}
+"""Options that belong together, as the keys of one mapping: `state_storage={"format": "int8", "block": 128}`. Groups and
+checkpoints hold them one by one, as command lines do."""
+
 OPTIONS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
 """Default values by name."""
 OPTION_TYPES: dict[str, Any] = typing.get_type_hints(Options)
@@ -85,6 +93,31 @@ ZERO_MATRIX = (
     "a matrix of zeros, and constraint='hyperball' keeps the norm; initialize it with random numbers, or leave it out "
     "by an override ('NAME', None, {'constraint': 'none'})"
 )
+
+
+def expand_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the options of `TOGETHER` one by one.
+
+    Args:
+        settings: of a group; the value of such an option may be a mapping, such as
+            `constraint={"name": "hyperball", "uw_floor": 0.1, "uw_floor_by": "row"}`.
+
+    Returns:
+        A new dictionary.
+
+    Raises:
+        ValueError: a mapping has an unknown key, or an option is given twice.
+    """
+    out = {key: value for key, value in settings.items() if not (key in TOGETHER and isinstance(value, Mapping))}
+    for option, names in TOGETHER.items():
+        value = settings.get(option)
+        for key, one in value.items() if isinstance(value, Mapping) else ():
+            if key not in names:
+                raise ValueError(f"{option} has no setting {key!r}; {nearest(key, list(names))}")
+            if names[key] in out:
+                raise ValueError(f"{names[key]} is given twice: by itself, and as {option}[{key!r}]")
+            out[names[key]] = one
+    return out
 
 
 def has_constraint(group: Mapping[str, Any]) -> bool:

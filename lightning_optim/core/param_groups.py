@@ -125,7 +125,7 @@ def complete_group(
     Raises:
         ValueError: an unknown rule or option, a value out of range, or a parameter the rule cannot take.
     """
-    out = dict(group)
+    out = options.expand_options(group)
     params = out.get("params", ())
     if not isinstance(params, set):  # torch refuses sets
         out["params"] = [params] if isinstance(params, Tensor) else list(params)
@@ -134,7 +134,7 @@ def complete_group(
         raise ValueError(f"param group {out.get('name', '')!r} names no rule; add 'rule': 'adamw', say")
     rule = lookup(name)
     out["rule"] = rule.name
-    for key in group:
+    for key in out:
         _refuse_misspelled(key, rule)
     if defaults.get("rule") == rule.name:
         own = {k: v for k, v in defaults.items() if k not in MOMENTUM_NAMES or not is_other_name(rule, k)}
