@@ -1,7 +1,9 @@
 """Lightning callbacks, imported as `lightning_optim.callbacks`."""
 
+from lightning_optim.callbacks.averaged_weights import AveragedWeights
 from lightning_optim.callbacks.curvature import CurvatureCallback
 from lightning_optim.callbacks.hybrid import HybridOptimizer
+from lightning_optim.callbacks.module_order import ModuleOrder
 from lightning_optim.callbacks.observe import (
     GradientNoiseScale,
     GradientRank,
@@ -13,7 +15,6 @@ from lightning_optim.callbacks.observe import (
 )
 from lightning_optim.callbacks.relora import ReLoRA
 from lightning_optim.callbacks.roles import RoleTable
-from lightning_optim.lightning import AveragedWeights, ModuleOrder
 
 __all__ = [
     "AveragedWeights",

@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from lightning_optim.callbacks.configure import check_strategy, configure_optimizers
 from lightning_optim.callbacks.roles import RoleTable
 from lightning_optim.core.rule import lookup
-from lightning_optim.lightning import check_strategy, configure_optimizers
 
 
 class HybridOptimizer(RoleTable):
