@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from lightning_optim.callbacks import (
 )
 from lightning_optim.diagnostics import figures, view
 from lightning_optim.diagnostics import memory as memory_of
-from lightning_optim.diagnostics.probes import curvature, health, noise, presets, refresh
+from lightning_optim.diagnostics.probes import curvature, health, noise, refresh, registry, stubs
 from lightning_optim.diagnostics.report import OverheadBudget
 from tests.test_diagnostics import Detached, Once
 from tests.test_hf import CONTEXT, VOCABULARY, arguments, llama, one_thread, trainer_of  # noqa: F401
@@ -279,8 +281,8 @@ def test_noise_scale_of_a_single_batch_is_absent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["fixed:2", "staggered:3", "off_diagonal:0.1:2", "lazy:2", "time_budget:0.5"])
 def test_refresh_policies_set_live(tmp_path: Path, policy: str) -> None:
-    module = Module("soap")
-    made = fit(tmp_path, module, PreconditionerRefresh(policy, **EVERY | {"every": 3}), steps=9)
+    module, settings = Module("soap"), dict[str, Any](EVERY | {"every": 3})
+    made = fit(tmp_path, module, PreconditionerRefresh(policy, **settings), steps=9)
     found = scalars(tmp_path)
     assert {g["refresh"] for g in made.optimizers[0].param_groups if "refresh" in g} == {policy}
     matrices = sum("proj" in name for name, _ in module.named_parameters())
@@ -295,7 +297,8 @@ def test_refresh_policies_set_live(tmp_path: Path, policy: str) -> None:
 
 def test_refresh_schedule_changes_the_policy(tmp_path: Path) -> None:
     module = Module("soap")
-    callback = PreconditionerRefresh("fixed:1", {5: "fixed:100"}, **EVERY | {"every": 4})
+    settings: dict[str, Any] = EVERY | {"every": 4}
+    callback = PreconditionerRefresh("fixed:1", {5: "fixed:100"}, **settings)
     fit(tmp_path, module, callback, steps=8)
     counts = scalars(tmp_path)["refresh/count"]
     assert counts[0] == 4 * counts[0] / 4 and counts[0] > 0 and counts[1] == 0
@@ -442,7 +445,7 @@ def messages(said: Any, words: str = "stops measuring") -> list[str]:
     return [str(w.message) for w in said if words in str(w.message)]
 
 
-METHODS = ["before", "always", "after", "finish", "_show", "_judge", "_before", "_after"]
+METHODS = ["before", "always", "after", "finish", "_show", "_adapt_interval", "_before", "_after"]
 
 
 @pytest.mark.parametrize("framework", ["lightning", "transformers"])
@@ -614,7 +617,30 @@ def test_a_probe_that_has_failed_saves_and_starts_over(tmp_path: Path) -> None:
         again.load_state_dict({"pace": {}, "filled": []})
 
 
-# -- presets and what they may cost -----------------------------------------------------------------------------------
+# -- the registry, presets and what they may cost ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framework", [callbacks, hf_integration])
+def test_callbacks_have_the_signatures_and_docstrings_of_their_probes(framework: Any) -> None:
+    for entry in registry.REGISTRY:
+        callback = getattr(framework, entry.callback)
+        assert entry.callback in framework.__all__ and callback.kind is entry.probe
+        parameters, expected = inspect.signature(callback).parameters, inspect.signature(entry.probe).parameters
+        assert set(parameters) - set(expected) == ({"loss"} if entry.probe.needs_loss else set())
+        assert list(inspect.signature(callback.__init__).parameters)[1:] == list(parameters)
+        assert {k: p.default for k, p in parameters.items() if k != "loss"} == {
+            k: p.default for k, p in expected.items()
+        }
+        assert not any(isinstance(p.annotation, str) for p in parameters.values())
+        assert parameters["every"].default == entry.every
+        doc = inspect.getdoc(callback) or ""
+        assert doc.startswith(inspect.getdoc(entry.probe) or "-") and all(f"    {name}: " in doc for name in parameters)
+
+
+@pytest.mark.parametrize("module", stubs.MODULES)
+def test_the_stubs_of_the_callbacks_are_up_to_date(module: str) -> None:
+    path = Path(str(sys.modules[module].__file__)).with_suffix(".pyi")
+    assert path.read_text() == stubs.stub(module), "run python -m lightning_optim.diagnostics.probes.stubs"
 
 
 @pytest.mark.parametrize(("name", "limit"), [("cheap", 0.01), ("matrix", 0.03), ("curvature", 0.05)])
@@ -634,7 +660,7 @@ def test_presets_have_few_tags(tmp_path: Path, name: str, optim: str) -> None:
     settings: dict[str, Any] = {"max_steps": 24, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
     fit(tmp_path / "lightning", Module(optim), *quick(diagnostics(name, 24)), steps=24, accumulate_grad_batches=2)
     hf_run(tmp_path / "hf", llama(), *quick(hf_integration.diagnostics(name, 24)), optim=optim, **settings)
-    families = tuple(f"{kind.name}/" for kind in presets.MEMBERS[name]) + ("diagnostics/",)
+    families = tuple(f"{row.probe.name}/" for row in registry.members(name)) + ("diagnostics/",)
     found = [{t for t in scalars(x) if t.startswith(families)} for x in (tmp_path / "lightning", hf_folder(tmp_path))]
     assert found[0] == found[1] and {t.partition("/")[0] + "/" for t in found[0]} >= set(families) - {"refresh/"}
     by_role = [t for t in found[0] if t.rpartition("/")[2] in ROLES]
@@ -748,7 +774,7 @@ def test_the_same_tags_in_transformers(tmp_path: Path) -> None:
     ours, theirs = events(tmp_path / "lightning"), events(hf_folder(tmp_path / "hf"))
     for kind in ("scalars", "images"):
         mine, others = (
-            {t for p in presets.MEMBERS["curvature"] for t in of(x.Tags()[kind], f"{p.name}/")} for x in (ours, theirs)
+            {t for row in registry.REGISTRY for t in of(x.Tags()[kind], f"{row.probe.name}/")} for x in (ours, theirs)
         )
         mine, others = ({t for t in x if "noise/scale" not in t} for x in (mine, others))  # NaN by chance
         assert mine == others and mine

@@ -222,6 +222,65 @@ def test_a_new_rule_is_one_file_and_one_reference(tmp_path: Path) -> None:
     assert "lightning_optim.optimizers.Toy" in run(sys.executable, "-c", code, cwd=tree)
 
 
+TOY_PROBE = '''"""The mean of all weights."""
+
+from lightning_optim.diagnostics.probes.base import Probe, Run
+from lightning_optim.diagnostics.report import Report
+
+
+class Toy(Probe):
+    """The mean of all weights, `toy/mean`.
+
+    Args:
+        every: steps between measurements.
+        max_overhead: share of training time above which the interval doubles.
+    """
+
+    name = "toy"
+    charts = {"mean of the weights": ["toy/mean"]}
+
+    def __init__(self, every: int = 1, max_overhead: float = 1.0) -> None:
+        super().__init__(every, max_overhead)
+
+    def after(self, run: Run) -> Report:
+        weights = [p.mean().item() for p in run.model.parameters()]
+        return Report(scalars={"toy/mean": sum(weights) / len(weights)})
+'''
+TOY_RUNS = """
+from pathlib import Path
+import hf_integration
+from lightning_optim import callbacks
+from tests.test_callbacks import Module, fit, hf_folder, hf_run, llama, scalars
+
+assert "ToyLogger" in callbacks.__all__ and "ToyLogger" in hf_integration.__all__
+assert [type(c).__name__ for c in callbacks.diagnostics("cheap")][0] == "ToyLogger"
+fit(Path("lightning"), Module("adamw"), callbacks.ToyLogger(), steps=3)
+hf_run(Path("transformers"), llama(), hf_integration.ToyLogger(every=2), max_steps=4, optim="adamw")
+for folder, count in ((Path("lightning"), 3), (hf_folder(Path("transformers")), 2)):
+    print(len(scalars(folder)["toy/mean"]) == count and scalars(folder)["diagnostics/share/toy"][0] > 0)
+"""
+
+
+def test_a_new_probe_is_one_class_and_one_row(tmp_path: Path) -> None:
+    """Two files are written, and trainers of both frameworks log what the probe measures."""
+    tree = copied(tmp_path)
+    probes = tree / "lightning_optim" / "diagnostics" / "probes"
+    (probes / "toy.py").write_text(TOY_PROBE)
+    rows, line = (probes / "registry.py").read_text(), "from lightning_optim.diagnostics.probes.toy import Toy\n"
+    before = "REGISTRY: tuple[ProbeEntry, ...] = (\n"
+    assert before in rows
+    rows = rows.replace("\nPreset = ", f"{line}\nPreset = ").replace(
+        before, f'{before}    ProbeEntry(Toy, "ToyLogger", preset="cheap", budget=1.0, every=1),\n'
+    )
+    (probes / "registry.py").write_text(rows)
+    assert run(sys.executable, "-c", TOY_RUNS, cwd=tree, PYTHONPATH=str(tree)).split()[-2:] == ["True", "True"]
+    stubs = (sys.executable, "-m", "lightning_optim.diagnostics.probes.stubs")
+    assert subprocess.run((*stubs, "--check"), cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}).returncode == 1
+    run(*stubs, cwd=tree, PYTHONPATH=str(tree))
+    for stub in ("lightning_optim/callbacks/probes.pyi", "hf_integration/probes.pyi"):
+        assert "class ToyLogger(Diagnostic):" in (tree / stub).read_text()
+
+
 def test_the_wheel_beside_a_decoy(tmp_path: Path) -> None:
     """Built, installed without dependencies, and imported from a folder with a callbacks.py of its own."""
     tree = copied(tmp_path)
@@ -243,5 +302,7 @@ def test_the_wheel_beside_a_decoy(tmp_path: Path) -> None:
     path, count, callbacks = run(sys.executable, "-c", code, cwd=work, PYTHONPATH=str(site)).split()[-3:]
     assert Path(path).is_relative_to(site) and int(count) > 20 and callbacks == "True"
     assert (site / "lightning_optim" / "optimizers.pyi").exists()
+    assert (site / "lightning_optim" / "callbacks" / "probes.pyi").exists()
+    assert (site / "hf_integration" / "probes.pyi").exists()
     assert (site / "lightning_optim" / "py.typed").exists()
     assert not (site / "callbacks").exists() and not (site / "tests").exists()

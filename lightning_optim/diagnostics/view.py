@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_optim.core import matrix_views
 from lightning_optim.core.parallel import sharding
@@ -179,6 +180,20 @@ def reduce_local(found: Sequence[Entry], part: Callable[[Entry], Tensor | None],
     sums = [part(e) for e in found]
     weights = torch.tensor([share_of(e.param, ranks) for e in found], dtype=torch.float64)
     return torch.stack([zero if s is None else s.to(zero) for s in sums]) * weights.to(device)
+
+
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer inside the wrappers of a framework: Accelerate's, DeepSpeed's or Lightning's.
+
+    Args:
+        optimizer: an optimizer, wrapped or not.
+
+    Returns:
+        The innermost one, torch's or ours.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def momentum_of(entry: Entry, state: dict[str, Any]) -> Tensor | None:

@@ -101,6 +101,8 @@ class Probe:
     name: ClassVar[str]
     charts: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Title of a chart to patterns of tags, for a dashboard; these tags are scalars."""
+    needs_loss: ClassVar[bool] = False
+    """Whether the probe calls the run's loss. Its callbacks then have an argument `loss` for it."""
     curves: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Start of tags that end in a role to title and vertical axis of a picture."""
     remedy: ClassVar[str] = "leave it out, or change what it is given"

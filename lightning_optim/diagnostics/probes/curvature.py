@@ -60,6 +60,7 @@ class HessianBlocks(Probe):
     """
 
     name = "hessian"
+    needs_loss = True
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
         "largest eigenvalue of the Hessian, by role": [r"hessian/lambda_max/.*"],
         "preconditioned sharpness / stability threshold": ["hessian/sharpness_ratio"],
