@@ -567,30 +567,6 @@ def hutchinson(
     return torch.stack(traces, 1), torch.stack([x.sum(1) for x in columns], 1).sum(1), diagonal
 
 
-def hutch_plus_plus(matvec: Callable[[Tensor], Tensor], size: int, products: int, generator: torch.Generator) -> Tensor:
-    """Trace by Hutch++ (Meyer et al. 2021): exact on a sketched range, Hutchinson on the rest.
-
-    Better than `hutchinson` from about 100 products on.
-
-    Args:
-        matvec: the operator on `[n]`.
-        size: n.
-        products: how many, divided into three equal parts.
-        generator: on the CPU.
-
-    Returns:
-        A scalar.
-    """
-    third = max(1, min(products // 3, size))
-    s = (torch.randint(2, (size, third), generator=generator) * 2 - 1).double()
-    g = (torch.randint(2, (size, third), generator=generator) * 2 - 1).double()
-    q = torch.linalg.qr(torch.stack([matvec(x) for x in s.T], 1)).Q
-    inside = sum((torch.dot(x, matvec(x)) for x in q.T), torch.zeros((), dtype=torch.float64))
-    rest = g - q @ (q.T @ g)
-    outside = sum((torch.dot(x, matvec(x)) for x in rest.T), torch.zeros((), dtype=torch.float64))
-    return inside + outside / third
-
-
 def coupling_squares(hessian: Hessian, blocks: Sequence[Block], probes: Sequence[Sequence[Sequence[Tensor]]]) -> Tensor:
     """|H_ij|_F^2 of every pair of blocks: a probe that lives in block j gives column j of the table.
 
@@ -690,20 +666,6 @@ def diagonal_dominance(block: Tensor) -> Tensor:
         `[...]`, in [1/d, 1] for positive semi-definite blocks.
     """
     return block.diagonal(dim1=-2, dim2=-1).abs().sum(-1) / block.abs().sum((-2, -1))
-
-
-def sampled_dominance(columns: Tensor, ids: Tensor) -> Tensor:
-    """Diagonal dominance from a uniform sample of columns.
-
-    Args:
-        columns: `[c, d]`, rows ids of a symmetric block.
-        ids: which, `[c]`.
-
-    Returns:
-        A scalar.
-    """
-    own = columns[torch.arange(len(ids), device=columns.device), ids]
-    return own.abs().sum() / columns.abs().sum()
 
 
 def condition_number(block: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -332,26 +331,3 @@ def resident() -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         out["rss_peak"] = peak if sys.platform == "darwin" else peak * 1024
     return out
-
-
-@contextmanager
-def snapshot_on_oom(path: Path) -> Iterator[None]:
-    """Record the allocator's history and write it where an out-of-memory error ends the block.
-
-    Args:
-        path: of the file, for pytorch.org/memory_viz.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OutOfMemoryError: the one of the block, after the file is written.
-    """
-    torch.cuda.memory._record_memory_history()
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        torch.cuda.memory._dump_snapshot(str(path))
-        raise
-    finally:
-        torch.cuda.memory._record_memory_history(enabled=None)

@@ -196,7 +196,7 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def momentum_of(entry: Entry, state: dict[str, Any]) -> Tensor | None:
+def momentum_buffer(entry: Entry, state: dict[str, Any]) -> Tensor | None:
     """The first moment an optimizer keeps, by the usual names.
 
     Returns:

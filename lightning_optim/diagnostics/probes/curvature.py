@@ -299,7 +299,7 @@ class HessianBlocks(Probe):
         operator = hessian.preconditioned(full.flat(block), root)
         found_values = lanczos.lanczos(operator, full.random(block, generator), self.steps)
         sharpness = float(found_values.values[-1])
-        betas = {momentum_of(found[i]) for i in block}
+        betas = [float(found[i].group["betas"][0]) for i in block]
         report.scalars["hessian/sharpness"] = sharpness
         report.scalars["hessian/sharpness_ratio"] = sharpness / hessian.stability_threshold(1.0, max(betas))
 
@@ -411,16 +411,6 @@ def chosen(found: Sequence[view.Entry], patterns: Sequence[str] | Literal["auto"
         return (wide or tall)[:1]
     hits = ([i for i, e in enumerate(found) if fnmatchcase(e.name, pattern)][:1] for pattern in patterns)
     return [i for hit in hits for i in hit]
-
-
-def momentum_of(e: view.Entry) -> float:
-    """The averaging constant b1 of a parameter's rule.
-
-    Returns:
-        0 without momentum.
-    """
-    betas = e.group.get("betas")
-    return float(betas[0]) if betas else float(e.group.get("momentum", 0.0) or 0.0)
 
 
 def scaling_root(e: view.Entry, state: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:

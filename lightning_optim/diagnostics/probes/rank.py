@@ -117,7 +117,7 @@ class GradientRank(Probe):
             start = self._start.pop(id(e.param))
             tensors: dict[str, Tensor | None] = {
                 "gradient": None if e.param.grad is None else view.whole(e.param.grad),
-                "momentum": view.momentum_of(e, state),
+                "momentum": view.momentum_buffer(e, state),
                 "update": view.whole(e.param.detach() - start),
                 "weight": view.whole(e.param),
             }
