@@ -18,7 +18,8 @@ from transformers.training_args import TrainingArguments
 
 from hf_integration.batches import Batches, copied, current_trainer
 from lightning_optim.diagnostics.probes import tensorboard
-from lightning_optim.diagnostics.probes.base import Probe, Run
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report
 from lightning_optim.diagnostics.view import unwrap_optimizer
 
@@ -82,7 +83,7 @@ class Diagnostic(TrainerCallback, ExportableState):
         """Start the probe."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         scaler = getattr(optimizer, "scaler", None)
-        run = Run(
+        context = TrainingContext(
             model=model,
             optimizer=unwrap_optimizer(optimizer),
             loss=lambda batch: self.loss(model, copied(batch)),
@@ -92,25 +93,25 @@ class Diagnostic(TrainerCallback, ExportableState):
             ranks=args.world_size,
             rank=args.process_index,
         )
-        run.extra["checkpoint"] = lambda: _checkpoint(args)
-        run.extra["group"] = torch.distributed.group.WORLD if args.world_size > 1 else None
+        context.extra["checkpoint"] = lambda: _checkpoint(args)
+        context.extra["group"] = torch.distributed.group.WORLD if args.world_size > 1 else None
         self._siblings, self._charts = siblings(), None
         self._unwatch()
         trainer = current_trainer()
         if trainer is not None:
-            self._batches = Batches(trainer, model, self._see, self._forwarded)
-            run.extra["rows_belong_together"] = not self._batches.rows_are_independent
+            self._batches = Batches(trainer, model, self._record_batch, self._after_forward)
+            context.extra["rows_belong_together"] = not self._batches.rows_are_independent
             wrapper = getattr(trainer, "model_wrapped", None)
-            run.extra["ddp"] = wrapper if isinstance(wrapper, DistributedDataParallel) else None
+            context.extra["ddp"] = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         if self.saved:
             self.probe.load_state_dict(self.saved)
-        self.probe.start(run)
+        self.probe.start(context)
 
-    def _see(self, batch: Any) -> None:
-        self.probe.see(batch)
+    def _record_batch(self, batch: Any) -> None:
+        self.probe.record_batch(batch)
 
-    def _forwarded(self) -> None:
-        self.probe.forwarded()
+    def _after_forward(self) -> None:
+        self.probe.after_forward()
 
     def _unwatch(self) -> None:
         if self._batches is not None:
@@ -123,25 +124,25 @@ class Diagnostic(TrainerCallback, ExportableState):
         """Tell the probe that a step begins."""
         if self._batches is not None and not self.probe.stopped:
             self._batches.open()
-        self.probe.begin()
+        self.probe.begin_batch()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the probe that the backward pass of a micro-batch, but for the last, has ended."""
-        self.probe.backward()
+        self.probe.after_backward()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Tell the probe that the optimizer steps next."""
-        self.probe.ready()
+        self.probe.before_optimizer_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the probe's report, if there is one."""
         if self._batches is not None:
             self._batches.close()
-        report = self.probe.end()
+        report = self.probe.end_batch()
         if report is not None and state.is_world_process_zero:
             self.probe.safely(self._log, args, state, control, report, kwargs)
 

@@ -56,7 +56,7 @@ class GradientRank(Diagnostic):
       picture `rank/basis_cosines` has |u_i^T v_i| of its leading columns, by descending eigenvalue, one by one (mean
       over the matrices; where eigenvalues are close columns pair wrongly, so read it beside the overlap).
     * `rank/orthogonality_error`, `singular_min`, `singular_max`, `outside_band`: of updates of rules that
-      orthogonalise, without learning rate and shape scale; an error of 0.35 to 0.65 is normal for Newton-Schulz.
+      orthogonalize, without learning rate and shape scale; an error of 0.35 to 0.65 is normal for Newton-Schulz.
     * `rank/suggested`: the least multiple of 8 that holds 90 % of the gradient's energy in three of four matrices.
 
     Args:
@@ -91,7 +91,7 @@ class HessianBlocks(Diagnostic):
       1 is the edge of stability;
     * `hessian/curvature_along_update`: u^T H u / u^T u; `hessian/model_ratio`: measured change of the loss in this
       step over the one the quadratic model predicts;
-    * `hessian/js_shape`, `js_scale`: mean Jensen-Shannon distance between the roles' spectra, normalised or not;
+    * `hessian/js_shape`, `js_scale`: mean Jensen-Shannon distance between the roles' spectra, normalized or not;
     * `hessian/block_diagonal_share` and the picture `hessian/coupling`: how much of |H|_F^2 lies within roles;
     * once: the entries of a few weights of four neurons (`hessian/entries/<role>`), their diagonal dominance
       `hessian/tau` and Adam's effect on their condition number `hessian/r`.

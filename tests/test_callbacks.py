@@ -445,7 +445,7 @@ def messages(said: Any, words: str = "stops measuring") -> list[str]:
     return [str(w.message) for w in said if words in str(w.message)]
 
 
-METHODS = ["before", "always", "after", "finish", "_show", "_adapt_interval", "_before", "_after"]
+METHODS = ["before_step", "after_every_step", "measure", "complete", "present", "_adapt_interval", "_before", "_after"]
 
 
 @pytest.mark.parametrize("framework", ["lightning", "transformers"])
@@ -473,7 +473,19 @@ def test_a_probe_that_raises_is_one_warning(tmp_path: Path, framework: str, monk
         assert not own.probe._handles
 
 
-@pytest.mark.parametrize("method", ["prepare", "begin", "see", "forwarded", "backward", "ready", "layout", "clear"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "prepare",
+        "begin_batch",
+        "record_batch",
+        "after_forward",
+        "after_backward",
+        "before_optimizer_step",
+        "layout",
+        "clear",
+    ],
+)
 def test_whatever_a_framework_calls_may_raise(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("broken")
@@ -596,7 +608,7 @@ def test_a_policy_is_refused_and_outlives_what_is_measured(tmp_path: Path, monke
     def fails(*args: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(refresh.PreconditionerRefresh, "after", fails)
+    monkeypatch.setattr(refresh.PreconditionerRefresh, "measure", fails)
     with pytest.warns(UserWarning, match="PreconditionerRefresh stops measuring"):
         made = fit(tmp_path / "b", Module("soap"), PreconditionerRefresh("fixed:1", {3: "fixed:7"}, **ALWAYS), steps=4)
     assert {g["refresh"] for g in made.optimizers[0].param_groups if "refresh" in g} == {"fixed:7"}
@@ -646,8 +658,8 @@ def test_the_stubs_of_the_callbacks_are_up_to_date(module: str) -> None:
 @pytest.mark.parametrize(("name", "limit"), [("cheap", 0.01), ("matrix", 0.03), ("curvature", 0.05)])
 def test_presets(name: str, limit: float) -> None:
     for made in (diagnostics(name), hf_integration.diagnostics(name)):
-        assert limit / 2 < sum(c.probe.pace.limit for c in made) <= limit * (1 + 1e-9)
-    short = {c.probe.name: c.probe.pace.every for c in diagnostics(name, 120)}
+        assert limit / 2 < sum(c.probe.budget.limit for c in made) <= limit * (1 + 1e-9)
+    short = {c.probe.name: c.probe.budget.every for c in diagnostics(name, 120)}
     assert short.get("hessian", 10) == 10 and short["health"] == 10
     with pytest.raises(ValueError, match="did you mean 'cheap'"):
         diagnostics("cheep")
@@ -672,7 +684,7 @@ def test_presets_have_few_tags(tmp_path: Path, name: str, optim: str) -> None:
 def quick(made: Any) -> Any:
     """Callbacks of a preset, of which none looks less often here, and the costliest does not do much."""
     for callback in made:
-        callback.probe.pace.limit = 1e6
+        callback.probe.budget.limit = 1e6
         if isinstance(callback.probe, curvature.HessianBlocks):
             callback.probe.probes, callback.probe.steps, callback.probe.exact = 2, 3, ()
     return made
@@ -709,14 +721,14 @@ def test_what_is_no_scalar_is_in_pictures_and_tables(tmp_path: Path) -> None:
 
 def test_a_costly_probe_doubles_its_interval() -> None:
     pace = OverheadBudget(every=10, limit=0.05)
-    pace.note(5.0)  # the first is not judged
+    pace.add_measurement(5.0)  # the first is not judged
     assert pace.every == 10
     for _ in range(3):
-        pace.train(10.0)
-        pace.note(0.4)
+        pace.add_training_time(10.0)
+        pace.add_measurement(0.4)
     assert pace.every == 10 and pace.recent == pytest.approx(0.04)
-    pace.train(10.0)
-    pace.note(1.0)
+    pace.add_training_time(10.0)
+    pace.add_measurement(1.0)
     assert pace.every == 20 and pace.due(40) and not pace.due(30)
     assert pace.share == pytest.approx(7.2 / 40)
     again = OverheadBudget(every=10, limit=0.05)
@@ -900,8 +912,8 @@ def test_axes_have_round_numbers(values: list[float], kind: str, ticks: list[flo
 @pytest.mark.parametrize(("every", "expected"), [(10, [2, 4, 8, 10, 20]), (2, [2, 4, 6, 8]), (1, [1, 2, 3])])
 def test_pictures_come_early_and_then_regularly(every: int, expected: list[int]) -> None:
     probe, drawn = OptimizerHealth(image_every=every).probe, []
-    for probe._reports in range(expected[-1]):
-        drawn += [probe._reports + 1] * probe.draws()
+    for probe._report_count in range(expected[-1]):
+        drawn += [probe._report_count + 1] * probe.draws_pictures()
     assert drawn == expected
 
 

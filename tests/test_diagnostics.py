@@ -19,7 +19,7 @@ from lightning_optim import SGD, build_optimizer
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.diagnostics import hessian, lanczos, memory, noise, spectrum, subspace
 from lightning_optim.diagnostics.hessian import Hessian, frozen
-from lightning_optim.diagnostics.probes.base import Run
+from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.probes.curvature import HessianBlocks
 from lightning_optim.ops import eigenbasis
 from lightning_optim.ops.orthogonal import QUINTIC
@@ -387,19 +387,19 @@ def test_traces_by_role_are_as_good_as_ten_probes_within_the_role() -> None:
     groups = [{"params": [(name, named[name])], "name": name, "role": role} for name, role in kinds.items()]
     optimizer = SGD(groups, lr=0.0)
     probe = HessianBlocks(every=1, max_overhead=1e9, exact=(), detail=True, sequences=3)
-    probe.start(Run(model, optimizer, lambda batch: model.loss()))
+    probe.start(TrainingContext(model, optimizer, lambda batch: model.loss()))
     measured: list[dict[str, Any]] = []
     for _ in range(20):
-        probe.begin()
-        probe.see(model.batch)
+        probe.begin_batch()
+        probe.record_batch(model.batch)
         optimizer.zero_grad()
         model.eval()
         model.loss().backward()
-        probe.forwarded()
-        probe.backward()
-        probe.ready()
+        probe.after_forward()
+        probe.after_backward()
+        probe.before_optimizer_step()
         optimizer.step()
-        report = probe.end()
+        report = probe.end_batch()
         assert report is not None
         measured.append({**report.arrays, **report.scalars})
     probe.stop()

@@ -224,7 +224,8 @@ def test_a_new_rule_is_one_file_and_one_reference(tmp_path: Path) -> None:
 
 TOY_PROBE = '''"""The mean of all weights."""
 
-from lightning_optim.diagnostics.probes.base import Probe, Run
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report
 
 
@@ -242,8 +243,8 @@ class Toy(Probe):
     def __init__(self, every: int = 1, max_overhead: float = 1.0) -> None:
         super().__init__(every, max_overhead)
 
-    def after(self, run: Run) -> Report:
-        weights = [p.mean().item() for p in run.model.parameters()]
+    def measure(self, context: TrainingContext) -> Report:
+        weights = [p.mean().item() for p in context.model.parameters()]
         return Report(scalars={"toy/mean": sum(weights) / len(weights)})
 '''
 TOY_RUNS = """

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_optim.callbacks.training_step import loss_scale, training_loss
 from lightning_optim.diagnostics.probes import tensorboard
-from lightning_optim.diagnostics.probes.base import Probe, Run
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report
 from lightning_optim.diagnostics.view import unwrap_optimizer
 
@@ -59,7 +60,7 @@ class Diagnostic(Callback):
             return
         wrapper = trainer.strategy.model
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call
-        run = Run(
+        context = TrainingContext(
             model=pl_module,
             optimizer=unwrap_optimizer(trainer.optimizers[0]),
             loss=lambda batch: self.loss(pl_module, batch),
@@ -69,11 +70,11 @@ class Diagnostic(Callback):
             ranks=trainer.world_size,
             rank=trainer.global_rank,
         )
-        run.extra["checkpoint"] = lambda: _checkpoint(trainer)
-        run.extra["ddp"] = wrapper if isinstance(wrapper, DistributedDataParallel) else None
-        run.extra["group"] = torch.distributed.group.WORLD if trainer.world_size > 1 else None
+        context.extra["checkpoint"] = lambda: _checkpoint(trainer)
+        context.extra["ddp"] = wrapper if isinstance(wrapper, DistributedDataParallel) else None
+        context.extra["group"] = torch.distributed.group.WORLD if trainer.world_size > 1 else None
         self._charts = None
-        self.probe.start(run)
+        self.probe.start(context)
         own_loss = "loss" in vars(self) or type(self).loss is not Diagnostic.loss
         if self.kind.needs_loss and not own_loss and not pl_module.automatic_optimization:
             self.probe.give_up(
@@ -83,26 +84,26 @@ class Diagnostic(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Show the probe a batch."""
-        self.probe.begin()
-        self.probe.see(batch)
+        self.probe.begin_batch()
+        self.probe.record_batch(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Tell the probe that the forward pass has ended."""
-        self.probe.forwarded()
+        self.probe.after_forward()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tell the probe that the backward pass has ended."""
-        self.probe.backward()
+        self.probe.after_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Tell the probe that the optimizer steps next."""
-        self.probe.ready()
+        self.probe.before_optimizer_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the probe's report, if there is one."""
-        report = self.probe.end()
+        report = self.probe.end_batch()
         if report is not None and trainer.is_global_zero:
             self.probe.safely(self._log, trainer, report, trainer.global_step - 1)
 
@@ -133,7 +134,7 @@ class Diagnostic(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop the probe."""
-        self.probe.failed(exception)
+        self.probe.on_exception(exception)
         self.probe.stop()
 
     def state_dict(self) -> dict[str, Any]:

@@ -173,12 +173,12 @@ class OverheadBudget:
         """
         return step % self.every == 0
 
-    def train(self, seconds: float) -> None:
+    def add_training_time(self, seconds: float) -> None:
         """Note time spent on training."""
         self.trained += seconds
         self._since += seconds
 
-    def note(self, seconds: float) -> None:
+    def add_measurement(self, seconds: float) -> None:
         """Note a measurement, and lengthen the interval if it is too costly; the first one of a run is not judged.
 
         Args:

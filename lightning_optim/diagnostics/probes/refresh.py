@@ -15,7 +15,10 @@ from lightning_optim.core.parallel import sharding
 from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.step import work
 from lightning_optim.diagnostics import figures
-from lightning_optim.diagnostics.probes.base import History, Probe, Run, SettingError
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
+from lightning_optim.diagnostics.probes.failures import SettingError
+from lightning_optim.diagnostics.probes.history import ColumnHistory
 from lightning_optim.diagnostics.report import Report, over_ranks
 from lightning_optim.refresh import parse
 
@@ -67,7 +70,7 @@ class PreconditionerRefresh(Probe):
             parse(text)
         self.events: list[work.Refresh] = []
         self.total = 0
-        self.history = History()
+        self.history = ColumnHistory()
         self._since = 0.0
         self._policy: Any = None
         self._policy_step = 0
@@ -79,30 +82,30 @@ class PreconditionerRefresh(Probe):
         super().load_state_dict(state)
         self.total = state["total"]
 
-    def prepare(self, run: Run) -> None:
+    def prepare(self, context: TrainingContext) -> None:
         """Listen to the optimizer and set the policy.
 
         Args:
-            run: what there is to see.
+            context: what there is to see.
 
         Raises:
             SettingError: a policy that measures staleness, for a rule that does not define it.
         """
         self.events = []
-        if isinstance(run.optimizer, RuleOptimizer):
+        if isinstance(context.optimizer, RuleOptimizer):
             for text in self.schedule.values():
-                self._set(run.optimizer, text, only_check=True)
-            run.optimizer.on_refresh = self.events.append
-            if run.optimizer.process_group is None:
-                run.optimizer.process_group = run.extra.get("group")
-            self._policy_step = run.step
-            self._follow(run.optimizer, run.step + 1)
+                self._set(context.optimizer, text, only_check=True)
+            context.optimizer.on_refresh = self.events.append
+            if context.optimizer.process_group is None:
+                context.optimizer.process_group = context.extra.get("group")
+            self._policy_step = context.step
+            self._follow(context.optimizer, context.step + 1)
             if self.schedule:  # apart from what is measured: a policy holds where that fails
-                self._policy = run.optimizer.register_step_pre_hook(lambda *_: self._before_policy(run))
+                self._policy = context.optimizer.register_step_pre_hook(lambda *_: self._before_policy(context))
 
     def clear(self) -> None:  # noqa: D102
-        if self.run is not None and isinstance(self.run.optimizer, RuleOptimizer):
-            self.run.optimizer.on_refresh = None
+        if self.context is not None and isinstance(self.context.optimizer, RuleOptimizer):
+            self.context.optimizer.on_refresh = None
 
     def stop(self) -> None:  # noqa: D102
         super().stop()
@@ -110,9 +113,9 @@ class PreconditionerRefresh(Probe):
             self._policy.remove()
             self._policy = None
 
-    def _before_policy(self, run: Run) -> None:
+    def _before_policy(self, context: TrainingContext) -> None:
         self._policy_step += 1
-        self._follow(run.optimizer, self._policy_step)
+        self._follow(context.optimizer, self._policy_step)
 
     def _follow(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         texts = [text for start, text in self.schedule.items() if start <= step]
@@ -132,13 +135,13 @@ class PreconditionerRefresh(Probe):
                 if only_check:
                     job.group["refresh"] = own
 
-    def after(self, run: Run) -> Report | None:  # noqa: D102
-        if not isinstance(run.optimizer, RuleOptimizer):
+    def measure(self, context: TrainingContext) -> Report | None:  # noqa: D102
+        if not isinstance(context.optimizer, RuleOptimizer):
             return None
         ages: dict[str, float] = {}
         stale: dict[str, Tensor] = {}
         names: list[str] = []
-        for job in run.optimizer._jobs():
+        for job in context.optimizer._jobs():
             if not job.rule.preconditioners:
                 continue
             for w in job.works:
@@ -154,21 +157,21 @@ class PreconditionerRefresh(Probe):
                         stale[w.name] = work.staleness(job, w, w.gradient())
         if not names:
             return None
-        events, trained = list(self.events), self.pace.trained - self._since
-        self._since = self.pace.trained
+        events, trained = list(self.events), self.budget.trained - self._since
+        self._since = self.budget.trained
         self.events.clear()
-        return self._report(run, names, ages, {k: float(v) for k, v in stale.items()}, events, trained)
+        return self._report(context, names, ages, {k: float(v) for k, v in stale.items()}, events, trained)
 
     def _report(
         self,
-        run: Run,
+        context: TrainingContext,
         names: list[str],
         ages: Mapping[str, float],
         stale: Mapping[str, float],
         events: list[work.Refresh],
         trained: float,
     ) -> Report:
-        device = sharding.local(run.optimizer.param_groups[0]["params"][0]).device
+        device = sharding.local(context.optimizer.param_groups[0]["params"][0]).device
         drifts = [1 - e.overlap for e in events if not math.isnan(e.overlap)]
         seconds = sum(e.seconds for e in events)
         scalars = [len(events), seconds, sum(drifts), len(drifts), trained]
@@ -189,7 +192,7 @@ class PreconditionerRefresh(Probe):
         s["refresh/count"] = count
         s["refresh/ms"] = 1e3 * seconds
         if trained > 0:
-            s["refresh/share_of_step"] = seconds / (trained / run.ranks) / (run.ranks / shared)
+            s["refresh/share_of_step"] = seconds / (trained / context.ranks) / (context.ranks / shared)
         s |= {"refresh/age_mean": float(age.nanmean()), "refresh/age_max": float(age.nan_to_num(0.0).max())}
         known = staleness[~staleness.isnan()]
         if known.numel():
