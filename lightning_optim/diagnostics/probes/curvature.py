@@ -412,9 +412,8 @@ def indices_of(entries: Sequence[view.Entry], patterns: Sequence[str] | Literal[
         Indices, the first match of every pattern.
     """
     if patterns == "auto":
-        tall = [
-            i for i, e in enumerate(entries) if e.is_matrix and e.param.ndim == 2 and e.role not in view.NAMED_ROLES
-        ]
+        hidden = [i for i, e in enumerate(entries) if e.is_matrix and e.param.ndim == 2]
+        hidden = [i for i in hidden if entries[i].role not in view.NAMED_ROLES]
         tall = [i for i in hidden if entries[i].param.shape[0] > entries[i].param.shape[1]]
         return (tall or hidden)[:1]
     hits = ([i for i, e in enumerate(entries) if fnmatchcase(e.name, pattern)][:1] for pattern in patterns)
