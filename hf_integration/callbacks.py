@@ -63,14 +63,14 @@ class Diagnostic(TrainerCallback, ExportableState):
             A scalar.
 
         Raises:
-            RuntimeError: no trainer was found.
+            RuntimeError: there is no trainer.
         """
         if self._batches is None:
             raise RuntimeError("there is no transformers.Trainer whose compute_loss could be taken")
         return self._batches.loss(batch)
 
     def state(self) -> dict[str, Any]:
-        """What continues in a resumed run.
+        """State from which a resumed run continues.
 
         Returns:
             Plain values, as Transformers keeps them.
@@ -227,10 +227,10 @@ def writers_of(others: Sequence[TrainerCallback], state: TrainerState) -> list[A
     Returns:
         Of type `SummaryWriter`; none on processes that do not log.
     """
-    found = [c.tb_writer for c in others if isinstance(c, TensorBoardCallback)]
-    return [w for w in found if w is not None] if state.is_world_process_zero else []
+    writers = [c.tb_writer for c in others if isinstance(c, TensorBoardCallback)]
+    return [w for w in writers if w is not None] if state.is_world_process_zero else []
 
 
 def _checkpoint(args: TrainingArguments) -> Path | None:
-    found = get_last_checkpoint(args.output_dir) if args.output_dir and Path(args.output_dir).is_dir() else None
-    return Path(found) if found else None
+    path = get_last_checkpoint(args.output_dir) if args.output_dir and Path(args.output_dir).is_dir() else None
+    return Path(path) if path else None

@@ -21,17 +21,17 @@ CALLBACKS: dict[str, type[Diagnostic]]
 class GradientNoiseScale(Diagnostic):
     """Gradient noise scale from gradient accumulation or data-parallel ranks, in sequences and tokens.
 
-    In a measured step a hook on every parameter notes the size of what each micro-batch adds to the gradient, on each
-    rank before the ranks are averaged. `noise/scale_sequences` (and `_tokens`) is tr Sigma / |G|^2 with both averaged
-    over measurements; the batch size at which more data per step begins to pay less. By role:
-    `noise/scale_sequences/<role>`. Absent with a single micro-batch per step, or where clipping works element by
-    element. Micro-batches must be independent: packed or repeated sequences are not.
+    In a measured step a hook on every parameter records the norm of the increment that each micro-batch adds to the
+    gradient, on each rank before the ranks are averaged. `noise/scale_sequences` (and `_tokens`) is tr Sigma / |G|^2
+    with both averaged over measurements; the batch size beyond which more data per step pays off less. By role:
+    `noise/scale_sequences/<role>`. Nothing is logged with a single micro-batch per step, or where gradients are clipped
+    by value. Micro-batches must be independent: packed or repeated sequences are not.
 
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
         beta: of the averages over measurements.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class GradientRank(Diagnostic):
     `diagnostics.spectrum`. All of them are in the table `rank/table`, layer by layer in the pictures and, with
     singular values' energies, in the arrays.
 
-    * `captured`: share of the gradient's energy in the optimizer's own basis (the 32 leading columns of a full one);
-      `captured_at_refresh` and `rank/residual_gap`, what a basis of the present gradient would hold more.
+    * `captured`: share of the gradient's energy in the optimizer's basis (the 32 leading columns of a full one);
+      `captured_at_refresh`, and `rank/residual_gap`, the share that a basis of the present gradient would add.
     * `rank/overlap`: chance-adjusted overlap of a basis with that of the measurement before its last change; the
       picture `rank/basis_cosines` has |u_i^T v_i| of its leading columns, by descending eigenvalue, one by one (mean
       over the matrices; where eigenvalues are close columns pair wrongly, so read it beside the overlap).
     * `rank/orthogonality_error`, `singular_min`, `singular_max`, `outside_band`: of updates of rules that
       orthogonalize, without learning rate and shape scale; an error of 0.35 to 0.65 is normal for Newton-Schulz.
-    * `rank/suggested`: the least multiple of 8 that holds 90 % of the gradient's energy in three of four matrices.
+    * `rank/suggested`: the smallest multiple of 8 that captures 90 % of the gradient's energy in 3 of 4 matrices.
 
     Args:
         every: steps between measurements.
@@ -65,7 +65,7 @@ class GradientRank(Diagnostic):
         scalars: `kind.measure` pairs that become scalars.
         ranks: of the energies.
         limit: longest small side of which the whole spectrum is computed.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class GradientRank(Diagnostic):
 class HessianBlocks(Diagnostic):
     """Curvature by role, by products with the Hessian on the first sequences of the run's first batch.
 
-    The loss is taken without dropout and in full precision, attention by kernels that have a second derivative, for
-    the measurement only. Scalars by role: `hessian/trace` (Hutchinson, by probes that are zero outside the role, so
-    that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min` (Lanczos), `hessian/frobenius`.
-    And
+    The loss is computed without dropout and in full precision, and attention uses kernels that have a second
+    derivative, for the measurement only. Measures by role: `hessian/trace` (Hutchinson, by probes that are zero outside
+    the role, so that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min` (Lanczos),
+    `hessian/frobenius`. Measures of the whole model:
 
-    * `hessian/sharpness`: largest eigenvalue of P^-1/2 H P^-1/2 over the parameters whose scaling P is known (Adam
+    * `hessian/sharpness`: largest eigenvalue of P^-1/2 H P^-1/2 over the parameters whose scaling P can be read (Adam
       family and SOAP), learning rate included; `sharpness_ratio`: over its stability threshold (2 + 2 b1) / (1 - b1),
       1 is the edge of stability;
     * `hessian/curvature_along_update`: u^T H u / u^T u; `hessian/model_ratio`: measured change of the loss in this
@@ -112,7 +112,7 @@ class HessianBlocks(Diagnostic):
         exact: patterns of parameters whose first four rows' entries are computed, 512 at most; `"auto"` is 64 of the
             first MLP matrix, () none.
         method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
         loss: of (model, batch as `compute_loss` receives it), where it is not what the trainer's `compute_loss` gives.
     """
 
@@ -139,21 +139,21 @@ class MemoryLogger(Diagnostic):
     * `memory/parameters`, `buffers`, `gradients`, `state` (and by slot in the table), `state_predicted` (what the
       rules declare, over all ranks);
     * `memory/activations`: saved for the backward pass of one batch;
-    * `memory/temporary`: most that the step (with clipping) held beside the new state;
+    * `memory/temporary`: the peak of the step (with clipping) beside the new state;
     * `memory/communication`: DDP's buckets; `memory/checkpoint`: the last one on disk;
     * on CUDA `memory/peak_forward`, `_backward`, `_step`, `_run`, `allocated`, `reserved` and the shares
       `fragmentation`, `rounding`; else `memory/resident`, `resident_peak` of the process;
-    * `memory/unattributed`: allocated (resident on a CPU) beyond all categories; a leak if it grows;
+    * `memory/unattributed`: allocated (resident on a CPU) bytes outside all categories; growth indicates a leak;
     * with several ranks `memory/all_ranks/<category>` and `memory/largest_rank/<category>`.
 
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
-        touch_peak: whether the allocator's peak counter may be reset in measured steps; others read it too.
+        touch_peak: whether the allocator's peak counter may be reset in measured steps; other code may read it, too.
         temporary: whether the step's temporaries are tracked operation by operation where the allocator has no peak
             counter; such a step is about 15 % slower.
         snapshot: file for the allocator's history when training runs out of memory (CUDA).
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     def __init__(
@@ -169,22 +169,22 @@ class MemoryLogger(Diagnostic):
 class OptimizerHealth(Diagnostic):
     """Sizes of gradients, updates and weights by role, and steps that went wrong. Cheap.
 
-    * `health/gradient_rms`, `update_rms`, `weight_rms`, `update_to_weight` by role. The update is what the weights
-      moved by, decay and learning rate included; 1e-3 of the weights is usual. Of large parameters 65536 elements
-      are looked at (0.3 % error).
-    * `health/gradient_norm`: of all gradients as the optimizer got them, after clipping.
+    * `health/gradient_rms`, `update_rms`, `weight_rms`, `update_to_weight` by role. The update is the change
+      of the weights, decay and learning rate included; 1e-3 of the weights is usual. Of large parameters 65536
+      elements are measured (0.3 % error).
+    * `health/gradient_norm`: of all gradients as the optimizer received them, after clipping.
     * `health/clip_rate`: share of the measured steps whose norm was at the clipping threshold.
-    * `health/skipped_steps`, `nonfinite_steps`: since the start; steps the optimizer left out are counted in every
+    * `health/skipped_steps`, `nonfinite_steps`: since the start; steps that the optimizer skipped are counted in every
       step, gradients that are not finite in measured steps.
-    * `health/effective_lr`: RMS of the update / 0.2, the learning rate with which AdamW takes steps as large; trust
-      ratios, shape scales and clipping are in it.
+    * `health/effective_lr`: RMS of the update / 0.2, the learning rate at which AdamW takes steps of this size; it
+      includes trust ratios, shape scales and clipping.
     * `health/loss_scale`, `health/loss_scale_drops`: of float16 training.
 
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
         image_every: measurements between pictures; early ones come with the 2nd, 4th, 8th ... measurement.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     def __init__(
@@ -196,22 +196,22 @@ class OptimizerHealth(Diagnostic):
     ) -> None: ...
 
 class PreconditionerRefresh(Diagnostic):
-    """Sets when costly state (eigenbases, inverse roots, projections) is computed anew, and logs what that costs.
+    """Sets when preconditioners (eigenbases, inverse roots, projections) are recomputed, and logs what that costs.
 
-    Works for every rule of ours with costly state; with any other optimizer it says nothing. Logged are the
-    refreshes since the last measurement: `refresh/count`, `refresh/ms`, `refresh/share_of_step`,
+    The callback applies to every rule of this package with preconditioners and logs nothing for other optimizers. It
+    logs the refreshes since the last measurement: `refresh/count`, `refresh/ms`, `refresh/share_of_step`,
     `refresh/age_mean`, `age_max` (at present), `refresh/staleness_mean`, `staleness_p95` (of all matrices at
     present, where the rule defines it), `refresh/drift` (1 - overlap of new and old state) and
-    `refresh/reason/<reason>`. The picture `refresh/raster` has a row per matrix: a refresh is coloured by the age
+    `refresh/reason/<reason>`. The picture `refresh/raster` has a row per matrix: the color of a refresh is the age
     of the state it replaced.
 
     Args:
-        policy: spelling of a policy (`lightning_optim.refresh`), for all rules with costly state; None leaves each
-            group's own.
-        schedule: step to policy: from that optimizer step on it replaces the one before.
+        policy: text of a policy (`lightning_optim.refresh`) for all rules with preconditioners; None leaves the policy
+            of each group.
+        schedule: optimizer step to the policy that applies from that step on.
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     def __init__(

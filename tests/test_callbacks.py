@@ -887,7 +887,7 @@ def test_pictures_have_titles_scales_and_no_holes() -> None:
     lines = figures.curves(np.arange(5), {"a": np.arange(5), "b": np.ones(5)}, "t", across="x", up="y")
     assert (lines == np.array(figures.LINES[0], dtype=np.uint8)).all(-1).any()
     assert (lines == np.array(figures.LINES[1], dtype=np.uint8)).all(-1).any()
-    table = figures.colours()
+    table = figures.colors()
     assert table.shape == (256, 3) and (np.diff(table.sum(1).astype(int)) >= -2).all()
 
 

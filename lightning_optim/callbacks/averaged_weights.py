@@ -12,14 +12,17 @@ from lightning_optim.core.optimizer import RuleOptimizer
 
 
 class AveragedWeights(Callback):
-    """Calls `eval()` and `train()` of wrapped optimizers; `configure_optimizers` gives it to the trainer.
+    """Calls `eval()` and `train()` of optimizers that average weights. `configure_optimizers` adds it to the trainer.
 
-    Validation, tests after a fit and checkpoints see the weights to evaluate; a resumed run has those to train, bit for
-    bit. Under FSDP2, and with `save_weights_only=True` where no validation precedes, checkpoints hold those to train.
+    Validation, tests after a fit and checkpoints use the averaged weights; a resumed run continues from the training
+    weights, bit for bit. Under FSDP2, and with `save_weights_only=True` if no validation precedes, checkpoints hold
+    the training weights.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the length of the run, where a share of it is asked for; earlier the trainer's loader would suffer.
+        """Tell the optimizer the length of the run, if a setting is a share of it.
+
+        Earlier, the trainer would create a loader whose position it never restores.
 
         Args:
             trainer: the trainer.
@@ -28,12 +31,12 @@ class AveragedWeights(Callback):
         Raises:
             ValueError: the trainer does not know it.
         """
-        for optimizer in _wrapped(trainer):
+        for optimizer in _averaging_optimizers(trainer):
             if optimizer.total_steps is None and optimizer.averages is not None and optimizer.averages.needs_total:
                 optimizer.total_steps = total_steps_of(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Train.
+        """Switch to the training weights.
 
         Args:
             trainer: the trainer.
@@ -41,35 +44,35 @@ class AveragedWeights(Callback):
             batch: any.
             batch_idx: any.
         """
-        for optimizer in _wrapped(trainer):
+        for optimizer in _averaging_optimizers(trainer):
             optimizer.train()
             if optimizer.averages is not None:  # accumulated gradients come before the closure of the step
                 with torch.no_grad():
                     optimizer.averages.look_ahead(optimizer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate.
+        """Switch to the averaged weights.
 
         Args:
             trainer: the trainer.
             pl_module: its module.
         """
-        for optimizer in _wrapped(trainer):
+        for optimizer in _averaging_optimizers(trainer):
             optimizer.eval()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Train on, where a checkpoint that follows could not hold both.
+        """Return to the training weights where a following checkpoint could not hold both.
 
         Args:
             trainer: the trainer.
             pl_module: its module.
         """
-        for optimizer in _wrapped(trainer):
+        for optimizer in _averaging_optimizers(trainer):
             if optimizer.is_sharded():
                 optimizer.train()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the weights to evaluate behind.
+        """Leave the averaged weights in the module.
 
         Args:
             trainer: the trainer.
@@ -78,14 +81,16 @@ class AveragedWeights(Callback):
         self.on_validation_start(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the weights to evaluate; those to train are in the optimizer's state.
+        """Save the averaged weights; the training weights are in the optimizer's state.
 
         Args:
             trainer: the trainer.
             pl_module: its module.
-            checkpoint: with the weights to train, and the state that belongs to them.
+            checkpoint: with the training weights, and the state that belongs to them.
         """
-        stepped = [o for o in _wrapped(trainer) if o.state]  # before, both are the same, and finders go on
+        stepped = [
+            o for o in _averaging_optimizers(trainer) if o.state
+        ]  # before the first step both are equal, and tuners continue
         if not stepped or any(optimizer.is_sharded() for optimizer in stepped):
             return
         for optimizer in stepped:
@@ -94,5 +99,5 @@ class AveragedWeights(Callback):
         checkpoint["optimizer_states"] = [trainer.strategy.optimizer_state(o) for o in trainer.optimizers]
 
 
-def _wrapped(trainer: Trainer) -> list[RuleOptimizer]:
+def _averaging_optimizers(trainer: Trainer) -> list[RuleOptimizer]:
     return [o for o in trainer.optimizers if isinstance(o, RuleOptimizer) and o.averages is not None]

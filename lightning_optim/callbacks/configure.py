@@ -57,7 +57,7 @@ def configure_optimizers(
         name: of the main rule.
         lr: peak learning rate; with the default convention, AdamW's.
         recipe: name of published settings, the learning rate among them, but not the schedule.
-        preset: name of a published pretraining stack, schedule and averages included; what is given here goes before.
+        preset: name of a published pretraining stack, schedule and averages included; other arguments take precedence.
         schedule: `"constant"`, if not given, `"linear"`, `"cosine"` or `"power"` decay after the warm-up.
         warmup_steps: optimizer steps of linear warm-up from `lr / warmup_steps`.
         total_steps: optimizer steps of the run; asked of the trainer if not given.
@@ -86,7 +86,7 @@ def configure_optimizers(
             or scales gradients, a strategy (FSDP1, DeepSpeed) that cannot run the rule, or what `ScheduleLR` and
             `build_optimizer` raise.
     """
-    asked = {
+    schedule_settings = {
         "schedule": schedule,
         "warmup_steps": warmup_steps,
         "total_steps": total_steps,
@@ -99,18 +99,18 @@ def configure_optimizers(
         "momentum_cooldown_steps": momentum_cooldown_steps,
         "momentum_end": momentum_end,
     }
-    asked = {k: v for k, v in asked.items() if v is not None}
-    ScheduleConfig.of(asked)
+    schedule_settings = {k: v for k, v in schedule_settings.items() if v is not None}
+    ScheduleConfig.of(schedule_settings)
     check_strategy(module, name)
     if settings.get("fused_backward"):
-        _refuse_what_needs_gradients(module)
+        _check_fused_backward(module)
     optimizer = build_optimizer(
         module,
         name,
         lr=lr,
         recipe=recipe,
         preset=preset,
-        schedule=asked or None,
+        schedule=schedule_settings or None,
         weight_decay=weight_decay,
         rest=rest,
         rest_lr=rest_lr,
@@ -119,14 +119,14 @@ def configure_optimizers(
         overrides=overrides,
         **settings,
     )
-    _feed(module, optimizer)
+    _add_curvature_callback(module, optimizer)
     trainer = getattr(module, "_trainer", None)
     for kind in (ModuleOrder, RunStart):
         if trainer is not None and not any(isinstance(c, kind) for c in trainer.callbacks):
             trainer.callbacks.insert(0, kind())
     curve = optimizer.curve or ScheduleConfig()
     if curve.needs_total and curve.total_steps is None:
-        total_steps_of(module)  # raises where it is known that nobody will know
+        total_steps_of(module)  # raises if the trainer can never know it
     scheduler = ScheduleLR(optimizer, curve, partial(total_steps_of, module))
     if optimizer.averages is not None and trainer is not None:
         if not any(isinstance(c, AveragedWeights) for c in trainer.callbacks):
@@ -157,8 +157,8 @@ def check_strategy(module: LightningModule, name: str) -> None:
         engines.check_deepspeed(strategy.config, [lookup(name)])
 
 
-def _refuse_what_needs_gradients(module: LightningModule) -> None:
-    """A fused backward pass leaves no gradients to accumulate, clip or unscale."""
+def _check_fused_backward(module: LightningModule) -> None:
+    """Refuse settings that need gradients after the backward pass, where a fused one leaves none."""
     trainer = getattr(module, "_trainer", None)
     if trainer is None:
         return
@@ -176,8 +176,8 @@ def _refuse_what_needs_gradients(module: LightningModule) -> None:
             raise ValueError(f"fused_backward does not work with {what}")
 
 
-def _feed(module: LightningModule, optimizer: RuleOptimizer) -> None:
-    """Have the trainer measure what the optimizer needs beside gradients."""
+def _add_curvature_callback(module: LightningModule, optimizer: RuleOptimizer) -> None:
+    """Add the callback that measures curvature, if the optimizer needs it."""
     trainer = getattr(module, "_trainer", None)
     if trainer is not None and curvature_input(optimizer):
         if not any(isinstance(callback, CurvatureCallback) for callback in trainer.callbacks):

@@ -109,9 +109,9 @@ class CurvatureCallback(Callback):
         if self._first is not None:
             self._first.compare()
             self._first = None
-        said = self.feed.estimate() if self.feed is not None else {}
-        for logger in trainer.loggers if said else ():
-            logger.log_metrics(said, step=trainer.global_step)
+        metrics = self.feed.estimate() if self.feed is not None else {}
+        for logger in trainer.loggers if metrics else ():
+            logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the feed.

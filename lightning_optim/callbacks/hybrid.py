@@ -112,8 +112,8 @@ class HybridOptimizer(RoleTable):
 
     def _restore(self) -> None:
         if self._replaced is not None:
-            module, own = self._replaced
+            module, original = self._replaced
             del module.configure_optimizers
-            if own is not None:
-                module.configure_optimizers = own
+            if original is not None:
+                module.configure_optimizers = original
             self._replaced = None

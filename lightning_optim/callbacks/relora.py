@@ -20,7 +20,7 @@ class ReLoRA(Callback):
         prune: share of the adapters' optimizer state that becomes zero.
         by: `"magnitude"` or `"random"`.
         warmup_steps: after each merge.
-        seed: of the adapters that begin anew.
+        seed: of the reinitialized adapters.
 
     Raises:
         ValueError: a value out of range.

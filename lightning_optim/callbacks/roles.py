@@ -1,4 +1,4 @@
-"""Who owns what, kept true."""
+"""The table of roles: which rule updates which parameter, and why."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_optim.core.optimizer import RuleOptimizer
 
 
 class RoleTable(Callback):
-    """Writes what every parameter is, which rule has it, why, and how much state that takes.
+    """Writes the role of every parameter, the rule that updates it, why, and how much state that takes.
 
     The table is the text `roles` in TensorBoard and `roles.md` in the trainer's `log_dir`, beside the checkpoints, and
-    is written anew as soon as parameters are frozen, unfrozen or added. A trainer without logger and checkpoints gets
-    no file. Of an optimizer that is not ours it says nothing. `HybridOptimizer` does the same by itself.
+    is rewritten as soon as parameters are frozen, unfrozen or added. A trainer without logger and checkpoints gets no
+    file, and an optimizer of another package no table. `HybridOptimizer` writes the same table.
     """
 
     def __init__(self) -> None:

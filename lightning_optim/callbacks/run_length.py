@@ -11,9 +11,10 @@ from lightning_optim.schedule import ScheduleLR
 
 
 class RunStart(Callback):
-    """Tells schedules of ours when the run starts; `configure_optimizers` gives it to the trainer.
+    """Starts the schedules when the run starts. `configure_optimizers` adds it to the trainer.
 
-    They are made earlier: a `BatchSizeFinder` or `LearningRateFinder` then changes how long the run is, or its rates.
+    Schedules are created earlier: a `BatchSizeFinder` or `LearningRateFinder` may change the length of the run, or its
+    learning rates, in between.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -47,11 +48,11 @@ def total_steps_of(module: LightningModule) -> int | None:
     endless = trainer.max_epochs == -1
     if not endless and trainer.train_dataloader is None:
         return None
-    varied = next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)  # pyright: ignore
-    if endless or varied is None or math.isinf(trainer.num_training_batches):
+    scheduler = next((c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)  # pyright: ignore
+    if endless or scheduler is None or math.isinf(trainer.num_training_batches):
         steps = trainer.estimated_stepping_batches
-    else:  # the trainer itself takes the present accumulation for that of all epochs
-        every = [varied.get_accumulate_grad_batches(epoch) for epoch in range(max(trainer.max_epochs or 1, 1))]
+    else:  # the trainer would assume the present accumulation in all epochs
+        every = [scheduler.get_accumulate_grad_batches(epoch) for epoch in range(max(trainer.max_epochs or 1, 1))]
         steps = sum(math.ceil(trainer.num_training_batches / count) for count in every)
         steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     if not 0 < steps < math.inf:

@@ -97,7 +97,7 @@ def energy(s: Tensor, rank: int) -> Tensor:
 
 
 def rank_at(s: Tensor, share: float = 0.9) -> Tensor:
-    """The least rank that holds this share of |A|_F^2.
+    """The smallest rank that captures this share of |A|_F^2.
 
     Returns:
         `[...]`, floating-point.
@@ -146,7 +146,7 @@ def outside_band(s: Tensor, band: tuple[float, float] = NEWTON_SCHULZ_BAND) -> T
 
 
 def sketch(a: Tensor, rank: int, generator: torch.Generator, *, power: int = 2, oversample: int = 8) -> Tensor:
-    """The largest singular values by a randomised range finder with power iterations (Halko et al. 2011).
+    """The largest singular values by a randomized range finder with power iterations (Halko et al. 2011).
 
     Always below the true values; with power 2, energy@r is at least 0.84 of the true one even for Gaussian matrices.
 
@@ -202,7 +202,7 @@ def measures(
             "stable_rank": _share(square, s[0].square()),
             "participation": _share(square.square(), product.square().sum()),
         }
-        held = s.square().cumsum(-1) / square
-        out["rank@90"] = torch.where(held[-1] >= 0.9, (held < 0.9).sum() + 1.0, math.nan)
-        out |= {f"energy@{r}": held[r - 1] for r in sorted({min(r, k) for r in ranks})}
+        captured = s.square().cumsum(-1) / square
+        out["rank@90"] = torch.where(captured[-1] >= 0.9, (captured < 0.9).sum() + 1.0, math.nan)
+        out |= {f"energy@{r}": captured[r - 1] for r in sorted({min(r, k) for r in ranks})}
     return {"fro": square.sqrt(), "rms": (square / (m * n)).sqrt(), "spec": s[0], **out}

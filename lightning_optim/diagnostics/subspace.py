@@ -1,4 +1,4 @@
-"""How far two subspaces, or a basis and the matrix it should diagonalise, have drifted apart."""
+"""Distances between subspaces, and how much of a matrix a basis captures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def column_cosines(u: Tensor, v: Tensor) -> Tensor:
 
 
 def captured(basis: Tensor, a: Tensor) -> Tensor:
-    """|P^T A|_F^2 / |A|_F^2 for orthonormal columns P: the energy that a projection keeps.
+    """|P^T A|_F^2 / |A|_F^2 for orthonormal columns P: the share of the energy that a projection captures.
 
     Args:
         basis: `[..., m, r]`.

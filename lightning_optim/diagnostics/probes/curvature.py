@@ -20,18 +20,18 @@ from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report, before_exchange, over_ranks
 
 EXACT_LIMIT, AUTO_LIMIT = 512, 64
-"""Most weights of a block whose entries are computed, on request and by default; each costs a product."""
+"""Largest number of weights whose Hessian entries are computed, on request and by default. Each costs a product."""
 
 
 class HessianBlocks(Probe):
     """Curvature by role, by products with the Hessian on the first sequences of the run's first batch.
 
-    The loss is taken without dropout and in full precision, attention by kernels that have a second derivative, for
-    the measurement only. Scalars by role: `hessian/trace` (Hutchinson, by probes that are zero outside the role, so
-    that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min` (Lanczos), `hessian/frobenius`.
-    And
+    The loss is computed without dropout and in full precision, and attention uses kernels that have a second
+    derivative, for the measurement only. Measures by role: `hessian/trace` (Hutchinson, by probes that are zero outside
+    the role, so that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min` (Lanczos),
+    `hessian/frobenius`. Measures of the whole model:
 
-    * `hessian/sharpness`: largest eigenvalue of P^-1/2 H P^-1/2 over the parameters whose scaling P is known (Adam
+    * `hessian/sharpness`: largest eigenvalue of P^-1/2 H P^-1/2 over the parameters whose scaling P can be read (Adam
       family and SOAP), learning rate included; `sharpness_ratio`: over its stability threshold (2 + 2 b1) / (1 - b1),
       1 is the edge of stability;
     * `hessian/curvature_along_update`: u^T H u / u^T u; `hessian/model_ratio`: measured change of the loss in this
@@ -57,7 +57,7 @@ class HessianBlocks(Probe):
         exact: patterns of parameters whose first four rows' entries are computed, 512 at most; `"auto"` is 64 of the
             first MLP matrix, () none.
         method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     name = "hessian"
@@ -134,7 +134,7 @@ class HessianBlocks(Probe):
     def complete(self, context: TrainingContext, report: Report) -> None:  # noqa: D102
         entries, start, self._start = context.entries(), self._start, []
         params = [e.param for e in entries]
-        unusable = context.loss is None or self._batch is None or any(view.is_cut(p) for p in params)
+        unusable = context.loss is None or self._batch is None or any(view.is_sharded(p) for p in params)
         if unusable or len(start) != len(params):
             if not self._warned:
                 warnings.warn(self._missing(context, params), stacklevel=2)
@@ -156,7 +156,7 @@ class HessianBlocks(Probe):
         report.scalars = report.finite()
 
     def _missing(self, context: TrainingContext, params: Sequence[Tensor]) -> str:
-        if any(view.is_cut(p) for p in params):
+        if any(view.is_sharded(p) for p in params):
             return (
                 "HessianBlocks logs nothing: the weights lie in shards (FSDP2), of which no second derivatives are "
                 "taken; watch the curvature in a run of the same model on one device or under DDP"

@@ -1,4 +1,4 @@
-"""Is the optimizer moving the weights by a healthy amount?"""
+"""Sizes of gradients, updates and weights: does the optimizer move the weights by a healthy amount?"""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ SAMPLE = 2**16
 class Health(Probe):
     """Sizes of gradients, updates and weights by role, and steps that went wrong. Cheap.
 
-    * `health/gradient_rms`, `update_rms`, `weight_rms`, `update_to_weight` by role. The update is what the weights
-      moved by, decay and learning rate included; 1e-3 of the weights is usual. Of large parameters 65536 elements
-      are looked at (0.3 % error).
-    * `health/gradient_norm`: of all gradients as the optimizer got them, after clipping.
+    * `health/gradient_rms`, `update_rms`, `weight_rms`, `update_to_weight` by role. The update is the change
+      of the weights, decay and learning rate included; 1e-3 of the weights is usual. Of large parameters 65536
+      elements are measured (0.3 % error).
+    * `health/gradient_norm`: of all gradients as the optimizer received them, after clipping.
     * `health/clip_rate`: share of the measured steps whose norm was at the clipping threshold.
-    * `health/skipped_steps`, `nonfinite_steps`: since the start; steps the optimizer left out are counted in every
+    * `health/skipped_steps`, `nonfinite_steps`: since the start; steps that the optimizer skipped are counted in every
       step, gradients that are not finite in measured steps.
-    * `health/effective_lr`: RMS of the update / 0.2, the learning rate with which AdamW takes steps as large; trust
-      ratios, shape scales and clipping are in it.
+    * `health/effective_lr`: RMS of the update / 0.2, the learning rate at which AdamW takes steps of this size; it
+      includes trust ratios, shape scales and clipping.
     * `health/loss_scale`, `health/loss_scale_drops`: of float16 training.
 
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
         image_every: measurements between pictures; early ones come with the 2nd, 4th, 8th ... measurement.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     name = "health"
@@ -96,13 +96,13 @@ class Health(Probe):
             return None
         counts = [e.param.numel() for e in entries]
 
-        def moved(e: view.Entry) -> Tensor:
-            own, start = sharding.local(e.param), self._samples[id(e.param)]
-            part = (_sample(own) - start).square().sum(dtype=torch.float64)
-            return part * (own.numel() / max(1, start.numel()))
+        def squared_change(e: view.Entry) -> Tensor:
+            weight, start = sharding.local(e.param), self._samples[id(e.param)]
+            part = (_sample(weight) - start).square().sum(dtype=torch.float64)
+            return part * (weight.numel() / max(1, start.numel()))
 
         weights = view.reduce_local(entries, lambda e: _square(sharding.local(e.param)), context.ranks)
-        updates = view.reduce_local(entries, moved, context.ranks)
+        updates = view.reduce_local(entries, squared_change, context.ranks)
         gradients = view.reduce_local(entries, lambda e: _square(sharding.local_gradient(e.param)), context.ranks)
         sums = over_ranks(torch.cat([weights, updates, gradients])).cpu().view(3, -1)
         self._samples = {}

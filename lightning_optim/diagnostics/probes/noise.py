@@ -22,17 +22,17 @@ from lightning_optim.diagnostics.report import Report, before_exchange, over_ran
 class GradientNoiseScale(Probe):
     """Gradient noise scale from gradient accumulation or data-parallel ranks, in sequences and tokens.
 
-    In a measured step a hook on every parameter notes the size of what each micro-batch adds to the gradient, on each
-    rank before the ranks are averaged. `noise/scale_sequences` (and `_tokens`) is tr Sigma / |G|^2 with both averaged
-    over measurements; the batch size at which more data per step begins to pay less. By role:
-    `noise/scale_sequences/<role>`. Absent with a single micro-batch per step, or where clipping works element by
-    element. Micro-batches must be independent: packed or repeated sequences are not.
+    In a measured step a hook on every parameter records the norm of the increment that each micro-batch adds to the
+    gradient, on each rank before the ranks are averaged. `noise/scale_sequences` (and `_tokens`) is tr Sigma / |G|^2
+    with both averaged over measurements; the batch size beyond which more data per step pays off less. By role:
+    `noise/scale_sequences/<role>`. Nothing is logged with a single micro-batch per step, or where gradients are clipped
+    by value. Micro-batches must be independent: packed or repeated sequences are not.
 
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
         beta: of the averages over measurements.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     name = "noise"
@@ -86,7 +86,7 @@ class GradientNoiseScale(Probe):
         self._squares, self._sums = ([zero] * len(self._entries) for _ in range(2))
         self._calls, self._last = [0] * len(self._entries), [None] * len(self._entries)
         self._examples = [0.0, 0.0]
-        if not any(view.is_cut(e.param) for e in self._entries):
+        if not any(view.is_sharded(e.param) for e in self._entries):
             self._watched = [e.param.register_hook(self._hook(i)) for i, e in enumerate(self._entries)]
 
     def _hook(self, i: int) -> Any:

@@ -1,4 +1,4 @@
-"""How many directions gradients, momenta, updates and weights have, and how well the optimizer's basis holds them."""
+"""Rank of gradients, momenta, updates and weights, and how much of them the optimizer's bases capture."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SHOWN = {
     "update.stable_rank": ("stable rank of the update, by role", "rank"),
     "gradient.captured": ("gradient's energy captured by the optimizer's basis, by role", "share"),
 }
-"""Measures that are curves, and scalars on request."""
+"""Measures that are curves, and scalars on request. Title and vertical axis of each."""
 BASIS = 32
-"""Leading columns of a full basis whose captured energy and drift are followed."""
+"""Number of leading columns of a full basis whose captured energy and drift are measured."""
 
 
 class GradientRank(Probe):
@@ -42,14 +42,14 @@ class GradientRank(Probe):
     `diagnostics.spectrum`. All of them are in the table `rank/table`, layer by layer in the pictures and, with
     singular values' energies, in the arrays.
 
-    * `captured`: share of the gradient's energy in the optimizer's own basis (the 32 leading columns of a full one);
-      `captured_at_refresh` and `rank/residual_gap`, what a basis of the present gradient would hold more.
+    * `captured`: share of the gradient's energy in the optimizer's basis (the 32 leading columns of a full one);
+      `captured_at_refresh`, and `rank/residual_gap`, the share that a basis of the present gradient would add.
     * `rank/overlap`: chance-adjusted overlap of a basis with that of the measurement before its last change; the
       picture `rank/basis_cosines` has |u_i^T v_i| of its leading columns, by descending eigenvalue, one by one (mean
       over the matrices; where eigenvalues are close columns pair wrongly, so read it beside the overlap).
     * `rank/orthogonality_error`, `singular_min`, `singular_max`, `outside_band`: of updates of rules that
       orthogonalize, without learning rate and shape scale; an error of 0.35 to 0.65 is normal for Newton-Schulz.
-    * `rank/suggested`: the least multiple of 8 that holds 90 % of the gradient's energy in three of four matrices.
+    * `rank/suggested`: the smallest multiple of 8 that captures 90 % of the gradient's energy in 3 of 4 matrices.
 
     Args:
         every: steps between measurements.
@@ -57,7 +57,7 @@ class GradientRank(Probe):
         scalars: `kind.measure` pairs that become scalars.
         ranks: of the energies.
         limit: longest small side of which the whole spectrum is computed.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     name = "rank"
@@ -164,7 +164,7 @@ class GradientRank(Probe):
 
     def _is_on_one_rank(self, e: view.Entry) -> bool:
         """Whether a single rank stores the state of this sharded parameter."""
-        return e.rule is not None and not e.rule.elementwise and not e.rule.reduces and view.is_cut(e.param)
+        return e.rule is not None and not e.rule.elementwise and not e.rule.reduces and view.is_sharded(e.param)
 
     def _measures(self, stacks: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
         """Means over all matrices of a parameter."""
@@ -282,8 +282,8 @@ def _assign_owners(entries: Sequence[view.Entry], ranks: int) -> list[int]:
 
 def _orthogonalizes(e: view.Entry) -> bool:
     """Whether the rule runs Newton-Schulz, and the scale of its direction is known."""
-    known = e.rule is not None and "ns_steps" in hyperparameters(type(e.rule)) and e.rule.decay == "before"
-    return known and e.rule is not None and e.rule.rms(*e.dims[1:]) is not None and e.rule.lr > 0
+    iterates = e.rule is not None and "ns_steps" in hyperparameters(type(e.rule)) and e.rule.decay == "before"
+    return iterates and e.rule is not None and e.rule.rms(*e.dims[1:]) is not None and e.rule.lr > 0
 
 
 def _orthogonality(e: view.Entry, direction: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What refreshing costly state costs, and when it happens."""
+"""Refreshes of preconditioners: when they happen, and what they cost."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from lightning_optim.refresh import parse
 
 
 class PreconditionerRefresh(Probe):
-    """Sets when costly state (eigenbases, inverse roots, projections) is computed anew, and logs what that costs.
+    """Sets when preconditioners (eigenbases, inverse roots, projections) are recomputed, and logs what that costs.
 
-    Works for every rule of ours with costly state; with any other optimizer it says nothing. Logged are the
-    refreshes since the last measurement: `refresh/count`, `refresh/ms`, `refresh/share_of_step`,
+    The callback applies to every rule of this package with preconditioners and logs nothing for other optimizers. It
+    logs the refreshes since the last measurement: `refresh/count`, `refresh/ms`, `refresh/share_of_step`,
     `refresh/age_mean`, `age_max` (at present), `refresh/staleness_mean`, `staleness_p95` (of all matrices at
     present, where the rule defines it), `refresh/drift` (1 - overlap of new and old state) and
-    `refresh/reason/<reason>`. The picture `refresh/raster` has a row per matrix: a refresh is coloured by the age
+    `refresh/reason/<reason>`. The picture `refresh/raster` has a row per matrix: the color of a refresh is the age
     of the state it replaced.
 
     Args:
-        policy: spelling of a policy (`lightning_optim.refresh`), for all rules with costly state; None leaves each
-            group's own.
-        schedule: step to policy: from that optimizer step on it replaces the one before.
+        policy: text of a policy (`lightning_optim.refresh`) for all rules with preconditioners; None leaves the policy
+            of each group.
+        schedule: optimizer step to the policy that applies from that step on.
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     name = "refresh"
@@ -83,10 +83,10 @@ class PreconditionerRefresh(Probe):
         self.total = state["total"]
 
     def prepare(self, context: TrainingContext) -> None:
-        """Listen to the optimizer and set the policy.
+        """Subscribe to the optimizer's refreshes and set the policy.
 
         Args:
-            context: what there is to see.
+            context: the run.
 
         Raises:
             SettingError: a policy that measures staleness, for a rule that does not define it.
@@ -94,14 +94,14 @@ class PreconditionerRefresh(Probe):
         self.events = []
         if isinstance(context.optimizer, RuleOptimizer):
             for text in self.schedule.values():
-                self._set(context.optimizer, text, only_check=True)
+                self._set_policy(context.optimizer, text, only_check=True)
             context.optimizer.on_refresh = self.events.append
             if context.optimizer.process_group is None:
                 context.optimizer.process_group = context.extra.get("group")
             self._policy_step = context.step
-            self._follow(context.optimizer, context.step + 1)
-            if self.schedule:  # apart from what is measured: a policy holds where that fails
-                self._policy = context.optimizer.register_step_pre_hook(lambda *_: self._before_policy(context))
+            self._apply_policy(context.optimizer, context.step + 1)
+            if self.schedule:  # a hook of its own: the policy applies even if measuring fails
+                self._policy = context.optimizer.register_step_pre_hook(lambda *_: self._advance_policy(context))
 
     def clear(self) -> None:  # noqa: D102
         if self.context is not None and isinstance(self.context.optimizer, RuleOptimizer):
@@ -113,27 +113,27 @@ class PreconditionerRefresh(Probe):
             self._policy.remove()
             self._policy = None
 
-    def _before_policy(self, context: TrainingContext) -> None:
+    def _advance_policy(self, context: TrainingContext) -> None:
         self._policy_step += 1
-        self._follow(context.optimizer, self._policy_step)
+        self._apply_policy(context.optimizer, self._policy_step)
 
-    def _follow(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def _apply_policy(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         texts = [text for start, text in self.schedule.items() if start <= step]
         if texts and isinstance(optimizer, RuleOptimizer):
-            self._set(optimizer, texts[-1])
+            self._set_policy(optimizer, texts[-1])
 
-    def _set(self, optimizer: RuleOptimizer, text: str, *, only_check: bool = False) -> None:
+    def _set_policy(self, optimizer: RuleOptimizer, text: str, *, only_check: bool = False) -> None:
         for job in optimizer._jobs():
             if job.rule.preconditioners and job.group["refresh"] != text:
-                own = job.group["refresh"]
+                before = job.group["refresh"]
                 job.group["refresh"] = text
                 try:
                     rule_of(job.group).validate()
                 except ValueError as error:
-                    job.group["refresh"] = own
+                    job.group["refresh"] = before
                     raise SettingError(str(error)) from error
                 if only_check:
-                    job.group["refresh"] = own
+                    job.group["refresh"] = before
 
     def measure(self, context: TrainingContext) -> Report | None:  # noqa: D102
         if not isinstance(context.optimizer, RuleOptimizer):
@@ -145,11 +145,11 @@ class PreconditionerRefresh(Probe):
             if not job.rule.preconditioners:
                 continue
             for w in job.works:
-                kept = [t for key, t in w.state.items() if key.partition(".")[0] == "refreshed"]
-                if not kept:
+                records = [t for key, t in w.state.items() if key.partition(".")[0] == "refreshed"]
+                if not records:
                     continue
                 names.append(w.name)
-                if all(sharding.local(t).numel() for t in kept):  # empty on ranks that do not own the matrix
+                if all(sharding.local(t).numel() for t in records):  # empty on ranks that do not own the matrix
                     ages[w.name] = max(float(record[:, 0].amax()) for record in w.records)
                     whole = sharding.sharding_of(w.param) is None
                     if whole and w.has_gradient and job.rule.measures_staleness():
@@ -160,9 +160,9 @@ class PreconditionerRefresh(Probe):
         events, trained = list(self.events), self.budget.trained - self._since
         self._since = self.budget.trained
         self.events.clear()
-        return self._report(context, names, ages, {k: float(v) for k, v in stale.items()}, events, trained)
+        return self._report_of(context, names, ages, {k: float(v) for k, v in stale.items()}, events, trained)
 
-    def _report(
+    def _report_of(
         self,
         context: TrainingContext,
         names: list[str],
@@ -171,7 +171,7 @@ class PreconditionerRefresh(Probe):
         events: list[work.Refresh],
         trained: float,
     ) -> Report:
-        device = sharding.local(context.optimizer.param_groups[0]["params"][0]).device
+        device = context.device
         drifts = [1 - e.overlap for e in events if not math.isnan(e.overlap)]
         seconds = sum(e.seconds for e in events)
         scalars = [len(events), seconds, sum(drifts), len(drifts), trained]
@@ -180,11 +180,11 @@ class PreconditionerRefresh(Probe):
         for table in (ages, stale, last):
             columns += [[table.get(n, 0.0) for n in names], [float(n in table) for n in names]]
         flat = torch.tensor([x for column in columns for x in column], dtype=torch.float64, device=device)
-        found = over_ranks(flat).cpu()
-        count, seconds, drift, drifted, trained = found[:5].tolist()
-        rest = found[5:].view(3, 2, len(names))
-        age, staleness, marks = (torch.where(k > 0, v / k, math.nan) for v, k in rest)
-        shared = float(rest[0, 1].max())  # ranks that do the same work
+        sums = over_ranks(flat).cpu()
+        count, seconds, drift, drifted, trained = sums[:5].tolist()
+        tables = sums[5:].view(3, 2, len(names))
+        age, staleness, marks = (torch.where(k > 0, v / k, math.nan) for v, k in tables)
+        shared = float(tables[0, 1].max())  # number of ranks that refresh the same matrices
         count, seconds = count / shared, seconds / shared
         self.total += round(count)
         report = Report()
@@ -194,9 +194,9 @@ class PreconditionerRefresh(Probe):
         if trained > 0:
             s["refresh/share_of_step"] = seconds / (trained / context.ranks) / (context.ranks / shared)
         s |= {"refresh/age_mean": float(age.nanmean()), "refresh/age_max": float(age.nan_to_num(0.0).max())}
-        known = staleness[~staleness.isnan()]
-        if known.numel():
-            s |= {"refresh/staleness_mean": float(known.mean()), "refresh/staleness_p95": float(known.quantile(0.95))}
+        finite = staleness[~staleness.isnan()]
+        if finite.numel():
+            s |= {"refresh/staleness_mean": float(finite.mean()), "refresh/staleness_p95": float(finite.quantile(0.95))}
         if drifted:
             s["refresh/drift"] = drift / drifted
         s |= {f"refresh/reason/{reason}": float(n) for reason, n in Counter(e.reason for e in events).items()}
