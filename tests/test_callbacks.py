@@ -649,6 +649,17 @@ def test_callbacks_have_the_signatures_and_docstrings_of_their_probes(framework:
         assert doc.startswith(inspect.getdoc(entry.probe) or "-") and all(f"    {name}: " in doc for name in parameters)
 
 
+def test_the_guide_covers_every_callback_and_its_links_exist() -> None:
+    folder = Path(__file__).parent.parent / "callbacks"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    for entry in registry.REGISTRY:
+        assert f"| `{entry.callback}` | `{entry.preset}` |" in text and f"## {entry.callback}\n" in text
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{entry.callback}`"))
+        assert f"| {entry.every} |" in row and row.endswith(f", {entry.budget:.1%} |".replace("%", " %"))
+    links = re.findall(r"\]\((\S+?)(?:#\S*)?\)", text)
+    assert len(links) > 8 and all((folder / link).exists() for link in links)
+
+
 @pytest.mark.parametrize("module", stubs.MODULES)
 def test_the_stubs_of_the_callbacks_are_up_to_date(module: str) -> None:
     path = Path(str(sys.modules[module].__file__)).with_suffix(".pyi")
