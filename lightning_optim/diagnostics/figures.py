@@ -217,17 +217,21 @@ def heat_map(
         if i % every == 0:
             canvas.text(left - 6, canvas.top + (i + 0.5) * cell_y, label, "rm")
     canvas.ticks([((i + 0.5) * cell_x, c) for i, c in enumerate(columns)], across)
-    x, bottom = left + canvas.width + 16, canvas.top + canvas.height
+    _draw_color_scale(canvas, left + canvas.width + 16, low, span, unit, with_missing=not np.isfinite(table).all())
+    return canvas.done()
+
+
+def _draw_color_scale(canvas: _Canvas, x: float, low: float, span: float, unit: str, *, with_missing: bool) -> None:
+    x, bottom = int(x), canvas.top + canvas.height
     scale = Image.fromarray(np.repeat(colors()[::-1][:, None], 14, 1)).resize((14, canvas.height))
     canvas.image.paste(scale, (x, canvas.top))
     for share in (0.0, 0.25, 0.5, 0.75, 1.0) if canvas.height >= 100 else (0.0, 1.0):
         y = canvas.top + (1 - share) * (canvas.height - 1)
         canvas.text(x + 18, y, number(low + share * span), "lm")
     canvas.text(x, bottom + 8, unit, "la")
-    if not np.isfinite(table).all():
+    if with_missing:
         canvas.draw.rectangle([(x, bottom + 30), (x + 13, bottom + 43)], MISSING)
         canvas.text(x + 18, bottom + 29, "none", "la")
-    return canvas.done()
 
 
 def curves(
@@ -273,9 +277,7 @@ def curves(
         canvas.draw.line([(left, y), (left + canvas.width, y)], RULE)
         canvas.text(left - 6, y, text, "rm")
     canvas.draw.rectangle([(left, canvas.top), (left + canvas.width, canvas.top + canvas.height)], outline=INK)
-    start, end = (float(xs.min()), float(xs.max())) if xs.size else (0.0, 1.0)
-    if start == end:
-        start, end = start - 0.5, end + 0.5
+    start, end = _limits(xs)
     for i, (label, line) in enumerate(ys.items()):
         color = LINES[i % len(LINES)]
         points = [
@@ -287,10 +289,20 @@ def curves(
             canvas.draw.line(points, color, 2)
         for a, b in points if len(xs) <= 30 or not joined else ():
             canvas.draw.ellipse([(a - 3, b - 3), (a + 3, b + 3)], color)
-        y = canvas.top + 10 + 17 * i
-        canvas.draw.line([(left + canvas.width + 10, y), (left + canvas.width + 28, y)], color, 3)
-        canvas.text(left + canvas.width + 33, y, label, "lm")
+        _draw_legend_entry(canvas, left + canvas.width + 10, i, label, color)
     below = sorted({float(v) for v in xs}) if len(xs) == 1 else _round(start, end, 6)
     canvas.ticks([((v - start) / (end - start) * canvas.width, number(v)) for v in below], across)
     canvas.text(left, canvas.top - 5, up + bend, "lb")
     return canvas.done()
+
+
+def _limits(x: np.ndarray) -> tuple[float, float]:
+    """Ends of an axis; of a single point, half a unit on both sides."""
+    start, end = (float(x.min()), float(x.max())) if x.size else (0.0, 1.0)
+    return (start, end) if start < end else (start - 0.5, end + 0.5)
+
+
+def _draw_legend_entry(canvas: _Canvas, x: float, i: int, label: str, color: Any) -> None:
+    y = canvas.top + 10 + 17 * i
+    canvas.draw.line([(x, y), (x + 18, y)], color, 3)
+    canvas.text(x + 23, y, label, "lm")

@@ -46,8 +46,8 @@ class PreconditionerRefresh(Probe):
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
         "share of training time that refreshes take": ["refresh/share_of_step"],
         "refreshes since the last measurement": ["refresh/count"],
-        "age of the oldest costly state (steps)": ["refresh/age_max"],
-        "mean staleness of costly state": ["refresh/staleness_mean"],
+        "age of the oldest preconditioner (steps)": ["refresh/age_max"],
+        "mean staleness of preconditioners": ["refresh/staleness_mean"],
         "drift: 1 - overlap of new and replaced state": ["refresh/drift"],
     }
     curves: ClassVar[Mapping[str, tuple[str, str]]] = {
