@@ -36,14 +36,7 @@ class AveragedWeights(Callback):
                 optimizer.total_steps = total_steps_of(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Switch to the training weights.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            batch: any.
-            batch_idx: any.
-        """
+        """Switch to the training weights."""
         for optimizer in _averaging_optimizers(trainer):
             optimizer.train()
             if optimizer.averages is not None:  # accumulated gradients come before the closure of the step
@@ -51,33 +44,18 @@ class AveragedWeights(Callback):
                     optimizer.averages.look_ahead(optimizer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switch to the averaged weights.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-        """
+        """Switch to the averaged weights."""
         for optimizer in _averaging_optimizers(trainer):
             optimizer.eval()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Return to the training weights where a following checkpoint could not hold both.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-        """
+        """Return to the training weights where a following checkpoint could not hold both."""
         for optimizer in _averaging_optimizers(trainer):
             if optimizer.is_sharded():
                 optimizer.train()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the averaged weights in the module.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-        """
+        """Leave the averaged weights in the module."""
         self.on_validation_start(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

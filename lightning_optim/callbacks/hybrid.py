@@ -79,23 +79,11 @@ class HybridOptimizer(RoleTable):
             self._replace(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its own method back.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            stage: any.
-        """
+        """Give the module its own method back."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module its own method back; after an exception the trainer does not call `teardown`.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            exception: any.
-        """
+        """Give the module its own method back; after an exception the trainer does not call `teardown`."""
         self._restore()
 
     def _replace(self, module: LightningModule) -> None:

@@ -25,24 +25,12 @@ class RoleTable(Callback):
         self._folder: Path | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out where the table is to be written, on all ranks.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-        """
+        """Find out where the table is to be written, on all ranks."""
         folder = trainer.log_dir if trainer.loggers or trainer.checkpoint_callbacks else None
         self._folder, self._table = Path(folder) if folder else None, Owners()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Write the table if it is no longer true.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            batch: not looked at.
-            batch_idx: not looked at.
-        """
+        """Write the table if it is no longer true."""
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         if self._folder is None or not trainer.is_global_zero or not isinstance(optimizer, RuleOptimizer):
             return
