@@ -1,4 +1,4 @@
-"""See the optimizer work: Lightning's diagnostic callbacks for the Transformers Trainer, with the same tags."""
+"""The base of the diagnostic callbacks for the Transformers Trainer; the tags are those of Lightning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState
@@ -18,13 +17,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import TrainingArguments
 
 from hf_integration.batches import Batches, copied, current_trainer
-from lightning_optim.diagnostics.probes import curvature, health, memory, noise, presets, rank, refresh
-from lightning_optim.diagnostics.probes.base import Probe, Run
+from lightning_optim.diagnostics.probes import tensorboard
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report
+from lightning_optim.diagnostics.view import unwrap_optimizer
 
 
 class Diagnostic(TrainerCallback, ExportableState):
-    """Base of the callbacks below; `settings` are those of the probe.
+    """Base of all diagnostic callbacks; their arguments are those of the probe.
 
     Scalars go to the trainer's loggers (`report_to`), pictures and tables to TensorBoard, arrays into `diagnostics/`
     beside the log. Given as an instance or, with the defaults, as a class. With
@@ -34,14 +35,15 @@ class Diagnostic(TrainerCallback, ExportableState):
     """
 
     kind: ClassVar[type[Probe]]
-
-    def __init_subclass__(cls) -> None:
-        """Give the class its probe's signature."""
-        super().__init_subclass__()
-        if "kind" in cls.__dict__ and "__init__" not in cls.__dict__:
-            cls.__signature__ = inspect.signature(cls.kind)
+    loss_type: ClassVar[Any] = Callable[[nn.Module, Any], Tensor] | None
+    loss_help: ClassVar[str] = (
+        "of (model, batch as `compute_loss` receives it), where it is not what the trainer's `compute_loss` gives."
+    )
 
     def __init__(self, *args: Any, **settings: Any) -> None:
+        loss = settings.pop("loss", None) if self.kind.needs_loss else None
+        if loss is not None:
+            self.loss = loss
         self.settings = dict(inspect.signature(self.kind).bind(*args, **settings).arguments)
         self.probe = self.kind(**self.settings)
         self.probe.title = type(self).__name__
@@ -61,14 +63,14 @@ class Diagnostic(TrainerCallback, ExportableState):
             A scalar.
 
         Raises:
-            RuntimeError: no trainer was found.
+            RuntimeError: there is no trainer.
         """
         if self._batches is None:
             raise RuntimeError("there is no transformers.Trainer whose compute_loss could be taken")
         return self._batches.loss(batch)
 
     def state(self) -> dict[str, Any]:
-        """What continues in a resumed run.
+        """State from which a resumed run continues.
 
         Returns:
             Plain values, as Transformers keeps them.
@@ -78,19 +80,12 @@ class Diagnostic(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the probe.
-
-        Args:
-            args: of the trainer.
-            state: of the trainer.
-            control: not looked at.
-            **kwargs: model and optimizer.
-        """
+        """Start the probe."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         scaler = getattr(optimizer, "scaler", None)
-        run = Run(
+        context = TrainingContext(
             model=model,
-            optimizer=unwrapped(optimizer),
+            optimizer=unwrap_optimizer(optimizer),
             loss=lambda batch: self.loss(model, copied(batch)),
             clip=args.max_grad_norm or None,
             loss_scale=lambda: None if scaler is None else scaler.get_scale(),
@@ -98,25 +93,25 @@ class Diagnostic(TrainerCallback, ExportableState):
             ranks=args.world_size,
             rank=args.process_index,
         )
-        run.extra["checkpoint"] = lambda: _checkpoint(args)
-        run.extra["group"] = torch.distributed.group.WORLD if args.world_size > 1 else None
+        context.extra["checkpoint"] = lambda: _checkpoint(args)
+        context.extra["group"] = torch.distributed.group.WORLD if args.world_size > 1 else None
         self._siblings, self._charts = siblings(), None
         self._unwatch()
         trainer = current_trainer()
         if trainer is not None:
-            self._batches = Batches(trainer, model, self._see, self._forwarded)
-            run.extra["rows_belong_together"] = not self._batches.rows_are_independent
+            self._batches = Batches(trainer, model, self._record_batch, self._after_forward)
+            context.extra["rows_belong_together"] = not self._batches.rows_are_independent
             wrapper = getattr(trainer, "model_wrapped", None)
-            run.extra["ddp"] = wrapper if isinstance(wrapper, DistributedDataParallel) else None
+            context.extra["ddp"] = wrapper if isinstance(wrapper, DistributedDataParallel) else None
         if self.saved:
             self.probe.load_state_dict(self.saved)
-        self.probe.start(run)
+        self.probe.start(context)
 
-    def _see(self, batch: Any) -> None:
-        self.probe.see(batch)
+    def _record_batch(self, batch: Any) -> None:
+        self.probe.record_batch(batch)
 
-    def _forwarded(self) -> None:
-        self.probe.forwarded()
+    def _after_forward(self) -> None:
+        self.probe.after_forward()
 
     def _unwatch(self) -> None:
         if self._batches is not None:
@@ -126,56 +121,28 @@ class Diagnostic(TrainerCallback, ExportableState):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A step begins.
-
-        Args:
-            args: not looked at, as are the others.
-            state: the same.
-            control: the same.
-            **kwargs: the same.
-        """
+        """Tell the probe that a step begins."""
         if self._batches is not None and not self.probe.stopped:
             self._batches.open()
-        self.probe.begin()
+        self.probe.begin_batch()
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The backward pass of a micro-batch is over, but for the last.
-
-        Args:
-            args: not looked at, as are the others.
-            state: the same.
-            control: the same.
-            **kwargs: the same.
-        """
-        self.probe.backward()
+        """Tell the probe that the backward pass of a micro-batch, but for the last, has ended."""
+        self.probe.after_backward()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The optimizer steps next.
-
-        Args:
-            args: not looked at, as are the others.
-            state: the same.
-            control: the same.
-            **kwargs: the same.
-        """
-        self.probe.ready()
+        """Tell the probe that the optimizer steps next."""
+        self.probe.before_optimizer_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Log what the probe has found.
-
-        Args:
-            args: of the trainer.
-            state: of the trainer.
-            control: of the trainer.
-            **kwargs: passed on to the trainer's loggers.
-        """
+        """Log the probe's report, if there is one."""
         if self._batches is not None:
             self._batches.close()
-        report = self.probe.end()
+        report = self.probe.end_batch()
         if report is not None and state.is_world_process_zero:
             self.probe.safely(self._log, args, state, control, report, kwargs)
 
@@ -192,88 +159,18 @@ class Diagnostic(TrainerCallback, ExportableState):
             self._charts = charts
             for writer in writers:
                 others = [c.probe for c in self._siblings if isinstance(c, Diagnostic)]
-                writer.add_custom_scalars(presets.layout_of(others))
+                writer.add_custom_scalars(tensorboard.layout_of(others))
         log_scalars(self._siblings, args, state, control, report.finite(), kwargs)
         writer = writers[0] if writers else None
         folder = Path(writer.log_dir if writer is not None else args.output_dir or ".")
-        presets.write(report, writer, state.global_step, folder, self.probe.name)
+        tensorboard.write(report, writer, state.global_step, folder, self.probe.name)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop the probe.
-
-        Args:
-            args: not looked at, as are the others.
-            state: the same.
-            control: the same.
-            **kwargs: the same.
-        """
+        """Stop the probe."""
         self.probe.stop()
         self._unwatch()
-
-
-class OptimizerHealth(Diagnostic):  # noqa: D101
-    kind = health.Health
-    __doc__ = kind.__doc__
-
-
-class GradientRank(Diagnostic):  # noqa: D101
-    kind = rank.GradientRank
-    __doc__ = kind.__doc__
-
-
-class GradientNoiseScale(Diagnostic):  # noqa: D101
-    kind = noise.GradientNoiseScale
-    __doc__ = kind.__doc__
-
-
-class MemoryLogger(Diagnostic):  # noqa: D101
-    kind = memory.Memory
-    __doc__ = kind.__doc__
-
-
-class PreconditionerRefresh(Diagnostic):  # noqa: D101
-    kind = refresh.PreconditionerRefresh
-    __doc__ = kind.__doc__
-
-
-class HessianBlocks(Diagnostic):  # noqa: D101
-    kind = curvature.HessianBlocks
-    __doc__ = f"""{(kind.__doc__ or "").rstrip()}
-        loss: of (model, batch as `compute_loss` receives it), where it is not what the trainer's `compute_loss` gives.
-    """
-
-    def __init__(self, *, loss: Callable[[nn.Module, Any], Tensor] | None = None, **settings: Any) -> None:
-        super().__init__(**settings)
-        if loss is not None:
-            self.loss = loss
-
-
-CALLBACKS: dict[type[Probe], type[Diagnostic]] = {
-    c.kind: c
-    for c in (OptimizerHealth, GradientRank, HessianBlocks, GradientNoiseScale, MemoryLogger, PreconditionerRefresh)
-}
-
-
-def diagnostics(preset: str, steps: int | None = None) -> list[Diagnostic]:
-    """The callbacks of a preset.
-
-    `Trainer(..., callbacks=diagnostics("cheap"))`: sizes of gradients and updates, memory (at most 1 % of training
-    time). `"matrix"` adds ranks, subspaces and refreshes (3 %), `"curvature"` the Hessian and the noise scale (5 %).
-    A callback that takes longer doubles its interval.
-
-    Args:
-        preset: `"cheap"`, `"matrix"` or `"curvature"`.
-        steps: optimizer steps of the run; in a short one the rare measurements come more often.
-
-    Returns:
-        New callbacks.
-
-    Raises:
-        ValueError: an unknown preset.
-    """
-    return [CALLBACKS[kind](**settings) for kind, settings in presets.preset(preset, steps)]
 
 
 def log_scalars(
@@ -330,21 +227,10 @@ def writers_of(others: Sequence[TrainerCallback], state: TrainerState) -> list[A
     Returns:
         Of type `SummaryWriter`; none on processes that do not log.
     """
-    found = [c.tb_writer for c in others if isinstance(c, TensorBoardCallback)]
-    return [w for w in found if w is not None] if state.is_world_process_zero else []
-
-
-def unwrapped(optimizer: Any) -> Optimizer:
-    """The optimizer inside Accelerate's wrapper.
-
-    Returns:
-        torch's or ours.
-    """
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+    writers = [c.tb_writer for c in others if isinstance(c, TensorBoardCallback)]
+    return [w for w in writers if w is not None] if state.is_world_process_zero else []
 
 
 def _checkpoint(args: TrainingArguments) -> Path | None:
-    found = get_last_checkpoint(args.output_dir) if args.output_dir and Path(args.output_dir).is_dir() else None
-    return Path(found) if found else None
+    path = get_last_checkpoint(args.output_dir) if args.output_dir and Path(args.output_dir).is_dir() else None
+    return Path(path) if path else None

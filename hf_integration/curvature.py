@@ -10,8 +10,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from hf_integration.batches import Batches, copied, current_trainer
-from hf_integration.callbacks import log_scalars, siblings, unwrapped
+from hf_integration.callbacks import log_scalars, siblings
 from lightning_optim import curvature
+from lightning_optim.diagnostics.view import unwrap_optimizer
 
 
 class CurvatureCallback(TrainerCallback):
@@ -64,7 +65,7 @@ class CurvatureCallback(TrainerCallback):
             RuntimeError: no trainer is found whose batches and loss could be taken.
         """
         self._close()
-        model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
+        model, optimizer = kwargs["model"], unwrap_optimizer(kwargs["optimizer"])
         if not curvature.curvature_input(optimizer) or optimizer.has_curvature:  # pyright: ignore[reportAttributeAccessIssue]
             return
         trainer, own = current_trainer(), self._loss

@@ -11,10 +11,11 @@ from transformers.training_args import TrainingArguments
 
 from hf_integration.attach import attach
 from hf_integration.batches import current_trainer
-from hf_integration.callbacks import siblings, unwrapped, writers_of
+from hf_integration.callbacks import siblings, writers_of
 from hf_integration.settings import check_settings
 from lightning_optim import RuleOptimizer
 from lightning_optim.build.plan import Owners
+from lightning_optim.diagnostics.view import unwrap_optimizer
 
 
 class RoleTable(TrainerCallback):
@@ -53,7 +54,7 @@ class RoleTable(TrainerCallback):
             control: not looked at.
             **kwargs: model and optimizer.
         """
-        optimizer = unwrapped(kwargs["optimizer"])
+        optimizer = unwrap_optimizer(kwargs["optimizer"])
         if not state.is_world_process_zero or not isinstance(optimizer, RuleOptimizer):
             return
         text = self._table.news(kwargs["model"], optimizer, state.global_step)

@@ -10,9 +10,10 @@ Lightning when they are used.
 from typing import TYPE_CHECKING, Any
 
 from lightning_optim import optimizers
-from lightning_optim.build.factory import OptimizerConfig, build_optimizer
+from lightning_optim.build.factory import build_optimizer
 from lightning_optim.build.plan import plan
 from lightning_optim.build.roles import assign, layerwise_decay, lora_plus, roles
+from lightning_optim.config import OptimizerConfig
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.rule import Rule, StateSpec, eye, lookup, zeros
 from lightning_optim.core.step.averaging_methods import EMANesterov, MuLoCo, TailEMA
@@ -20,7 +21,7 @@ from lightning_optim.optimizers import *  # noqa: F403
 from lightning_optim.schedule import ScheduleConfig, ScheduleLR
 
 if TYPE_CHECKING:
-    from lightning_optim.lightning import configure_optimizers
+    from lightning_optim.callbacks.configure import configure_optimizers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -50,7 +51,7 @@ __all__ += optimizers.__all__
 def __getattr__(name: str) -> Any:
     """Import Lightning only when a name that needs it is used."""
     if name == "configure_optimizers":
-        from lightning_optim.lightning import configure_optimizers
+        from lightning_optim.callbacks.configure import configure_optimizers
 
         return configure_optimizers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

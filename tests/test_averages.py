@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from hf_integration import Consolidate, KeepSchedule
-from lightning_optim import EMANesterov, MuLoCo, RuleOptimizer, TailEMA, build_optimizer, plan
+from lightning_optim import EMANesterov, MuLoCo, RuleOptimizer, TailEMA, build_optimizer, lightning, plan
 from lightning_optim.callbacks import AveragedWeights
 from tests import jobs
 from tests.pool import Pool
@@ -441,4 +441,4 @@ def test_lightning_tells_the_length_of_epochs(tmp_path: Path) -> None:
     fit.fit(Net("adamw", wrap={"tail_ema": {"start": 0.5}}), Rows(4))
     optimizer: Any = fit.optimizers[0]
     assert (optimizer.total_steps, optimizer.param_groups[0]["average_count"]) == (8, 4)
-    assert AveragedWeights.__module__ == "lightning_optim.lightning"
+    assert lightning.AveragedWeights is AveragedWeights

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import random
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from lightning_optim.callbacks import (
 )
 from lightning_optim.diagnostics import figures, view
 from lightning_optim.diagnostics import memory as memory_of
-from lightning_optim.diagnostics.probes import curvature, health, noise, presets, refresh
+from lightning_optim.diagnostics.probes import curvature, health, noise, refresh, registry, stubs
 from lightning_optim.diagnostics.report import OverheadBudget
 from tests.test_diagnostics import Detached, Once
 from tests.test_hf import CONTEXT, VOCABULARY, arguments, llama, one_thread, trainer_of  # noqa: F401
@@ -279,8 +281,8 @@ def test_noise_scale_of_a_single_batch_is_absent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["fixed:2", "staggered:3", "off_diagonal:0.1:2", "lazy:2", "time_budget:0.5"])
 def test_refresh_policies_set_live(tmp_path: Path, policy: str) -> None:
-    module = Module("soap")
-    made = fit(tmp_path, module, PreconditionerRefresh(policy, **EVERY | {"every": 3}), steps=9)
+    module, settings = Module("soap"), dict[str, Any](EVERY | {"every": 3})
+    made = fit(tmp_path, module, PreconditionerRefresh(policy, **settings), steps=9)
     found = scalars(tmp_path)
     assert {g["refresh"] for g in made.optimizers[0].param_groups if "refresh" in g} == {policy}
     matrices = sum("proj" in name for name, _ in module.named_parameters())
@@ -295,7 +297,8 @@ def test_refresh_policies_set_live(tmp_path: Path, policy: str) -> None:
 
 def test_refresh_schedule_changes_the_policy(tmp_path: Path) -> None:
     module = Module("soap")
-    callback = PreconditionerRefresh("fixed:1", {5: "fixed:100"}, **EVERY | {"every": 4})
+    settings: dict[str, Any] = EVERY | {"every": 4}
+    callback = PreconditionerRefresh("fixed:1", {5: "fixed:100"}, **settings)
     fit(tmp_path, module, callback, steps=8)
     counts = scalars(tmp_path)["refresh/count"]
     assert counts[0] == 4 * counts[0] / 4 and counts[0] > 0 and counts[1] == 0
@@ -442,7 +445,7 @@ def messages(said: Any, words: str = "stops measuring") -> list[str]:
     return [str(w.message) for w in said if words in str(w.message)]
 
 
-METHODS = ["before", "always", "after", "finish", "_show", "_adapt_interval", "_before", "_after"]
+METHODS = ["before_step", "after_every_step", "measure", "complete", "present", "_adapt_interval", "_before", "_after"]
 
 
 @pytest.mark.parametrize("framework", ["lightning", "transformers"])
@@ -470,7 +473,19 @@ def test_a_probe_that_raises_is_one_warning(tmp_path: Path, framework: str, monk
         assert not own.probe._handles
 
 
-@pytest.mark.parametrize("method", ["prepare", "begin", "see", "forwarded", "backward", "ready", "layout", "clear"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "prepare",
+        "begin_batch",
+        "record_batch",
+        "after_forward",
+        "after_backward",
+        "before_optimizer_step",
+        "layout",
+        "clear",
+    ],
+)
 def test_whatever_a_framework_calls_may_raise(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("broken")
@@ -593,7 +608,7 @@ def test_a_policy_is_refused_and_outlives_what_is_measured(tmp_path: Path, monke
     def fails(*args: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(refresh.PreconditionerRefresh, "after", fails)
+    monkeypatch.setattr(refresh.PreconditionerRefresh, "measure", fails)
     with pytest.warns(UserWarning, match="PreconditionerRefresh stops measuring"):
         made = fit(tmp_path / "b", Module("soap"), PreconditionerRefresh("fixed:1", {3: "fixed:7"}, **ALWAYS), steps=4)
     assert {g["refresh"] for g in made.optimizers[0].param_groups if "refresh" in g} == {"fixed:7"}
@@ -614,14 +629,48 @@ def test_a_probe_that_has_failed_saves_and_starts_over(tmp_path: Path) -> None:
         again.load_state_dict({"pace": {}, "filled": []})
 
 
-# -- presets and what they may cost -----------------------------------------------------------------------------------
+# -- the registry, presets and what they may cost ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framework", [callbacks, hf_integration])
+def test_callbacks_have_the_signatures_and_docstrings_of_their_probes(framework: Any) -> None:
+    for entry in registry.REGISTRY:
+        callback = getattr(framework, entry.callback)
+        assert entry.callback in framework.__all__ and callback.kind is entry.probe
+        parameters, expected = inspect.signature(callback).parameters, inspect.signature(entry.probe).parameters
+        assert set(parameters) - set(expected) == ({"loss"} if entry.probe.needs_loss else set())
+        assert list(inspect.signature(callback.__init__).parameters)[1:] == list(parameters)
+        assert {k: p.default for k, p in parameters.items() if k != "loss"} == {
+            k: p.default for k, p in expected.items()
+        }
+        assert not any(isinstance(p.annotation, str) for p in parameters.values())
+        assert parameters["every"].default == entry.every
+        doc = inspect.getdoc(callback) or ""
+        assert doc.startswith(inspect.getdoc(entry.probe) or "-") and all(f"    {name}: " in doc for name in parameters)
+
+
+def test_the_guide_covers_every_callback_and_its_links_exist() -> None:
+    folder = Path(__file__).parent.parent / "callbacks"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    for entry in registry.REGISTRY:
+        assert f"| `{entry.callback}` | `{entry.preset}` |" in text and f"## {entry.callback}\n" in text
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{entry.callback}`"))
+        assert f"| {entry.every} |" in row and row.endswith(f", {entry.budget:.1%} |".replace("%", " %"))
+    links = re.findall(r"\]\((\S+?)(?:#\S*)?\)", text)
+    assert len(links) > 8 and all((folder / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("module", stubs.MODULES)
+def test_the_stubs_of_the_callbacks_are_up_to_date(module: str) -> None:
+    path = Path(str(sys.modules[module].__file__)).with_suffix(".pyi")
+    assert path.read_text() == stubs.stub(module), "run python -m lightning_optim.diagnostics.probes.stubs"
 
 
 @pytest.mark.parametrize(("name", "limit"), [("cheap", 0.01), ("matrix", 0.03), ("curvature", 0.05)])
 def test_presets(name: str, limit: float) -> None:
     for made in (diagnostics(name), hf_integration.diagnostics(name)):
-        assert limit / 2 < sum(c.probe.pace.limit for c in made) <= limit * (1 + 1e-9)
-    short = {c.probe.name: c.probe.pace.every for c in diagnostics(name, 120)}
+        assert limit / 2 < sum(c.probe.budget.limit for c in made) <= limit * (1 + 1e-9)
+    short = {c.probe.name: c.probe.budget.every for c in diagnostics(name, 120)}
     assert short.get("hessian", 10) == 10 and short["health"] == 10
     with pytest.raises(ValueError, match="did you mean 'cheap'"):
         diagnostics("cheep")
@@ -634,7 +683,7 @@ def test_presets_have_few_tags(tmp_path: Path, name: str, optim: str) -> None:
     settings: dict[str, Any] = {"max_steps": 24, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
     fit(tmp_path / "lightning", Module(optim), *quick(diagnostics(name, 24)), steps=24, accumulate_grad_batches=2)
     hf_run(tmp_path / "hf", llama(), *quick(hf_integration.diagnostics(name, 24)), optim=optim, **settings)
-    families = tuple(f"{kind.name}/" for kind in presets.MEMBERS[name]) + ("diagnostics/",)
+    families = tuple(f"{row.probe.name}/" for row in registry.members(name)) + ("diagnostics/",)
     found = [{t for t in scalars(x) if t.startswith(families)} for x in (tmp_path / "lightning", hf_folder(tmp_path))]
     assert found[0] == found[1] and {t.partition("/")[0] + "/" for t in found[0]} >= set(families) - {"refresh/"}
     by_role = [t for t in found[0] if t.rpartition("/")[2] in ROLES]
@@ -646,7 +695,7 @@ def test_presets_have_few_tags(tmp_path: Path, name: str, optim: str) -> None:
 def quick(made: Any) -> Any:
     """Callbacks of a preset, of which none looks less often here, and the costliest does not do much."""
     for callback in made:
-        callback.probe.pace.limit = 1e6
+        callback.probe.budget.limit = 1e6
         if isinstance(callback.probe, curvature.HessianBlocks):
             callback.probe.probes, callback.probe.steps, callback.probe.exact = 2, 3, ()
     return made
@@ -683,14 +732,14 @@ def test_what_is_no_scalar_is_in_pictures_and_tables(tmp_path: Path) -> None:
 
 def test_a_costly_probe_doubles_its_interval() -> None:
     pace = OverheadBudget(every=10, limit=0.05)
-    pace.note(5.0)  # the first is not judged
+    pace.add_measurement(5.0)  # the first is not judged
     assert pace.every == 10
     for _ in range(3):
-        pace.train(10.0)
-        pace.note(0.4)
+        pace.add_training_time(10.0)
+        pace.add_measurement(0.4)
     assert pace.every == 10 and pace.recent == pytest.approx(0.04)
-    pace.train(10.0)
-    pace.note(1.0)
+    pace.add_training_time(10.0)
+    pace.add_measurement(1.0)
     assert pace.every == 20 and pace.due(40) and not pace.due(30)
     assert pace.share == pytest.approx(7.2 / 40)
     again = OverheadBudget(every=10, limit=0.05)
@@ -748,7 +797,7 @@ def test_the_same_tags_in_transformers(tmp_path: Path) -> None:
     ours, theirs = events(tmp_path / "lightning"), events(hf_folder(tmp_path / "hf"))
     for kind in ("scalars", "images"):
         mine, others = (
-            {t for p in presets.MEMBERS["curvature"] for t in of(x.Tags()[kind], f"{p.name}/")} for x in (ours, theirs)
+            {t for row in registry.REGISTRY for t in of(x.Tags()[kind], f"{row.probe.name}/")} for x in (ours, theirs)
         )
         mine, others = ({t for t in x if "noise/scale" not in t} for x in (mine, others))  # NaN by chance
         assert mine == others and mine
@@ -849,7 +898,7 @@ def test_pictures_have_titles_scales_and_no_holes() -> None:
     lines = figures.curves(np.arange(5), {"a": np.arange(5), "b": np.ones(5)}, "t", across="x", up="y")
     assert (lines == np.array(figures.LINES[0], dtype=np.uint8)).all(-1).any()
     assert (lines == np.array(figures.LINES[1], dtype=np.uint8)).all(-1).any()
-    table = figures.colours()
+    table = figures.colors()
     assert table.shape == (256, 3) and (np.diff(table.sum(1).astype(int)) >= -2).all()
 
 
@@ -874,8 +923,8 @@ def test_axes_have_round_numbers(values: list[float], kind: str, ticks: list[flo
 @pytest.mark.parametrize(("every", "expected"), [(10, [2, 4, 8, 10, 20]), (2, [2, 4, 6, 8]), (1, [1, 2, 3])])
 def test_pictures_come_early_and_then_regularly(every: int, expected: list[int]) -> None:
     probe, drawn = OptimizerHealth(image_every=every).probe, []
-    for probe._reports in range(expected[-1]):
-        drawn += [probe._reports + 1] * probe.draws()
+    for probe._report_count in range(expected[-1]):
+        drawn += [probe._report_count + 1] * probe.draws_pictures()
     assert drawn == expected
 
 

@@ -22,10 +22,10 @@ from transformers import Trainer, TrainerCallback
 
 import hf_integration
 from hf_integration.batches import Batches
-from hf_integration.callbacks import unwrapped
 from lightning_optim import RuleOptimizer, build_optimizer, curvature
 from lightning_optim.callbacks import CurvatureCallback
 from lightning_optim.curvature import CurvatureEstimator, Labels, categorical, first_rows
+from lightning_optim.diagnostics.view import unwrap_optimizer
 from tests import rules, test_hf, test_lightning
 from tests.pool import Pool
 from tests.test_diagnostics import Detached, Once
@@ -347,7 +347,7 @@ def test_transformers_attach_installs_the_feed_and_resumes_bitwise(tmp_path: Pat
 
     whole, run = make()
     run.train()
-    optimizer: Any = unwrapped(run.optimizer)
+    optimizer: Any = unwrap_optimizer(run.optimizer)
     assert all(s["hessian"].any() for s in optimizer.state.values())
     resumed, run = make()
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -399,7 +399,7 @@ class Compared(TrainerCallback):
         self.losses: list[float] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer: Any = unwrapped(kwargs["optimizer"])
+        optimizer: Any = unwrap_optimizer(kwargs["optimizer"])
         assert len(optimizer.loss_oracle.batches) == args.gradient_accumulation_steps
         params = [p for p in kwargs["model"].parameters() if p.grad is not None]
         loss, found = optimizer.loss_oracle.gradient(params)
@@ -456,7 +456,7 @@ def test_passes_of_a_trainer_that_are_not_training_are_no_batches(tmp_path: Path
 
     class Count(TrainerCallback):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.append(len(cast("Any", unwrapped(kwargs["optimizer"])).loss_oracle.batches))
+            seen.append(len(cast("Any", unwrap_optimizer(kwargs["optimizer"])).loss_oracle.batches))
 
     run.add_callback(Count())
     run.train()
@@ -499,7 +499,7 @@ def test_transformers_refuses_another_loss_than_the_trainers(tmp_path: Path, nam
     with pytest.raises(ValueError, match=r"loss=\.\.\.\) is not the loss that is trained: .*is \d.*trainer's is \d"):
         run.train()
     test_hf.assert_same(test_hf.weights(model), before)
-    assert "compute_loss" not in vars(run) and not cast("Any", unwrapped(run.optimizer)).state
+    assert "compute_loss" not in vars(run) and not cast("Any", unwrap_optimizer(run.optimizer)).state
     same = hf_integration.CurvatureCallback(loss=lambda model, batch: Popping.compute_loss(run, model, dict(batch)))
     run = Popping(test_hf.llama(), args, train_dataset=Ragged(), callbacks=[same])
     hf_integration.attach(run, name).train()

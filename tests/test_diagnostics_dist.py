@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_optim import build_optimizer
-from lightning_optim.diagnostics.probes.base import Probe, Run
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.probes.curvature import HessianBlocks
 from lightning_optim.diagnostics.probes.health import Health
 from lightning_optim.diagnostics.probes.memory import Memory
@@ -60,32 +61,32 @@ def watch(
     optimizer = build_optimizer(model, name, lr=1e-2)
     own = probes(curved)
     for probe in own:
-        run = Run(model, optimizer, lambda batch: loss_of(model, batch), ranks=ranks, rank=rank)
-        probe.start(run)
+        context = TrainingContext(model, optimizer, lambda batch: loss_of(model, batch), ranks=ranks, rank=rank)
+        probe.start(context)
     found: dict[str, list[float]] = {}
     for step in range(4):
         batch = torch.randint(11, (ROWS, 6), generator=torch.Generator().manual_seed(step))
         mine = batch.chunk(parts)[rank :: ranks if parts > 1 else 1]
         for probe in own:
-            probe.begin()
+            probe.begin_batch()
         optimizer.zero_grad()
         for k, piece in enumerate(mine):
             last = k == len(mine) - 1
             if isinstance(trained, DistributedDataParallel):
                 trained.require_backward_grad_sync = last
             for probe in own:
-                probe.see(piece)
+                probe.record_batch(piece)
             loss = loss_of(trained, piece) / len(mine)
             for probe in own:
-                probe.forwarded()
+                probe.after_forward()
             loss.backward()
             for probe in own:
-                probe.backward()
+                probe.after_backward()
         for probe in own:
-            probe.ready()
+            probe.before_optimizer_step()
         optimizer.step()
         for probe in own:
-            report = probe.end()
+            report = probe.end_batch()
             for tag, value in report.finite().items() if report is not None else ():
                 found.setdefault(tag, []).append(value)
     for probe in own:
@@ -117,25 +118,25 @@ class Fails(Probe):
         self.where = where
 
     def fail(self, where: str) -> None:
-        if self.run is not None and self.run.rank == 1 and where == self.where:
+        if self.context is not None and self.context.rank == 1 and where == self.where:
             raise ZeroDivisionError(where)
 
-    def see(self, batch: Any) -> None:
+    def record_batch(self, batch: Any) -> None:
         self.fail("see")
 
-    def before(self, run: Run) -> None:
+    def before_step(self, context: TrainingContext) -> None:
         self.fail("before")
 
-    def always(self, run: Run, advanced: bool) -> None:
+    def after_every_step(self, context: TrainingContext, advanced: bool) -> None:
         self.fail("always" if self.step != 2 else "always, measured")
 
-    def after(self, run: Run) -> Report | None:
+    def measure(self, context: TrainingContext) -> Report | None:
         over_ranks(torch.ones(2))
         self.fail("after")
         over_ranks(torch.ones(3))
         return Report({"fails/x": 1.0})
 
-    def finish(self, run: Run, report: Report) -> None:
+    def complete(self, context: TrainingContext, report: Report) -> None:
         over_ranks(torch.ones(1))
         self.fail("finish")
         over_ranks(torch.ones(2))
@@ -169,17 +170,17 @@ def failing(rank: int, world: int, where: str) -> tuple[list[str], list[float], 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for probe in own:
-            probe.start(Run(model, optimizer, loss, ranks=world, rank=rank))
+            probe.start(TrainingContext(model, optimizer, loss, ranks=world, rank=rank))
         reports = 0
         for step in range(8):
             batch = torch.randint(11, (ROWS, 6), generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
             for probe in own:
-                probe.begin()
-                probe.see(batch)
+                probe.begin_batch()
+                probe.record_batch(batch)
             optimizer.zero_grad()
             loss_of(trained, batch).backward()
             optimizer.step()
-            reports += sum(probe.end() is not None for probe in own)
+            reports += sum(probe.end_batch() is not None for probe in own)
         assert own[1]._handles
         for probe in own:
             probe.stop()

@@ -37,9 +37,9 @@ from hf_integration import (
     create_optimizer,
     register,
 )
-from hf_integration.callbacks import unwrapped
 from hf_integration.register import _value
 from lightning_optim import RuleOptimizer, build_optimizer
+from lightning_optim.diagnostics.view import unwrap_optimizer
 from tests.test_hf import (
     ENVIRONMENT,
     Tokens,
@@ -652,7 +652,7 @@ def test_what_is_measured_under_trl(tmp_path: Path, kind: str):
         texts = [str(w.message) for w in said]
         assert sum("no labels can be drawn" in text for text in texts) == (name == "sophia_g")
         assert sum("differences of gradients in place" in text for text in texts) == 1
-        state = cast("RuleOptimizer", unwrapped(trainer.optimizer)).state.values()
+        state = cast("RuleOptimizer", unwrap_optimizer(trainer.optimizer)).state.values()
         assert any(bool(s["hessian"].any()) for s in state if "hessian" in s)
 
 

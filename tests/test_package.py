@@ -52,8 +52,9 @@ ALLOWED = {
     "optimizers": {"core", "rules", "optimizers"},
     "docs": {"core", "optimizers"},
     "curvature": {"build", "core", "curvature", "diagnostics", "ops"},
-    "callbacks": {"build", "callbacks", "core", "curvature", "diagnostics", "lightning", "relora", "schedule"},
-    "lightning": {"build", "callbacks", "core", "curvature", "schedule"},
+    "callbacks": {"build", "callbacks", "core", "curvature", "diagnostics", "relora", "schedule"},
+    "config": {"build", "callbacks.configure", "core", "schedule"},
+    "lightning": {"callbacks", "config", "schedule"},
     "bench": {"bench", "build", "core", "curvature", "diagnostics", "docs", "optimizers", "refresh", "schedule"},
     "__main__": {"bench.__main__", "build", "core", "docs"},
 }
@@ -72,7 +73,7 @@ def test_imports_go_one_way() -> None:
             if home in ("ops", "rules"):
                 assert not name.startswith("torch.distributed"), f"{path.name} imports {name}"
                 assert "optimizer" not in name and "parallel" not in name, f"{path.name} imports {name}"
-            if home not in ("callbacks", "lightning", "bench", "__main__"):
+            if home not in ("callbacks", "bench", "__main__"):
                 assert name.split(".")[0] not in ("lightning", "transformers", "peft"), f"{path.name} imports {name}"
             assert home in ("bench", "__main__") or not name.startswith("lightning_optim.bench"), f"{path.name}: {name}"
     leaves = [p for d in ("hf_integration", "callbacks", "examples") for p in (ROOT / d).rglob("*.py")]
@@ -80,6 +81,34 @@ def test_imports_go_one_way() -> None:
         assert not any(n.split(".")[0] in ("examples", "callbacks") for n in imported(path)), path
     for path in (p for p in package.rglob("*.py") if "callbacks" not in p.parts):
         assert not any(n.split(".")[0] == "hf_integration" for n in imported(path)), path
+
+
+def edges() -> dict[str, set[str]]:
+    """Which module of the package imports which, at any depth of its code and for type checkers, too."""
+    package, files = ROOT / "lightning_optim", {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph: dict[str, set[str]] = {}
+    for name, path in files.items():
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                graph[name] |= {a.name for a in node.names} & set(files)
+            elif isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{a.name}" for a in node.names}  # submodules, or names of the module itself
+                graph[name] |= (names | ({str(node.module)} if names - set(files) else set())) & set(files)
+        graph[name].discard(name)
+    return graph
+
+
+def test_no_import_circle() -> None:
+    """Repeatedly removing the modules that import none of the others leaves those on, or above, a circle."""
+    graph = edges()
+    left = {m for m in graph if not m.startswith(("lightning_optim.core.", "lightning_optim.bench."))}
+    while leaves := {m for m in left if not graph[m] & left}:
+        left -= leaves
+    assert not left
 
 
 def test_only_the_parallel_code_asks_about_dtensors() -> None:
@@ -193,6 +222,66 @@ def test_a_new_rule_is_one_file_and_one_reference(tmp_path: Path) -> None:
     assert "lightning_optim.optimizers.Toy" in run(sys.executable, "-c", code, cwd=tree)
 
 
+TOY_PROBE = '''"""The mean of all weights."""
+
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
+from lightning_optim.diagnostics.report import Report
+
+
+class Toy(Probe):
+    """The mean of all weights, `toy/mean`.
+
+    Args:
+        every: steps between measurements.
+        max_overhead: share of training time above which the interval doubles.
+    """
+
+    name = "toy"
+    charts = {"mean of the weights": ["toy/mean"]}
+
+    def __init__(self, every: int = 1, max_overhead: float = 1.0) -> None:
+        super().__init__(every, max_overhead)
+
+    def measure(self, context: TrainingContext) -> Report:
+        weights = [p.mean().item() for p in context.model.parameters()]
+        return Report(scalars={"toy/mean": sum(weights) / len(weights)})
+'''
+TOY_RUNS = """
+from pathlib import Path
+import hf_integration
+from lightning_optim import callbacks
+from tests.test_callbacks import Module, fit, hf_folder, hf_run, llama, scalars
+
+assert "ToyLogger" in callbacks.__all__ and "ToyLogger" in hf_integration.__all__
+assert [type(c).__name__ for c in callbacks.diagnostics("cheap")][0] == "ToyLogger"
+fit(Path("lightning"), Module("adamw"), callbacks.ToyLogger(), steps=3)
+hf_run(Path("transformers"), llama(), hf_integration.ToyLogger(every=2), max_steps=4, optim="adamw")
+for folder, count in ((Path("lightning"), 3), (hf_folder(Path("transformers")), 2)):
+    print(len(scalars(folder)["toy/mean"]) == count and scalars(folder)["diagnostics/share/toy"][0] > 0)
+"""
+
+
+def test_a_new_probe_is_one_class_and_one_row(tmp_path: Path) -> None:
+    """Two files are written, and trainers of both frameworks log what the probe measures."""
+    tree = copied(tmp_path)
+    probes = tree / "lightning_optim" / "diagnostics" / "probes"
+    (probes / "toy.py").write_text(TOY_PROBE)
+    rows, line = (probes / "registry.py").read_text(), "from lightning_optim.diagnostics.probes.toy import Toy\n"
+    before = "REGISTRY: tuple[ProbeEntry, ...] = (\n"
+    assert before in rows
+    rows = rows.replace("\nPreset = ", f"{line}\nPreset = ").replace(
+        before, f'{before}    ProbeEntry(Toy, "ToyLogger", preset="cheap", budget=1.0, every=1),\n'
+    )
+    (probes / "registry.py").write_text(rows)
+    assert run(sys.executable, "-c", TOY_RUNS, cwd=tree, PYTHONPATH=str(tree)).split()[-2:] == ["True", "True"]
+    stubs = (sys.executable, "-m", "lightning_optim.diagnostics.probes.stubs")
+    assert subprocess.run((*stubs, "--check"), cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}).returncode == 1
+    run(*stubs, cwd=tree, PYTHONPATH=str(tree))
+    for stub in ("lightning_optim/callbacks/probes.pyi", "hf_integration/probes.pyi"):
+        assert "class ToyLogger(Diagnostic):" in (tree / stub).read_text()
+
+
 def test_the_wheel_beside_a_decoy(tmp_path: Path) -> None:
     """Built, installed without dependencies, and imported from a folder with a callbacks.py of its own."""
     tree = copied(tmp_path)
@@ -214,5 +303,7 @@ def test_the_wheel_beside_a_decoy(tmp_path: Path) -> None:
     path, count, callbacks = run(sys.executable, "-c", code, cwd=work, PYTHONPATH=str(site)).split()[-3:]
     assert Path(path).is_relative_to(site) and int(count) > 20 and callbacks == "True"
     assert (site / "lightning_optim" / "optimizers.pyi").exists()
+    assert (site / "lightning_optim" / "callbacks" / "probes.pyi").exists()
+    assert (site / "hf_integration" / "probes.pyi").exists()
     assert (site / "lightning_optim" / "py.typed").exists()
     assert not (site / "callbacks").exists() and not (site / "tests").exists()

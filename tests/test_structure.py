@@ -78,7 +78,7 @@ def test_functions_that_build_an_optimizer_are_short() -> None:
 def test_a_steady_step_is_a_short_walk(name: str, calls: int, files: int, moves: int) -> None:
     sys.path.insert(0, str(ROOT / "examples" / "benchmark"))
     try:
-        from step_calls import steady_step  # pyright: ignore[reportImplicitRelativeImport]
+        from step_calls import steady_step  # pyright: ignore
     finally:
         sys.path.pop(0)
     torch.manual_seed(0)

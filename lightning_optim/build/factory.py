@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from lightning_optim.build.recipes import PRESETS, find
+from lightning_optim.build.recipes import PRESETS
 from lightning_optim.build.recipes import chosen as completed
 from lightning_optim.build.roles import MATRIX_ROLES, Override, applicable_overrides, assign, roles, without_parameters
 from lightning_optim.core import options
@@ -18,9 +16,9 @@ from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.options import OPTIONS
 from lightning_optim.core.parallel import collectives, sharding
 from lightning_optim.core.parallel.flat_parameters import check_unflattened
-from lightning_optim.core.param_groups import plain, rule_of, settings_of, unused
+from lightning_optim.core.param_groups import rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
-from lightning_optim.core.step.averaging_methods import EMANesterov, MuLoCo, TailEMA, averages_of
+from lightning_optim.core.step.averaging_methods import averages_of
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.schedule import OF_ROLE, ScheduleConfig
 
@@ -185,99 +183,6 @@ def build_optimizer(
     if shard_work:
         optimizer.shard_work()
     return optimizer
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """What `configure_optimizers` is to be given, as a value that LightningCLI reads from YAML.
-
-    A module takes it as an argument, `optimizer: OptimizerConfig`, and ends its `configure_optimizers` with
-    `return self.optimizer(self)`: it is called with the module because the parameters alone do not tell their roles.
-    `optimizer: OptimizerConfig | OptimizerCallable`, in this order, takes optimizer classes as well. jsonargparse lets
-    `OptimizerCallable` alone take only them; to such a module give `lightning_optim.callbacks.HybridOptimizer`.
-
-    Args:
-        name: see `configure_optimizers`, as are all the following but the last.
-        lr: see there.
-        recipe: see there.
-        preset: see there.
-        schedule: see there.
-        warmup_steps: see there.
-        total_steps: see there.
-        min_lr_ratio: see there.
-        cooldown: see there.
-        horizon: see there.
-        power: see there.
-        momentum_warmup_steps: see there.
-        momentum_start: see there.
-        momentum_cooldown_steps: see there.
-        momentum_end: see there.
-        weight_decay: see there.
-        rest: see there.
-        rest_lr: see there.
-        rest_settings: see there.
-        lr_convention: see there.
-        overrides: see there.
-        settings: hyperparameters of the main rule, and options of all groups.
-
-    Raises:
-        ValueError: an unknown name, recipe or schedule.
-    """
-
-    name: str
-    lr: float | None = None
-    recipe: str | None = None
-    preset: str | None = None
-    schedule: Literal["constant", "linear", "cosine", "power"] | None = None
-    warmup_steps: int | None = None
-    total_steps: int | None = None
-    min_lr_ratio: float | None = None
-    cooldown: int | float | None = None
-    horizon: int | float | None = None
-    power: float | None = None
-    momentum_warmup_steps: int | None = None
-    momentum_start: float | None = None
-    momentum_cooldown_steps: int | None = None
-    momentum_end: float | None = None
-    weight_decay: float | None = None
-    rest: str | None = None
-    rest_lr: float | None = None
-    rest_settings: dict[str, Any] = field(default_factory=dict)
-    lr_convention: Literal["adamw", "native"] | None = None
-    overrides: list[Override] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Check the names before a model is built, and make numbers plain."""
-        lookup(self.name)
-        lookup(self.rest or self.name)
-        find(self.recipe or self.name)
-        for f in fields(self):
-            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
-        if self.schedule is not None:
-            ScheduleConfig(self.schedule)
-        if self.preset is not None:
-            find(self.preset)
-
-    def __call__(self, module: Any) -> dict[str, Any]:
-        """Build what `LightningModule.configure_optimizers` returns.
-
-        Args:
-            module: a LightningModule; all its trainable parameters are taken.
-
-        Returns:
-            See `configure_optimizers`.
-        """
-        import lightning_optim  # which imports Lightning only now
-
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "settings"}
-        return lightning_optim.configure_optimizers(module, **given, **self.settings)
-
-
-# `save_hyperparameters()` puts these into checkpoints, which load with `weights_only=True`: all hold plain values. The
-# second name is that of checkpoints written while the class was defined there.
-torch.serialization.add_safe_globals([OptimizerConfig, ScheduleConfig, EMANesterov, MuLoCo, TailEMA])
-torch.serialization.add_safe_globals([(OptimizerConfig, "lightning_optim.lightning.OptimizerConfig")])
 
 
 def _divided(group: Mapping[str, Any], like: RuleOptimizer, taken: Collection[str]) -> list[dict[str, Any]]:

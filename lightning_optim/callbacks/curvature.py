@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import curvature
-from lightning_optim.callbacks.observe import loss_scale, training_loss, unwrapped
+from lightning_optim.callbacks.training_step import loss_scale, training_loss
 from lightning_optim.diagnostics.hessian import again
+from lightning_optim.diagnostics.view import unwrap_optimizer
 
 
 class CurvatureCallback(Callback):
@@ -56,7 +57,7 @@ class CurvatureCallback(Callback):
         Raises:
             ValueError: manual optimization, whose `training_step` cannot be called for its loss.
         """
-        optimizer: Any = unwrapped(trainer.optimizers[0]) if trainer.optimizers else None
+        optimizer: Any = unwrap_optimizer(trainer.optimizers[0]) if trainer.optimizers else None
         if not curvature.curvature_input(optimizer) or optimizer.has_curvature:
             return
         if self._loss is None and not pl_module.automatic_optimization:
@@ -108,9 +109,9 @@ class CurvatureCallback(Callback):
         if self._first is not None:
             self._first.compare()
             self._first = None
-        said = self.feed.estimate() if self.feed is not None else {}
-        for logger in trainer.loggers if said else ():
-            logger.log_metrics(said, step=trainer.global_step)
+        metrics = self.feed.estimate() if self.feed is not None else {}
+        for logger in trainer.loggers if metrics else ():
+            logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the feed.

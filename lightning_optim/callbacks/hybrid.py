@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from lightning_optim.callbacks.configure import check_strategy, configure_optimizers
 from lightning_optim.callbacks.roles import RoleTable
 from lightning_optim.core.rule import lookup
-from lightning_optim.lightning import check_strategy, configure_optimizers
 
 
 class HybridOptimizer(RoleTable):
@@ -79,23 +79,11 @@ class HybridOptimizer(RoleTable):
             self._replace(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module its own method back.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            stage: any.
-        """
+        """Give the module its own method back."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module its own method back; after an exception the trainer does not call `teardown`.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            exception: any.
-        """
+        """Give the module its own method back; after an exception the trainer does not call `teardown`."""
         self._restore()
 
     def _replace(self, module: LightningModule) -> None:
@@ -112,8 +100,8 @@ class HybridOptimizer(RoleTable):
 
     def _restore(self) -> None:
         if self._replaced is not None:
-            module, own = self._replaced
+            module, original = self._replaced
             del module.configure_optimizers
-            if own is not None:
-                module.configure_optimizers = own
+            if original is not None:
+                module.configure_optimizers = original
             self._replaced = None

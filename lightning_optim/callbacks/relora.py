@@ -20,7 +20,7 @@ class ReLoRA(Callback):
         prune: share of the adapters' optimizer state that becomes zero.
         by: `"magnitude"` or `"random"`.
         warmup_steps: after each merge.
-        seed: of the adapters that begin anew.
+        seed: of the reinitialized adapters.
 
     Raises:
         ValueError: a value out of range.
@@ -55,13 +55,7 @@ class ReLoRA(Callback):
         self.relora = relora.ReLoRA(pl_module, trainer.optimizers[0], steps=self._steps, **self._settings)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the optimizer alone.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            stage: any.
-        """
+        """Leave the optimizer alone."""
         if self.relora is not None:
             self._steps = self.relora.steps
             self.relora.remove()

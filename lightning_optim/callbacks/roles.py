@@ -1,4 +1,4 @@
-"""Who owns what, kept true."""
+"""The table of roles: which rule updates which parameter, and why."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_optim.core.optimizer import RuleOptimizer
 
 
 class RoleTable(Callback):
-    """Writes what every parameter is, which rule has it, why, and how much state that takes.
+    """Writes the role of every parameter, the rule that updates it, why, and how much state that takes.
 
     The table is the text `roles` in TensorBoard and `roles.md` in the trainer's `log_dir`, beside the checkpoints, and
-    is written anew as soon as parameters are frozen, unfrozen or added. A trainer without logger and checkpoints gets
-    no file. Of an optimizer that is not ours it says nothing. `HybridOptimizer` does the same by itself.
+    is rewritten as soon as parameters are frozen, unfrozen or added. A trainer without logger and checkpoints gets no
+    file, and an optimizer of another package no table. `HybridOptimizer` writes the same table.
     """
 
     def __init__(self) -> None:
@@ -25,24 +25,12 @@ class RoleTable(Callback):
         self._folder: Path | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out where the table is to be written, on all ranks.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-        """
+        """Find out where the table is to be written, on all ranks."""
         folder = trainer.log_dir if trainer.loggers or trainer.checkpoint_callbacks else None
         self._folder, self._table = Path(folder) if folder else None, Owners()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Write the table if it is no longer true.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            batch: not looked at.
-            batch_idx: not looked at.
-        """
+        """Write the table if it is no longer true."""
         optimizer = trainer.optimizers[0] if trainer.optimizers else None
         if self._folder is None or not trainer.is_global_zero or not isinstance(optimizer, RuleOptimizer):
             return

@@ -16,7 +16,7 @@ Picture = NDArray[np.uint8]
 """`[height, width, 3]`."""
 
 ANCHORS = ((68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37))
-"""Of the colour scale, evenly spaced from low to high: darker is less, also in print."""
+"""Of the color scale, evenly spaced from low to high: darker is less, also in print."""
 INK, PAPER, MISSING, RULE = (30, 30, 30), (255, 255, 255), (215, 215, 215), (225, 225, 225)
 LINES = (
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
@@ -24,8 +24,8 @@ LINES = (
 )  # fmt: skip
 
 
-def colours() -> Picture:
-    """The colour scale.
+def colors() -> Picture:
+    """The color scale.
 
     Returns:
         `[256, 3]`.
@@ -98,11 +98,11 @@ class _Axis:
             return [x for x in fine if least <= x <= most * (1 + 1e-9)]
         powers = _decades(least, most)
         both = 2 if self.kind == "signed" and self.low < 0 < self.high else 1
-        kept = [10.0**k for k in powers[:: -max(1, math.ceil(len(powers) * both / count))]][::-1]
+        marks = [10.0**k for k in powers[:: -max(1, math.ceil(len(powers) * both / count))]][::-1]
         if self.kind == "log":
-            return kept
-        kept = [x for x in kept if x > 3 * self.linear]  # nearer to zero there is no room
-        return [-x for x in reversed(kept) if -x >= self.low] + [0.0] + [x for x in kept if x <= self.high]
+            return marks
+        marks = [x for x in marks if x > 3 * self.linear]  # nearer to zero there is no room
+        return [-x for x in reversed(marks) if -x >= self.low] + [0.0] + [x for x in marks if x <= self.high]
 
 
 def _decades(low: float, high: float) -> list[int]:
@@ -176,7 +176,7 @@ def heat_map(
     bounds: tuple[float, float] | None = None,
     lines: Sequence[int] = (),
 ) -> Picture:
-    """A matrix of numbers as colours, with its scale.
+    """A matrix of numbers as colors, with its scale.
 
     Args:
         values: `[rows, columns]`; NaN is grey.
@@ -184,7 +184,7 @@ def heat_map(
         rows: a label per row.
         columns: a label per column.
         across: what the columns are.
-        unit: of the values, at the colour scale.
+        unit: of the values, at the color scale.
         bounds: of the scale; the smallest and the largest value if not given.
         lines: rows and columns before which a line is drawn.
 
@@ -193,12 +193,12 @@ def heat_map(
     """
     table = np.asarray(values, dtype=float)
     table = table.reshape(len(rows), len(columns))
-    seen = table[np.isfinite(table)]
-    low, high = bounds or ((float(seen.min()), float(seen.max())) if seen.size else (0.0, 1.0))
+    finite = table[np.isfinite(table)]
+    low, high = bounds or ((float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0))
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
     span = high - low
     index = np.clip(np.nan_to_num((table - low) / span) * 255, 0, 255).astype(int)
-    pixels = colours()[index]
+    pixels = colors()[index]
     pixels[~np.isfinite(table)] = MISSING
     cell_y = max(1, min(26, max(15 if len(rows) <= 48 else 1, 320 // len(rows))))
     font = _font()
@@ -217,17 +217,21 @@ def heat_map(
         if i % every == 0:
             canvas.text(left - 6, canvas.top + (i + 0.5) * cell_y, label, "rm")
     canvas.ticks([((i + 0.5) * cell_x, c) for i, c in enumerate(columns)], across)
-    x, bottom = left + canvas.width + 16, canvas.top + canvas.height
-    scale = Image.fromarray(np.repeat(colours()[::-1][:, None], 14, 1)).resize((14, canvas.height))
+    _draw_color_scale(canvas, left + canvas.width + 16, low, span, unit, with_missing=not np.isfinite(table).all())
+    return canvas.done()
+
+
+def _draw_color_scale(canvas: _Canvas, x: float, low: float, span: float, unit: str, *, with_missing: bool) -> None:
+    x, bottom = int(x), canvas.top + canvas.height
+    scale = Image.fromarray(np.repeat(colors()[::-1][:, None], 14, 1)).resize((14, canvas.height))
     canvas.image.paste(scale, (x, canvas.top))
     for share in (0.0, 0.25, 0.5, 0.75, 1.0) if canvas.height >= 100 else (0.0, 1.0):
         y = canvas.top + (1 - share) * (canvas.height - 1)
         canvas.text(x + 18, y, number(low + share * span), "lm")
     canvas.text(x, bottom + 8, unit, "la")
-    if not np.isfinite(table).all():
+    if with_missing:
         canvas.draw.rectangle([(x, bottom + 30), (x + 13, bottom + 43)], MISSING)
         canvas.text(x + 18, bottom + 29, "none", "la")
-    return canvas.done()
 
 
 def curves(
@@ -273,24 +277,32 @@ def curves(
         canvas.draw.line([(left, y), (left + canvas.width, y)], RULE)
         canvas.text(left - 6, y, text, "rm")
     canvas.draw.rectangle([(left, canvas.top), (left + canvas.width, canvas.top + canvas.height)], outline=INK)
-    start, end = (float(xs.min()), float(xs.max())) if xs.size else (0.0, 1.0)
-    if start == end:
-        start, end = start - 0.5, end + 0.5
+    start, end = _limits(xs)
     for i, (label, line) in enumerate(ys.items()):
-        colour = LINES[i % len(LINES)]
+        color = LINES[i % len(LINES)]
         points = [
             (left + (a - start) / (end - start) * canvas.width, canvas.top + (1 - b) * canvas.height)
             for a, b in zip(xs, axis.place(line), strict=True)
             if math.isfinite(b)
         ]
         if joined:
-            canvas.draw.line(points, colour, 2)
+            canvas.draw.line(points, color, 2)
         for a, b in points if len(xs) <= 30 or not joined else ():
-            canvas.draw.ellipse([(a - 3, b - 3), (a + 3, b + 3)], colour)
-        y = canvas.top + 10 + 17 * i
-        canvas.draw.line([(left + canvas.width + 10, y), (left + canvas.width + 28, y)], colour, 3)
-        canvas.text(left + canvas.width + 33, y, label, "lm")
+            canvas.draw.ellipse([(a - 3, b - 3), (a + 3, b + 3)], color)
+        _draw_legend_entry(canvas, left + canvas.width + 10, i, label, color)
     below = sorted({float(v) for v in xs}) if len(xs) == 1 else _round(start, end, 6)
     canvas.ticks([((v - start) / (end - start) * canvas.width, number(v)) for v in below], across)
     canvas.text(left, canvas.top - 5, up + bend, "lb")
     return canvas.done()
+
+
+def _limits(x: np.ndarray) -> tuple[float, float]:
+    """Ends of an axis; of a single point, half a unit on both sides."""
+    start, end = (float(x.min()), float(x.max())) if x.size else (0.0, 1.0)
+    return (start, end) if start < end else (start - 0.5, end + 0.5)
+
+
+def _draw_legend_entry(canvas: _Canvas, x: float, i: int, label: str, color: Any) -> None:
+    y = canvas.top + 10 + 17 * i
+    canvas.draw.line([(x, y), (x + 18, y)], color, 3)
+    canvas.text(x + 23, y, label, "lm")

@@ -1,4 +1,4 @@
-"""Products with the Hessian of a loss, and what they tell of its blocks.
+"""Products with the Hessian of a loss, and measures of its blocks.
 
 The loss is a function of no arguments over parameters that require gradients; it must be the same function at every
 call (one batch, no dropout). Products never touch `.grad`.
@@ -250,8 +250,8 @@ class Hessian:
         reduce(self.gradient)
 
     def _gradient(self, value: Tensor, *, create_graph: bool = False) -> list[Tensor]:
-        found = torch.autograd.grad(value, self.params, create_graph=create_graph, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)]
+        grads = torch.autograd.grad(value, self.params, create_graph=create_graph, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
 
     def product(self, v: Sequence[Tensor], at: Block, want: Block | None = None) -> list[Tensor]:
         """H v.
@@ -282,8 +282,8 @@ class Hessian:
             return [torch.zeros_like(p) for p in inputs]
         outputs, vectors = zip(*pairs, strict=True)
         with _refused():
-            found = torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
-        return [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(inputs, found, strict=True)]
+            rows = torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(inputs, rows, strict=True)]
 
     def _difference(self, v: Sequence[Tensor], at: Block, want: Block) -> list[Tensor]:
         sides = _both_sides(
@@ -331,22 +331,22 @@ class Hessian:
         return torch.cat([signs(self.params[i], generator).reshape(-1) for i in block])
 
 
-def graph_nodes(found: Sequence[Tensor]) -> Iterator[Node]:
+def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:
     """Every node of some tensors' graphs once.
 
     Args:
-        found: the tensors.
+        tensors: roots of the graphs.
 
     Yields:
         Nodes.
     """
-    todo = [t.grad_fn for t in found if t.grad_fn is not None]
-    seen = set(todo)
+    todo = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    visited = set(todo)
     while todo:
         node = todo.pop()
         yield node
-        more = {x for x, _ in node.next_functions if x is not None} - seen
-        seen |= more
+        more = {x for x, _ in node.next_functions if x is not None} - visited
+        visited |= more
         todo += more
 
 
@@ -357,17 +357,17 @@ def _ends(node: Node) -> bool:
     return node.name() in ENDS or getattr(code, "co_qualname", "") == "once_differentiable.<locals>.wrapper"
 
 
-def apart(found: Sequence[Tensor], near: Sequence[Tensor]) -> float:
+def apart(exact: Sequence[Tensor], near: Sequence[Tensor]) -> float:
     """How far products with the Hessian are from the same products by differences of gradients.
 
     Args:
-        found: exact products.
+        exact: exact products.
         near: by differences.
 
     Returns:
-        |found - near| / |near|; above `TOLERANCE`, a kernel leaves its second derivative out.
+        |exact - near| / |near|; above `TOLERANCE`, a kernel leaves its second derivative out.
     """
-    off = sum(float((a - b).double().square().sum()) for a, b in zip(found, near, strict=True))
+    off = sum(float((a - b).double().square().sum()) for a, b in zip(exact, near, strict=True))
     size = sum(float(x.double().square().sum()) for x in near)
     return math.sqrt(off / size) if size else math.inf if off else 0.0
 
@@ -420,8 +420,8 @@ class GaussNewton:
         if self.method == "difference":
             self._open()
         slopes = [(g, x) for g, x in zip(self._slopes, moved, strict=True) if g.requires_grad]
-        found = self._pulled(_vector_product(slopes, self._z), retain_graph=True)
-        return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(self.params, found, strict=True)]
+        grads = self._pulled(_vector_product(slopes, self._z), retain_graph=True)
+        return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(self.params, grads, strict=True)]
 
     def pushed(self, v: Sequence[Tensor]) -> list[Tensor]:
         """J v; parameters come back bitwise.
@@ -459,8 +459,8 @@ def _vector_product(pairs: Sequence[tuple[Tensor, Tensor]], at: Sequence[Tensor]
     if not pairs:
         return [torch.zeros_like(x) for x in at]
     outputs, vectors = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, at, vectors, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(at, found, strict=True)]
+    grads = torch.autograd.grad(outputs, at, vectors, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(at, grads, strict=True)]
 
 
 def _both_sides(
@@ -535,16 +535,16 @@ def block_probes(
     traces, columns = [], []
     diagonal = [torch.zeros_like(p) for p in hessian.params]
     for block, vectors in zip(blocks, probes, strict=True):
-        own, squares = [], []
+        traces_of_block, squares = [], []
         for z in vectors:
             hz = dict(zip(every, hessian.product(z, block, every), strict=True))
             products = [x * hz[i] for i, x in zip(block, z, strict=True)]
             for i, x in zip(block, products, strict=True):
                 diagonal[i] += x / len(vectors)
-            own.append(torch.stack([x.sum(dtype=torch.float64) for x in products]).sum())
+            traces_of_block.append(torch.stack([x.sum(dtype=torch.float64) for x in products]).sum())
             rows = [[hz[i].square().sum(dtype=torch.float64) for i in row] for row in blocks]
             squares.append(torch.stack([torch.stack(row).sum() for row in rows]))
-        traces.append(torch.stack(own).cpu())
+        traces.append(torch.stack(traces_of_block).cpu())
         columns.append(torch.stack(squares).cpu())
     return traces, columns, diagonal
 
@@ -567,30 +567,6 @@ def hutchinson(
     return torch.stack(traces, 1), torch.stack([x.sum(1) for x in columns], 1).sum(1), diagonal
 
 
-def hutch_plus_plus(matvec: Callable[[Tensor], Tensor], size: int, products: int, generator: torch.Generator) -> Tensor:
-    """Trace by Hutch++ (Meyer et al. 2021): exact on a sketched range, Hutchinson on the rest.
-
-    Better than `hutchinson` from about 100 products on.
-
-    Args:
-        matvec: the operator on `[n]`.
-        size: n.
-        products: how many, divided into three equal parts.
-        generator: on the CPU.
-
-    Returns:
-        A scalar.
-    """
-    third = max(1, min(products // 3, size))
-    s = (torch.randint(2, (size, third), generator=generator) * 2 - 1).double()
-    g = (torch.randint(2, (size, third), generator=generator) * 2 - 1).double()
-    q = torch.linalg.qr(torch.stack([matvec(x) for x in s.T], 1)).Q
-    inside = sum((torch.dot(x, matvec(x)) for x in q.T), torch.zeros((), dtype=torch.float64))
-    rest = g - q @ (q.T @ g)
-    outside = sum((torch.dot(x, matvec(x)) for x in rest.T), torch.zeros((), dtype=torch.float64))
-    return inside + outside / third
-
-
 def coupling_squares(hessian: Hessian, blocks: Sequence[Block], probes: Sequence[Sequence[Sequence[Tensor]]]) -> Tensor:
     """|H_ij|_F^2 of every pair of blocks: a probe that lives in block j gives column j of the table.
 
@@ -606,7 +582,7 @@ def coupling_squares(hessian: Hessian, blocks: Sequence[Block], probes: Sequence
 
 
 def coupling_table(columns: Sequence[Tensor]) -> Tensor:
-    """|H_ij|_F^2 of every pair of blocks from what `block_probes` found.
+    """|H_ij|_F^2 of every pair of blocks from the result of `block_probes`.
 
     Args:
         columns: for every block j `[probes, blocks]`, |H_ij z|^2.
@@ -627,8 +603,8 @@ def coupling(squares: Tensor) -> Tensor:
     Returns:
         `[blocks, blocks]`.
     """
-    own = squares.diagonal().sqrt()
-    return squares.sqrt() / (own[:, None] * own[None, :]).sqrt()
+    norms = squares.diagonal().sqrt()
+    return squares.sqrt() / (norms[:, None] * norms[None, :]).sqrt()
 
 
 def block_diagonal_share(squares: Tensor) -> float:
@@ -659,12 +635,12 @@ def exact_block(
     ids = torch.arange(p.numel(), device=p.device).view(p.shape)
     ids = ids if rows is None else ids[rows]
     ids = (ids.flatten(1)[:, columns] if ids.ndim > 1 else ids).reshape(-1)
-    found = []
+    rows_of_block = []
     for part in ids.split(chunk):
         v = torch.zeros(len(part), p.numel(), dtype=p.dtype, device=p.device)
         v[torch.arange(len(part), device=p.device), part] = 1.0
-        found.append(_batched(hessian, index, v.view(len(part), *p.shape)).flatten(1)[:, ids])
-    block = torch.cat(found)
+        rows_of_block.append(_batched(hessian, index, v.view(len(part), *p.shape)).flatten(1)[:, ids])
+    block = torch.cat(rows_of_block)
     return (block + block.T) / 2
 
 
@@ -675,9 +651,9 @@ def _batched(hessian: Hessian, index: int, v: Tensor) -> Tensor:
     if not g.requires_grad:
         return torch.zeros_like(v)
     with _refused():
-        found = torch.autograd.grad(g, p, v, retain_graph=True, allow_unused=True, is_grads_batched=True)[0]
+        rows = torch.autograd.grad(g, p, v, retain_graph=True, allow_unused=True, is_grads_batched=True)[0]
     hessian.products += len(v)
-    return torch.zeros_like(v) if found is None else found
+    return torch.zeros_like(v) if rows is None else rows
 
 
 def diagonal_dominance(block: Tensor) -> Tensor:
@@ -690,20 +666,6 @@ def diagonal_dominance(block: Tensor) -> Tensor:
         `[...]`, in [1/d, 1] for positive semi-definite blocks.
     """
     return block.diagonal(dim1=-2, dim2=-1).abs().sum(-1) / block.abs().sum((-2, -1))
-
-
-def sampled_dominance(columns: Tensor, ids: Tensor) -> Tensor:
-    """Diagonal dominance from a uniform sample of columns.
-
-    Args:
-        columns: `[c, d]`, rows ids of a symmetric block.
-        ids: which, `[c]`.
-
-    Returns:
-        A scalar.
-    """
-    own = columns[torch.arange(len(ids), device=columns.device), ids]
-    return own.abs().sum() / columns.abs().sum()
 
 
 def condition_number(block: Tensor) -> Tensor:

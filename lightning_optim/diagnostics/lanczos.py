@@ -14,7 +14,7 @@ MatVec = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Ritz:
-    """What a Lanczos recursion of m steps knows of a spectrum."""
+    """The spectrum as a Lanczos recursion of m steps approximates it."""
 
     values: Tensor
     """Ritz values, rising, `[m]`, float64 on the CPU."""
@@ -27,7 +27,7 @@ class Ritz:
 
 
 def lanczos(matvec: MatVec, start: Tensor, steps: int) -> Ritz:
-    """Run the recursion with full re-orthogonalisation; stops early in an invariant subspace.
+    """Run the recursion with full reorthogonalization; stops early in an invariant subspace.
 
     Args:
         matvec: the symmetric operator on vectors `[n]`.
@@ -45,8 +45,8 @@ def lanczos(matvec: MatVec, start: Tensor, steps: int) -> Ritz:
         w = matvec(basis[-1])
         alphas.append(torch.dot(w, basis[-1]))
         for _ in range(2):  # once is not enough in float32
-            known = torch.stack(basis)
-            w = w - known.mT @ (known @ w)
+            q = torch.stack(basis)
+            w = w - q.mT @ (q @ w)
         betas.append(w.norm())
         scale = max(float(x.abs()) for x in alphas + betas[:-1])
         eps = torch.finfo(w.dtype).eps

@@ -1,4 +1,4 @@
-"""Where memory goes: bytes of categories from storages, peaks from the allocator.
+"""Memory by category: bytes from storages, peaks from the allocator.
 
 A byte is counted once, by the storage that holds it: tied weights and views add nothing.
 """
@@ -9,7 +9,6 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,7 +30,7 @@ Key = tuple[str, int, int]
 
 
 def inner_tensors(t: Tensor) -> Iterator[Tensor]:
-    """The plain tensors a tensor is made of: its shard, or the parts of a quantised subclass.
+    """The plain tensors a tensor is made of: its shard, or the parts of a quantized subclass.
 
     Args:
         t: any tensor.
@@ -61,14 +60,14 @@ def storages(tensors: Iterable[Tensor]) -> dict[Key, int]:
         for t in inner_tensors(whole):
             if t.device.type == "meta" or t.layout != torch.strided:
                 continue
-            held = t.untyped_storage()
-            if held.nbytes():
-                out[str(t.device), held.data_ptr(), held.nbytes()] = held.nbytes()
+            storage = t.untyped_storage()
+            if storage.nbytes():
+                out[str(t.device), storage.data_ptr(), storage.nbytes()] = storage.nbytes()
     return out
 
 
 def state_storages(optimizer: torch.optim.Optimizer) -> dict[str, dict[Key, int]]:
-    """Storages of an optimizer's state by slot, without what parameters own.
+    """Storages of an optimizer's state by slot, without those of parameters.
 
     Args:
         optimizer: any; state may be nested in dictionaries, lists and objects.
@@ -76,20 +75,20 @@ def state_storages(optimizer: torch.optim.Optimizer) -> dict[str, dict[Key, int]
     Returns:
         Slot to storages.
     """
-    own = storages(p for g in optimizer.param_groups for p in g["params"])
+    weights = storages(p for g in optimizer.param_groups for p in g["params"])
     out: dict[str, dict[Key, int]] = {}
     for slots in optimizer.state.values():
         for slot, value in slots.items() if isinstance(slots, Mapping) else ():
-            found = storages(_tensors(value, set()))
-            out.setdefault(str(slot), {}).update({k: v for k, v in found.items() if k not in own})
+            of_slot = storages(_tensors(value, set()))
+            out.setdefault(str(slot), {}).update({k: v for k, v in of_slot.items() if k not in weights})
     return out
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+def _tensors(value: Any, visited: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif id(value) not in seen:
-        seen.add(id(value))
+    elif id(value) not in visited:
+        visited.add(id(value))
         if isinstance(value, Mapping):
             inner: Iterable[Any] = value.values()
         elif isinstance(value, (list, tuple, set)):
@@ -97,7 +96,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         else:
             inner = vars(value).values() if hasattr(value, "__dict__") else ()
         for x in inner:
-            yield from _tensors(x, seen)
+            yield from _tensors(x, visited)
 
 
 def predicted_state(optimizer: torch.optim.Optimizer) -> int | None:
@@ -134,18 +133,18 @@ def categories(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     buffers = {k: v for k, v in storages(model.buffers()).items() if k not in owned}
     gradients = storages(p.grad for p in params if p.grad is not None)
     slots = state_storages(optimizer)
-    state = {k: v for held in slots.values() for k, v in held.items()}
+    state = {k: v for of_slot in slots.values() for k, v in of_slot.items()}
     out = {"parameters": owned, "buffers": buffers, "gradients": gradients, "state": state}
     if any(p.device.type != "cpu" for p in params):
         out["state_host"] = {k: v for k, v in state.items() if k[0] == "cpu"}
-    out |= {f"state.{slot}": held for slot, held in slots.items()}
-    return {name: sum(held.values()) for name, held in out.items()}
+    out |= {f"state.{slot}": of_slot for slot, of_slot in slots.items()}
+    return {name: sum(sizes.values()) for name, sizes in out.items()}
 
 
 class SavedActivations:
     """Bytes saved for the backward pass, as a context around a forward pass; tensors are not touched.
 
-    Not seen: what custom autograd functions keep as attributes, and reentrant checkpoints.
+    It does not count attributes of custom autograd functions and reentrant checkpoints.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -154,20 +153,20 @@ class SavedActivations:
         Args:
             model: whose parameters and buffers are not activations.
         """
-        self._own = set(storages([*model.parameters(), *model.buffers()]))
-        self._seen: dict[Key, int] = {}
+        self._weights = set(storages([*model.parameters(), *model.buffers()]))
+        self._saved: dict[Key, int] = {}
         self._hooks: saved_tensors_hooks | None = None
         self.error: Exception | None = None
-        """What went wrong in counting, which training must not notice."""
+        """The exception of the counting, which training must not raise."""
 
     @property
     def bytes(self) -> int:
-        """Bytes seen so far."""
-        return sum(self._seen.values())
+        """Bytes saved so far."""
+        return sum(self._saved.values())
 
     def _pack(self, t: Tensor) -> Tensor:
         try:
-            self._seen.update({k: v for k, v in storages([t]).items() if k not in self._own})
+            self._saved.update({k: v for k, v in storages([t]).items() if k not in self._weights})
         except Exception as error:
             self.error = error
         return t.detach()  # what a node saves of its own result would keep the graph alive where nothing goes back
@@ -199,7 +198,7 @@ class LiveStorages(TorchDispatchMode):
         self.current = self.peak = 0
         self._alive: set[int] = set()
         self.error: Exception | None = None
-        """What went wrong in counting, which the operations must not notice."""
+        """The exception of the counting, which the operations must not raise."""
 
     def _free(self, key: int, size: int) -> None:
         self._alive.discard(key)
@@ -209,7 +208,7 @@ class LiveStorages(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operation and count the storages it makes."""
-        before = self._safely(self._held, (args, kwargs)) or set()
+        before = self._safely(self._storage_ids, (args, kwargs)) or set()
         out = func(*args, **(kwargs or {}))
         self._safely(self._count, out, before)
         return out
@@ -220,20 +219,20 @@ class LiveStorages(TorchDispatchMode):
         except Exception as error:
             self.error = error
 
-    def _held(self, value: Any) -> set[int]:
+    def _storage_ids(self, value: Any) -> set[int]:
         return {id(t.untyped_storage()) for t in _flat(value) if t.layout == torch.strided}
 
     def _count(self, out: Any, before: set[int]) -> None:
         for t in _flat(out):
             if t.device.type == "meta" or t.layout != torch.strided:
                 continue
-            held = t.untyped_storage()
-            key, size = held._cdata, held.nbytes()
-            if key in self._alive or id(held) in before or not size:
+            storage = t.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self._alive or id(storage) in before or not size:
                 continue
             self._alive.add(key)
             self.current += size
-            weakref.finalize(held, self._free, key, size)
+            weakref.finalize(storage, self._free, key, size)
         self.peak = max(self.peak, self.current)
 
 
@@ -242,7 +241,7 @@ def _flat(value: Any) -> list[Tensor]:
 
 
 def allocator(stats: Mapping[str, Any]) -> dict[str, float]:
-    """What `torch.cuda.memory_stats()` says, in bytes and shares.
+    """The figures of `torch.cuda.memory_stats()`, in bytes and shares.
 
     Args:
         stats: its dictionary.
@@ -301,14 +300,14 @@ class Phases:
         Args:
             phase: its name.
         """
-        found = allocator(self._stats())
-        self.peaks[phase] = found.get("allocated_peak", 0.0)
+        stats = allocator(self._stats())
+        self.peaks[phase] = stats.get("allocated_peak", 0.0)
         self.growth[phase] = self.peaks[phase] - self._start
-        self._next(found)
+        self._next(stats)
 
-    def _next(self, found: Mapping[str, float]) -> None:
-        self.run_peak = max(self.run_peak, found.get("allocated_peak", 0.0))
-        self._start = found.get("allocated", 0.0)
+    def _next(self, stats: Mapping[str, float]) -> None:
+        self.run_peak = max(self.run_peak, stats.get("allocated_peak", 0.0))
+        self._start = stats.get("allocated", 0.0)
         self._reset()
 
 
@@ -332,26 +331,3 @@ def resident() -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         out["rss_peak"] = peak if sys.platform == "darwin" else peak * 1024
     return out
-
-
-@contextmanager
-def snapshot_on_oom(path: Path) -> Iterator[None]:
-    """Record the allocator's history and write it where an out-of-memory error ends the block.
-
-    Args:
-        path: of the file, for pytorch.org/memory_viz.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OutOfMemoryError: the one of the block, after the file is written.
-    """
-    torch.cuda.memory._record_memory_history()
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        torch.cuda.memory._dump_snapshot(str(path))
-        raise
-    finally:
-        torch.cuda.memory._record_memory_history(enabled=None)

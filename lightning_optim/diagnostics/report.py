@@ -1,4 +1,4 @@
-"""What a probe hands to a logger, and how often it may work."""
+"""The report of one measurement, exchanges between ranks, and the budget of measuring."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ _checks: list[Callable[[], None]] = []
 
 @contextmanager
 def checked(check: Callable[[], None]) -> Iterator[None]:
-    """Have every exchange between ranks in the block preceded by a check that is itself one, and may raise.
+    """Precede every exchange between ranks in the block by a check, which is itself an exchange and may raise.
 
     Args:
         check: called on every rank before each exchange.
@@ -108,7 +108,7 @@ def checked(check: Callable[[], None]) -> Iterator[None]:
 
 
 def before_exchange() -> None:
-    """Make the check of the block, if there is one; called before every exchange between ranks."""
+    """Run the check of the enclosing block, if there is one. It is called before every exchange between ranks."""
     for check in _checks[-1:]:
         check()
 
@@ -142,7 +142,7 @@ def summed(values: Tensor) -> Tensor:
 
 @dataclass
 class OverheadBudget:
-    """How often to measure: every so many steps, more rarely when that takes too large a share of training.
+    """How often to measure: every so many steps, less often if measuring takes too large a share of training.
 
     After a measurement whose cost, averaged with those before, exceeds `limit` of the training time since the last
     one, the interval doubles.
@@ -173,16 +173,16 @@ class OverheadBudget:
         """
         return step % self.every == 0
 
-    def train(self, seconds: float) -> None:
-        """Note time spent on training."""
+    def add_training_time(self, seconds: float) -> None:
+        """Add time spent on training."""
         self.trained += seconds
         self._since += seconds
 
-    def note(self, seconds: float) -> None:
-        """Note a measurement, and lengthen the interval if it is too costly; the first one of a run is not judged.
+    def add_measurement(self, seconds: float) -> None:
+        """Add a measurement, and double the interval if it is too costly. The first one of a run does not count.
 
         Args:
-            seconds: it took, equal on every rank.
+            seconds: its duration, equal on every rank.
         """
         self.spent += seconds
         self.share = self.spent / max(self.trained, 1e-9)
@@ -197,7 +197,7 @@ class OverheadBudget:
         self._since = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """What continues in a resumed run.
+        """State from which a resumed run continues.
 
         Returns:
             Plain numbers.
@@ -205,7 +205,7 @@ class OverheadBudget:
         return dataclasses.asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue.
+        """Continue from a saved state.
 
         Args:
             state: from `state_dict`.

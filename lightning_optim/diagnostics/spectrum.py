@@ -13,23 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_optim.ops.moments import gram
+
 LIMIT = 2048
 """The longest small side of which the whole spectrum is computed; larger matrices are sketched."""
 NEWTON_SCHULZ_BAND = (0.68, 1.14)
 """Where five quintic iterations bring singular values above 1 % of the Frobenius norm."""
 
 
-def gram(a: Tensor) -> Tensor:
-    """A A^T of the smaller side, in float64 where the device has it.
-
-    Args:
-        a: `[..., m, n]`.
-
-    Returns:
-        `[..., k, k]` with k = min(m, n).
-    """
-    wide = a.to(torch.float32 if a.device.type == "mps" else torch.float64)
-    return wide @ wide.mT if a.shape[-2] <= a.shape[-1] else wide.mT @ wide
+def _gram(a: Tensor) -> Tensor:
+    """The Gram matrix of the smaller side, in float64 where the device has it."""
+    return gram(a.to(torch.float32 if a.device.type == "mps" else torch.float64), left=a.shape[-2] <= a.shape[-1])
 
 
 def singular_values(a: Tensor) -> Tensor:
@@ -41,7 +35,7 @@ def singular_values(a: Tensor) -> Tensor:
     Returns:
         `[..., k]`, accurate to about 1e-7 of the largest.
     """
-    product = gram(a)
+    product = _gram(a)
     bad = ~product.isfinite().flatten(-2).all(-1)
     values = torch.linalg.eigvalsh(product.masked_fill(bad[..., None, None], 0.0)).flip(-1).clamp_(min=0.0).sqrt_()
     return values.masked_fill(bad.unsqueeze(-1), math.nan)
@@ -75,15 +69,6 @@ def effective_rank(s: Tensor) -> Tensor:
     return _entropy_rank(s)
 
 
-def effective_rank_energy(s: Tensor) -> Tensor:
-    """Exponential of the entropy of s_i^2 / |A|_F^2: smaller than `effective_rank`, and often confused with it.
-
-    Returns:
-        `[...]`.
-    """
-    return _entropy_rank(s.square())
-
-
 def participation(s: Tensor) -> Tensor:
     """|A|_F^4 / sum s_i^4, in [1, k].
 
@@ -102,16 +87,6 @@ def nuclear_rank(s: Tensor) -> Tensor:
     return _share(s.sum(-1).square(), s.square().sum(-1))
 
 
-def numerical_rank(s: Tensor, tolerance: float = 1e-3) -> Tensor:
-    """How many singular values exceed `tolerance` times the largest.
-
-    Returns:
-        `[...]`, floating-point.
-    """
-    count = (s > tolerance * s[..., :1]).sum(-1).to(s.dtype)
-    return torch.where(s[..., 0] > 0, count, math.nan)
-
-
 def energy(s: Tensor, rank: int) -> Tensor:
     """The share of |A|_F^2 in the `rank` largest singular values.
 
@@ -122,7 +97,7 @@ def energy(s: Tensor, rank: int) -> Tensor:
 
 
 def rank_at(s: Tensor, share: float = 0.9) -> Tensor:
-    """The least rank that holds this share of |A|_F^2.
+    """The smallest rank that captures this share of |A|_F^2.
 
     Returns:
         `[...]`, floating-point.
@@ -152,15 +127,6 @@ def gaussian_stable_rank(m: int, n: int) -> float:
     return m * n / (math.sqrt(m) + math.sqrt(n)) ** 2
 
 
-def gaussian_participation(m: int, n: int) -> float:
-    """Participation ratio of an `m x n` matrix of independent normal numbers.
-
-    Returns:
-        m n / (m + n).
-    """
-    return m * n / (m + n)
-
-
 def orthogonality_error(s: Tensor) -> Tensor:
     """|O O^T - I|_F / sqrt(k) on the smaller side, from the singular values of O.
 
@@ -180,7 +146,7 @@ def outside_band(s: Tensor, band: tuple[float, float] = NEWTON_SCHULZ_BAND) -> T
 
 
 def sketch(a: Tensor, rank: int, generator: torch.Generator, *, power: int = 2, oversample: int = 8) -> Tensor:
-    """The largest singular values by a randomised range finder with power iterations (Halko et al. 2011).
+    """The largest singular values by a randomized range finder with power iterations (Halko et al. 2011).
 
     Always below the true values; with power 2, energy@r is at least 0.84 of the true one even for Gaussian matrices.
 
@@ -201,26 +167,6 @@ def sketch(a: Tensor, rank: int, generator: torch.Generator, *, power: int = 2, 
     for _ in range(power):
         q = torch.linalg.qr(a @ torch.linalg.qr(a.mT @ q).Q).Q
     return singular_values(q.mT @ a)[:rank]
-
-
-def energy_rank_bounds(s: Tensor, square: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Bounds of `effective_rank_energy` from the largest singular values and the whole Frobenius norm.
-
-    Args:
-        s: the known ones, `[r]`, largest first.
-        square: |A|_F^2, scalar.
-        k: number of all singular values.
-
-    Returns:
-        (tail packed into as few values as s_r allows, tail spread over all k - r).
-    """
-    known = s.square() / square
-    rest = (1 - known.sum()).clamp(min=0.0)
-    inner = torch.special.entr(known).sum()
-    if k == s.numel() or rest <= 1e-12:
-        return inner.exp(), inner.exp()
-    few = torch.ceil(rest / known[-1].clamp(min=1e-300)).clamp(1, k - s.numel())
-    return tuple((inner + rest * torch.log(count / rest)).exp() for count in (few, torch.full_like(few, k - s.numel())))  # pyright: ignore[reportReturnType]
 
 
 def measures(
@@ -251,12 +197,12 @@ def measures(
     else:
         s = sketch(a, max(ranks), generator)
         square = a.to(torch.promote_types(a.dtype, torch.float32)).square().sum(dtype=s.dtype)
-        product = gram(a)
+        product = _gram(a)
         out = {
             "stable_rank": _share(square, s[0].square()),
             "participation": _share(square.square(), product.square().sum()),
         }
-        held = s.square().cumsum(-1) / square
-        out["rank@90"] = torch.where(held[-1] >= 0.9, (held < 0.9).sum() + 1.0, math.nan)
-        out |= {f"energy@{r}": held[r - 1] for r in sorted({min(r, k) for r in ranks})}
+        captured = s.square().cumsum(-1) / square
+        out["rank@90"] = torch.where(captured[-1] >= 0.9, (captured < 0.9).sum() + 1.0, math.nan)
+        out |= {f"energy@{r}": captured[r - 1] for r in sorted({min(r, k) for r in ranks})}
     return {"fro": square.sqrt(), "rms": (square / (m * n)).sqrt(), "spec": s[0], **out}

@@ -1,9 +1,11 @@
-"""How far two subspaces, or a basis and the matrix it should diagonalise, have drifted apart."""
+"""Distances between subspaces, and how much of a matrix a basis captures."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lightning_optim.ops.eigenbasis import mean_squared_cosine
 
 
 def cosines(u: Tensor, v: Tensor) -> Tensor:
@@ -19,33 +21,15 @@ def cosines(u: Tensor, v: Tensor) -> Tensor:
     return torch.linalg.svdvals(u.mT @ v).clamp(max=1.0)
 
 
-def overlap(u: Tensor, v: Tensor) -> Tensor:
-    """|U^T V|_F^2 / r: the mean squared cosine.
-
-    Returns:
-        `[...]`, 1 for equal spans, about r / n for unrelated ones.
-    """
-    return (u.mT @ v).square().sum((-2, -1)) / u.shape[-1]
-
-
 def adjusted_overlap(u: Tensor, v: Tensor) -> Tensor:
-    """The overlap, moved and scaled so that unrelated subspaces are at 0 and equal ones at 1.
+    """The mean squared cosine, shifted and scaled so that unrelated subspaces are at 0 and equal ones at 1.
 
     Returns:
         `[...]`; 1 where the columns span the whole space.
     """
     n, r = u.shape[-2:]
-    return (overlap(u, v) - r / n) / (1 - r / n) if r < n else torch.ones_like(overlap(u, v))
-
-
-def chordal(u: Tensor, v: Tensor) -> Tensor:
-    """sqrt(r - |U^T V|_F^2) = |U U^T - V V^T|_F / sqrt(2).
-
-    Returns:
-        `[...]`.
-    """
-    r = u.shape[-1]
-    return (r - r * overlap(u, v)).clamp(min=0.0).sqrt()
+    mean = mean_squared_cosine(u, v)
+    return (mean - r / n) / (1 - r / n) if r < n else torch.ones_like(mean)
 
 
 def column_cosines(u: Tensor, v: Tensor) -> Tensor:
@@ -58,7 +42,7 @@ def column_cosines(u: Tensor, v: Tensor) -> Tensor:
 
 
 def captured(basis: Tensor, a: Tensor) -> Tensor:
-    """|P^T A|_F^2 / |A|_F^2 for orthonormal columns P: the energy that a projection keeps.
+    """|P^T A|_F^2 / |A|_F^2 for orthonormal columns P: the share of the energy that a projection captures.
 
     Args:
         basis: `[..., m, r]`.
@@ -68,21 +52,3 @@ def captured(basis: Tensor, a: Tensor) -> Tensor:
         `[...]`, in [0, 1]; NaN for a zero matrix.
     """
     return (basis.mT @ a).square().sum((-2, -1)) / a.square().sum((-2, -1))
-
-
-def off_diagonal(matrix: Tensor, basis: Tensor) -> Tensor:
-    """Staleness of an eigenbasis: |B - diag B|_F / |B|_F with B = Q^T L Q (arXiv:2506.03595).
-
-    `ops.eigenbasis.off_diagonal` estimates it from a few columns.
-
-    Args:
-        matrix: L, `[..., n, n]`, symmetric.
-        basis: Q, `[..., n, n]`, orthogonal.
-
-    Returns:
-        `[...]`, in [0, 1].
-    """
-    rotated = basis.mT @ matrix @ basis
-    inner = torch.diagonal(rotated, dim1=-2, dim2=-1).square().sum(-1)
-    whole = rotated.square().sum((-2, -1))
-    return ((whole - inner).clamp(min=0.0) / whole).sqrt()

@@ -1,4 +1,4 @@
-"""A trained model as an observer sees it: every parameter with a name and a role, every matrix whole."""
+"""The parameters of a training run: each with its name, role, group and rule, and its matrices gathered."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_optim.core import matrix_views
 from lightning_optim.core.parallel import sharding
@@ -62,7 +63,7 @@ def whole(t: Tensor) -> Tensor:
     Returns:
         A plain tensor.
     """
-    if is_cut(t):
+    if is_sharded(t):
         before_exchange()
     return sharding.place(t.detach(), None)
 
@@ -79,17 +80,17 @@ def entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Entry]:
     """
     names: dict[int, str] = {id(p): n for n, p in model.named_parameters()}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-    found: list[tuple[str, Tensor, str, dict[str, Any]]] = []
+    rows: list[tuple[str, Tensor, str, dict[str, Any]]] = []
     for k, group in enumerate(optimizer.param_groups):
-        own = group.get("param_names", [])
+        group_names = group.get("param_names", [])
         for i, p in enumerate(group["params"]):
             if p.requires_grad and p.numel():
-                name = names.get(id(p)) or (own[i] if i < len(own) else f"group{k}.{i}")
+                name = names.get(id(p)) or (group_names[i] if i < len(group_names) else f"group{k}.{i}")
                 role = "vector" if p.ndim < 2 else "embedding" if id(p) in embeddings else str(group.get("role", ""))
-                found.append((name, p, role, group))
-    labels = role_labels([(name, role) for name, _, role, _ in found], [p.numel() for _, p, _, _ in found])
+                rows.append((name, p, role, group))
+    labels = role_labels([(name, role) for name, _, role, _ in rows], [p.numel() for _, p, _, _ in rows])
     out = []
-    for (name, p, _, group), label in zip(found, labels, strict=True):
+    for (name, p, _, group), label in zip(rows, labels, strict=True):
         rule = rule_of(group) if "rule" in group else None
         parts, turned = (matrix_views.split_blocks(p.shape), False) if rule is None else blocks_of(rule, group, p.shape)
         out.append(Entry(name, p, label, group, rule, parts, turned))
@@ -97,7 +98,7 @@ def entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Entry]:
 
 
 def role_labels(named: Sequence[tuple[str, str]], sizes: Sequence[int], limit: int = MAX_ROLES) -> list[str]:
-    """Short labels that parameters doing the same work in different layers share.
+    """Short labels, shared by the parameters with the same role in different layers.
 
     Args:
         named: (name, role of the partition) of every parameter.
@@ -120,28 +121,28 @@ def role_labels(named: Sequence[tuple[str, str]], sizes: Sequence[int], limit: i
     total: Counter[str] = Counter()
     for text, size in zip(out, sizes, strict=True):
         total[text] += size
-    kept = {text for text, _ in total.most_common(limit if len(total) <= limit else limit - 1)}
-    return [text if text in kept else "other" for text in out]
+    largest = {text for text, _ in total.most_common(limit if len(total) <= limit else limit - 1)}
+    return [text if text in largest else "other" for text in out]
 
 
 def _open(role: str) -> bool:
     return role not in NAMED_ROLES and role != "vector"
 
 
-def by_role(found: Sequence[Entry]) -> dict[str, list[int]]:
+def by_role(entries: Sequence[Entry]) -> dict[str, list[int]]:
     """Indices of the parameters of each role.
 
     Returns:
         Role to indices, in order of first appearance.
     """
     out: defaultdict[str, list[int]] = defaultdict(list)
-    for i, entry in enumerate(found):
+    for i, entry in enumerate(entries):
         out[entry.role].append(i)
     return dict(out)
 
 
-def is_cut(p: Tensor) -> bool:
-    """Whether a parameter lies in shards on several ranks.
+def is_sharded(p: Tensor) -> bool:
+    """Whether a parameter is sharded over several ranks.
 
     Returns:
         True under FSDP2.
@@ -150,7 +151,7 @@ def is_cut(p: Tensor) -> bool:
 
 
 def share_of(p: Tensor, ranks: int) -> float:
-    """What this rank's sums over a parameter count for in a sum over all ranks.
+    """The weight of this rank's sum over a parameter in a sum over all ranks.
 
     Args:
         p: a parameter.
@@ -159,29 +160,43 @@ def share_of(p: Tensor, ranks: int) -> float:
     Returns:
         1 / ranks for a parameter that every rank has whole, 1 / replicas for a sharded one.
     """
-    cut = sharding.sharding_of(p)
-    return 1 / ranks if cut is None else cut.size / ranks
+    placement = sharding.sharding_of(p)
+    return 1 / ranks if placement is None else placement.size / ranks
 
 
-def reduce_local(found: Sequence[Entry], part: Callable[[Entry], Tensor | None], ranks: int) -> Tensor:
+def reduce_local(entries: Sequence[Entry], part: Callable[[Entry], Tensor | None], ranks: int) -> Tensor:
     """Sums over the elements of every parameter, this rank's share of them.
 
     Args:
-        found: the parameters.
+        entries: the parameters.
         part: gives a sum over this rank's elements, or None for a parameter that has none.
         ranks: how many there are.
 
     Returns:
-        `[len(found)]`, float64; to be added up over ranks.
+        `[len(entries)]`, float64; to be added up over ranks.
     """
-    device = sharding.local(found[0].param).device
+    device = sharding.local(entries[0].param).device
     zero = torch.zeros((), dtype=torch.float64, device=device)
-    sums = [part(e) for e in found]
-    weights = torch.tensor([share_of(e.param, ranks) for e in found], dtype=torch.float64)
+    sums = [part(e) for e in entries]
+    weights = torch.tensor([share_of(e.param, ranks) for e in entries], dtype=torch.float64)
     return torch.stack([zero if s is None else s.to(zero) for s in sums]) * weights.to(device)
 
 
-def momentum_of(entry: Entry, state: dict[str, Any]) -> Tensor | None:
+def unwrap_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer inside the wrappers of a framework: Accelerate's, DeepSpeed's or Lightning's.
+
+    Args:
+        optimizer: an optimizer, wrapped or not.
+
+    Returns:
+        The innermost one, torch's or ours.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def momentum_buffer(entry: Entry, state: dict[str, Any]) -> Tensor | None:
     """The first moment an optimizer keeps, by the usual names.
 
     Returns:

@@ -60,8 +60,21 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
     if n == r:
         found, chance = (old * new).sum(-2).square().mean(-1), 1 / n
     else:
-        found, chance = (product(old.mT, new)).square().sum((-2, -1)) / r, r / n
+        found, chance = mean_squared_cosine(old, new), r / n
     return ((found - chance) / (1 - chance) if n > 1 else found).amin()
+
+
+def mean_squared_cosine(u: Tensor, v: Tensor) -> Tensor:
+    """||U^T V||_F^2 / r: the mean squared cosine of the principal angles between two subspaces.
+
+    Args:
+        u: orthonormal columns, `[..., n, r]`.
+        v: likewise.
+
+    Returns:
+        `[...]`; 1 for equal subspaces, about r / n for unrelated ones.
+    """
+    return product(u.mT, v).square().sum((-2, -1)) / u.shape[-1]
 
 
 def off_diagonal(x: Tensor, q: Tensor, t: int = 0, top: int = 32, others: int = 32) -> Tensor:

@@ -15,27 +15,28 @@ from lightning_optim.core import matrix_views
 from lightning_optim.core.parallel import collectives
 from lightning_optim.diagnostics import figures, hessian, lanczos, view
 from lightning_optim.diagnostics.hessian import Hessian
-from lightning_optim.diagnostics.probes.base import Probe, Run, found_entries
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report, before_exchange, over_ranks
 
 EXACT_LIMIT, AUTO_LIMIT = 512, 64
-"""Most weights of a block whose entries are computed, on request and by default; each costs a product."""
+"""Largest number of weights whose Hessian entries are computed, on request and by default. Each costs a product."""
 
 
 class HessianBlocks(Probe):
     """Curvature by role, by products with the Hessian on the first sequences of the run's first batch.
 
-    The loss is taken without dropout and in full precision, attention by kernels that have a second derivative, for
-    the measurement only. Scalars by role: `hessian/trace` (Hutchinson, by probes that are zero outside the role, so
-    that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min` (Lanczos), `hessian/frobenius`.
-    And
+    The loss is computed without dropout and in full precision, and attention uses kernels that have a second
+    derivative, for the measurement only. Measures by role: `hessian/trace` (Hutchinson, by probes that are zero outside
+    the role, so that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min` (Lanczos),
+    `hessian/frobenius`. Measures of the whole model:
 
-    * `hessian/sharpness`: largest eigenvalue of P^-1/2 H P^-1/2 over the parameters whose scaling P is known (Adam
+    * `hessian/sharpness`: largest eigenvalue of P^-1/2 H P^-1/2 over the parameters whose scaling P can be read (Adam
       family and SOAP), learning rate included; `sharpness_ratio`: over its stability threshold (2 + 2 b1) / (1 - b1),
       1 is the edge of stability;
     * `hessian/curvature_along_update`: u^T H u / u^T u; `hessian/model_ratio`: measured change of the loss in this
       step over the one the quadratic model predicts;
-    * `hessian/js_shape`, `js_scale`: mean Jensen-Shannon distance between the roles' spectra, normalised or not;
+    * `hessian/js_shape`, `js_scale`: mean Jensen-Shannon distance between the roles' spectra, normalized or not;
     * `hessian/block_diagonal_share` and the picture `hessian/coupling`: how much of |H|_F^2 lies within roles;
     * once: the entries of a few weights of four neurons (`hessian/entries/<role>`), their diagonal dominance
       `hessian/tau` and Adam's effect on their condition number `hessian/r`.
@@ -56,10 +57,11 @@ class HessianBlocks(Probe):
         exact: patterns of parameters whose first four rows' entries are computed, 512 at most; `"auto"` is 64 of the
             first MLP matrix, () none.
         method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     name = "hessian"
+    needs_loss = True
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
         "largest eigenvalue of the Hessian, by role": [r"hessian/lambda_max/.*"],
         "preconditioned sharpness / stability threshold": ["hessian/sharpness_ratio"],
@@ -121,46 +123,46 @@ class HessianBlocks(Probe):
     def clear(self) -> None:  # noqa: D102
         self._start = []
 
-    def see(self, batch: Any) -> None:  # noqa: D102
-        if self._batch is None and self.run is not None:
-            one = None if self.run.extra.get("rows_belong_together") else 1
+    def record_batch(self, batch: Any) -> None:  # noqa: D102
+        if self._batch is None and self.context is not None:
+            one = None if self.context.extra.get("rows_belong_together") else 1
             self._batch = first_sequences(batch, one if self.sequences is None else self.sequences)
 
-    def before(self, run: Run) -> None:  # noqa: D102
-        self._start = [e.param.detach().clone() for e in found_entries(run)]
+    def before_step(self, context: TrainingContext) -> None:  # noqa: D102
+        self._start = [e.param.detach().clone() for e in context.entries()]
 
-    def finish(self, run: Run, report: Report) -> None:  # noqa: D102
-        found, start, self._start = found_entries(run), self._start, []
-        params = [e.param for e in found]
-        unusable = run.loss is None or self._batch is None or any(view.is_cut(p) for p in params)
+    def complete(self, context: TrainingContext, report: Report) -> None:  # noqa: D102
+        entries, start, self._start = context.entries(), self._start, []
+        params = [e.param for e in entries]
+        unusable = context.loss is None or self._batch is None or any(view.is_sharded(p) for p in params)
         if unusable or len(start) != len(params):
             if not self._warned:
-                warnings.warn(self._missing(run, params), stacklevel=2)
+                warnings.warn(self._missing(context, params), stacklevel=2)
                 self._warned = True
             return
-        loss: Callable[[], Tensor] = lambda: run.loss(self._batch)  # type: ignore[misc]  # noqa: E731
-        with hessian.frozen(run.model):
+        loss: Callable[[], Tensor] = lambda: context.loss(self._batch)  # type: ignore[misc]  # noqa: E731
+        with hessian.frozen(context.model):
             full = self._hessian(loss, params)
-            roles = view.by_role(found)
+            roles = view.by_role(entries)
             generator = self.generator(params[0].device)
             spectra = self._spectra(full, roles, generator, report)
             self._probe(full, roles, spectra, generator, report)
-            self._sharpness(full, found, run, generator, report)
+            self._sharpness(full, entries, context, generator, report)
             if self.measured == 0:
-                self._entries(full, found, run, report)
+                self._entries(full, entries, context, report)
             self._along_update(full, start, report)  # the last one: it moves the weights, which ends the graph
         self.measured += 1
         report.scalars["hessian/products"] = float(full.products)
         report.scalars = report.finite()
 
-    def _missing(self, run: Run, params: Sequence[Tensor]) -> str:
-        if any(view.is_cut(p) for p in params):
+    def _missing(self, context: TrainingContext, params: Sequence[Tensor]) -> str:
+        if any(view.is_sharded(p) for p in params):
             return (
                 "HessianBlocks logs nothing: the weights lie in shards (FSDP2), of which no second derivatives are "
                 "taken; watch the curvature in a run of the same model on one device or under DDP"
             )
-        if run.loss is None or self._batch is None:
-            return "HessianBlocks logs nothing: it has seen no batch, or knows no loss; give it loss="
+        if context.loss is None or self._batch is None:
+            return "HessianBlocks logs nothing: it has no batch or no loss; give it loss="
         return "HessianBlocks logs nothing of a step in which parameters were frozen or unfrozen"
 
     def _hessian(self, loss: Callable[[], Tensor], params: Sequence[Tensor]) -> Hessian:
@@ -174,8 +176,8 @@ class HessianBlocks(Probe):
         full, reason = None, ""
         try:
             full = Hessian(loss, params, "exact")
-            found = full.product(z, every) if self.measured == 0 else []
-            if near and hessian.apart(found, near) > hessian.TOLERANCE:
+            exact = full.product(z, every) if self.measured == 0 else []
+            if near and hessian.apart(exact, near) > hessian.TOLERANCE:
                 reason = "second derivatives differ from them"
         except Exception as error:
             if self.method == "exact" or not hessian.differences_may_help(error):
@@ -224,7 +226,7 @@ class HessianBlocks(Probe):
         )
         report.images["hessian/js_distance"] = figures.heat_map(
             shape.numpy(),
-            f"Jensen-Shannon distance of normalised spectra, step {self.step}",
+            f"Jensen-Shannon distance of normalized spectra, step {self.step}",
             rows=list(roles),
             columns=list(roles),
             across="role",
@@ -256,9 +258,9 @@ class HessianBlocks(Probe):
         if coupled:
             self._coupling(roles, squares, report)
 
-    def _traces(self, full: Hessian, roles: dict[str, list[int]], found: Sequence[Tensor], report: Report) -> None:
-        means = torch.stack([x.mean() for x in found])
-        errors = torch.stack([x.std() / len(x) ** 0.5 for x in found])
+    def _traces(self, full: Hessian, roles: dict[str, list[int]], samples: Sequence[Tensor], report: Report) -> None:
+        means = torch.stack([x.mean() for x in samples])
+        errors = torch.stack([x.std() / len(x) ** 0.5 for x in samples])
         report.scalars |= {f"hessian/trace/{r}": float(x) for r, x in zip(roles, means, strict=True)}
         report.arrays |= {"roles": list(roles), "trace": means, "trace_error": errors}
         lines = ["| role | weights | trace | standard error |", "|---|---|---|---|"]
@@ -283,9 +285,14 @@ class HessianBlocks(Probe):
         )
 
     def _sharpness(
-        self, full: Hessian, found: Sequence[view.Entry], run: Run, generator: torch.Generator, report: Report
+        self,
+        full: Hessian,
+        entries: Sequence[view.Entry],
+        context: TrainingContext,
+        generator: torch.Generator,
+        report: Report,
     ) -> None:
-        roots = [scaling_root(e, run.optimizer.state.get(e.param, {})) for e in found]
+        roots = [scaling_root(e, context.optimizer.state.get(e.param, {})) for e in entries]
         block = [i for i, root in enumerate(roots) if root is not None]
         if not block:
             return
@@ -296,9 +303,9 @@ class HessianBlocks(Probe):
             return torch.cat([_apply(roots[i], x.view_as(full.params[i])).reshape(-1) for i, x in parts])
 
         operator = hessian.preconditioned(full.flat(block), root)
-        found_values = lanczos.lanczos(operator, full.random(block, generator), self.steps)
-        sharpness = float(found_values.values[-1])
-        betas = {momentum_of(found[i]) for i in block}
+        ritz = lanczos.lanczos(operator, full.random(block, generator), self.steps)
+        sharpness = float(ritz.values[-1])
+        betas = [float(entries[i].group["betas"][0]) for i in block]
         report.scalars["hessian/sharpness"] = sharpness
         report.scalars["hessian/sharpness_ratio"] = sharpness / hessian.stability_threshold(1.0, max(betas))
 
@@ -308,7 +315,7 @@ class HessianBlocks(Probe):
         square = sum(float(x.double().square().sum()) for x in u)
         if not square:
             return
-        kept = [p.detach().clone() for p in full.params]
+        after = [p.detach().clone() for p in full.params]
         try:
             with torch.no_grad():
                 for p, s in zip(full.params, start, strict=True):
@@ -316,7 +323,7 @@ class HessianBlocks(Probe):
                 before = [full.loss().double().reshape(1)]
         finally:
             with torch.no_grad():
-                for p, k in zip(full.params, kept, strict=True):
+                for p, k in zip(full.params, after, strict=True):
                     p.copy_(k)
         after = [full.value.double().reshape(1)]
         _average(before)
@@ -326,9 +333,9 @@ class HessianBlocks(Probe):
         if predicted:
             report.scalars["hessian/model_ratio"] = measured / predicted
 
-    def _entries(self, full: Hessian, found: Sequence[view.Entry], run: Run, report: Report) -> None:
-        for i in chosen(found, self.exact):
-            e = found[i]
+    def _entries(self, full: Hessian, entries: Sequence[view.Entry], context: TrainingContext, report: Report) -> None:
+        for i in indices_of(entries, self.exact):
+            e = entries[i]
             limit = AUTO_LIMIT if self.exact == "auto" else EXACT_LIMIT
             rows = min(len(e.param), 4)
             width = min(e.param[0].numel(), limit // rows)
@@ -336,11 +343,11 @@ class HessianBlocks(Probe):
                 continue
             block = hessian.exact_block(full, i, slice(0, rows), slice(0, width)).double().cpu()
             report.scalars[f"hessian/tau/{e.role}"] = float(hessian.diagonal_dominance(block))
-            second = run.optimizer.state.get(e.param, {}).get("exp_avg_sq")
+            second = context.optimizer.state.get(e.param, {}).get("exp_avg_sq")
             if (
                 isinstance(second, Tensor)
                 and second.shape == e.param.shape
-                and not view.bases_of(e, run.optimizer.state[e.param])
+                and not view.bases_of(e, context.optimizer.state[e.param])
             ):
                 v = second[:rows].flatten(1)[:, :width].reshape(-1).double().cpu().clamp(min=1e-30)
                 report.scalars[f"hessian/r/{e.role}"] = float(hessian.conditioning_ratio(block, v))
@@ -394,32 +401,23 @@ def first_sequences(batch: Any, count: int | None) -> Any:
     return tree_map(cut, batch)
 
 
-def chosen(found: Sequence[view.Entry], patterns: Sequence[str] | Literal["auto"]) -> list[int]:
+def indices_of(entries: Sequence[view.Entry], patterns: Sequence[str] | Literal["auto"]) -> list[int]:
     """Parameters whose entries are computed.
 
     Args:
-        found: all parameters.
+        entries: all parameters.
         patterns: shell-style globs over names, or "auto": the first hidden matrix with more rows than columns.
 
     Returns:
         Indices, the first match of every pattern.
     """
     if patterns == "auto":
-        tall = [i for i, e in enumerate(found) if e.is_matrix and e.param.ndim == 2 and e.role not in view.NAMED_ROLES]
-        wide = [i for i in tall if found[i].param.shape[0] > found[i].param.shape[1]]
-        return (wide or tall)[:1]
-    hits = ([i for i, e in enumerate(found) if fnmatchcase(e.name, pattern)][:1] for pattern in patterns)
+        hidden = [i for i, e in enumerate(entries) if e.is_matrix and e.param.ndim == 2]
+        hidden = [i for i in hidden if entries[i].role not in view.NAMED_ROLES]
+        tall = [i for i in hidden if entries[i].param.shape[0] > entries[i].param.shape[1]]
+        return (tall or hidden)[:1]
+    hits = ([i for i, e in enumerate(entries) if fnmatchcase(e.name, pattern)][:1] for pattern in patterns)
     return [i for hit in hits for i in hit]
-
-
-def momentum_of(e: view.Entry) -> float:
-    """The averaging constant b1 of a parameter's rule.
-
-    Returns:
-        0 without momentum.
-    """
-    betas = e.group.get("betas")
-    return float(betas[0]) if betas else float(e.group.get("momentum", 0.0) or 0.0)
 
 
 def scaling_root(e: view.Entry, state: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:

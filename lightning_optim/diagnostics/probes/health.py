@@ -1,4 +1,4 @@
-"""Is the optimizer moving the weights by a healthy amount?"""
+"""Sizes of gradients, updates and weights: does the optimizer move the weights by a healthy amount?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 from lightning_optim.core.parallel import sharding
 from lightning_optim.core.rule import ADAMW_RMS
 from lightning_optim.diagnostics import figures, view
-from lightning_optim.diagnostics.probes.base import History, Probe, Run, found_entries
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
+from lightning_optim.diagnostics.probes.history import ColumnHistory
 from lightning_optim.diagnostics.report import Report, over_ranks
 
 SAMPLE = 2**16
@@ -22,22 +24,22 @@ SAMPLE = 2**16
 class Health(Probe):
     """Sizes of gradients, updates and weights by role, and steps that went wrong. Cheap.
 
-    * `health/gradient_rms`, `update_rms`, `weight_rms`, `update_to_weight` by role. The update is what the weights
-      moved by, decay and learning rate included; 1e-3 of the weights is usual. Of large parameters 65536 elements
-      are looked at (0.3 % error).
-    * `health/gradient_norm`: of all gradients as the optimizer got them, after clipping.
+    * `health/gradient_rms`, `update_rms`, `weight_rms`, `update_to_weight` by role. The update is the change
+      of the weights, decay and learning rate included; 1e-3 of the weights is usual. Of large parameters 65536
+      elements are measured (0.3 % error).
+    * `health/gradient_norm`: of all gradients as the optimizer received them, after clipping.
     * `health/clip_rate`: share of the measured steps whose norm was at the clipping threshold.
-    * `health/skipped_steps`, `nonfinite_steps`: since the start; steps the optimizer left out are counted in every
+    * `health/skipped_steps`, `nonfinite_steps`: since the start; steps that the optimizer skipped are counted in every
       step, gradients that are not finite in measured steps.
-    * `health/effective_lr`: RMS of the update / 0.2, the learning rate with which AdamW takes steps as large; trust
-      ratios, shape scales and clipping are in it.
+    * `health/effective_lr`: RMS of the update / 0.2, the learning rate at which AdamW takes steps of this size; it
+      includes trust ratios, shape scales and clipping.
     * `health/loss_scale`, `health/loss_scale_drops`: of float16 training.
 
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
         image_every: measurements between pictures; early ones come with the 2nd, 4th, 8th ... measurement.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     name = "health"
@@ -62,7 +64,7 @@ class Health(Probe):
         super().__init__(every, max_overhead, detail)
         self.picture_every = image_every
         self.skipped = self.nonfinite = self.clipped = self.measured = self.drops = 0
-        self.history = History()
+        self.history = ColumnHistory()
         self._samples: dict[int, Tensor] = {}
         self._scale: float | None = None
 
@@ -78,36 +80,36 @@ class Health(Probe):
         for key in ("skipped", "nonfinite", "clipped", "measured", "drops"):
             setattr(self, key, state[key])
 
-    def before(self, run: Run) -> None:  # noqa: D102
-        self._samples = {id(e.param): _sample(sharding.local(e.param)).clone() for e in found_entries(run)}
+    def before_step(self, context: TrainingContext) -> None:  # noqa: D102
+        self._samples = {id(e.param): _sample(sharding.local(e.param)).clone() for e in context.entries()}
 
-    def always(self, run: Run, advanced: bool) -> None:  # noqa: D102
+    def after_every_step(self, context: TrainingContext, advanced: bool) -> None:  # noqa: D102
         self.skipped += not advanced
-        scale = run.loss_scale()
+        scale = context.loss_scale()
         if scale is not None and self._scale is not None and scale < self._scale:
             self.drops += 1
         self._scale = scale
 
-    def after(self, run: Run) -> Report | None:  # noqa: D102
-        found = [e for e in found_entries(run) if id(e.param) in self._samples]
-        if not found:
+    def measure(self, context: TrainingContext) -> Report | None:  # noqa: D102
+        entries = [e for e in context.entries() if id(e.param) in self._samples]
+        if not entries:
             return None
-        counts = [e.param.numel() for e in found]
+        counts = [e.param.numel() for e in entries]
 
-        def moved(e: view.Entry) -> Tensor:
-            own, start = sharding.local(e.param), self._samples[id(e.param)]
-            part = (_sample(own) - start).square().sum(dtype=torch.float64)
-            return part * (own.numel() / max(1, start.numel()))
+        def squared_change(e: view.Entry) -> Tensor:
+            weight, start = sharding.local(e.param), self._samples[id(e.param)]
+            part = (_sample(weight) - start).square().sum(dtype=torch.float64)
+            return part * (weight.numel() / max(1, start.numel()))
 
-        weights = view.reduce_local(found, lambda e: _square(sharding.local(e.param)), run.ranks)
-        updates = view.reduce_local(found, moved, run.ranks)
-        gradients = view.reduce_local(found, lambda e: _square(sharding.local_gradient(e.param)), run.ranks)
+        weights = view.reduce_local(entries, lambda e: _square(sharding.local(e.param)), context.ranks)
+        updates = view.reduce_local(entries, squared_change, context.ranks)
+        gradients = view.reduce_local(entries, lambda e: _square(sharding.local_gradient(e.param)), context.ranks)
         sums = over_ranks(torch.cat([weights, updates, gradients])).cpu().view(3, -1)
         self._samples = {}
-        present = [e.param.grad is not None for e in found]
+        present = [e.param.grad is not None for e in entries]
         report = Report()
         ratios = (sums[1] / sums[0]).sqrt()
-        for role, members in view.by_role(found).items():
+        for role, members in view.by_role(entries).items():
             size = sum(counts[i] for i in members)
             weight, update, gradient = (sums[k, members].sum().item() for k in range(3))
             report.scalars[f"health/weight_rms/{role}"] = math.sqrt(weight / size)
@@ -122,23 +124,23 @@ class Health(Probe):
             self.measured += 1
             self.nonfinite += not math.isfinite(norm)
             report.scalars["health/gradient_norm"] = norm
-            if run.clip:
-                self.clipped += norm >= run.clip * (1 - 1e-4)
+            if context.clip:
+                self.clipped += norm >= context.clip * (1 - 1e-4)
                 report.scalars["health/clip_rate"] = self.clipped / self.measured
         report.scalars["health/skipped_steps"] = float(self.skipped)
         report.scalars["health/nonfinite_steps"] = float(self.nonfinite)
         if self._scale is not None:
             report.scalars |= {"health/loss_scale": self._scale, "health/loss_scale_drops": float(self.drops)}
-        self._draw(found, ratios, report)
+        self._draw(entries, ratios, report)
         return report
 
-    def _draw(self, found: list[view.Entry], ratios: Tensor, report: Report) -> None:
+    def _draw(self, entries: list[view.Entry], ratios: Tensor, report: Report) -> None:
         self.history.add(self.step, ratios.clamp(min=1e-12).log10().tolist())
-        if self.draws():
+        if self.draws_pictures():
             report.images["health/update_to_weight_by_layer"] = figures.heat_map(
                 self.history.table(),
                 "RMS of update / RMS of weight, by layer",
-                rows=figures.short([e.name for e in found]),
+                rows=figures.short([e.name for e in entries]),
                 columns=[str(s) for s in self.history.steps],
                 across="optimizer step",
                 unit="log10 of ratio",

@@ -1,4 +1,4 @@
-"""Where memory goes in a training step."""
+"""Memory of a training step by category."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from lightning_optim.core.parallel import sharding
 from lightning_optim.diagnostics import memory
 from lightning_optim.diagnostics.memory import MIB
-from lightning_optim.diagnostics.probes.base import Probe, Run
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report, over_ranks
 
 
@@ -22,21 +23,21 @@ class Memory(Probe):
     * `memory/parameters`, `buffers`, `gradients`, `state` (and by slot in the table), `state_predicted` (what the
       rules declare, over all ranks);
     * `memory/activations`: saved for the backward pass of one batch;
-    * `memory/temporary`: most that the step (with clipping) held beside the new state;
+    * `memory/temporary`: the peak of the step (with clipping) beside the new state;
     * `memory/communication`: DDP's buckets; `memory/checkpoint`: the last one on disk;
     * on CUDA `memory/peak_forward`, `_backward`, `_step`, `_run`, `allocated`, `reserved` and the shares
       `fragmentation`, `rounding`; else `memory/resident`, `resident_peak` of the process;
-    * `memory/unattributed`: allocated (resident on a CPU) beyond all categories; a leak if it grows;
+    * `memory/unattributed`: allocated (resident on a CPU) bytes outside all categories; growth indicates a leak;
     * with several ranks `memory/all_ranks/<category>` and `memory/largest_rank/<category>`.
 
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
-        touch_peak: whether the allocator's peak counter may be reset in measured steps; others read it too.
+        touch_peak: whether the allocator's peak counter may be reset in measured steps; other code may read it, too.
         temporary: whether the step's temporaries are tracked operation by operation where the allocator has no peak
             counter; such a step is about 15 % slower.
         snapshot: file for the allocator's history when training runs out of memory (CUDA).
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     name = "memory"
@@ -62,10 +63,10 @@ class Memory(Probe):
         self._phases: memory.Phases | None = None
         self._activations: int | None = None
         self._growth = 0
-        self._coming = False
+        self._will_measure = False
 
-    def prepare(self, run: Run) -> None:  # noqa: D102
-        cuda = next(run.model.parameters()).device.type == "cuda"
+    def prepare(self, context: TrainingContext) -> None:  # noqa: D102
+        cuda = next(context.model.parameters()).device.type == "cuda"
         if cuda and self.touch_peak:
             self._phases = memory.Phases(torch.cuda.memory_stats, torch.cuda.reset_peak_memory_stats)
         if cuda and self.snapshot is not None:
@@ -73,7 +74,7 @@ class Memory(Probe):
 
     def clear(self) -> None:  # noqa: D102
         self._exit()
-        self._phases, self._coming = None, False
+        self._phases, self._will_measure = None, False
 
     def _exit(self) -> None:
         contexts, self._saved, self._live = (self._saved, self._live), None, None
@@ -82,23 +83,23 @@ class Memory(Probe):
                 if context is not None:
                     stack.push(context)
 
-    def failed(self, error: BaseException) -> None:  # noqa: D102
+    def on_exception(self, error: BaseException) -> None:  # noqa: D102
         if isinstance(error, torch.OutOfMemoryError) and self.snapshot is not None:
             torch.cuda.memory._dump_snapshot(str(self.snapshot))
 
-    def begin(self) -> None:  # noqa: D102
-        super().begin()
-        self._coming = self.run is not None and self.pace.due(self.step + 1)
+    def begin_batch(self) -> None:  # noqa: D102
+        super().begin_batch()
+        self._will_measure = self.context is not None and self.budget.due(self.step + 1)
 
-    def see(self, batch: Any) -> None:  # noqa: D102
-        if self._coming and self.run is not None and self._saved is None:
+    def record_batch(self, batch: Any) -> None:  # noqa: D102
+        if self._will_measure and self.context is not None and self._saved is None:
             if self._phases is not None:
                 self._phases.begin()
-            if not _compiled(self.run):
-                self._saved = memory.SavedActivations(self.run.model)
+            if not _compiled(self.context):
+                self._saved = memory.SavedActivations(self.context.model)
                 self._saved.__enter__()
 
-    def forwarded(self) -> None:  # noqa: D102
+    def after_forward(self) -> None:  # noqa: D102
         if self._saved is not None:
             saved, self._saved = self._saved, None
             saved.__exit__(None, None, None)
@@ -108,8 +109,8 @@ class Memory(Probe):
             if self._phases is not None:
                 self._phases.mark("forward")
 
-    def ready(self) -> None:  # noqa: D102
-        if not self._coming or self.run is None:
+    def before_optimizer_step(self) -> None:  # noqa: D102
+        if not self._will_measure or self.context is None:
             return
         if self._phases is not None:
             self._phases.mark("backward")
@@ -117,7 +118,7 @@ class Memory(Probe):
             self._live = memory.LiveStorages()
             self._live.__enter__()
 
-    def after(self, run: Run) -> Report | None:  # noqa: D102
+    def measure(self, context: TrainingContext) -> Report | None:  # noqa: D102
         temporary: float | None = None
         if self._live is not None:
             live, self._live = self._live, None
@@ -126,44 +127,44 @@ class Memory(Probe):
                 raise live.error
             temporary = live.peak - live.current
         self._exit()
-        self._coming = False
-        found: dict[str, float] = {k: float(v) for k, v in memory.categories(run.model, run.optimizer).items()}
-        table = {k.removeprefix("state."): v for k, v in found.items() if k.startswith("state.")}
-        found = {k: v for k, v in found.items() if not k.startswith("state.")}
+        self._will_measure = False
+        sizes: dict[str, float] = {k: float(v) for k, v in memory.categories(context.model, context.optimizer).items()}
+        table = {k.removeprefix("state."): v for k, v in sizes.items() if k.startswith("state.")}
+        sizes = {k: v for k, v in sizes.items() if not k.startswith("state.")}
         if self._activations is not None:
-            found["activations"] = float(self._activations)
-        ddp = run.extra.get("ddp")
+            sizes["activations"] = float(self._activations)
+        ddp = context.extra.get("ddp")
         if ddp is not None and not getattr(ddp, "gradient_as_bucket_view", False):
-            found["communication"] = found["gradients"]
+            sizes["communication"] = sizes["gradients"]
         if self._phases is not None:
             self._phases.mark("step")
             temporary = self._phases.growth["step"]
         if temporary is not None:
-            found["temporary"] = temporary
+            sizes["temporary"] = temporary
         report = Report()
-        values = dict(found)
-        values |= self._process(run, found)
-        predicted = memory.predicted_state(run.optimizer)
+        values = dict(sizes)
+        values |= self._process(context, sizes)
+        predicted = memory.predicted_state(context.optimizer)
         if predicted is not None:
             values["state_predicted"] = float(predicted)
-        size = _checkpoint(run.extra.get("checkpoint"))
+        size = _checkpoint(context.extra.get("checkpoint"))
         if size is not None:
             values["checkpoint"] = float(size)
         report.scalars = {f"memory/{k}": v if k in SHARES else v / MIB for k, v in values.items()}
-        if run.ranks > 1:
-            report.scalars |= _across(run, found)
+        if context.ranks > 1:
+            report.scalars |= _across(context, sizes)
         report.texts["memory/table"] = _markdown(values, table)
         return report
 
-    def _process(self, run: Run, found: Mapping[str, float]) -> dict[str, float]:
-        device = next(run.model.parameters()).device
-        attributed = sum(found.get(k, 0.0) for k in ("parameters", "buffers", "gradients", "state", "communication"))
-        attributed -= found.get("state_host", 0.0)
+    def _process(self, context: TrainingContext, sizes: Mapping[str, float]) -> dict[str, float]:
+        device = next(context.model.parameters()).device
+        attributed = sum(sizes.get(k, 0.0) for k in ("parameters", "buffers", "gradients", "state", "communication"))
+        attributed -= sizes.get("state_host", 0.0)
         if device.type != "cuda":
-            own = memory.resident()
-            out = {"resident": own.get("rss", 0), "resident_peak": own.get("rss_peak", 0)}
+            process = memory.resident()
+            out = {"resident": process.get("rss", 0), "resident_peak": process.get("rss_peak", 0)}
             return {k: float(v) for k, v in out.items() if v} | (
-                {"unattributed": own["rss"] - attributed} if "rss" in own else {}
+                {"unattributed": process["rss"] - attributed} if "rss" in process else {}
             )
         stats = memory.allocator(torch.cuda.memory_stats(device))
         out = {k: v for k, v in stats.items() if k in ("allocated", "reserved", *SHARES)}
@@ -177,8 +178,8 @@ class Memory(Probe):
 SHARES = ("fragmentation", "rounding")
 
 
-def _compiled(run: Run) -> bool:
-    return any(getattr(m, "_compiled_call_impl", None) is not None for m in run.model.modules())
+def _compiled(context: TrainingContext) -> bool:
+    return any(getattr(m, "_compiled_call_impl", None) is not None for m in context.model.modules())
 
 
 def _checkpoint(find: Callable[[], Path | None] | None) -> int | None:
@@ -190,13 +191,13 @@ def _checkpoint(find: Callable[[], Path | None] | None) -> int | None:
     return sum(p.stat().st_size for p in files)
 
 
-def _across(run: Run, found: Mapping[str, float]) -> dict[str, float]:
+def _across(context: TrainingContext, sizes: Mapping[str, float]) -> dict[str, float]:
     """Sums and maxima over ranks."""
-    keys = sorted(found)
-    device = sharding.local(next(run.model.parameters())).device
-    table = torch.zeros(run.ranks, len(keys), dtype=torch.float64, device=device)
-    table[run.rank] = torch.tensor([found[k] for k in keys], dtype=torch.float64)
-    table = over_ranks(table.flatten()).cpu().view(run.ranks, -1) / MIB
+    keys = sorted(sizes)
+    device = sharding.local(next(context.model.parameters())).device
+    table = torch.zeros(context.ranks, len(keys), dtype=torch.float64, device=device)
+    table[context.rank] = torch.tensor([sizes[k] for k in keys], dtype=torch.float64)
+    table = over_ranks(table.flatten()).cpu().view(context.ranks, -1) / MIB
     out = {f"memory/all_ranks/{k}": v for k, v in zip(keys, table.sum(0).tolist(), strict=True)}
     return out | {f"memory/largest_rank/{k}": v for k, v in zip(keys, table.amax(0).tolist(), strict=True)}
 

@@ -14,24 +14,25 @@ from torch.utils._pytree import tree_leaves
 from lightning_optim.core.parallel import sharding
 from lightning_optim.diagnostics import noise, view
 from lightning_optim.diagnostics.hessian import measuring
-from lightning_optim.diagnostics.probes.base import Probe, Run, found_entries
+from lightning_optim.diagnostics.probes.base import MeasurementTimer, Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report, before_exchange, over_ranks
 
 
 class GradientNoiseScale(Probe):
     """Gradient noise scale from gradient accumulation or data-parallel ranks, in sequences and tokens.
 
-    In a measured step a hook on every parameter notes the size of what each micro-batch adds to the gradient, on each
-    rank before the ranks are averaged. `noise/scale_sequences` (and `_tokens`) is tr Sigma / |G|^2 with both averaged
-    over measurements; the batch size at which more data per step begins to pay less. By role:
-    `noise/scale_sequences/<role>`. Absent with a single micro-batch per step, or where clipping works element by
-    element. Micro-batches must be independent: packed or repeated sequences are not.
+    In a measured step a hook on every parameter records the norm of the increment that each micro-batch adds to the
+    gradient, on each rank before the ranks are averaged. `noise/scale_sequences` (and `_tokens`) is tr Sigma / |G|^2
+    with both averaged over measurements; the batch size beyond which more data per step pays off less. By role:
+    `noise/scale_sequences/<role>`. Nothing is logged with a single micro-batch per step, or where gradients are clipped
+    by value. Micro-batches must be independent: packed or repeated sequences are not.
 
     Args:
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
         beta: of the averages over measurements.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     name = "noise"
@@ -52,7 +53,7 @@ class GradientNoiseScale(Probe):
         self._saved: dict[str, Any] = {}
         self._roles: list[str] = []
         self._watched: list[Any] = []
-        self._found: list[view.Entry] = []
+        self._entries: list[view.Entry] = []
         self._squares: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._calls: list[int] = []
@@ -71,22 +72,22 @@ class GradientNoiseScale(Probe):
     def clear(self) -> None:  # noqa: D102
         for handle in self._watched:
             handle.remove()
-        self._watched, self._found, self._last = [], [], []
+        self._watched, self._entries, self._last = [], [], []
 
-    def begin(self) -> None:  # noqa: D102
-        super().begin()
-        if self.run is not None and not self._found and self.pace.due(self.step + 1):
-            with self._timed():
-                self._watch(self.run)
+    def begin_batch(self) -> None:  # noqa: D102
+        super().begin_batch()
+        if self.context is not None and not self._entries and self.budget.due(self.step + 1):
+            with MeasurementTimer(self):
+                self._watch(self.context)
 
-    def _watch(self, run: Run) -> None:
-        self._found = found_entries(run)
+    def _watch(self, context: TrainingContext) -> None:
+        self._entries = context.entries()
         zero = torch.zeros((), dtype=torch.float64)
-        self._squares, self._sums = ([zero] * len(self._found) for _ in range(2))
-        self._calls, self._last = [0] * len(self._found), [None] * len(self._found)
+        self._squares, self._sums = ([zero] * len(self._entries) for _ in range(2))
+        self._calls, self._last = [0] * len(self._entries), [None] * len(self._entries)
         self._examples = [0.0, 0.0]
-        if not any(view.is_cut(e.param) for e in self._found):
-            self._watched = [e.param.register_hook(self._hook(i)) for i, e in enumerate(self._found)]
+        if not any(view.is_sharded(e.param) for e in self._entries):
+            self._watched = [e.param.register_hook(self._hook(i)) for i, e in enumerate(self._entries)]
 
     def _hook(self, i: int) -> Any:
         def note(increment: Tensor) -> None:
@@ -101,45 +102,45 @@ class GradientNoiseScale(Probe):
         self._sums[i] = increment.sum(dtype=torch.float64) + self._sums[i].to(square.device)
         self._calls[i] += 1
 
-    def see(self, batch: Any) -> None:  # noqa: D102
-        if self._found:
+    def record_batch(self, batch: Any) -> None:  # noqa: D102
+        if self._entries:
             sequences, tokens = examples(batch)
             self._examples[0] += sequences
             self._examples[1] += tokens
 
-    def backward(self) -> None:
+    def after_backward(self) -> None:
         """Note what the batch has added to sharded gradients, which no hook sees on its way."""
-        if self._found and not self._watched:
-            with self._timed(), torch.no_grad():
-                for i, e in enumerate(self._found):
+        if self._entries and not self._watched:
+            with MeasurementTimer(self), torch.no_grad():
+                for i, e in enumerate(self._entries):
                     total = sharding.local_gradient(e.param)
                     if total is not None:
                         last = self._last[i]
                         self._note(i, total if last is None else total - last)
                         self._last[i] = total.clone()
 
-    def after(self, run: Run) -> Report | None:  # noqa: D102
-        found, watched = self._found, bool(self._watched)
-        if not found:
+    def measure(self, context: TrainingContext) -> Report | None:  # noqa: D102
+        entries, watched = self._entries, bool(self._watched)
+        if not entries:
             return None
-        device = sharding.local(found[0].param).device
+        device = sharding.local(entries[0].param).device
         vectors = [torch.stack([x.to(device) for x in column]) for column in (self._squares, self._sums)]
         calls = torch.tensor(self._calls, dtype=torch.float64, device=device)
         counted = torch.tensor(self._examples, dtype=torch.float64, device=device)
-        metric = noise.MicroBatches(len(found)).to(device)
+        metric = noise.MicroBatches(len(entries)).to(device)
         if watched:
             metric.update(vectors[0], vectors[1], calls, counted)
             before_exchange()
             result = {k: v.cpu() for k, v in metric.compute().items()}
-            finals = [e.param.grad for e in found]
-            square = view.reduce_local(found, lambda e: _square(sharding.local_gradient(e.param)), run.ranks)
+            finals = [e.param.grad for e in entries]
+            square = view.reduce_local(entries, lambda e: _square(sharding.local_gradient(e.param)), context.ranks)
             sums = [torch.zeros(()) if g is None else g.sum(dtype=torch.float64).cpu() for g in finals]
             factor = _common_factor(result["sums"], torch.stack([s.double() for s in sums]))
         else:  # shards: sums over ranks make one process's numbers
             parts = iter(zip(self._squares, self._last, strict=True))
-            squares = view.reduce_local(found, lambda e: next(parts)[0], run.ranks)
+            squares = view.reduce_local(entries, lambda e: next(parts)[0], context.ranks)
             lasts = iter(self._last)
-            square = view.reduce_local(found, lambda e: _square(next(lasts)), run.ranks)
+            square = view.reduce_local(entries, lambda e: _square(next(lasts)), context.ranks)
             squares = over_ranks(squares).cpu()
             steps = calls.max().cpu()
             result = {"mean_square": squares * steps, "count": steps, "examples": over_ranks(counted).cpu()}
@@ -157,18 +158,18 @@ class GradientNoiseScale(Probe):
             return None
         if factor is None or not math.isfinite(float(square.sum())):
             return None
-        scale = 1.0 if not watched else run.loss_scale() or 1.0
+        scale = 1.0 if not watched else context.loss_scale() or 1.0
         clip = factor * scale
-        return self._estimate(found, result["mean_square"] / scale**2, square / clip**2, count, result["examples"])
+        return self._estimate(entries, result["mean_square"] / scale**2, square / clip**2, count, result["examples"])
 
     def _estimate(
-        self, found: list[view.Entry], small: Tensor, big: Tensor, count: float, counted: Tensor
+        self, entries: list[view.Entry], small: Tensor, big: Tensor, count: float, counted: Tensor
     ) -> Report | None:
-        roles = view.by_role(found)
+        roles = view.by_role(entries)
         sequences, tokens = (counted / count).tolist()
         if not sequences:
             return None
-        columns = [*roles.values(), list(range(len(found)))]
+        columns = [*roles.values(), list(range(len(entries)))]
         s, g = (torch.stack([x[members].sum() for members in columns]) for x in (small, big))
         square, trace = noise.estimate(s, g, sequences, sequences * count)
         names = [*roles, ""]
@@ -199,7 +200,7 @@ def examples(batch: Any) -> tuple[float, float]:
         batch: tensors in any nesting; `input_ids` counts if there is one, else the first with two dimensions.
 
     Returns:
-        (sequences, tokens); (0, 0) if no tensor is found.
+        (sequences, tokens); (0, 0) if it has no tensor.
     """
     tensors = [t for t in _tensors(batch) if t.ndim > 0]
     for t in sorted(tensors, key=lambda t: t.ndim < 2):

@@ -1,4 +1,4 @@
-"""What refreshing costly state costs, and when it happens."""
+"""Refreshes of preconditioners: when they happen, and what they cost."""
 
 from __future__ import annotations
 
@@ -16,36 +16,39 @@ from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.step.records import Refresh
 from lightning_optim.core.step.refresh_scheduler import staleness
 from lightning_optim.diagnostics import figures
-from lightning_optim.diagnostics.probes.base import History, Probe, Run, SettingError
+from lightning_optim.diagnostics.probes.base import Probe
+from lightning_optim.diagnostics.probes.context import TrainingContext
+from lightning_optim.diagnostics.probes.failures import SettingError
+from lightning_optim.diagnostics.probes.history import ColumnHistory
 from lightning_optim.diagnostics.report import Report, over_ranks
 from lightning_optim.refresh import parse
 
 
 class PreconditionerRefresh(Probe):
-    """Sets when costly state (eigenbases, inverse roots, projections) is computed anew, and logs what that costs.
+    """Sets when preconditioners (eigenbases, inverse roots, projections) are recomputed, and logs what that costs.
 
-    Works for every rule of ours with costly state; with any other optimizer it says nothing. Logged are the
-    refreshes since the last measurement: `refresh/count`, `refresh/ms`, `refresh/share_of_step`,
+    The callback applies to every rule of this package with preconditioners and logs nothing for other optimizers. It
+    logs the refreshes since the last measurement: `refresh/count`, `refresh/ms`, `refresh/share_of_step`,
     `refresh/age_mean`, `age_max` (at present), `refresh/staleness_mean`, `staleness_p95` (of all matrices at
     present, where the rule defines it), `refresh/drift` (1 - overlap of new and old state) and
-    `refresh/reason/<reason>`. The picture `refresh/raster` has a row per matrix: a refresh is coloured by the age
+    `refresh/reason/<reason>`. The picture `refresh/raster` has a row per matrix: the color of a refresh is the age
     of the state it replaced.
 
     Args:
-        policy: spelling of a policy (`lightning_optim.refresh`), for all rules with costly state; None leaves each
-            group's own.
-        schedule: step to policy: from that optimizer step on it replaces the one before.
+        policy: text of a policy (`lightning_optim.refresh`) for all rules with preconditioners; None leaves the policy
+            of each group.
+        schedule: optimizer step to the policy that applies from that step on.
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
-        detail: whether everything measured becomes a scalar, too, not only what the charts show.
+        detail: whether every measure is also a scalar, not only those of the charts.
     """
 
     name = "refresh"
     charts: ClassVar[Mapping[str, Sequence[str]]] = {
         "share of training time that refreshes take": ["refresh/share_of_step"],
         "refreshes since the last measurement": ["refresh/count"],
-        "age of the oldest costly state (steps)": ["refresh/age_max"],
-        "mean staleness of costly state": ["refresh/staleness_mean"],
+        "age of the oldest preconditioner (steps)": ["refresh/age_max"],
+        "mean staleness of preconditioners": ["refresh/staleness_mean"],
         "drift: 1 - overlap of new and replaced state": ["refresh/drift"],
     }
     curves: ClassVar[Mapping[str, tuple[str, str]]] = {
@@ -68,7 +71,7 @@ class PreconditionerRefresh(Probe):
             parse(text)
         self.events: list[Refresh] = []
         self.total = 0
-        self.history = History()
+        self.history = ColumnHistory()
         self._since = 0.0
         self._policy: Any = None
         self._policy_step = 0
@@ -80,30 +83,30 @@ class PreconditionerRefresh(Probe):
         super().load_state_dict(state)
         self.total = state["total"]
 
-    def prepare(self, run: Run) -> None:
-        """Listen to the optimizer and set the policy.
+    def prepare(self, context: TrainingContext) -> None:
+        """Subscribe to the optimizer's refreshes and set the policy.
 
         Args:
-            run: what there is to see.
+            context: the run.
 
         Raises:
             SettingError: a policy that measures staleness, for a rule that does not define it.
         """
         self.events = []
-        if isinstance(run.optimizer, RuleOptimizer):
+        if isinstance(context.optimizer, RuleOptimizer):
             for text in self.schedule.values():
-                self._set(run.optimizer, text, only_check=True)
-            run.optimizer.on_refresh = self.events.append
-            if run.optimizer.process_group is None:
-                run.optimizer.process_group = run.extra.get("group")
-            self._policy_step = run.step
-            self._follow(run.optimizer, run.step + 1)
-            if self.schedule:  # apart from what is measured: a policy holds where that fails
-                self._policy = run.optimizer.register_step_pre_hook(lambda *_: self._before_policy(run))
+                self._set_policy(context.optimizer, text, only_check=True)
+            context.optimizer.on_refresh = self.events.append
+            if context.optimizer.process_group is None:
+                context.optimizer.process_group = context.extra.get("group")
+            self._policy_step = context.step
+            self._apply_policy(context.optimizer, context.step + 1)
+            if self.schedule:  # a hook of its own: the policy applies even if measuring fails
+                self._policy = context.optimizer.register_step_pre_hook(lambda *_: self._advance_policy(context))
 
     def clear(self) -> None:  # noqa: D102
-        if self.run is not None and isinstance(self.run.optimizer, RuleOptimizer):
-            self.run.optimizer.on_refresh = None
+        if self.context is not None and isinstance(self.context.optimizer, RuleOptimizer):
+            self.context.optimizer.on_refresh = None
 
     def stop(self) -> None:  # noqa: D102
         super().stop()
@@ -111,64 +114,65 @@ class PreconditionerRefresh(Probe):
             self._policy.remove()
             self._policy = None
 
-    def _before_policy(self, run: Run) -> None:
+    def _advance_policy(self, context: TrainingContext) -> None:
         self._policy_step += 1
-        self._follow(run.optimizer, self._policy_step)
+        self._apply_policy(context.optimizer, self._policy_step)
 
-    def _follow(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def _apply_policy(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         texts = [text for start, text in self.schedule.items() if start <= step]
         if texts and isinstance(optimizer, RuleOptimizer):
-            self._set(optimizer, texts[-1])
+            self._set_policy(optimizer, texts[-1])
 
-    def _set(self, optimizer: RuleOptimizer, text: str, *, only_check: bool = False) -> None:
-        for job in optimizer.group_steps():
-            if job.rule.preconditioners and job.group["refresh"] != text:
-                own = job.group["refresh"]
-                job.group["refresh"] = text
+    def _set_policy(self, optimizer: RuleOptimizer, text: str, *, only_check: bool = False) -> None:
+        for group in optimizer.group_steps():
+            if group.rule.preconditioners and group.group["refresh"] != text:
+                before = group.group["refresh"]
+                group.group["refresh"] = text
                 try:
-                    rule_of(job.group).validate()
+                    rule_of(group.group).validate()
                 except ValueError as error:
-                    job.group["refresh"] = own
+                    group.group["refresh"] = before
                     raise SettingError(str(error)) from error
                 if only_check:
-                    job.group["refresh"] = own
+                    group.group["refresh"] = before
 
-    def after(self, run: Run) -> Report | None:  # noqa: D102
-        if not isinstance(run.optimizer, RuleOptimizer):
+    def measure(self, context: TrainingContext) -> Report | None:  # noqa: D102
+        if not isinstance(context.optimizer, RuleOptimizer):
             return None
         ages: dict[str, float] = {}
         stale: dict[str, Tensor] = {}
         names: list[str] = []
-        for job in run.optimizer.group_steps():
-            if not job.rule.preconditioners:
+        for group in context.optimizer.group_steps():
+            if not group.rule.preconditioners:
                 continue
-            for w in job.params:
-                kept = [t for key, t in w.state.items() if key.partition(".")[0] == "refreshed"]
-                if not kept:
+            for s in group.params:
+                name = s.plan.name
+                records = [t for key, t in s.state.items() if key.partition(".")[0] == "refreshed"]
+                if not records:
                     continue
-                names.append(w.plan.name)
-                if all(sharding.local(t).numel() for t in kept):  # empty on ranks that do not own the matrix
-                    ages[w.plan.name] = max(float(record[:, 0].amax()) for record in w.refresh_records())
-                    whole = sharding.sharding_of(w.plan.param) is None
-                    if whole and w.grad is not None and job.rule.measures_staleness():
-                        stale[w.plan.name] = staleness(job, w, w.gradient())
+                names.append(name)
+                if all(sharding.local(t).numel() for t in records):  # empty on ranks that do not own the matrix
+                    ages[name] = max(float(record[:, 0].amax()) for record in s.refresh_records())
+                    whole = sharding.sharding_of(s.plan.param) is None
+                    if whole and s.grad is not None and group.rule.measures_staleness():
+                        stale[name] = staleness(group, s, s.gradient())
         if not names:
             return None
-        events, trained = list(self.events), self.pace.trained - self._since
-        self._since = self.pace.trained
+        events, trained = list(self.events), self.budget.trained - self._since
+        self._since = self.budget.trained
         self.events.clear()
-        return self._report(run, names, ages, {k: float(v) for k, v in stale.items()}, events, trained)
+        return self._report_of(context, names, ages, {k: float(v) for k, v in stale.items()}, events, trained)
 
-    def _report(
+    def _report_of(
         self,
-        run: Run,
+        context: TrainingContext,
         names: list[str],
         ages: Mapping[str, float],
         stale: Mapping[str, float],
         events: list[Refresh],
         trained: float,
     ) -> Report:
-        device = sharding.local(run.optimizer.param_groups[0]["params"][0]).device
+        device = context.device
         drifts = [1 - e.overlap for e in events if not math.isnan(e.overlap)]
         seconds = sum(e.seconds for e in events)
         scalars = [len(events), seconds, sum(drifts), len(drifts), trained]
@@ -177,11 +181,11 @@ class PreconditionerRefresh(Probe):
         for table in (ages, stale, last):
             columns += [[table.get(n, 0.0) for n in names], [float(n in table) for n in names]]
         flat = torch.tensor([x for column in columns for x in column], dtype=torch.float64, device=device)
-        found = over_ranks(flat).cpu()
-        count, seconds, drift, drifted, trained = found[:5].tolist()
-        rest = found[5:].view(3, 2, len(names))
-        age, staleness, marks = (torch.where(k > 0, v / k, math.nan) for v, k in rest)
-        shared = float(rest[0, 1].max())  # ranks that do the same work
+        sums = over_ranks(flat).cpu()
+        count, seconds, drift, drifted, trained = sums[:5].tolist()
+        tables = sums[5:].view(3, 2, len(names))
+        age, staleness, marks = (torch.where(k > 0, v / k, math.nan) for v, k in tables)
+        shared = float(tables[0, 1].max())  # number of ranks that refresh the same matrices
         count, seconds = count / shared, seconds / shared
         self.total += round(count)
         report = Report()
@@ -189,11 +193,11 @@ class PreconditionerRefresh(Probe):
         s["refresh/count"] = count
         s["refresh/ms"] = 1e3 * seconds
         if trained > 0:
-            s["refresh/share_of_step"] = seconds / (trained / run.ranks) / (run.ranks / shared)
+            s["refresh/share_of_step"] = seconds / (trained / context.ranks) / (context.ranks / shared)
         s |= {"refresh/age_mean": float(age.nanmean()), "refresh/age_max": float(age.nan_to_num(0.0).max())}
-        known = staleness[~staleness.isnan()]
-        if known.numel():
-            s |= {"refresh/staleness_mean": float(known.mean()), "refresh/staleness_p95": float(known.quantile(0.95))}
+        finite = staleness[~staleness.isnan()]
+        if finite.numel():
+            s |= {"refresh/staleness_mean": float(finite.mean()), "refresh/staleness_p95": float(finite.quantile(0.95))}
         if drifted:
             s["refresh/drift"] = drift / drifted
         s |= {f"refresh/reason/{reason}": float(n) for reason, n in Counter(e.reason for e in events).items()}
