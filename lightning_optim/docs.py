@@ -117,7 +117,7 @@ def stub() -> str:
         "",
         "from torch import Tensor",
         "",
-        "from lightning_optim.core.optimizer import RuleOptimizer, ParamsT",
+        "from lightning_optim.core.optimizer import ParamsT, RuleOptimizer",
         "from lightning_optim.core.rule import Rule",
         "",
         "__all__ = [",

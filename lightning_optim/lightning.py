@@ -17,7 +17,7 @@ from lightning_optim.build.roles import Override
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import lookup
-from lightning_optim.curvature import curvature_input
+from lightning_optim.curvature import needs_curvature
 from lightning_optim.schedule import SCHEDULES, ScheduleConfig, ScheduleLR
 
 __all__ = ["SCHEDULES", "OptimizerConfig", "ScheduleLR", "configure_optimizers"]
@@ -318,7 +318,7 @@ def _refuse_what_needs_gradients(module: LightningModule) -> None:
 def _feed(module: LightningModule, optimizer: RuleOptimizer) -> None:
     """Have the trainer measure what the optimizer needs beside gradients."""
     trainer = getattr(module, "_trainer", None)
-    if trainer is not None and curvature_input(optimizer):
+    if trainer is not None and needs_curvature(optimizer):
         from lightning_optim.callbacks import CurvatureCallback
 
         if not any(isinstance(callback, CurvatureCallback) for callback in trainer.callbacks):

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_optim.core.optimizer import RuleOptimizer, ParamsT
+from lightning_optim.core.optimizer import ParamsT, RuleOptimizer
 from lightning_optim.core.rule import Rule
 
 __all__ = [

@@ -24,7 +24,7 @@ from lightning_optim.bench.tokens import shuffled
 from lightning_optim.build.factory import build_optimizer
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.rule import lookup
-from lightning_optim.curvature import CurvatureEstimator, curvature_input
+from lightning_optim.curvature import CurvatureEstimator, needs_curvature
 from lightning_optim.diagnostics.memory import LiveStorages, SavedActivations, predicted_state
 from lightning_optim.schedule import SCHEDULES, ScheduleLR
 
@@ -424,7 +424,7 @@ def feed_of(model: nn.Module, optimizer: RuleOptimizer, setup: Setup) -> Curvatu
     """
     return (
         CurvatureEstimator(model, optimizer, lambda batch: loss_of(model, setup, batch))
-        if curvature_input(optimizer)
+        if needs_curvature(optimizer)
         else None
     )
 
