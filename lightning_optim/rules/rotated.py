@@ -21,7 +21,7 @@ Decomposition = Literal["qr", "eigh"]
 RotationDtype = Literal["float32", "bfloat16"]
 
 
-class Rotated(Rule):
+class Rotated(Rule, abstract=True):
     """Base of rules that work in eigenbases `basis_left` [m, m], `basis_right` [n, n] or both.
 
     L <- (1 - w) L + w X X^T;  R <- (1 - w) R + w X^T X;  at first Q = eigenvectors(L), later, when due, Q <- qr(L Q)
