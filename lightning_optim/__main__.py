@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_optim.build.recipes import PRESETS, RECIPES, find
+from lightning_optim.catalog import kind, state_bytes, summary
 from lightning_optim.core.rule import REGISTRY
-from lightning_optim.docs import kind, state_bytes, summary
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ import typing
 from pathlib import Path
 
 import lightning_optim
-from lightning_optim import docs, optimizers
-from lightning_optim.core.rule import REGISTRY
+from lightning_optim import catalog, optimizers
+from lightning_optim.core.rule import REGISTRY, hyperparameters
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,13 +49,14 @@ ALLOWED = {
     "diagnostics": {"core", "diagnostics", "ops", "refresh"},
     "schedule": {"core"},
     "build": {"build", "core", "optimizers", "schedule"},
-    "optimizers": {"core", "rules", "optimizers"},
-    "docs": {"core", "optimizers"},
+    "catalog": {"core"},
+    "optimizers": {"catalog", "core", "rules", "optimizers"},
+    "docs": {"catalog", "core", "optimizers"},
     "curvature": {"build", "core", "curvature", "diagnostics", "ops"},
     "callbacks": {"build", "callbacks", "core", "curvature", "diagnostics", "lightning", "relora", "schedule"},
     "lightning": {"build", "callbacks", "core", "curvature", "schedule"},
     "bench": {"bench", "build", "core", "curvature", "diagnostics", "docs", "optimizers", "refresh", "schedule"},
-    "__main__": {"bench.__main__", "build", "core", "docs"},
+    "__main__": {"bench.__main__", "build", "catalog", "core"},
 }
 
 
@@ -103,7 +104,7 @@ def test_every_public_name_exists_and_is_documented() -> None:
     for name in lightning_optim.__all__:
         assert inspect.getdoc(getattr(lightning_optim, name)), name
     for rule in REGISTRY.values():
-        assert rule.source and docs.summary(rule)
+        assert rule.source and catalog.summary(rule)
 
 
 def test_optimizer_classes_have_real_signatures() -> None:
@@ -114,6 +115,20 @@ def test_optimizer_classes_have_real_signatures() -> None:
         for key in ("lr", "weight_decay"):
             assert parameters[key].annotation is float and hints[key] is float
         assert cls.__module__ == "lightning_optim.optimizers" and getattr(optimizers, cls.__name__) is cls
+
+
+def test_stubs_carry_the_documentation() -> None:
+    """An editor shows the docstring of the stub; `help` shows that of the class."""
+    stub = (ROOT / "lightning_optim" / "optimizers.pyi").read_text()
+    assert max(map(len, stub.splitlines())) <= 120
+    stubs = {node.name: ast.get_docstring(node) for node in ast.parse(stub).body if isinstance(node, ast.ClassDef)}
+    assert set(stubs) == {cls.__name__ for cls in optimizers.CLASSES.values()}
+    for name, cls in optimizers.CLASSES.items():
+        text, rule = stubs[cls.__name__], REGISTRY[name]
+        assert text is not None and "Source: " in text, name
+        assert text.startswith(str(inspect.getdoc(rule))), name
+        assert text.split() == str(inspect.getdoc(cls)).split(), name
+        assert all(f"{key}=" in text for key in hyperparameters(rule)), name
 
 
 def test_readme_table_and_stubs_are_up_to_date() -> None:
