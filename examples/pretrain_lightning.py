@@ -33,10 +33,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_integration.arguments import literals
 from lightning_optim import configure_optimizers
-from lightning_optim.bench.models import PRESETS, build_model
-from lightning_optim.bench.text import texts, unigram_entropy
-from lightning_optim.bench.tokens import encode, shuffled, train_tokenizer
 from lightning_optim.callbacks import RoleTable, diagnostics
+from lightning_optim.data.presets import PRESETS, build_model
+from lightning_optim.data.text import texts, unigram_entropy
+from lightning_optim.data.tokenizer import encode, shuffled, train_tokenizer
 from lightning_optim.lightning import SCHEDULES
 from lightning_optim.optimizers import CLASSES
 

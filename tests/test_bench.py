@@ -20,7 +20,7 @@ from lightning_optim.bench import page, report, statistics
 from lightning_optim.bench.__main__ import main
 from lightning_optim.bench.claims import CLAIMS
 from lightning_optim.bench.ledger import Ledger
-from lightning_optim.bench.models import PRESETS, make, size_of
+from lightning_optim.bench.models import make, size_of
 from lightning_optim.bench.page import Table
 from lightning_optim.bench.run import Queue, best, search
 from lightning_optim.bench.space import (
@@ -39,9 +39,11 @@ from lightning_optim.bench.space import (
 )
 from lightning_optim.bench.studies import studies
 from lightning_optim.bench.tasks import functions, load
-from lightning_optim.bench.trial import Workspace, build, execute, needed_bytes, schedule
+from lightning_optim.bench.training import schedule
+from lightning_optim.bench.trial import Workspace, build, execute, needed_bytes
 from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.rule import REGISTRY, hyperparameters, lookup
+from lightning_optim.data.presets import PRESETS
 from lightning_optim.refresh import parse
 
 ROOT = Path(__file__).parent.parent
@@ -306,7 +308,7 @@ def test_a_trial_follows_a_schedule_of_its_settings(tmp_path: Path, cache: Path)
     space = workspace(tmp_path, cache)
     own = execute(Trial(TOY, "muon", 1e-2, {"schedule": {"schedule": "constant"}}), space)
     assert [x["loss"] for x in own["curve"]] == [x["loss"] for x in execute(Trial(flat, "muon", 1e-2), space)["curve"]]
-    assert own["setup"]["schedule"].startswith("the optimizer's own: Curve(schedule='constant'")
+    assert own["setup"]["schedule"].startswith("the optimizer's own: ScheduleConfig(schedule='constant'")
     preset = Trial(TOY, "soap_muon", 0.0375, {"preset": "record46"})
     optimizer = build(make(TOY), preset)
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0} and optimizer.total_steps == 4
@@ -677,10 +679,10 @@ def test_statistics_by_hand() -> None:
     a, b = statistics.power_law([(1.0, 3.0), (10.0, 300.0), (100.0, 30_000.0)]) or (0, 0)
     assert (a, b) == pytest.approx((3.0, 2.0))
     assert statistics.power_law([(1.0, 3.0), (1.0, 4.0)]) is None
-    one = statistics.spread([2.0])
+    one = statistics.mean_with_error([2.0])
     assert str(one) == "2.000" and math.isnan(one.error)
     seeds = {"a": {0: 1.0, 1: 1.1, 2: 3.0}, "b": {0: 2.0, 1: 2.2, 2: 2.5}, "c": {0: 1.0, 1: 1.2, 2: 9.0}}
-    pairs, same = statistics.kept(seeds, held_out=2)
+    pairs, same = statistics.stable_pairs(seeds, held_out=2)
     assert pairs == [("a", "b"), ("c", "b")] and same == []
 
 

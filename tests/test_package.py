@@ -55,7 +55,11 @@ ALLOWED = {
     "curvature": {"build", "core", "curvature", "diagnostics", "ops"},
     "callbacks": {"build", "callbacks", "core", "curvature", "diagnostics", "lightning", "relora", "schedule"},
     "lightning": {"build", "callbacks", "core", "curvature", "schedule"},
-    "bench": {"bench", "build", "core", "curvature", "diagnostics", "docs", "optimizers", "refresh", "schedule"},
+    "data": {"data"},
+    "bench": {
+        *("bench", "build", "catalog", "core", "curvature", "data"),
+        *("diagnostics", "docs", "optimizers", "refresh", "schedule"),
+    },
     "__main__": {"bench.__main__", "build", "catalog", "core"},
 }
 
@@ -73,7 +77,7 @@ def test_imports_go_one_way() -> None:
             if home in ("ops", "rules"):
                 assert not name.startswith("torch.distributed"), f"{path.name} imports {name}"
                 assert "optimizer" not in name and "parallel" not in name, f"{path.name} imports {name}"
-            if home not in ("callbacks", "lightning", "bench", "__main__"):
+            if home not in ("callbacks", "lightning", "bench", "data", "__main__"):
                 assert name.split(".")[0] not in ("lightning", "transformers", "peft"), f"{path.name} imports {name}"
             assert home in ("bench", "__main__") or not name.startswith("lightning_optim.bench"), f"{path.name}: {name}"
     leaves = [p for d in ("hf_integration", "callbacks", "examples") for p in (ROOT / d).rglob("*.py")]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim import build_optimizer
-from lightning_optim.bench.models import PRESETS, build_model
 from lightning_optim.curvature import CurvatureEstimator
+from lightning_optim.data.presets import PRESETS, build_model
 
 
 @dataclass

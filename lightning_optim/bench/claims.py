@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_optim.bench.space import Setup
-from lightning_optim.bench.statistics import spread
+from lightning_optim.bench.statistics import mean_with_error
 from lightning_optim.bench.studies import BASELINE, Study, Variant
 
 Measure = Callable[[Sequence[Study], Sequence[Variant]], str | None]
@@ -114,7 +114,7 @@ def _speed_up(name: str) -> Measure:
         reached = [1 / x for x in found if x]
         if len(reached) < len(found):
             return f"AdamW's last loss is not reached on {len(found) - len(reached)} of {len(found)} seeds"
-        return f"{spread(reached)} times fewer tokens to AdamW's last loss, over {len(reached)} seed(s)"
+        return f"{mean_with_error(reached)} times fewer tokens to AdamW's last loss, over {len(reached)} seed(s)"
 
     return measure
 

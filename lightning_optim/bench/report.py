@@ -12,7 +12,7 @@ from lightning_optim.bench.ledger import Ledger, Line
 from lightning_optim.bench.page import NOTHING, Block, Cell, Chart, Heading, Table, Text, markdown, page
 from lightning_optim.bench.run import SEARCH
 from lightning_optim.bench.space import REGIMES, TRACKS, follows_adamw
-from lightning_optim.bench.statistics import front, kept, power_law, spread, tau
+from lightning_optim.bench.statistics import front, mean_with_error, power_law, stable_pairs, tau
 from lightning_optim.bench.studies import BASELINE, Study, Variant, studies, tuned_besides, variants
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.docs import between
@@ -288,9 +288,9 @@ def _order(study: Study, names: Sequence[str]) -> list[Block]:
     if len(seeds) < 3:
         return [Text(f"Order on another seed: {NOTHING} (three seeds are needed, {len(seeds)} there).")]
     last = seeds[-1]
-    pairs, same = kept(losses, last)
+    pairs, same = stable_pairs(losses, last)
     both = {n: found for n, found in losses.items() if last in found and len(found) > 1}
-    before = {n: spread([x for seed, x in found.items() if seed != last]).mean for n, found in both.items()}
+    before = {n: mean_with_error([x for seed, x in found.items() if seed != last]).mean for n, found in both.items()}
     lost = [f"{a} and {b}" for a, b in pairs if (a, b) not in same]
     said = (
         f"Order on another seed: of {len(pairs)} pairs more than two standard errors apart on the other seeds,"
@@ -433,7 +433,7 @@ def ablated(forms: Sequence[Variant]) -> list[Block]:
         time = [line["time"][f"optimizer_{clock}"] / line["steps"] * 1e3 for line in ended]
         told = f"{form.loss} ({form.loss.count})" if form.loss else form.lines[0]["status"]
         cells: list[Cell] = [form.ablation, form.optimizer, form.label, told]
-        rows.append([*cells, memory[0] if memory else None, spread(time).mean if time else None])
+        rows.append([*cells, memory[0] if memory else None, mean_with_error(time).mean if time else None])
     head = ["ablation", "optimizer", "form", "loss (seeds)", "state B/weight", "optimizer ms per step"]
     said = (
         "Every form has the learning rate that was tuned for the optimizer's default, and might do better with another."
@@ -544,7 +544,7 @@ def _memory(study: Study, name: str, what: str) -> float:
 def _tied(study: Study, best: str, other: str) -> bool:
     """Whether paired differences to the best are within two standard errors of zero."""
     gaps = _gaps(study, best, other)
-    return len(gaps) > 1 and abs(spread(gaps).mean) <= 2 * spread(gaps).error
+    return len(gaps) > 1 and abs(mean_with_error(gaps).mean) <= 2 * mean_with_error(gaps).error
 
 
 def _gaps(study: Study, one: str, other: str) -> list[float]:
@@ -554,13 +554,13 @@ def _gaps(study: Study, one: str, other: str) -> list[float]:
 
 def _apart(study: Study, name: str) -> str | None:
     gaps = [] if name == BASELINE else _gaps(study, name, BASELINE)
-    return str(spread(gaps)) if gaps else None
+    return str(mean_with_error(gaps)) if gaps else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     """Mean, or None where one is missing."""
     there = [x for x in values if x is not None]
-    return spread(there).mean if there and len(there) == len(values) else None
+    return mean_with_error(there).mean if there and len(there) == len(values) else None
 
 
 def _ratio(values: Sequence[float | None]) -> str | None:
@@ -569,7 +569,7 @@ def _ratio(values: Sequence[float | None]) -> str | None:
         return None
     if len(there) < len(values):
         return f"not reached on {len(values) - len(there)} of {len(values)} seeds"
-    return str(spread(there))
+    return str(mean_with_error(there))
 
 
 def report_command(args: argparse.Namespace) -> bool:

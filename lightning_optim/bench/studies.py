@@ -12,7 +12,7 @@ from typing import Any
 from lightning_optim.bench.ledger import Ledger, Line
 from lightning_optim.bench.run import SEARCH
 from lightning_optim.bench.space import Setup, ablations, read_trial
-from lightning_optim.bench.statistics import Spread, reaches, spread
+from lightning_optim.bench.statistics import MeanWithError, mean_with_error, reaches
 
 BASELINE = "adamw"
 
@@ -82,7 +82,7 @@ class Study:
         same = [line for line in self.lines if line["status"] == "ok" and _but_seed(line) == _but_seed(chosen)]
         return {line["config"]["seed"]: line for line in sorted(same, key=lambda line: line["config"]["seed"])}
 
-    def over_seeds(self, name: str, what: str) -> Spread | None:
+    def over_seeds(self, name: str, what: str) -> MeanWithError | None:
         """A number of the last evaluation over seeds.
 
         Args:
@@ -90,21 +90,21 @@ class Study:
             what: `loss` or `score`.
 
         Returns:
-            The spread, or None where it was not measured.
+            The mean with its standard error, or None where it was not measured.
         """
         found = [line["final"][what] for line in self.runs(name).values() if what in line["final"]]
-        return spread(found) if found else None
+        return mean_with_error(found) if found else None
 
-    def loss(self, name: str) -> Spread:
+    def loss(self, name: str) -> MeanWithError:
         """Validation loss over seeds.
 
         Args:
             name: of an optimizer that is `tuned`.
 
         Returns:
-            The spread; nan if nothing ended well.
+            The mean with its standard error; nan if nothing ended well.
         """
-        return self.over_seeds(name, "loss") or Spread(math.nan, math.nan, 0)
+        return self.over_seeds(name, "loss") or MeanWithError(math.nan, math.nan, 0)
 
     def to_target(self, name: str, axis: str) -> list[float | None]:
         """What an optimizer needs to reach the last loss of tuned AdamW on the same seed, AdamW's own need being 1.
@@ -124,7 +124,7 @@ class Study:
             out.append(None if reached is None else reached / reference[axis])
         return out
 
-    def throughput(self, name: str) -> Spread | None:
+    def throughput(self, name: str) -> MeanWithError | None:
         """Tokens per second.
 
         Args:
@@ -134,7 +134,7 @@ class Study:
             Over seeds.
         """
         found = [line["tokens"] / line["time"][self.clock] for line in self.runs(name).values()]
-        return spread(found) if found else None
+        return mean_with_error(found) if found else None
 
     def effective_throughput(self, name: str) -> float | None:
         """Tokens that AdamW needs over the time this optimizer needs to AdamW's last loss (Gong et al. 2025, F.5).
@@ -233,10 +233,10 @@ class Variant:
     lines: list[Line]
 
     @property
-    def loss(self) -> Spread | None:
+    def loss(self) -> MeanWithError | None:
         """Validation loss over seeds; None if nothing ended well."""
         found = [line["final"]["loss"] for line in self.lines if line["status"] == "ok"]
-        return spread(found) if found else None
+        return mean_with_error(found) if found else None
 
 
 def variants(ledger: Ledger) -> list[Variant]:

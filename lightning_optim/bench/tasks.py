@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_optim.bench.models import shape
 from lightning_optim.bench.space import Setup
-from lightning_optim.bench.text import read, standard_library, texts
-from lightning_optim.bench.tokens import PAD, encode, train_tokenizer
+from lightning_optim.data.text import read, standard_library, texts
+from lightning_optim.data.tokenizer import PAD, encode, train_tokenizer
 
 IGNORE = -100
 EVAL_ROWS = 64
