@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import typing
 from pathlib import Path
 
@@ -212,6 +213,19 @@ def test_a_new_rule_is_one_file_and_one_reference(tmp_path: Path) -> None:
     assert "lightning_optim.optimizers.Toy" in run(sys.executable, "-c", code, cwd=tree)
 
 
+def test_the_version_has_one_place_and_building_needs_no_torch(tmp_path: Path) -> None:
+    """The version is read from the source without importing it, as a build runs without torch."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" not in project and project["dynamic"] == ["version"]
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')\n")
+    code = (
+        "from setuptools.config.pyprojecttoml import apply_configuration; from setuptools import Distribution;"
+        "print(apply_configuration(Distribution(), 'pyproject.toml').metadata.version)"
+    )
+    out = run(sys.executable, "-W", "ignore", "-c", code, PYTHONPATH=str(tmp_path))
+    assert out.split()[-1] == lightning_optim.__version__
+
+
 def test_the_wheel_beside_a_decoy(tmp_path: Path) -> None:
     """Built, installed without dependencies, and imported from a folder with a callbacks.py of its own."""
     tree = copied(tmp_path)
@@ -235,3 +249,4 @@ def test_the_wheel_beside_a_decoy(tmp_path: Path) -> None:
     assert (site / "lightning_optim" / "optimizers.pyi").exists()
     assert (site / "lightning_optim" / "py.typed").exists()
     assert not (site / "callbacks").exists() and not (site / "tests").exists()
+    assert wheel.name.startswith(f"lightning_optim-{lightning_optim.__version__}-")
