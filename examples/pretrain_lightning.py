@@ -72,10 +72,12 @@ class Pretraining(L.LightningModule):
             s.optim,
             lr=s.learning_rate,
             weight_decay=s.weight_decay,
-            schedule=s.schedule,
-            warmup_steps=s.warmup_steps,
-            momentum_warmup_steps=s.momentum_warmup_steps,
-            total_steps=s.max_steps,
+            schedule={
+                "schedule": s.schedule,
+                "warmup_steps": s.warmup_steps,
+                "momentum_warmup_steps": s.momentum_warmup_steps,
+                "total_steps": s.max_steps,
+            },
             shard_work=s.shard_work,
             **literals(s.optim_args),
         )

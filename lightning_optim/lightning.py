@@ -30,17 +30,7 @@ def configure_optimizers(
     lr: float | None = None,
     recipe: str | None = None,
     preset: str | None = None,
-    schedule: str | None = None,
-    warmup_steps: int | None = None,
-    total_steps: int | None = None,
-    min_lr_ratio: float | None = None,
-    cooldown: float | None = None,
-    horizon: float | None = None,
-    power: float | None = None,
-    momentum_warmup_steps: int | None = None,
-    momentum_start: float | None = None,
-    momentum_cooldown_steps: int | None = None,
-    momentum_end: float | None = None,
+    schedule: str | Mapping[str, Any] | None = None,
     weight_decay: float | None = None,
     rest: str | None = None,
     rest_lr: float | None = None,
@@ -51,7 +41,8 @@ def configure_optimizers(
 ) -> dict[str, Any]:
     """Build what `LightningModule.configure_optimizers` returns.
 
-    Write `return configure_optimizers(self, "muon", lr=3e-4, schedule="cosine", warmup_steps=100)` there.
+    Write `return configure_optimizers(self, "muon", lr=3e-4, schedule="cosine")` there, for a warm-up
+    `schedule={"schedule": "cosine", "warmup_steps": 100}`.
 
     Args:
         module: the module; all its trainable parameters are taken.
@@ -59,18 +50,8 @@ def configure_optimizers(
         lr: peak learning rate; with the default convention, AdamW's.
         recipe: name of published settings, the learning rate among them, but not the schedule.
         preset: name of a published pretraining stack, schedule and averages included; what is given here goes before.
-        schedule: `"constant"`, if not given, `"linear"`, `"cosine"` or `"power"` decay after the warm-up.
-        warmup_steps: optimizer steps of linear warm-up from `lr / warmup_steps`.
-        total_steps: optimizer steps of the run; asked of the trainer if not given.
-        min_lr_ratio: the learning rate decays to this share of `lr`, 0 if not given.
-        cooldown: of the power schedule, as are the next two: steps in which the learning rate falls, or a share; see
-            `lightning_optim.schedule.ScheduleConfig`.
-        horizon: step at which it would be at its lowest.
-        power: 1 if not given.
-        momentum_warmup_steps: optimizer steps in which the main rule's momentum rises linearly to its value.
-        momentum_start: momentum of the first of them, 0.85 if not given.
-        momentum_cooldown_steps: last steps in which it falls linearly.
-        momentum_end: what it falls to, 0.85 if not given.
+        schedule: `"constant"`, the default, `"linear"`, `"cosine"` or `"power"`, or settings of
+            `lightning_optim.schedule.ScheduleConfig`. The trainer knows `total_steps`.
         weight_decay: see `build_optimizer`, as are the following.
         rest: see `build_optimizer`.
         rest_lr: see `build_optimizer`.
@@ -87,21 +68,8 @@ def configure_optimizers(
             or scales gradients, a strategy (FSDP1, DeepSpeed) that cannot run the rule, or what `ScheduleLR` and
             `build_optimizer` raise.
     """
-    asked = {
-        "schedule": schedule,
-        "warmup_steps": warmup_steps,
-        "total_steps": total_steps,
-        "min_lr_ratio": min_lr_ratio,
-        "cooldown": cooldown,
-        "horizon": horizon,
-        "power": power,
-        "momentum_warmup_steps": momentum_warmup_steps,
-        "momentum_start": momentum_start,
-        "momentum_cooldown_steps": momentum_cooldown_steps,
-        "momentum_end": momentum_end,
-    }
-    asked = {k: v for k, v in asked.items() if v is not None}
-    ScheduleConfig.of(asked)
+    if schedule is not None:
+        ScheduleConfig.of(schedule)
     check_strategy(module, name)
     if settings.get("fused_backward"):
         _refuse_what_needs_gradients(module)
@@ -111,7 +79,7 @@ def configure_optimizers(
         lr=lr,
         recipe=recipe,
         preset=preset,
-        schedule=asked or None,
+        schedule=schedule,
         weight_decay=weight_decay,
         rest=rest,
         rest_lr=rest_lr,
@@ -339,5 +307,5 @@ def _total_steps(module: LightningModule) -> int | None:
         steps = sum(math.ceil(trainer.num_training_batches / count) for count in every)
         steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     if not 0 < steps < math.inf:
-        raise ValueError("the trainer does not know how many steps it will take; give configure_optimizers total_steps")
+        raise ValueError("the trainer does not know how many steps it will take; give total_steps in schedule={...}")
     return int(steps)

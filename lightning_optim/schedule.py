@@ -97,23 +97,24 @@ class ScheduleConfig:
             raise ValueError(f"cooldown, horizon and power are for schedule='power', not {self.schedule!r}")
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> ScheduleConfig:
-        """Make a curve of plain settings.
+    def of(cls, schedule: str | Mapping[str, Any]) -> ScheduleConfig:
+        """Make a schedule of a name or of plain settings.
 
         Args:
-            given: some of the fields.
+            schedule: a name of `SCHEDULES`, or some of the fields.
 
         Returns:
-            The curve.
+            The schedule.
 
         Raises:
             ValueError: a name that is no field.
         """
-        known = [f.name for f in fields(cls)]
-        for key in given:
-            if key not in known:
-                raise ValueError(f"a schedule has no setting {key!r}; {nearest(key, known)}")
-        return cls(**given)
+        settings = schedule_settings(schedule)
+        names = [f.name for f in fields(cls)]
+        for key in settings:
+            if key not in names:
+                raise ValueError(f"a schedule has no setting {key!r}; {nearest(key, names)}")
+        return cls(**settings)
 
     @property
     def needs_total(self) -> bool:
@@ -203,6 +204,18 @@ class ScheduleConfig:
             full = group.setdefault("initial_momentum", _full_momentum(group))
             now = self.momentum(step, total if callable(total) else lambda: self.total_steps or total, full)
             set_momentum(group, now)
+
+
+def schedule_settings(schedule: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings that an argument `schedule` stands for.
+
+    Args:
+        schedule: a name of `SCHEDULES`, some of the fields of `ScheduleConfig`, or None.
+
+    Returns:
+        Fields of `ScheduleConfig` by name.
+    """
+    return {"schedule": schedule} if isinstance(schedule, str) else dict(schedule or {})
 
 
 def _steps(value: float, of: float) -> float:

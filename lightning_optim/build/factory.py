@@ -22,7 +22,7 @@ from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 from lightning_optim.core.step import constraints
 from lightning_optim.core.step.averaging_methods import EMANesterov, MuLoCo, TailEMA, averages_of
 from lightning_optim.optimizers import CLASSES
-from lightning_optim.schedule import OF_ROLE, ScheduleConfig
+from lightning_optim.schedule import OF_ROLE, ScheduleConfig, schedule_settings
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def build_optimizer(
     last_layer: Literal["rest", "rule"] | None = None,
     blocks: Literal["layers", "heads"] | None = None,
     wrap: Mapping[str, Mapping[str, Any]] | None = None,
-    schedule: Mapping[str, Any] | None = None,
+    schedule: str | Mapping[str, Any] | None = None,
     fused_backward: bool = False,
     shard_work: bool = False,
     **settings: Any,
@@ -79,8 +79,8 @@ def build_optimizer(
             `adam_mini` has one second moment per head of queries and keys in any case, unless `block="row"` is given.
         wrap: what to do around the steps, by name: `{"ema_nesterov": {"step_size": 0.6}}`, `"tail_ema"`, `"muloco"`
             (`lightning_optim.core.step.weight_averaging`).
-        schedule: settings of `lightning_optim.schedule.ScheduleConfig`, which `ScheduleLR` and the trainers' doors
-            follow.
+        schedule: `"linear"`, `"cosine"` or another name, or settings of `lightning_optim.schedule.ScheduleConfig`,
+            `{"schedule": "cosine", "warmup_steps": 100}`. `ScheduleLR` and the trainers' integrations follow it.
         fused_backward: step within the backward pass, where gradients are freed (`RuleOptimizer.fuse_backward`).
         shard_work: under DDP, let the ranks share out the matrices of whole-matrix rules (`RuleOptimizer.shard_work`).
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
@@ -105,7 +105,7 @@ def build_optimizer(
         "last_layer": last_layer,
         "blocks": blocks,
         "wrap": wrap,
-        "schedule": schedule,
+        "schedule": None if schedule is None else schedule_settings(schedule),
         "overrides": overrides,
     }
     if recipe is not None and preset is not None:
@@ -202,16 +202,6 @@ class OptimizerConfig:
         recipe: see there.
         preset: see there.
         schedule: see there.
-        warmup_steps: see there.
-        total_steps: see there.
-        min_lr_ratio: see there.
-        cooldown: see there.
-        horizon: see there.
-        power: see there.
-        momentum_warmup_steps: see there.
-        momentum_start: see there.
-        momentum_cooldown_steps: see there.
-        momentum_end: see there.
         weight_decay: see there.
         rest: see there.
         rest_lr: see there.
@@ -228,17 +218,7 @@ class OptimizerConfig:
     lr: float | None = None
     recipe: str | None = None
     preset: str | None = None
-    schedule: Literal["constant", "linear", "cosine", "power"] | None = None
-    warmup_steps: int | None = None
-    total_steps: int | None = None
-    min_lr_ratio: float | None = None
-    cooldown: int | float | None = None
-    horizon: int | float | None = None
-    power: float | None = None
-    momentum_warmup_steps: int | None = None
-    momentum_start: float | None = None
-    momentum_cooldown_steps: int | None = None
-    momentum_end: float | None = None
+    schedule: Literal["constant", "linear", "cosine", "power"] | dict[str, Any] | None = None
     weight_decay: float | None = None
     rest: str | None = None
     rest_lr: float | None = None
@@ -255,9 +235,22 @@ class OptimizerConfig:
         for f in fields(self):
             object.__setattr__(self, f.name, plain(getattr(self, f.name)))
         if self.schedule is not None:
-            ScheduleConfig(self.schedule)
+            ScheduleConfig.of(self.schedule)
         if self.preset is not None:
             find(self.preset)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Load a checkpoint, also one that was written when the schedule's settings were fields of their own.
+
+        Args:
+            state: fields by name.
+        """
+        names = [f.name for f in fields(self)]
+        of_schedule = {k: v for k, v in state.items() if k not in names and v is not None}
+        settings = {k: v for k, v in state.items() if k in names}
+        if of_schedule:
+            settings["schedule"] = schedule_settings(settings["schedule"]) | of_schedule
+        vars(self).update(settings)
 
     def __call__(self, module: Any) -> dict[str, Any]:
         """Build what `LightningModule.configure_optimizers` returns.
@@ -309,7 +302,10 @@ def _divided(group: Mapping[str, Any], like: RuleOptimizer, taken: Collection[st
 
 def _check_names(rule: type[Rule], settings: Mapping[str, Any]) -> None:
     known = list(settings_of(rule))
+    of_schedule = {f.name for f in fields(ScheduleConfig)}
     for key in settings:
+        if key not in known and key in of_schedule:
+            raise ValueError(f"{key} is a setting of the schedule: give schedule={{{key!r}: {settings[key]!r}, ...}}")
         if key not in known:
             raise ValueError(f"{rule.name} has no setting {key!r}; {nearest(key, known)}")
 
