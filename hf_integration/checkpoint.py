@@ -168,8 +168,8 @@ def accept_adamw(optimizer: RuleOptimizer, model: nn.Module) -> None:
     """Let `optimizer.load_state_dict` take what `torch.optim.AdamW` saved.
 
     AdamW's groups may be the Trainer's (decayed and not decayed), or one of all trainable parameters in the model's
-    order, or have names. Parameters that AdamW or Adam owns here, too, go on with its moments; every other rule begins
-    afresh. Settings stay those of `optimizer`; learning rates are where the checkpoint's schedule was.
+    order, or have names. Parameters that AdamW or Adam owns here, too, keep its moments; every other rule starts
+    from zero. Settings stay those of `optimizer`; learning rates are where the checkpoint's schedule was.
 
     Args:
         optimizer: of `build_optimizer`.

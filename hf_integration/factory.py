@@ -72,7 +72,7 @@ def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **
     `OptimizerFactory` and `attach` work there, too. The Trainer's `--learning_rate` and `--weight_decay` are not used.
 
     Unlike `build_optimizer`'s, its `load_state_dict` also takes an `optimizer.pt` of the Trainer's or torch's AdamW:
-    AdamW's moments go on where AdamW still owns the parameter.
+    AdamW's moments are kept where AdamW still owns the parameter.
 
     Args:
         model: any module, adapters included; its trainable parameters are taken.

@@ -30,7 +30,7 @@ class ReLoRA(TrainerCallback):
         prune: share of the adapters' optimizer state that becomes zero.
         by: `"magnitude"` or `"random"`.
         warmup_steps: after each merge.
-        seed: of the adapters that begin anew.
+        seed: random seed of the adapters that start again.
         resume_from: the checkpoint to resume from, if it does not lie in the Trainer's `output_dir`.
 
     Raises:

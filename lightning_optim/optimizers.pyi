@@ -423,7 +423,7 @@ class AdamW(RuleOptimizer):
     ) -> None: ...
 
 class Adapprox(RuleOptimizer):
-    """Adapprox: a second moment of low rank, found anew at every step by a random sketch.
+    """Adapprox: a second moment of low rank, computed at every step by a random sketch.
 
     V = b2 max(Q U^T, 0) + (1 - b2) g^2;  Q = leading left singular vectors of V;  U = V^T Q
     u = g / (sqrt(V) + eps), clipped to RMS clip_threshold;  m <- b1 m + (1 - b1) u;  d = m, or u where b1 is 0
@@ -652,7 +652,7 @@ class APOLLO(RuleOptimizer):
     d = c sqrt(scale) eta y, where eta keeps |y| from growing by more than a factor of `limit` per step
 
     The shorter side is projected; of a tall or square matrix x = g P, and rows are scaled. `scale_type="tensor"` scales
-    the matrix by |u| / |x|. `scale_front` limits the growth of sqrt(scale) y. When due, P is drawn anew or, with
+    the matrix by |u| / |x|. `scale_front` limits the growth of sqrt(scale) y. When due, P is drawn again or, with
     `projection="svd"`, taken from the gradient as `basis` says, see GaLore. `limit` and `limiter_restarts` are Fira's.
     `normalize` divides y by its root mean square.
 
@@ -769,7 +769,7 @@ class APOLLOMini(RuleOptimizer):
 class APOLLOSVD(RuleOptimizer):
     """APOLLO-SVD: APOLLO in the leading singular vectors of the gradient, as in GaLore.
 
-    How much of the gradient they hold varies, and with it the scale: the adamw learning-rate convention normalises.
+    How much of the gradient they hold varies, and with it the scale: the adamw learning-rate convention normalizes.
 
     Hyperparameters: lr=0.01, weight_decay=0.0, rank=128, refresh='staggered:200', basis='svd', betas=(0.9, 0.999),
     eps=1e-06, correct_bias=True, limit=1.01, limiter_restarts=True, projection='svd', scale=1.0, scale_type='channel',
@@ -935,13 +935,13 @@ class Dion(RuleOptimizer):
     d = sqrt(m / n) P Q^T
 
     What the step of rank `rank` misses stays in M (error feedback). Q starts with normal numbers. The columns of R are
-    normalised, not orthogonalised, so full rank is not Muon. For hidden matrices; the published runs use a
+    normalized, not orthogonalized, so full rank is not Muon. For hidden matrices; the published runs use a
     rank of a quarter of the shorter side and more.
 
     Replicas need only exchange M Q and M^T P, (m + n) rank numbers instead of m n (`RuleOptimizer.compress`, Sec. 3.2
     of the paper): both are linear in M, so that every replica may keep the M of its own gradients.
 
-    Differs: P comes from Householder QR (the distributed code uses a randomised Cholesky QR).
+    Differs: P comes from Householder QR (the distributed code uses a randomized Cholesky QR).
 
     Hyperparameters: lr=0.01, momentum=0.95, rank=256, eps=1e-08, weight_decay=0.01.
 
@@ -1101,7 +1101,7 @@ class FiraPlus(RuleOptimizer):
 
     d = c alpha (P u + alpha_c E |P u| / |E|), E as in Fira
 
-    The growth of E is not limited. Its RMS is known, so the adamw learning-rate convention needs no normalisation.
+    The growth of E is not limited. Its RMS is known, so the adamw learning-rate convention needs no normalization.
 
     Hyperparameters: lr=0.01, weight_decay=0.0, rank=128, refresh='staggered:200', basis='svd', betas=(0.9, 0.999),
     eps=1e-06, correct_bias=True, limit=None, limiter_restarts=True, alpha=0.25, side='std', residual_uses_alpha=False,
@@ -1154,18 +1154,18 @@ class FiraPlus(RuleOptimizer):
     ) -> None: ...
 
 class Flora(RuleOptimizer):
-    """Flora: Adafactor whose momentum rests in a random projection.
+    """Flora: Adafactor whose momentum is stored in a random projection.
 
     u = g / sqrt(r c / mean(r)), as in `adafactor_hf`;  w = (1 - beta1) u + beta1 P C;  C <- beta1 C + (1 - beta1) P^T u
     step = a w / max(1, RMS(w) / clip_threshold);  p <- p - weight_decay a p - step
 
-    P has entries from N(0, 1 / rank), so that P P^T is the identity on average; when due it is drawn anew and
+    P has entries from N(0, 1 / rank), so that P P^T is the identity on average; when due it is drawn again and
     C <- P_new^T P C. The shorter side is projected (u P of tall and square matrices). a is `adafactor_hf`'s. Vectors
     and small matrices keep a whole momentum, as do all with `rank=0`; without `beta1` it is `adafactor_hf`.
 
-    Differs: P rests beside C, where the authors draw it anew in every step from a seed (min(m, n) rank elements more),
-    all matrices are refreshed together there, `refresh="fixed:1000:1000"`, and those of a ratio above four are left
-    out to spare embeddings, which their role tells here.
+    Differs: P is stored beside C, where the authors draw it again in every step from a seed (min(m, n) rank elements
+    more), all matrices are refreshed together there, `refresh="fixed:1000:1000"`, and those of a ratio above four are
+    left out to spare embeddings, which their role tells here.
 
     Hyperparameters: lr=0.01, eps=(1e-30, 0.001), clip_threshold=1.0, decay_rate=-0.8, beta1=0.9, weight_decay=0.0,
     scale_parameter=False, relative_step=False, warmup_init=False, rank=128, refresh='staggered:1000', basis='svd'.
@@ -1334,10 +1334,10 @@ class HessianFree(RuleOptimizer):
     s <- the best of the last iterates that the loss f tells;  x <- x + lr a s, a = 1, 0.8, ... until f falls enough
     lambda <- 3/2 lambda where (f(x + s) - f(x)) / q(s) < 1/4,  2/3 lambda where it is > 3/4, from `damping` on
 
-    s' is the solution of the step before, G the Gauss-Newton matrix of the batch, which only a curvature feed knows; a
-    product with it costs two to four gradients, so that a step costs as much as a hundred of AdamW's. Batches should be
-    large; lr is a factor of the step, 1 for Newton's. `damping=0` stays 0: one step solves a linear least-squares
-    problem.
+    s' is the solution of the step before, G the Gauss-Newton matrix of the batch, which only a curvature estimator
+    knows; a product with it costs two to four gradients, so that a step costs as much as a hundred of AdamW's. Batches
+    should be large; lr is a factor of the step, 1 for Newton's. `damping=0` stays 0: one step solves a linear
+    least-squares problem.
 
     Differs: no preconditioner; the ratio takes q without its damping (Martens & Sutskever 2012).
 
@@ -1392,7 +1392,8 @@ class KFAC(RuleOptimizer):
 
     `factors` says at which steps A and G are measured, `refresh` when they are decomposed; 10 and 100 are usual for
     language models. For weights of `nn.Linear`, `nn.Conv2d` and Transformers' Conv1D; embeddings, the head and vectors
-    stay with `rest`. Needs a curvature feed; under DDP, not FSDP2. The direction has no fixed scale: lr is K-FAC's own.
+    stay with `rest`. Needs a curvature estimator; under DDP, not FSDP2. The direction has no fixed scale: lr is K-FAC's
+    own.
 
     Differs from kfac-pytorch: over accumulated batches and ranks the factors are those of one large batch; a
     convolution's positions are rows, not divided by their number. Its clipping and momentum (SGD's) are the same.
@@ -1441,7 +1442,7 @@ class KFAC(RuleOptimizer):
     ) -> None: ...
 
 class KLSOAP(RuleOptimizer):
-    """KL-SOAP: SOAP whose factors are whitened by each other, as minimises the Kullback-Leibler divergence.
+    """KL-SOAP: SOAP whose factors are whitened by each other, which minimizes the Kullback-Leibler divergence.
 
     L <- b L + (1 - b) G R^-1 G^T / n;  R <- b R + (1 - b) G^T L^-1 G / m;  when due Q <- qr(L Q), V stays as it is
 
@@ -1622,8 +1623,8 @@ class LBFGS(RuleOptimizer):
 
     This is `torch.optim.LBFGS`, arguments included, on one vector of all parameters; its lists of pairs rest in state
     of a fixed size. A step computes the loss up to `max_eval` times (1.25 `max_iter`, if not given): by a curvature
-    feed, so that trainers may accumulate, scale losses and use DDP, or by the closure of a loop of one's own. lr is a
-    factor of the step, 1 for Newton's, not a learning rate. Batches should be large, or pairs remember noise.
+    estimator, so that trainers may accumulate, scale losses and use DDP, or by the closure of a loop of one's own. lr
+    is a factor of the step, 1 for Newton's, not a learning rate. Batches should be large, or pairs remember noise.
 
     Differs: by default 10 pairs, not 100, and weight decay, which is part of the loss.
 
@@ -1772,7 +1773,7 @@ class MLBFGS(RuleOptimizer):
     mL-BFGS's. Published for images only; memory is 2 history + 5 weights.
 
     Differs: in the authors' code, which has no licence and was not used, a block is several layers, averages are not
-    normalised, y is multiplied by the ratio of the learning rate to its first value, and pairs are left out by an
+    normalized, y is multiplied by the ratio of the learning rate to its first value, and pairs are left out by an
     absolute size.
 
     Hyperparameters: lr=0.1, momentum=0.9, beta=0.99, history=10, interval=100, bounds=(0.01, 1.5), damping=0.01,
@@ -1823,7 +1824,7 @@ class MOSO(RuleOptimizer):
     Y = Q^T M;  V <- beta2 V + (1 - beta2) Y^2;  d = Q (Y / (sqrt(V) + inner_eps))
 
     for m <= n, with b = `shampoo_beta`; M^T M and the columns otherwise. SOAP-Muon on one side, of the momentum itself
-    and without orthogonalisation. `clip_rms` bounds the root mean square of d, which is 1 / sqrt(1 - beta2) at first.
+    and without orthogonalization. `clip_rms` bounds the root mean square of d, which is 1 / sqrt(1 - beta2) at first.
 
     Differs: C is not corrected for bias, which its eigenvectors do not see.
 
@@ -1900,7 +1901,7 @@ class MOSO(RuleOptimizer):
     ) -> None: ...
 
 class Muon(RuleOptimizer):
-    """Muon: momentum, orthogonalised by Newton-Schulz, for hidden matrices.
+    """Muon: momentum, orthogonalized by Newton-Schulz, for hidden matrices.
 
     m <- momentum m + (1 - momentum) g;  x = (1 - momentum) g + momentum m, or m without nesterov
     d = scale(m, n) orthogonalize(x)
@@ -1967,7 +1968,7 @@ class Muon(RuleOptimizer):
     ) -> None: ...
 
 class MuonSq(RuleOptimizer):
-    """Muon^2: a momentum over the root of the gradient's second moment, then orthogonalised, for hidden matrices.
+    """Muon^2: a momentum over the root of the gradient's second moment, then orthogonalized, for hidden matrices.
 
     V <- beta2 V + (1 - beta2) G^2;  d = scale(m, n) orthogonalize(U / (sqrt(V) + inner_eps)), U as in Muon
 
@@ -2176,8 +2177,8 @@ class OLBFGS(RuleOptimizer):
     H is the two-loop recursion's inverse Hessian of the last `history` pairs, with the mean of <s, y> / <y, y> over
     them between the loops, and min(1, 1 / |g|_1) I before the first. Pairs with <s, y> <= 1e-8 |s| |y| are left out.
     There is no line search: lr is a factor of Newton's step, at most 1, and is to fall as the noise tells (the paper's
-    eta_0 tau / (tau + t) is a schedule). The second gradient comes from a curvature feed, which then takes the first
-    anew, too, without dropout, or from the closure of a loop of one's own.
+    eta_0 tau / (tau + t) is a schedule). The second gradient comes from a curvature estimator, which then takes the
+    first again, too, without dropout, or from the closure of a loop of one's own.
 
     Differs: the first step is not 1e-10 g, of which float32 weights would notice nothing.
 
@@ -2593,11 +2594,11 @@ class Signum(RuleOptimizer):
 class SinkSOAP(RuleOptimizer):
     """SinkSOAP: a momentum whose rows and columns are balanced in SOAP's eigenbasis, for hidden matrices.
 
-    L <- beta L + (1 - beta) G G^T;  R likewise;  Q_L, Q_R their eigenvectors, anew;  A = sinkhorn(Q_L^T U Q_R)
+    L <- beta L + (1 - beta) G G^T;  R likewise;  Q_L, Q_R their eigenvectors, recomputed;  A = sinkhorn(Q_L^T U Q_R)
     d = scale(m, n) Q_L A Q_R^T, at the norm of a polar factor;  its longer lines as in NorMuon, squares excepted
 
     with beta = `shampoo_beta` (`beta2` if None) and U as in Muon. SOAP-Muon with Sinkhorn's iteration for the second
-    moment and no orthogonalisation. Two eigendecompositions at every step: the most expensive rule of its family.
+    moment and no orthogonalization. Two eigendecompositions at every step: the most expensive rule of its family.
 
     inner_eps is absolute: where gradients have a root mean square below 1e-3, it flattens what is balanced.
 
@@ -2745,7 +2746,7 @@ class SOAP(RuleOptimizer):
     ) -> None: ...
 
 class SOAPMuon(RuleOptimizer):
-    """SOAP-Muon: a momentum preconditioned in SOAP's eigenbasis, then orthogonalised, for hidden matrices.
+    """SOAP-Muon: a momentum preconditioned in SOAP's eigenbasis, then orthogonalized, for hidden matrices.
 
     M <- momentum M + (1 - momentum) G;  U = (1 - momentum) G + momentum M
     Y = Q_L^T U Q_R;  V <- beta2 V + (1 - beta2) Y^2;  P = Q_L (Y / max(sqrt(V), inner_eps)) Q_R^T, at the norm of U
@@ -2845,14 +2846,14 @@ class SophiaG(RuleOptimizer):
     m <- b1 m + (1 - b1) g;  d = clip(m / (rho h + eps), 1);  h <- b2 h + (1 - b2) B q^2, every k steps
 
     q is the gradient of the mean loss with labels drawn from the model's own predictions, B the number of labels:
-    `tokens` if given (the reference's `bs`), else as many as the feed counted. `form="paper"` divides by
+    `tokens` if given (the reference's `bs`), else as many as the estimator counted. `form="paper"` divides by
     max(rho h, eps) instead, with the paper's eps of 1e-12. Published for GPT-2: lr 6e-4, rho 0.05, decay 0.2 (125M);
     7e-4, 0.08, 0.2 (355M); 3e-4, 0.05, 0.2 (770M).
 
     `refresh="fixed:10"` measures h before steps 1, 11, 21, as the paper; the authors' script does so after every tenth
-    step, so that its first ten are signs (`"fixed:10:10"` measures before steps 10, 20, 30). Needs a curvature feed and
-    a loss that ends in torch's cross-entropy; where the loss calls none (a fused kernel, say), the feed measures
-    Hutchinson's estimate instead, says so once, and h is kept at or above zero.
+    step, so that its first ten are signs (`"fixed:10:10"` measures before steps 10, 20, 30). Needs a curvature
+    estimator and a loss that ends in torch's cross-entropy; where the loss calls none (a fused kernel, say), the
+    estimator measures Hutchinson's estimate instead, says so once, and h is kept at or above zero.
 
     Differs: B multiplies the estimate when it is made, not h when it is used (the same unless B changes).
 
@@ -2908,8 +2909,8 @@ class SophiaH(RuleOptimizer):
     share of coordinates that are not clipped, lies between 0.1 and 0.5, and 0.8 of AdamW's learning rate; a third of it
     where most steps are signs, which are five times as long as AdamW's.
 
-    Needs a curvature feed and attention with a second derivative (the feed switches kernels for the measurement). Not
-    under FSDP2: there is no double backward pass over sharded parameters.
+    Needs a curvature estimator and attention with a second derivative (the estimator switches kernels for the
+    measurement). Not under FSDP2: there is no double backward pass over sharded parameters.
 
     Differs: u are random signs, of lower variance than the paper's normal numbers.
 
@@ -2962,8 +2963,8 @@ class SR1Cubic(RuleOptimizer):
     B is the SR1 matrix of the last `history` pairs of a step and the change of the gradient along it on the same batch,
     steps that are not taken included; it may be indefinite. Phi is the norm of B's eigenvectors, which gives s a closed
     form, and mu is doubled from `mu` on until |s| <= D (`lightning_optim.ops.secant`). A pair with
-    |<s, y - B s>| <= 1e-8 |s| |y - B s| is left out. Two evaluations per step, by a curvature feed or the closure of a
-    loop of one's own; lr is a factor of the step, 1 for the model's. Batches should be large, or pairs remember noise.
+    |<s, y - B s>| <= 1e-8 |s| |y - B s| is left out. Two evaluations per step, by a curvature estimator or the closure
+    of a loop of your own; lr is a factor of the step, 1 for the model's. Use large batches, or pairs remember noise.
 
     Differs: the paper moves mu itself by constant factors as rho tells, which does not keep up with SR1's leaps in
     curvature: with factors from 2 to 30 Rosenbrock's function took 67 to 285 steps or never ended, where this takes 50
@@ -3008,14 +3009,14 @@ class SR1Cubic(RuleOptimizer):
     ) -> None: ...
 
 class SWAN(RuleOptimizer):
-    """SWAN: the gradient, its rows normalised and then whitened; no state.
+    """SWAN: the gradient, its rows normalized and then whitened; no state.
 
     x = (g - mean_cols(g)) / std_cols(g);  d = (x x^T)^(-1/2) x, for m <= n; tall matrices through their transpose
 
     The root is found by `iterations` steps of the coupled Newton iteration (`newton`; Newton-Schulz with beta 1/2), as
     published, or exactly (`eigh`). `rescale` gives d the norm of x, that is RMS 1 instead of 1 / sqrt(max(m, n)).
 
-    A centred row lacks one direction, so a square x is always singular: the inverse root is that of its range.
+    A centered row lacks one direction, so a square x is always singular: the inverse root is that of its range.
 
     Differs: the beta of 0.8 that is also quoted for the iteration does not converge to the inverse root. A row of
     equal elements does not move (the publication divides zero by zero).

@@ -3,7 +3,7 @@
 In a loop of your own, or with torch's `LambdaLR` in its place where that is enough:
 
     optimizer = build_optimizer(model, "muon", lr=0.02, schedule={"schedule": "power", "cooldown": 0.8, "power": 1.2})
-    scheduler = Schedule(optimizer, total_steps=1000)       # scheduler.step() after every optimizer.step()
+    scheduler = ScheduleLR(optimizer, total_steps=1000)       # scheduler.step() after every optimizer.step()
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ class ScheduleLR(LambdaLR):
         """Say that the run starts: its length is known now, and a finder may have set the learning rates.
 
         A learning rate that somebody set before the first step is the group's peak from then on. A run that is resumed
-        goes on as it was.
+        continues as it was.
 
         Raises:
             ValueError: the schedule depends on the length of the run, which is not known.

@@ -80,7 +80,7 @@ def test_every_search_space_can_be_searched(name: str) -> None:
     seen = set()
     while (point := propose(rule, losses)) is not None:
         losses[point] = float(len(losses))
-        trial = trial_at(Setup(), name, point, centre=2e-3, size=(128, 256))
+        trial = trial_at(Setup(), name, point, center=2e-3, size=(128, 256))
         seen.add(trial.key)
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.config["settings"].items()}
         settings |= {"lr": trial.lr, "weight_decay": decay(rule, 0.1)}

@@ -194,7 +194,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Alice is faster than Adam in steps",
         "2.22, 2.00, 2.45 and 2.82 times at 60M, 130M, 350M and 1.3B",
         _speed_up("alice"),
-        f"{SCALE}; {TEXT}; AdamW with decay 0.1 instead of Adam; {LAST}; the direction normalised, the rate tuned",
+        f"{SCALE}; {TEXT}; AdamW with decay 0.1 instead of Adam; {LAST}; the direction normalized, the rate tuned",
     ),
     Claim(
         f"{GONG}, Table 2",
@@ -229,6 +229,6 @@ CLAIMS: tuple[Claim, ...] = (
         "tracking helps with switching only, compensation most",
         "130M: none 26.96, tracking 27.35, and switching 25.11, and compensation 21.95",
         _ablation("statistic", "alice"),
-        f"{SCALE}; {TEXT}; {LAST}; the learning rate of full Alice, the direction normalised in all four",
+        f"{SCALE}; {TEXT}; {LAST}; the learning rate of full Alice, the direction normalized in all four",
     ),
 )

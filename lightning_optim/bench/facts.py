@@ -164,7 +164,7 @@ def precision(module: nn.Module, optim: RuleOptimizer, config: Setup) -> dict[st
             if isinstance(value, Tensor):
                 state.setdefault(slot, set()).add(dtype_name(value.dtype))
     rules = {rule_of(g).name: rule_of(g) for g in optim.param_groups}
-    costly = {slot for rule in rules.values() for slot in rule.preconditioners}
+    preconditioners = {slot for rule in rules.values() for slot in rule.preconditioners}
     iterations: set[str] = {r.ns_dtype for r in rules.values() if hasattr(r, "ns_dtype")}  # pyright: ignore
     rounding = {g["param_rounding"] for g in optim.param_groups}
     return {
@@ -173,7 +173,8 @@ def precision(module: nn.Module, optim: RuleOptimizer, config: Setup) -> dict[st
         "gradients": " and ".join(weights),
         "state": {slot: " and ".join(sorted(found)) for slot, found in sorted(state.items())},
         "master_weights": f"none; {', '.join(sorted(rounding))} rounding" if "bfloat16" in weights else "the weights",
-        "preconditioners": {slot: " and ".join(sorted(state[slot])) for slot in sorted(costly & set(state))} or "none",
+        "preconditioners": {slot: " and ".join(sorted(state[slot])) for slot in sorted(preconditioners & set(state))}
+        or "none",
         "orthogonalisation": " and ".join(sorted(iterations)) or "none",
         "eps": {name: getattr(rule, "eps", None) for name, rule in rules.items()},
         "loss_scaling": "none",

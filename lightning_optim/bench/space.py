@@ -34,7 +34,7 @@ TRACKS: dict[Track, str] = {
     "seconds": "the same model and time",
 }
 FIRST = ("adamw", "muon", "soap")
-"""Optimizers whose trials come first; AdamW's tuned learning rate is the centre of the others' grids."""
+"""Optimizers whose trials come first; AdamW's tuned learning rate is the center of the others' grids."""
 UNCORRECTED = ("came",)
 """Rules that follow AdamW's learning rate but for their start: CAME's first directions are 50 times as long."""
 Size = tuple[int, int]
@@ -207,7 +207,7 @@ def fitted(rule: type[Rule], size: Size) -> dict[str, Any]:
 def propose(rule: type[Rule], losses: Mapping[Point, float]) -> Point | None:
     """The point of a rule's search space to try next: downhill, and never content with an end of what was tried.
 
-    The first three learning rates at the first value of the other dimension; then the neighbours of the best point on
+    The first three learning rates at the first value of the other dimension; then the neighbors of the best point on
     the grid of learning rates; then the other values at its learning rate; then what is nearest to it.
 
     Args:
@@ -232,22 +232,22 @@ def propose(rule: type[Rule], losses: Mapping[Point, float]) -> Point | None:
     return min(untried, key=distance, default=None)
 
 
-def trial_at(setup: Setup, name: str, point: Point, *, centre: float, size: Size, seed: int = 0) -> Trial:
+def trial_at(setup: Setup, name: str, point: Point, *, center: float, size: Size, seed: int = 0) -> Trial:
     """The trial at a point of a search space.
 
     Args:
         setup: shared by all.
         name: of the optimizer.
         point: of its space.
-        centre: AdamW's tuned learning rate; for AdamW itself, the one to begin with.
+        center: AdamW's tuned learning rate; for AdamW itself, the one to begin with.
         size: of the model and the run.
         seed: of data and initial weights.
 
     Returns:
-        The trial; the first point has the learning rate `centre`, if the rule takes AdamW's.
+        The trial; the first point has the learning rate `center`, if the rule takes AdamW's.
     """
     rule = lookup(name)
-    base = centre if follows_adamw(rule) else hyperparameters(rule)["lr"]
+    base = center if follows_adamw(rule) else hyperparameters(rule)["lr"]
     key = next((k for k in rule.search if k != "lr"), "")
     given = {key: point[1]} if key and point[1] != hyperparameters(rule)[key] else {}
     return Trial(setup, name, float(f"{base * point[0]:.6g}"), fitted(rule, size) | given, seed)

@@ -37,7 +37,7 @@ class Workspace:
     cache: Path
 
     def start(self, setup: Setup) -> Trial | None:
-        """The pretraining that a setup goes on from.
+        """The pretraining that a setup starts from.
 
         Args:
             setup: with `start`, `OPTIMIZER@KEY`, unless it is a pretraining.
@@ -75,7 +75,7 @@ def execute(trial: Trial, workspace: Workspace, save: Path | None = None) -> Lin
 
     Args:
         trial: what to run.
-        workspace: caches, and the trials that others go on from.
+        workspace: caches, and the trials that others start from.
         save: where to write the trained weights.
 
     Returns:
@@ -176,7 +176,7 @@ def build(model: nn.Module, trial: Trial) -> RuleOptimizer:
     Args:
         model: to train.
         trial: names it. A preset has a decay of its own; where the settings have a schedule, as a preset does, that
-            goes before the setup's.
+            takes precedence over the setup's.
 
     Returns:
         With the groups that `build_optimizer` makes.

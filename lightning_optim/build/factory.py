@@ -60,7 +60,7 @@ def build_optimizer(
         lr: learning rate; with the default convention, AdamW's.
         recipe: name of published settings (`lightning_optim.build.recipes`) for what is not given here.
         preset: name of a published pretraining stack (`lightning_optim.build.recipes.PRESETS`), with roles, `schedule`
-            and `wrap`; what is given here goes before. With a learning rate of 1e-3 or less, or adapters, only the
+            and `wrap`; what is given here takes precedence. With a learning rate of 1e-3 or less, or adapters, only the
             rule's hyperparameters are taken, and a warning says so.
         weight_decay: of everything but vectors; 0 if not given.
         rest: rule of what the main rule does not take; adamw if not given.
@@ -82,7 +82,8 @@ def build_optimizer(
         schedule: `"linear"`, `"cosine"` or another name, or settings of `lightning_optim.schedule.ScheduleConfig`,
             `{"schedule": "cosine", "warmup_steps": 100}`. `ScheduleLR` and the trainers' integrations follow it.
         fused_backward: step within the backward pass, where gradients are freed (`RuleOptimizer.fuse_backward`).
-        shard_work: under DDP, let the ranks share out the matrices of whole-matrix rules (`RuleOptimizer.shard_work`).
+        shard_work: under DDP, shard optimizer work and state over the ranks, as ZeRO-1 does
+            (`RuleOptimizer.shard_work`).
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
             `clip_norm`, `seed`). Options about the norms of matrices (`constraint`, `uw_floor`, `radial_damping`,
             `pin`) are for the main rule's hidden ones; overrides can give them to others.
@@ -278,7 +279,7 @@ def _divided(group: Mapping[str, Any], like: RuleOptimizer, taken: Collection[st
 
     Args:
         group: names no rule.
-        like: the optimizer built anew, with the parameters that are trained now.
+        like: the optimizer built again, with the parameters that are trained now.
         taken: names of groups that are there.
 
     Returns:

@@ -32,7 +32,7 @@ class Row:
     state_bytes: dict[str, int]
     """By slot, scales included; the 4 bytes of the step count apart."""
     host_bytes: int = 0
-    """How many of them rest in host memory, for a model on CUDA."""
+    """How many of them are stored in host memory, for a model on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of state that rest in host memory, for a model on CUDA."""
+        """Bytes of state that are stored in host memory, for a model on CUDA."""
         return sum(r.host_bytes for r in self.rows)
 
     @property
@@ -198,7 +198,7 @@ def describe(model: nn.Module, optimizer: RuleOptimizer) -> Plan:
 
 
 class Owners:
-    """Who owns what in a run, said anew when it is no longer true."""
+    """Who owns what in a run, printed again when it changes."""
 
     def __init__(self) -> None:
         self._said: Any = None

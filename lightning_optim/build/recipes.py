@@ -2,7 +2,7 @@
 
 A recipe is looked up when it is used, so the table may name rules that a trimmed package lacks. Besides the table,
 the name of any rule is a recipe: its defaults, which are those of the publication or its reference implementation, at
-the published scale, with all costly state refreshed in the same step.
+the published scale, with all preconditioners refreshed in the same step.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def eigenbasis(x: Tensor, shift: float = 1e-30, previous: Tensor | None = None) 
 def overlap(old: Tensor, new: Tensor) -> Tensor:
     """How much of a basis is left, corrected for chance.
 
-    A square basis is compared column by column: the mean of (q_j . q'_j)^2 of normalised columns. A thin one
+    A square basis is compared column by column: the mean of (q_j . q'_j)^2 of normalized columns. A thin one
     (`[..., n, r]`, or its transpose) is compared as a subspace: ||Q^T Q'||_F^2 / r. Either is x in
     (x - c) / (1 - c), with c = 1 / n or r / n what random bases give.
 
@@ -144,7 +144,7 @@ INITIAL_ROOT = 0.1**-0.5
 def average_kl_(
     factors: Mapping[str, Tensor], bases: Mapping[str, Tensor], roots: Mapping[str, Tensor], x: Tensor, weight: float
 ) -> dict[str, Tensor]:
-    """Move Kronecker factors towards those that minimise the Kullback-Leibler divergence (Lin et al. 2025, KL-Shampoo).
+    """Move Kronecker factors towards those that minimize the Kullback-Leibler divergence (Lin et al. 2025, KL-Shampoo).
 
         L <- (1 - w) L + w X R^-1 X^T / n;  R <- (1 - w) R + w X^T L^-1 X / m
         l_L <- (1 - w) l_L + w mean_columns((Q_L^T X Q_R / sqrt(l_R))^2), l_R likewise;  1 / sqrt(l) is at most 4000

@@ -12,7 +12,7 @@ from torch import Tensor
 def conjugate_gradients(
     product: Callable[[Tensor], Tensor], b: Tensor, start: Tensor, *, iterations: int, tolerance: float
 ) -> list[tuple[Tensor, float]]:
-    """Minimise q(x) = 1/2 x^T A x - b^T x with a positive semi-definite A, i.e. solve A x = b.
+    """Minimize q(x) = 1/2 x^T A x - b^T x with a positive semi-definite A, i.e. solve A x = b.
 
         r = A x - b, p = -r;  a = r^T r / p^T A p;  x <- x + a p;  r' = r + a A p;  p <- -r' + (r'^T r' / r^T r) p
 

@@ -4,7 +4,7 @@ A block of consecutive elements is divided by a scale, so that its largest magni
 every quotient becomes the nearest of 256 values. The dynamic map has seven decades, 10^-7 to 1, with 2^i values in
 decade i: few where values are small, many near the maximum. Its signed form is asymmetric (-0.993 to 1), as published.
 
-Differs: a value above zero of a table for non-negative values never becomes zero. Published quantisers round small
+Differs: a value above zero of a table for non-negative values never becomes zero. Published quantizers round small
 second moments to zero, which divides the first moment by eps alone. `"int8_grid"` is the dynamic map as bitsandbytes
 0.50 rounds on a CPU: quotients go to the nearest of 65536 evenly spaced points from -1 to 1 first, which is faster
 and coarser, moves zeros by 1.5e-5 of the block's largest and holds second moments above that.
@@ -183,7 +183,7 @@ def _patterns(x: Tensor, nonnegative: bool) -> Tensor:
 
 
 def _bent(x: Tensor, slopes: Sequence[float], ends: Sequence[float], offset: float) -> Tensor:
-    """A line that bends down at `ends`, and goes on from the last of them as `slopes[-1] x + offset`."""
+    """A line that bends down at `ends`, and continues from the last of them as `slopes[-1] x + offset`."""
     line = x * slopes[-1] + offset
     for end, steep, flat in zip(ends, slopes, slopes[1:], strict=False):
         line = line - (end - x).relu() * (steep - flat)

@@ -161,7 +161,7 @@ def sr1(steps: Sequence[Tensor], changes: Sequence[Tensor]) -> tuple[Tensor, Ten
 
 
 def cubic_step(g: Tensor, u: Tensor, e: Tensor, c: float, *, mu: float, reach: float) -> tuple[Tensor, Tensor, float]:
-    """The minimiser of a cubic model in the norm of the eigenvectors of its matrix B.
+    """The minimizer of a cubic model in the norm of the eigenvectors of its matrix B.
 
         min g^T s + 1/2 s^T B s + mu/3 (sum_i |u_i^T s|^3 + |s'|^3),  s' = s - U U^T s
         u_i^T s = -2 g_i / (e_i + sqrt(e_i^2 + 4 mu |g_i|)),  s' = -2 g' / (c + sqrt(c^2 + 4 mu |g'|))

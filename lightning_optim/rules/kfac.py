@@ -30,7 +30,8 @@ class KFAC(Rule):
 
     `factors` says at which steps A and G are measured, `refresh` when they are decomposed; 10 and 100 are usual for
     language models. For weights of `nn.Linear`, `nn.Conv2d` and Transformers' Conv1D; embeddings, the head and vectors
-    stay with `rest`. Needs a curvature feed; under DDP, not FSDP2. The direction has no fixed scale: lr is K-FAC's own.
+    stay with `rest`. Needs a curvature estimator; under DDP, not FSDP2. The direction has no fixed scale: lr is K-FAC's
+    own.
 
     Differs from kfac-pytorch: over accumulated batches and ranks the factors are those of one large batch; a
     convolution's positions are rows, not divided by their number. Its clipping and momentum (SGD's) are the same.

@@ -26,8 +26,8 @@ class LBFGS(GlobalStepRule):
 
     This is `torch.optim.LBFGS`, arguments included, on one vector of all parameters; its lists of pairs rest in state
     of a fixed size. A step computes the loss up to `max_eval` times (1.25 `max_iter`, if not given): by a curvature
-    feed, so that trainers may accumulate, scale losses and use DDP, or by the closure of a loop of one's own. lr is a
-    factor of the step, 1 for Newton's, not a learning rate. Batches should be large, or pairs remember noise.
+    estimator, so that trainers may accumulate, scale losses and use DDP, or by the closure of a loop of one's own. lr
+    is a factor of the step, 1 for Newton's, not a learning rate. Batches should be large, or pairs remember noise.
 
     Differs: by default 10 pairs, not 100, and weight decay, which is part of the loss.
     """

@@ -30,7 +30,7 @@ class MLBFGS(Rule):
     mL-BFGS's. Published for images only; memory is 2 history + 5 weights.
 
     Differs: in the authors' code, which has no licence and was not used, a block is several layers, averages are not
-    normalised, y is multiplied by the ratio of the learning rate to its first value, and pairs are left out by an
+    normalized, y is multiplied by the ratio of the learning rate to its first value, and pairs are left out by an
     absolute size.
     """
 

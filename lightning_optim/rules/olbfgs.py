@@ -22,8 +22,8 @@ class OLBFGS(GlobalStepRule):
     H is the two-loop recursion's inverse Hessian of the last `history` pairs, with the mean of <s, y> / <y, y> over
     them between the loops, and min(1, 1 / |g|_1) I before the first. Pairs with <s, y> <= 1e-8 |s| |y| are left out.
     There is no line search: lr is a factor of Newton's step, at most 1, and is to fall as the noise tells (the paper's
-    eta_0 tau / (tau + t) is a schedule). The second gradient comes from a curvature feed, which then takes the first
-    anew, too, without dropout, or from the closure of a loop of one's own.
+    eta_0 tau / (tau + t) is a schedule). The second gradient comes from a curvature estimator, which then takes the
+    first again, too, without dropout, or from the closure of a loop of one's own.
 
     Differs: the first step is not 1e-10 g, of which float32 weights would notice nothing.
     """

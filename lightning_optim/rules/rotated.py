@@ -29,7 +29,7 @@ class Rotated(Rule, abstract=True):
     in the order of the present Rayleigh quotients, which the rows or columns of `exp_avg_sq` follow. A side longer than
     `max_precond_dim` is not rotated. `factors="kl"` whitens X by the other side (`ops.eigenbasis.average_kl_`; the
     first factors are X X^T / n and X^T X / m) and leaves the columns of Q in their places. `decomposition="eigh"` takes
-    eigenvectors anew, which `exp_avg_sq` cannot follow. `rotation_dtype="bfloat16"` turns matrices into the basis and
+    eigenvectors again, which `exp_avg_sq` cannot follow. `rotation_dtype="bfloat16"` turns matrices into the basis and
     back by products in bfloat16, two to four times as fast on processors that have them and off by 4e-3 of the norm;
     factors, bases and moments stay float32.
     """
