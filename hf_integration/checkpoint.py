@@ -42,9 +42,11 @@ def last_checkpoint(folder: str | Path, *, before: int | None = None) -> str | N
     Returns:
         Path of the checkpoint with the largest step, None if there is none.
     """
-    found = {int(m[1]): path for path in Path(folder).glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))}
-    steps = sorted((step for step in found if before is None or step < before), reverse=True)
-    return next((str(found[step]) for step in steps if _complete(found[step])), None)
+    folders = {
+        int(m[1]): path for path in Path(folder).glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    steps = sorted((step for step in folders if before is None or step < before), reverse=True)
+    return next((str(folders[step]) for step in steps if _complete(folders[step])), None)
 
 
 def _complete(checkpoint: Path) -> bool:

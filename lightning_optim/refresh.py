@@ -263,8 +263,8 @@ class _Combined(Policy):
 
     def __post_init__(self) -> None:
         for need in ("reads", "measures", "compares", "timed"):
-            asked = any(getattr(p, need) for p in self.inner()) or getattr(type(self), need)
-            object.__setattr__(self, need, asked)
+            is_needed = any(getattr(p, need) for p in self.inner()) or getattr(type(self), need)
+            object.__setattr__(self, need, is_needed)
 
     def inner(self) -> Sequence[Policy]:
         """The policies it is made of."""
@@ -309,8 +309,8 @@ class Clamp(_Combined):
     def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:  # noqa: D102
         out = self.part.decide(views, measure, clock)
         ages = [v.record["age"] for v in views]
-        kept = [x if age >= self.min_age else "" for x, age in zip(out, ages, strict=True)]
-        return ["age" if age >= self.max_age else x for x, age in zip(kept, ages, strict=True)]
+        reasons = [x if age >= self.min_age else "" for x, age in zip(out, ages, strict=True)]
+        return ["age" if age >= self.max_age else x for x, age in zip(reasons, ages, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -330,8 +330,8 @@ class Until(_Combined):
             *zip(early, self.first.decide(early, measure, clock) if early else [], strict=True),
             *zip(late, self.then.decide(late, measure, clock) if late else [], strict=True),
         ]
-        found = {id(v): x for v, x in answers}
-        return [found[id(v)] for v in views]
+        answer_of = {id(v): x for v, x in answers}
+        return [answer_of[id(v)] for v in views]
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -118,10 +118,12 @@ class ReLoRA:
         Raises:
             ValueError: weights of another model.
         """
-        own = self.weights
-        if own.keys() != weights.keys():
-            raise ValueError(f"ReLoRA: merged weights of another model: {sorted(own.keys() ^ weights.keys())[:3]} ...")
-        for name, weight in own.items():
+        current = self.weights
+        if current.keys() != weights.keys():
+            raise ValueError(
+                f"ReLoRA: merged weights of another model: {sorted(current.keys() ^ weights.keys())[:3]} ..."
+            )
+        for name, weight in current.items():
             weight.copy_(weights[name])
 
     def remove(self) -> None:
@@ -170,10 +172,10 @@ class ReLoRA:
             return
         keep = round(p.numel() * (1 - self.prune))
         size = alike[0].abs() if self.by == "magnitude" and alike else uniform(p.shape, key, device=p.device)
-        kept = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
-        kept[size.flatten().topk(keep).indices] = True
+        mask = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
+        mask[size.flatten().topk(keep).indices] = True
         for x in alike:
-            x.mul_(kept.view(p.shape))
+            x.mul_(mask.view(p.shape))
 
 
 def check_settings(*, every: int, prune: float, by: str, warmup_steps: int, seed: int) -> None:

@@ -247,11 +247,11 @@ class ScheduleLR(LambdaLR):
         curve = curve or optimizer.curve
         if curve is None:
             raise ValueError("Schedule: give a curve, or build the optimizer with schedule=...")
-        given = curve.total_steps if curve.total_steps is not None else total_steps
-        self.optimizer, self._curve, self._total = optimizer, curve, given
+        length = curve.total_steps if curve.total_steps is not None else total_steps
+        self.optimizer, self._curve, self._total = optimizer, curve, length
         shares = optimizer.averages is not None and optimizer.averages.needs_total
-        if isinstance(given, int) or (given is not None and shares):
-            optimizer.total_steps = given
+        if isinstance(length, int) or (length is not None and shares):
+            optimizer.total_steps = length
         self.momentum_warmup_steps, self.momentum_start = curve.momentum_warmup_steps, curve.momentum_start
         for group in curve.moving(optimizer, 0):
             if momentum_of(group) is None:

@@ -32,10 +32,10 @@ class Claim:
 
 def _pretraining(studies: Sequence[Study], *names: str) -> Study | None:
     """The largest pretraining of the same model and tokens in which all of these are tuned."""
-    found = [
+    pretrainings = [
         s for s in studies if (s.setup.regime, s.setup.track) == ("pretrain", "model") and set(names) <= {*s.tuned}
     ]
-    return max(found, key=lambda s: (_parameters(s), s.setup.tokens), default=None)
+    return max(pretrainings, key=lambda s: (_parameters(s), s.setup.tokens), default=None)
 
 
 def _parameters(study: Study) -> int:
@@ -70,11 +70,11 @@ def _relative_throughput(name: str) -> Measure:
 def _loss_at_same_lr(studies: Sequence[Study], variants: Sequence[Variant]) -> str | None:
     del variants
     study = _pretraining(studies, "adam_mini", BASELINE)
-    chosen = study.best(BASELINE) if study else None
-    same = study.at_lr("adam_mini", chosen["config"]["lr"]) if study and chosen else None
-    if chosen is None or same is None or same["status"] != "ok":
+    tuned = study.best(BASELINE) if study else None
+    same = study.at_lr("adam_mini", tuned["config"]["lr"]) if study and tuned else None
+    if tuned is None or same is None or same["status"] != "ok":
         return None
-    return f"{same['final']['loss']:.3f} at AdamW's tuned learning rate, AdamW {chosen['final']['loss']:.3f}; one seed"
+    return f"{same['final']['loss']:.3f} at AdamW's tuned learning rate, AdamW {tuned['final']['loss']:.3f}; one seed"
 
 
 def muon_overhead(width: int, batch_tokens: int, iterations: int = 5) -> float:

@@ -142,13 +142,13 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     """
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [m * 10.0**k for k in powers for m in (1, 2, 5)]
+        values = [m * 10.0**k for k in powers for m in (1, 2, 5)]
     else:
         raw = (high - low) / 5
         power = 10.0 ** math.floor(math.log10(raw))
         size = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
-        found = [k * size for k in range(math.ceil(low / size), math.floor(high / size) + 1)]
-    return [x for x in found if low <= x <= high]
+        values = [k * size for k in range(math.ceil(low / size), math.floor(high / size) + 1)]
+    return [x for x in values if low <= x <= high]
 
 
 def svg(chart: Chart) -> str:

@@ -147,8 +147,8 @@ def best(ledger: Ledger, setup: Setup, name: str, seed: int) -> Line | None:
     Returns:
         Its line, or None if none ended well.
     """
-    found = [line for line in searched(ledger, setup, name, seed) if line["status"] == "ok"]
-    return min(found, key=lambda line: line["final"]["loss"], default=None)
+    lines = [line for line in searched(ledger, setup, name, seed) if line["status"] == "ok"]
+    return min(lines, key=lambda line: line["final"]["loss"], default=None)
 
 
 def search(queue: Queue, setup: Setup, names: Sequence[str], count: int, seed: int, lr: float) -> bool:
@@ -218,11 +218,13 @@ def reseed(queue: Queue, setup: Setup, names: Sequence[str], seeds: Sequence[int
         Whether all trials are done.
     """
     ledger = queue.workspace.ledger
-    found = {name: line for name in order(names) if (line := best(ledger, setup, name, seeds[0]))}
-    leading = sorted(found, key=lambda name: found[name]["final"]["loss"])[:finalists]
-    chosen = [name for name in found if name in leading or name == "adamw"]
+    best_lines = {name: line for name in order(names) if (line := best(ledger, setup, name, seeds[0]))}
+    leading = sorted(best_lines, key=lambda name: best_lines[name]["final"]["loss"])[:finalists]
+    finalists_and_baseline = [name for name in best_lines if name in leading or name == "adamw"]
     wanted = (
-        dataclasses.replace(read_trial(found[name]["config"]), seed=seed) for seed in seeds[1:] for name in chosen
+        dataclasses.replace(read_trial(best_lines[name]["config"]), seed=seed)
+        for seed in seeds[1:]
+        for name in finalists_and_baseline
     )
     return queue.run(wanted, SEEDS)
 
@@ -245,10 +247,10 @@ def ablate(queue: Queue, setup: Setup, names: Sequence[str], seeds: Sequence[int
     """
     ledger, complete, size = queue.workspace.ledger, True, size_of(setup)
     for name in names:
-        if name not in (known := ablations(size[0])):
-            raise ValueError(f"unknown ablation {name!r}; known: {', '.join(known)}")
+        if name not in (table := ablations(size[0])):
+            raise ValueError(f"unknown ablation {name!r}; known: {', '.join(table)}")
         rates = {}
-        for optimizer in known[name].variants:
+        for optimizer in table[name].variants:
             tuned = best(ledger, setup, optimizer, seeds[0])
             tuned = tuned or (best(ledger, setup, "adamw", seeds[0]) if follows_adamw(lookup(optimizer)) else None)
             rates[optimizer] = tuned["config"]["lr"] if tuned else lr
@@ -278,7 +280,7 @@ def resolved(setup: Setup, ledger: Ledger, start: str, seed: int) -> Setup:
             f"--regime {setup.regime}: --start is for every regime but pretrain, which starts from nothing"
         )
     if start:
-        found = [
+        candidates = [
             line
             for line in ledger
             if line["status"] == "ok"
@@ -286,12 +288,12 @@ def resolved(setup: Setup, ledger: Ledger, start: str, seed: int) -> Setup:
             and (c := line["config"])["regime"] == "pretrain"
             and (c["optimizer"], c["seed"], c["model"], c["track"]) == (start, seed, setup.model, "model")
         ]
-        if not found:
+        if not candidates:
             raise ValueError(
                 f"--start {start}: no pretraining of {setup.model!r} with it in {ledger.path}; run it first"
             )
         # the longest run, then the best of its trials
-        line = min(found, key=lambda line: (-line["config"]["tokens"], line["final"]["loss"]))
+        line = min(candidates, key=lambda line: (-line["config"]["tokens"], line["final"]["loss"]))
         first = read_trial(line["config"]).setup
         shared = {"untied": first.untied, "vocabulary": first.vocabulary, "context": first.context}
         setup = dataclasses.replace(setup, start=f"{start}@{line['key']}", **shared)
@@ -357,9 +359,9 @@ def setup_of(args: argparse.Namespace, ledger: Ledger) -> Setup:
     Returns:
         With start and budget resolved.
     """
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Setup)}
-    given |= {"data": tuple(args.data), "start": ""}
-    return resolved(Setup(**given), ledger, args.start, args.seeds[0])
+    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Setup)}
+    settings |= {"data": tuple(args.data), "start": ""}
+    return resolved(Setup(**settings), ledger, args.start, args.seeds[0])
 
 
 def queue_of(args: argparse.Namespace) -> Queue:

@@ -113,8 +113,8 @@ class Trial:
     def key(self) -> str:
         """Hash of the configuration."""
         default = json.loads(json.dumps(dataclasses.asdict(Setup())))
-        told = {k: v for k, v in self.config.items() if k not in default or v != default[k]}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        config = {k: v for k, v in self.config.items() if k not in default or v != default[k]}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_trial(config: Mapping[str, Any]) -> Trial:
@@ -188,19 +188,19 @@ def fitted(rule: type[Rule], size: Size) -> dict[str, Any]:
         A rank of at most a quarter of the width, Alice's `leading` in proportion, an interval of refreshes of at most a
         thirtieth of the run, or ten steps, and five iterations within a step; nothing for rules without.
     """
-    (width, steps), known, out = size, hyperparameters(rule), {}
-    rank = known.get("rank", 1)
+    (width, steps), defaults, out = size, hyperparameters(rule), {}
+    rank = defaults.get("rank", 1)
     if rank > (fit := max(1, width // WIDTH_PER_RANK)):
         out["rank"] = fit
-        if "leading" in known:
-            out["leading"] = max(1, known["leading"] * fit // rank)
-    if "refresh" in known:
-        policy, most = parse(known["refresh"]), max(OFTEN, steps // REFRESHES)
-        if getattr(policy, "interval", 0) > most:
-            name = known["refresh"].split(":")[0]
-            out["refresh"] = f"{name}:{most}"
+        if "leading" in defaults:
+            out["leading"] = max(1, defaults["leading"] * fit // rank)
+    if "refresh" in defaults:
+        policy, limit = parse(defaults["refresh"]), max(OFTEN, steps // REFRESHES)
+        if getattr(policy, "interval", 0) > limit:
+            name = defaults["refresh"].split(":")[0]
+            out["refresh"] = f"{name}:{limit}"
     if rule.curvature_input == "loss":
-        out |= {k: most for k, most in INNER.items() if known.get(k, 0) > most}
+        out |= {k: limit for k, limit in INNER.items() if defaults.get(k, 0) > limit}
     return out
 
 
@@ -249,8 +249,8 @@ def trial_at(setup: Setup, name: str, point: Point, *, center: float, size: Size
     rule = lookup(name)
     base = center if follows_adamw(rule) else hyperparameters(rule)["lr"]
     key = next((k for k in rule.search if k != "lr"), "")
-    given = {key: point[1]} if key and point[1] != hyperparameters(rule)[key] else {}
-    return Trial(setup, name, float(f"{base * point[0]:.6g}"), fitted(rule, size) | given, seed)
+    settings = {key: point[1]} if key and point[1] != hyperparameters(rule)[key] else {}
+    return Trial(setup, name, float(f"{base * point[0]:.6g}"), fitted(rule, size) | settings, seed)
 
 
 def order(names: Sequence[str]) -> list[str]:
@@ -354,17 +354,17 @@ def ablation_trials(
     Raises:
         ValueError: an unknown ablation.
     """
-    known = ablations(size[0])
-    if name not in known:
-        raise ValueError(f"unknown ablation {name!r}; {nearest(name, list(known))}")
-    chosen = known[name]
-    setup = dataclasses.replace(setup, untied=setup.untied or chosen.untied)
+    table = ablations(size[0])
+    if name not in table:
+        raise ValueError(f"unknown ablation {name!r}; {nearest(name, list(table))}")
+    ablation = table[name]
+    setup = dataclasses.replace(setup, untied=setup.untied or ablation.untied)
     out = []
-    for optimizer, variants in chosen.variants.items():
+    for optimizer, variants in ablation.variants.items():
         shared = fitted(lookup(optimizer), size)
-        for label, given in variants.items():
-            settings = {**shared, **given}
-            if "leading" in settings and "rank" in given:  # Alice's, in proportion
-                settings["leading"] = max(1, given["rank"] * shared["leading"] // shared["rank"])
+        for label, variant in variants.items():
+            settings = {**shared, **variant}
+            if "leading" in settings and "rank" in variant:  # Alice's, in proportion
+                settings["leading"] = max(1, variant["rank"] * shared["leading"] // shared["rank"])
             out.append((optimizer, label, Trial(setup, optimizer, lr[optimizer], settings, seed)))
     return out

@@ -184,14 +184,17 @@ def build(model: nn.Module, trial: Trial) -> RuleOptimizer:
     Raises:
         ValueError: a schedule over a number of steps on a track without one.
     """
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.settings.items()}
-    if "preset" not in given:
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.settings.items()}
+    if "preset" not in settings:
         rule, setup = lookup(trial.optimizer), trial.setup
         shared = {"weight_decay": decay(rule, setup.weight_decay), **roles_apart(rule, setup.rest_lr)}
-        own = given.get("overrides", ())
-        overrides = [*own, *(x for x in shared.pop("overrides", ()) if x[0] not in [y[0] for y in own])]
-        given = shared | given | ({"overrides": overrides} if overrides else {})
-    optimizer = build_optimizer(model, trial.optimizer, lr=trial.lr, seed=trial.seed, **given)
+        own_overrides = settings.get("overrides", ())
+        overrides = [
+            *own_overrides,
+            *(x for x in shared.pop("overrides", ()) if x[0] not in [y[0] for y in own_overrides]),
+        ]
+        settings = shared | settings | ({"overrides": overrides} if overrides else {})
+    optimizer = build_optimizer(model, trial.optimizer, lr=trial.lr, seed=trial.seed, **settings)
     optimizer.total_steps = size_of(trial.setup)[1]
     counts = optimizer.curve or (optimizer.averages and optimizer.averages.needs_total)
     if counts and trial.setup.track == "seconds":
@@ -217,14 +220,14 @@ def peak_bytes(model: nn.Module, trial: Trial, task: tasks.Task) -> dict[str, in
     other = copy.deepcopy(model)
     optimizer = build(other, trial)
     estimator = estimator_of(other, optimizer, trial.setup)
-    chosen = torch.arange(min(trial.setup.batch, len(task.train)))
+    row_ids = torch.arange(min(trial.setup.batch, len(task.train)))
     device, before = trial.setup.device, 0
     weights = sum(x.numel() * x.itemsize for x in {*other.parameters(), *other.buffers()})
     gradients = sum(p.numel() * p.itemsize for p in other.parameters() if p.requires_grad)
-    rows = task.train.take(chosen, device)
-    part = {key: x[: trial.setup.microbatch or len(chosen)] for key, x in rows.items()}
+    rows = task.train.take(row_ids, device)
+    microbatch = {key: x[: trial.setup.microbatch or len(row_ids)] for key, x in rows.items()}
     with SavedActivations(other) as saved, torch.autocast(device, torch.bfloat16, enabled=autocasts(trial.setup)):
-        other(**part)
+        other(**microbatch)
     activations = saved.bytes
     if device != "cpu":
         torch.accelerator.reset_peak_memory_stats()

@@ -33,10 +33,10 @@ def eigenbasis(x: Tensor, shift: float = 1e-30, previous: Tensor | None = None) 
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     if previous is None:
         return eigh(x + shift * eye).vectors
-    kept = Fallback(
+    fallback = Fallback(
         lambda: (previous[..., 0], previous), "an eigenbasis could not be computed; the last good one is kept"
     )
-    return eigh(x + shift * eye, kept).vectors
+    return eigh(x + shift * eye, fallback).vectors
 
 
 def overlap(old: Tensor, new: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
     old, new = (torch.nn.functional.normalize(x, dim=-2) for x in (old, new))
     n, r = old.shape[-2:]
     if n == r:
-        found, chance = (old * new).sum(-2).square().mean(-1), 1 / n
+        overlaps, chance = (old * new).sum(-2).square().mean(-1), 1 / n
     else:
-        found, chance = (product(old.mT, new)).square().sum((-2, -1)) / r, r / n
-    return ((found - chance) / (1 - chance) if n > 1 else found).amin()
+        overlaps, chance = (product(old.mT, new)).square().sum((-2, -1)) / r, r / n
+    return ((overlaps - chance) / (1 - chance) if n > 1 else overlaps).amin()
 
 
 def off_diagonal(x: Tensor, q: Tensor, t: int = 0, top: int = 32, others: int = 32) -> Tensor:
@@ -133,8 +133,8 @@ def follow_eigenbasis(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     order = (q * power).sum(-2).argsort(dim=-1, descending=True)
     sorted_power = power.gather(-1, order.unsqueeze(-2).expand_as(power))
     what = "a step towards eigenvectors failed; the last good ones are kept"
-    kept = Fallback(lambda: q.gather(-1, order.unsqueeze(-2).expand_as(q)), what)
-    return orthonormal(sorted_power, kept), order
+    fallback = Fallback(lambda: q.gather(-1, order.unsqueeze(-2).expand_as(q)), what)
+    return orthonormal(sorted_power, fallback), order
 
 
 INITIAL_ROOT = 0.1**-0.5
@@ -172,7 +172,7 @@ def average_kl_(
         white = project(x, **{other: bases[other]}) * roots[other] if other in factors else x
         white = white * (most / norm(white)).clamp(max=1.0)  # the roots may be 4000: squares must stay finite
         factors[side].lerp_(gram(white, left=side == "left") / size, weight)
-        seen = project(white, **{side: bases[side]}).square().mean(dim, keepdim=True)
-        values = roots[side].square().reciprocal().lerp(seen, weight)
+        diagonal = project(white, **{side: bases[side]}).square().mean(dim, keepdim=True)
+        values = roots[side].square().reciprocal().lerp(diagonal, weight)
         out[side] = values.clamp(min=1e-30).rsqrt().clamp(max=4000.0)
     return out

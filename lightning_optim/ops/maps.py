@@ -34,9 +34,9 @@ def contra(o: Tensor, x: Tensor, strength: float, size: Size = "gram") -> Tensor
     """
     if not strength:
         return o
-    length, kept = (norm_by_power, norm) if size == "power" else (gram_norm, gram_norm)
+    length, size_of = (norm_by_power, norm) if size == "power" else (gram_norm, gram_norm)
     y = o - x * (0.5 * strength / length(x).clamp_(min=1e-10))
-    return y.mul_(kept(o) / kept(y).clamp_(min=1e-10))
+    return y.mul_(size_of(o) / size_of(y).clamp_(min=1e-10))
 
 
 def aurora(x: Tensor, polar: Callable[[Tensor], Tensor], repeats: int = 2, exponent: float = 0.5) -> Tensor:

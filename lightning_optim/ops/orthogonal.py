@@ -181,8 +181,8 @@ def _symmetric(like: Tensor, long: int, panel: Callable[[slice, slice], Tensor])
     step = -(-size // 4)
     for i in range(0, size, step):
         end = min(i + step, size)
-        out[..., i:end, :end] = found = panel(slice(i, end), slice(0, end))
-        out[..., :i, i:end] = found[..., :i].mT
+        out[..., i:end, :end] = tile = panel(slice(i, end), slice(0, end))
+        out[..., :i, i:end] = tile[..., :i].mT
     return out
 
 

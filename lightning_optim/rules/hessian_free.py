@@ -58,17 +58,17 @@ class HessianFree(GlobalStepRule):
 
     def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
         damping = float(s.damping) or self.damping
-        found = conjugate_gradients(
+        iterates = conjugate_gradients(
             lambda v: at.product(v) + damping * v,
             -at.gradient,
             self.cg_decay * s.solution,
             iterations=self.cg_iter,
             tolerance=self.tolerance,
         )
-        step, q = found.pop()
+        step, q = iterates.pop()
         s.solution = step
         value = at.at(at.x + step)[0]
-        for earlier, model in reversed(found):
+        for earlier, model in reversed(iterates):
             other = at.at(at.x + earlier)[0]
             if not other < value:
                 break

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import Rule, StateSpec, zeros
 from lightning_optim.ops.norms import norm
-from lightning_optim.ops.secant import damped, dot, held, names, push, two_loop
+from lightning_optim.ops.secant import damped, dot, names, push, stored_pairs, two_loop
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class MLBFGS(Rule):
             if t == 1:
                 last.copy_(x)
             mean.lerp_(x, 1.0 if t == 1 else 1 - self.beta)
-        pairs = held(s, self.history)
+        pairs = stored_pairs(s, self.history)
         if t > 1 and (t - 1) % self.interval == 0:
             self._remember(s, pairs)
         d = two_loop(g, *pairs)

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_optim.core.rule import GlobalStepRule, Objective, StateSpec, zeros
-from lightning_optim.ops.secant import held, names, push, two_loop
+from lightning_optim.ops.secant import names, push, stored_pairs, two_loop
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class OLBFGS(GlobalStepRule):
 
     def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
         g = at.gradient
-        pairs = held(s, self.history)
+        pairs = stored_pairs(s, self.history)
         if pairs[0][-1].any():
             steps, changes = ([x.view(1, 1, -1) for x in some] for some in pairs)
             d = two_loop(g.view(1, 1, -1), steps, changes, scale="mean").view(-1)

@@ -62,9 +62,9 @@ class Rotated(Rule, abstract=True):
         Returns:
             `"left"`, `"right"`, both or none.
         """
-        chosen = () if self.sides == "none" else gram_sides(m, n, self.sides)
+        sides = () if self.sides == "none" else gram_sides(m, n, self.sides)
         fits = {"left": m <= self.max_precond_dim, "right": n <= self.max_precond_dim}
-        return () if vector else tuple(side for side in chosen if fits[side])
+        return () if vector else tuple(side for side in sides if fits[side])
 
     def rotation(self, m: int, n: int, *, vector: bool = False) -> dict[str, StateSpec]:
         """State of the bases.
@@ -137,8 +137,10 @@ class Rotated(Rule, abstract=True):
             if t == 1 or self.decomposition == "eigh":
                 basis = eigenbasis(factor, previous=old if t > 1 else first_columns(old, old.shape[-1]))
             elif self.factors == "kl":
-                kept = Fallback(lambda old=old: old, "a step towards eigenvectors failed; the last good ones are kept")
-                basis = orthonormal(factor @ old, kept)
+                fallback = Fallback(
+                    lambda old=old: old, "a step towards eigenvectors failed; the last good ones are kept"
+                )
+                basis = orthonormal(factor @ old, fallback)
             else:
                 basis, order = follow_eigenbasis(factor, old)
             setattr(s, f"basis_{side}", basis)

@@ -57,8 +57,8 @@ class SophiaH(MomentumRule):
     def _scale(self, h: Tensor) -> Tensor:
         return (self.rho * h).clamp_(min=self.eps)
 
-    def _estimate(self, seen: SimpleNamespace) -> Tensor:
-        return seen.value
+    def _estimate(self, estimate: SimpleNamespace) -> Tensor:
+        return estimate.value
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,15 @@ class SophiaG(SophiaH):
     search: ClassVar = Rule.search | {"rho": (0.04, 0.1)}
 
     def update_curvature(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
-        said = super().update_curvature(seen, s)
+        metrics = super().update_curvature(seen, s)
         s.hessian.clamp_(min=0)  # Hutchinson's estimate can be negative
-        return said
+        return metrics
 
     def _scale(self, h: Tensor) -> Tensor:
         return (self.rho * h).add_(self.eps) if self.form == "reference" else super()._scale(h)
 
-    def _estimate(self, seen: SimpleNamespace) -> Tensor:
-        if getattr(seen, "diagonal", False):
-            return seen.value
-        tokens = seen.count if self.tokens is None else self.tokens
-        return torch.square(seen.value).mul_(tokens)
+    def _estimate(self, estimate: SimpleNamespace) -> Tensor:
+        if getattr(estimate, "diagonal", False):
+            return estimate.value
+        tokens = estimate.count if self.tokens is None else self.tokens
+        return torch.square(estimate.value).mul_(tokens)

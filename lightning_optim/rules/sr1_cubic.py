@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import GlobalStepRule, Objective, StateSpec, zeros
-from lightning_optim.ops.secant import cubic_step, held, names, push, sr1
+from lightning_optim.ops.secant import cubic_step, names, push, sr1, stored_pairs
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SR1Cubic(GlobalStepRule):
             raise ValueError(f"sr1_cubic: eta must be (low, high) with 0 < low < high < 1, got {self.eta}")
 
     def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
-        pairs = held(s, self.history)
+        pairs = stored_pairs(s, self.history)
         reach = float(s.reach) or self.reach
         step, turned, least = cubic_step(at.gradient, *sr1(*pairs), mu=self.mu, reach=reach)
         value, g = at.at(at.x + step)
