@@ -49,7 +49,7 @@ from hf_integration import (
     diagnostics,
     last_checkpoint,
 )
-from lightning_optim.bench.text import standard_library
+from lightning_optim.data.text import standard_library
 
 PRETRAINED = "runs/pretrain/model"
 MAX_BLOCK = 1024

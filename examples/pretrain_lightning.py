@@ -33,10 +33,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_integration.arguments import literals
 from lightning_optim import configure_optimizers
-from lightning_optim.bench.models import PRESETS, build_model
-from lightning_optim.bench.text import texts, unigram_entropy
-from lightning_optim.bench.tokens import encode, shuffled, train_tokenizer
 from lightning_optim.callbacks import RoleTable, diagnostics
+from lightning_optim.data.presets import PRESETS, build_model
+from lightning_optim.data.text import texts, unigram_entropy
+from lightning_optim.data.tokenizer import encode, shuffled, train_tokenizer
 from lightning_optim.lightning import SCHEDULES
 from lightning_optim.optimizers import CLASSES
 
@@ -72,10 +72,12 @@ class Pretraining(L.LightningModule):
             s.optim,
             lr=s.learning_rate,
             weight_decay=s.weight_decay,
-            schedule=s.schedule,
-            warmup_steps=s.warmup_steps,
-            momentum_warmup_steps=s.momentum_warmup_steps,
-            total_steps=s.max_steps,
+            schedule={
+                "schedule": s.schedule,
+                "warmup_steps": s.warmup_steps,
+                "momentum_warmup_steps": s.momentum_warmup_steps,
+                "total_steps": s.max_steps,
+            },
             shard_work=s.shard_work,
             **literals(s.optim_args),
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from lightning_optim.bench.text import blocks
+from lightning_optim.data.text import blocks
 
 IGNORE = -100
 """Label of a token without a loss."""

@@ -45,10 +45,10 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
             "attach to a new one, before train() and without optimizers= or optimizer_cls_and_kwargs="
         )
     engines.validate_engine([lookup(name)])
-    given = settings if lr is None else settings | {"lr": lr}
-    check_settings(name, given)
-    with_flags(trainer.args, name, given)  # raises what they do not allow; they are read when the optimizer is built
-    kwargs = {"name": name, "args": partial(getattr, trainer, "args"), **given}
+    arguments = settings if lr is None else settings | {"lr": lr}
+    check_settings(name, arguments)
+    with_flags(trainer.args, name, arguments)  # raises what the flags do not allow; they are read at building
+    kwargs = {"name": name, "args": partial(getattr, trainer, "args"), **arguments}
     trainer.optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(KeepSchedule())
     trainer.add_callback(Consolidate())

@@ -72,8 +72,8 @@ class Batches:
         It is not where rows belong together, as pairs and groups of preferences and other examples of a contrast do.
         """
         owner = next(c for c in type(self.trainer).__mro__ if "compute_loss" in vars(c))
-        known = f"{owner.__module__}.{owner.__qualname__}" in ROW_BY_ROW
-        return known and getattr(self.trainer, "compute_loss_func", None) is None
+        is_row_by_row = f"{owner.__module__}.{owner.__qualname__}" in ROW_BY_ROW
+        return is_row_by_row and getattr(self.trainer, "compute_loss_func", None) is None
 
     def open(self) -> None:
         """Watch `compute_loss`; a second call changes nothing."""
@@ -198,17 +198,17 @@ class _Watched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Tell of a training batch, and compute its loss as ever."""
         quiet = self.paused or measuring() or not torch.is_grad_enabled()
-        told = [] if quiet else list(self.listeners)
+        listeners = [] if quiet else list(self.listeners)
         inputs = args[1] if len(args) > 1 else kwargs.get("inputs")
         items = args[3] if len(args) > 3 else kwargs.get("num_items_in_batch")
         try:
-            for listener in told:
+            for listener in listeners:
                 listener.begin(inputs, items)
             out = self.original(*args, **kwargs)
         except BaseException:  # the next step, if there is one, watches again
             self.remove()
             raise
-        for listener in told:
+        for listener in listeners:
             listener.forwarded()
         return out
 
@@ -233,16 +233,16 @@ def _itself(x: Any) -> Any:
 @contextmanager
 def _set(owner: Any, key: str, value: Any) -> Iterator[None]:
     """An attribute has another value for a while."""
-    own = vars(owner)
-    had, before = key in own, own.get(key)
-    own[key] = value
+    attributes = vars(owner)
+    had, before = key in attributes, attributes.get(key)
+    attributes[key] = value
     try:
         yield
     finally:
         if had:
-            own[key] = before
+            attributes[key] = before
         else:
-            del own[key]
+            del attributes[key]
 
 
 def copied(inputs: Any) -> Any:
@@ -275,18 +275,18 @@ def unchanged(trainer: Any) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    own = vars(trainer)
-    before = {key: (value, _snapshot(value)) for key, value in own.items() if not key.endswith("_dataset")}
+    attributes = vars(trainer)
+    before = {key: (value, _snapshot(value)) for key, value in attributes.items() if not key.endswith("_dataset")}
     try:
         yield
     finally:
-        for key in [k for k, v in own.items() if k not in before and isinstance(v, _PLAIN)]:
+        for key in [k for k, v in attributes.items() if k not in before and isinstance(v, _PLAIN)]:
             if not key.endswith("_dataset"):
-                del own[key]
+                del attributes[key]
         for key, (value, restore) in before.items():
             if restore is not None:
                 restore()
-                own[key] = value
+                attributes[key] = value
 
 
 _CONTAINERS = (dict, list, set, deque)
@@ -298,11 +298,11 @@ def _snapshot(value: Any) -> Callable[[], None] | None:
     if isinstance(value, Tensor):
         if value.numel() > FEW or value.requires_grad:
             return None
-        version, kept = value._version, value.clone()
+        version, copy = value._version, value.clone()
 
         def restore_tensor() -> None:
             if value._version != version:
-                value.copy_(kept)
+                value.copy_(copy)
 
         return restore_tensor
     if not isinstance(value, _PLAIN) or (isinstance(value, _CONTAINERS) and len(value) > FEW):

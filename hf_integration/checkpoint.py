@@ -42,9 +42,11 @@ def last_checkpoint(folder: str | Path, *, before: int | None = None) -> str | N
     Returns:
         Path of the checkpoint with the largest step, None if there is none.
     """
-    found = {int(m[1]): path for path in Path(folder).glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))}
-    steps = sorted((step for step in found if before is None or step < before), reverse=True)
-    return next((str(found[step]) for step in steps if _complete(found[step])), None)
+    folders = {
+        int(m[1]): path for path in Path(folder).glob("*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    }
+    steps = sorted((step for step in folders if before is None or step < before), reverse=True)
+    return next((str(folders[step]) for step in steps if _complete(folders[step])), None)
 
 
 def _complete(checkpoint: Path) -> bool:
@@ -168,8 +170,8 @@ def accept_adamw(optimizer: RuleOptimizer, model: nn.Module) -> None:
     """Let `optimizer.load_state_dict` take what `torch.optim.AdamW` saved.
 
     AdamW's groups may be the Trainer's (decayed and not decayed), or one of all trainable parameters in the model's
-    order, or have names. Parameters that AdamW or Adam owns here, too, go on with its moments; every other rule begins
-    afresh. Settings stay those of `optimizer`; learning rates are where the checkpoint's schedule was.
+    order, or have names. Parameters that AdamW or Adam owns here, too, keep its moments; every other rule starts
+    from zero. Settings stay those of `optimizer`; learning rates are where the checkpoint's schedule was.
 
     Args:
         optimizer: of `build_optimizer`.

@@ -18,20 +18,20 @@ from lightning_optim.diagnostics.view import unwrap_optimizer
 class CurvatureCallback(TrainerCallback):
     """Measures what some rules need beside gradients; see `lightning_optim.curvature.CurvatureEstimator`.
 
-    `Trainer(..., callbacks=[CurvatureFeed()])`; `attach` and `register` add it by themselves, and it does nothing for
-    other optimizers. It logs `curvature/win_rate` (Sophia: the share of coordinates that are not clipped, best between
-    0.1 and 0.5) and `curvature/seconds`.
+    `Trainer(..., callbacks=[CurvatureCallback()])`; `attach` and `register` add it by themselves, and it does nothing
+    for other optimizers. It logs `curvature/win_rate` (Sophia: the share of coordinates that are not clipped, best
+    between 0.1 and 0.5) and `curvature/seconds`.
 
     The batches are those that the trainer's `compute_loss` receives, and the loss is the one it computes, whether it is
     overridden or not, label smoothing and `compute_loss_func` included.
 
     Args:
-        share: of the rows of every batch that is measured; see `CurvatureEstimator`. If not given, trainers with a
-            `compute_loss` of their own (but for TRL's SFTTrainer) are measured on all rows, which may belong together.
+        share: share of the rows of every batch that is measured; see `CurvatureEstimator`. By default, trainers that
+            override `compute_loss` (except TRL's SFTTrainer) are measured on all rows, which may belong together.
         method: `"exact"` products with the Hessian, `"difference"` of gradients where kernels do not allow those, or
             `"auto"`: exact until a kernel turns out not to allow it.
-        loss: of (model, batch as `compute_loss` receives it), where it is not to be computed by `compute_loss`, from
-            which it must not differ: the two are compared on the first batch.
+        loss: function of (model, batch as `compute_loss` receives it) that replaces `compute_loss`. The two must be
+            equal, and are compared on the first batch.
 
     Raises:
         ValueError: a value out of range.
@@ -40,25 +40,25 @@ class CurvatureCallback(TrainerCallback):
     def __init__(
         self,
         share: float | None = None,
-        method: curvature.FeedMethod = "auto",
+        method: curvature.EstimatorMethod = "auto",
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
     ) -> None:
         curvature.check_settings(share, method)
         self._settings: dict[str, Any] = {"share": share, "method": method}
         self._loss = loss
-        self.feed: curvature.CurvatureEstimator | None = None
+        self.estimator: curvature.CurvatureEstimator | None = None
         self._batches: Batches | None = None
         self._others: Sequence[TrainerCallback] = ()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the feed, if the optimizer needs one.
+        """Create the curvature estimator, if the optimizer needs one.
 
         Args:
-            args: of the trainer.
-            state: not looked at.
-            control: not looked at.
+            args: arguments of the trainer.
+            state: unused.
+            control: unused.
             **kwargs: model and optimizer.
 
         Raises:
@@ -66,30 +66,30 @@ class CurvatureCallback(TrainerCallback):
         """
         self._close()
         model, optimizer = kwargs["model"], unwrap_optimizer(kwargs["optimizer"])
-        if not curvature.curvature_input(optimizer) or optimizer.has_curvature:  # pyright: ignore[reportAttributeAccessIssue]
+        if not curvature.needs_curvature(optimizer) or optimizer.has_curvature:  # pyright: ignore[reportAttributeAccessIssue]
             return
-        trainer, own = current_trainer(), self._loss
+        trainer, custom_loss = current_trainer(), self._loss
         if trainer is None:
             raise RuntimeError(
-                "CurvatureFeed finds no transformers.Trainer whose batches and compute_loss it could take; in a loop "
-                "of your own use lightning_optim.curvature.Feed"
+                "CurvatureCallback finds no transformers.Trainer whose batches and compute_loss it could take; in a "
+                "loop of your own use lightning_optim.curvature.CurvatureEstimator"
             )
-        batches = Batches(trainer, model, lambda batch: feed.record_batch(batch))
+        batches = Batches(trainer, model, lambda batch: estimator.record_batch(batch))
         settings = dict(self._settings)
         if settings["share"] is None and not batches.rows_are_independent:
             settings["share"] = 1.0
         scaler = getattr(kwargs["optimizer"], "scaler", None)
-        feed = curvature.CurvatureEstimator(
+        estimator = curvature.CurvatureEstimator(
             model,
             optimizer,  # pyright: ignore[reportArgumentType]
-            batches.loss if own is None else lambda batch: own(model, copied(batch)),
+            batches.loss if custom_loss is None else lambda batch: custom_loss(model, copied(batch)),
             weight=batches.weight,
-            trained=None if own is None else batches.loss,
+            trained=None if custom_loss is None else batches.loss,
             loss_scale=lambda: None if scaler is None else scaler.get_scale(),
             rank=args.process_index,
             **settings,
         )
-        self.feed, self._batches, self._others = feed, batches, siblings()
+        self.estimator, self._batches, self._others = estimator, batches, siblings()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,10 +97,10 @@ class CurvatureCallback(TrainerCallback):
         """Watch the batches of a step.
 
         Args:
-            args: not looked at, as are the others.
-            state: the same.
-            control: the same.
-            **kwargs: the same.
+            args: unused.
+            state: unused.
+            control: unused.
+            **kwargs: unused.
         """
         if self._batches is not None:
             self._batches.open()
@@ -111,27 +111,27 @@ class CurvatureCallback(TrainerCallback):
         """Measure, if it is due.
 
         Args:
-            args: of the trainer.
-            state: of the trainer.
-            control: of the trainer.
+            args: arguments of the trainer.
+            state: state of the trainer.
+            control: control of the trainer.
             **kwargs: passed on to the trainer's loggers.
         """
         try:
-            said = self.feed.estimate() if self.feed is not None else {}
-        except BaseException:  # of which the trainer tells nobody
+            metrics = self.estimator.estimate() if self.estimator is not None else {}
+        except BaseException:  # the trainer calls no further hook
             self._close()
             raise
-        if said and state.is_world_process_zero:
-            log_scalars(self._others, args, state, control, said, kwargs)
+        if metrics and state.is_world_process_zero:
+            log_scalars(self._others, args, state, control, metrics, kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave the trainer alone between steps.
 
         Args:
-            args: not looked at, as are the others.
-            state: the same.
-            control: the same.
-            **kwargs: the same.
+            args: unused.
+            state: unused.
+            control: unused.
+            **kwargs: unused.
         """
         if self._batches is not None:
             self._batches.close()
@@ -139,19 +139,19 @@ class CurvatureCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close the feed.
+        """Close the estimator.
 
         Args:
-            args: not looked at, as are the others.
-            state: the same.
-            control: the same.
-            **kwargs: the same.
+            args: unused.
+            state: unused.
+            control: unused.
+            **kwargs: unused.
         """
         self._close()
 
     def _close(self) -> None:
-        if self.feed is not None:
-            self.feed.close()
+        if self.estimator is not None:
+            self.estimator.close()
         if self._batches is not None:
             self._batches.close()
-        self.feed = self._batches = None
+        self.estimator = self._batches = None

@@ -51,16 +51,16 @@ class OptimizerFactory:
         Raises:
             ValueError: no name, or what `build_optimizer` raises.
         """
-        given = settings if lr is None else settings | {"lr": lr}
+        arguments = settings if lr is None else settings | {"lr": lr}
         flags = args() if callable(args) else args
         of_flags = getattr(flags, "optimizer_settings", None)
         if name is None and of_flags is None:
             raise ValueError("OptimizerFactory needs the name of an optimizer: {'name': 'muon', ...}")
         if name is None:
-            given = of_flags(given)  # pyright: ignore[reportOptionalCall]
+            arguments = of_flags(arguments)  # pyright: ignore[reportOptionalCall]
         else:
-            given = {"name": name, **given} if flags is None else with_flags(flags, name, given)
-        return create_optimizer(model, **given)
+            arguments = {"name": name, **arguments} if flags is None else with_flags(flags, name, arguments)
+        return create_optimizer(model, **arguments)
 
 
 def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **settings: Any) -> RuleOptimizer:
@@ -72,7 +72,7 @@ def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **
     `OptimizerFactory` and `attach` work there, too. The Trainer's `--learning_rate` and `--weight_decay` are not used.
 
     Unlike `build_optimizer`'s, its `load_state_dict` also takes an `optimizer.pt` of the Trainer's or torch's AdamW:
-    AdamW's moments go on where AdamW still owns the parameter.
+    AdamW's moments are kept where AdamW still owns the parameter.
 
     Args:
         model: any module, adapters included; its trainable parameters are taken.

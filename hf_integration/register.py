@@ -91,8 +91,8 @@ def _add_member(name: str) -> OptimizerNames:
 
 def _settings(context: Any) -> tuple[type, dict[str, Any]]:
     """What the Trainer asks of a handler: the factory and its arguments."""
-    if isinstance(context.args, TrainingArguments) and (found := context.args.optimizer_cls_and_kwargs()):
-        return found
+    if isinstance(context.args, TrainingArguments) and (pair := context.args.optimizer_cls_and_kwargs()):
+        return pair
     name = OptimizerNames(context.args.optim).value
     for key in context.optim_args:
         if key in BY_FLAG:

@@ -30,7 +30,7 @@ class ReLoRA(TrainerCallback):
         prune: share of the adapters' optimizer state that becomes zero.
         by: `"magnitude"` or `"random"`.
         warmup_steps: after each merge.
-        seed: of the adapters that begin anew.
+        seed: random seed of the adapters that start again.
         resume_from: the checkpoint to resume from, if it does not lie in the Trainer's `output_dir`.
 
     Raises:
@@ -112,11 +112,11 @@ class ReLoRA(TrainerCallback):
 
     def _find(self, args: TrainingArguments, state: TrainerState) -> Path:
         home = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        given = [Path(x) for x in (self._resume_from, args.resume_from_checkpoint) if x]
-        found = [folder / FILE for folder in (*given, home) if (folder / FILE).exists()]
-        if not found:
+        checkpoints = [Path(x) for x in (self._resume_from, args.resume_from_checkpoint) if x]
+        files = [folder / FILE for folder in (*checkpoints, home) if (folder / FILE).exists()]
+        if not files:
             raise ValueError(
                 f"ReLoRA: no {FILE} in {home}: the adapters of step {state.global_step} belong to merged weights; "
                 "give ReLoRA(resume_from=...) the checkpoint if it lies elsewhere"
             )
-        return found[0]
+        return files[0]

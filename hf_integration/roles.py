@@ -22,7 +22,7 @@ class RoleTable(TrainerCallback):
     """Writes what every parameter is, which rule has it, why, and how much state that takes.
 
     The table is the text `roles` in TensorBoard and `roles.md` in `output_dir`, beside the checkpoints, and is written
-    anew as soon as parameters are frozen, unfrozen or added. Of an optimizer that is not ours it says nothing.
+    again as soon as parameters are frozen, unfrozen or added. Of an optimizer that is not ours it says nothing.
     `HybridOptimizer` does the same by itself.
     """
 

@@ -62,10 +62,10 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     rule = lookup(name)
     of_builder = set(inspect.signature(build_optimizer).parameters) - {"model", "name", "settings"}
     hints = OPTION_TYPES | typing.get_type_hints(rule) | typing.get_type_hints(build_optimizer)
-    known = [*settings_of(rule), *sorted(of_builder)]
+    names = [*settings_of(rule), *sorted(of_builder)]
     for key, value in settings.items():
-        if key not in known:
-            raise ValueError(f"{name} has no setting {key!r}; {nearest(key, known)}")
+        if key not in names:
+            raise ValueError(f"{name} has no setting {key!r}; {nearest(key, names)}")
         if key not in ("overrides", "rest_settings", "wrap", "schedule"):  # build_optimizer checks what is inside
             check_value(f"{name}: {key}", value, hints[key], signed=key in rule.signed or key == "seed")
     lookup(settings.get("rest", "adamw"))

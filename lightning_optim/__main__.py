@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_optim.build.recipes import PRESETS, RECIPES, find
+from lightning_optim.catalog import kind, state_bytes, summary
 from lightning_optim.core.rule import REGISTRY
-from lightning_optim.docs import kind, state_bytes, summary
 
 
 def main() -> None:
@@ -96,12 +96,12 @@ def print_plan(args: argparse.Namespace) -> None:
         raise ValueError("plan: give --optim or --recipe")
     name = args.optim or find(args.recipe).rule
     config = AutoConfig.from_pretrained(args.model)
-    known = [getattr(transformers, x, None) for x in getattr(config, "architectures", None) or ()]
+    classes = [getattr(transformers, x, None) for x in getattr(config, "architectures", None) or ()]
     with torch.device("meta"):
-        model = known[0](config) if known and known[0] else AutoModelForCausalLM.from_config(config)
+        model = classes[0](config) if classes and classes[0] else AutoModelForCausalLM.from_config(config)
     mesh = {"world_size": args.world_size, "strategy": args.strategy, "node_size": args.node_size}
-    given = {"rest": args.rest, "last_layer": args.last_layer, **args.settings}
-    print(plan(model, name, recipe=args.recipe, **mesh, **given))
+    arguments = {"rest": args.rest, "last_layer": args.last_layer, **args.settings}
+    print(plan(model, name, recipe=args.recipe, **mesh, **arguments))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from lightning_optim.build.roles import Override
 from lightning_optim.core.param_groups import plain
 from lightning_optim.core.rule import lookup
 from lightning_optim.core.step.averaging_methods import EMANesterov, MuLoCo, TailEMA
-from lightning_optim.schedule import ScheduleConfig
+from lightning_optim.schedule import ScheduleConfig, schedule_settings
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,6 @@ class OptimizerConfig:
         recipe: see there.
         preset: see there.
         schedule: see there.
-        warmup_steps: see there.
-        total_steps: see there.
-        min_lr_ratio: see there.
-        cooldown: see there.
-        horizon: see there.
-        power: see there.
-        momentum_warmup_steps: see there.
-        momentum_start: see there.
-        momentum_cooldown_steps: see there.
-        momentum_end: see there.
         weight_decay: see there.
         rest: see there.
         rest_lr: see there.
@@ -56,17 +47,7 @@ class OptimizerConfig:
     lr: float | None = None
     recipe: str | None = None
     preset: str | None = None
-    schedule: Literal["constant", "linear", "cosine", "power"] | None = None
-    warmup_steps: int | None = None
-    total_steps: int | None = None
-    min_lr_ratio: float | None = None
-    cooldown: int | float | None = None
-    horizon: int | float | None = None
-    power: float | None = None
-    momentum_warmup_steps: int | None = None
-    momentum_start: float | None = None
-    momentum_cooldown_steps: int | None = None
-    momentum_end: float | None = None
+    schedule: Literal["constant", "linear", "cosine", "power"] | dict[str, Any] | None = None
     weight_decay: float | None = None
     rest: str | None = None
     rest_lr: float | None = None
@@ -83,9 +64,22 @@ class OptimizerConfig:
         for f in fields(self):
             object.__setattr__(self, f.name, plain(getattr(self, f.name)))
         if self.schedule is not None:
-            ScheduleConfig(self.schedule)
+            ScheduleConfig.of(self.schedule)
         if self.preset is not None:
             find(self.preset)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Load a checkpoint, also one that was written when the schedule's settings were fields of their own.
+
+        Args:
+            state: fields by name.
+        """
+        names = [f.name for f in fields(self)]
+        of_schedule = {k: v for k, v in state.items() if k not in names and v is not None}
+        settings = {k: v for k, v in state.items() if k in names}
+        if of_schedule:
+            settings["schedule"] = schedule_settings(settings["schedule"]) | of_schedule
+        vars(self).update(settings)
 
     def __call__(self, module: Any) -> dict[str, Any]:
         """Build what `LightningModule.configure_optimizers` returns.
@@ -103,7 +97,15 @@ class OptimizerConfig:
 
 
 # `save_hyperparameters()` stores these objects in checkpoints, which load with `weights_only=True` because every class
-# holds plain values. Older checkpoints name `OptimizerConfig` by the module that defined it when they were written.
-torch.serialization.add_safe_globals([OptimizerConfig, ScheduleConfig, EMANesterov, MuLoCo, TailEMA])
-for module in ("lightning", "factory", "build.factory"):
-    torch.serialization.add_safe_globals([(OptimizerConfig, f"lightning_optim.{module}.OptimizerConfig")])
+# holds plain values. Older checkpoints name a class as it was called, and where it was defined, when they were written.
+EARLIER_NAMES: dict[type, tuple[str, ...]] = {
+    OptimizerConfig: tuple(f"{home}.OptimizerConfig" for home in ("lightning", "factory", "build.factory")),
+    ScheduleConfig: ("schedule.Curve",),
+    EMANesterov: ("core.averages.EMANesterov",),
+    TailEMA: ("core.averages.TailEMA",),
+    MuLoCo: ("core.averages.MuLoCo",),
+}
+torch.serialization.add_safe_globals(list(EARLIER_NAMES))
+torch.serialization.add_safe_globals([
+    (cls, f"lightning_optim.{name}") for cls, names in EARLIER_NAMES.items() for name in names
+])

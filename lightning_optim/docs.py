@@ -5,65 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import math
 import re
+import textwrap
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
+from lightning_optim.catalog import documentation, kind, state_bytes, state_formula, summary
 from lightning_optim.core.options import OPTION_TYPES, OPTIONS
-from lightning_optim.core.rule import REGISTRY, Rule
+from lightning_optim.core.rule import REGISTRY
 from lightning_optim.optimizers import CLASSES
 
 PACKAGE = Path(__file__).parent
 BEGIN, END = "<!-- optimizers: generated -->", "<!-- /optimizers -->"
-
-
-def kind(rule: type[Rule]) -> str:
-    """What a rule needs of a parameter.
-
-    Returns:
-        `elements`, `sums`, `matrices`, or `all` of them at once.
-    """
-    if rule.curvature_input == "loss":
-        return "all"
-    return "elements" if rule.elementwise else "sums" if rule.reduces else "matrices"
-
-
-def state_formula(rule: type[Rule]) -> str:
-    """Elements of state of an m x n matrix at the rule's defaults.
-
-    Returns:
-        A sum such as `2mn` or `m + n`; `0` without state.
-    """
-    slots = rule().state_specs(1024, 1024).values()
-    letters = ["".join(sorted(slot.letters.replace("1", ""))) for slot in slots]
-    constant = sum(math.prod(map(int, slot.letters)) for slot in slots if slot.letters.isdigit())
-    terms = [x if letters.count(x) == 1 else f"{letters.count(x)}{x}" for x in dict.fromkeys(letters) if x.isalpha()]
-    return " + ".join([*terms, *([str(constant)] if constant else [])]) or "0"
-
-
-def state_bytes(rule: type[Rule], m: int = 1024, n: int = 1024) -> float:
-    """Bytes of state per element of an m x n float32 matrix at the rule's defaults.
-
-    Returns:
-        Bytes per element.
-    """
-    size = 0
-    for slot in rule().state_specs(m, n).values():
-        rows, columns = slot.shape(m, n)
-        size += rows * columns * (slot.dtype.itemsize if slot.dtype else 4)
-    return size / (m * n)
-
-
-def summary(rule: type[Rule]) -> str:
-    """First line of a rule's docstring.
-
-    Returns:
-        One line without its closing full stop.
-    """
-    return (rule.__doc__ or "").strip().splitlines()[0].rstrip(".")
 
 
 def table() -> str:
@@ -98,6 +53,15 @@ def readme(text: str) -> str:
     return between(text, BEGIN, END, table())
 
 
+def _docstring(text: str) -> list[str]:
+    """The lines of a docstring literal in the body of a class, at most 120 characters each."""
+    paragraphs = text.replace("\\", "\\\\").replace('"""', '\\"\\"\\"').split("\n")
+    lines = [x for line in paragraphs for x in textwrap.wrap(line, 116, drop_whitespace=True) or [""]]
+    if len(lines) == 1:
+        return [f'    """{lines[0]}"""']
+    return [f'    """{lines[0]}', *(f"    {line}".rstrip() for line in lines[1:]), '    """']
+
+
 def _spell(annotation: Any) -> str:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return " | ".join("None" if x is type(None) else _spell(x) for x in typing.get_args(annotation))
@@ -117,7 +81,7 @@ def stub() -> str:
         "",
         "from torch import Tensor",
         "",
-        "from lightning_optim.core.optimizer import RuleOptimizer, ParamsT",
+        "from lightning_optim.core.optimizer import ParamsT, RuleOptimizer",
         "from lightning_optim.core.rule import Rule",
         "",
         "__all__ = [",
@@ -134,6 +98,8 @@ def stub() -> str:
         lines += [
             "",
             f"class {cls.__name__}(RuleOptimizer):",
+            *_docstring(documentation(rule)),
+            "",
             "    def __init__(",
             "        self,",
             "        params: ParamsT,",

@@ -11,6 +11,7 @@ import typing
 from typing import Any
 
 import lightning_optim.rules  # noqa: F401  (fills the registry)
+from lightning_optim.catalog import documentation
 from lightning_optim.core.optimizer import ParamsT, RuleOptimizer
 from lightning_optim.core.options import OPTION_TYPES, OPTIONS
 from lightning_optim.core.rule import REGISTRY, Rule
@@ -49,7 +50,7 @@ def optimizer_class(rule: type[Rule]) -> type[RuleOptimizer]:
 
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     __init__.__signature__ = call.replace(parameters=[self_parameter, *call.parameters.values()])  # pyright: ignore
-    body = {"__init__": __init__, "__doc__": rule.__doc__, "__module__": __name__, "__signature__": call}
+    body = {"__init__": __init__, "__doc__": documentation(rule), "__module__": __name__, "__signature__": call}
     return type(rule.__name__, (RuleOptimizer,), body)
 
 

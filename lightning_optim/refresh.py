@@ -1,4 +1,4 @@
-"""When costly state is computed anew: eigenbases, inverse roots, projections.
+"""When preconditioners are recomputed: eigenbases, inverse roots, projections.
 
 A policy is spelled in one string, the setting `refresh` of every rule with such state: a name and numbers,
 `"staggered:10"`, or a combinator, `"any(staggered:50, off_diagonal:0.3)"`. It decides from the step, a phase and a
@@ -203,7 +203,7 @@ class Lazy(Policy):
     If the mean overlap of the last `looks` refreshes with the state before is at least `threshold`, the interval is
     multiplied by `growth`, at most to 10 times the first; below half the threshold it is divided.
 
-    Differs: chance-adjusted overlap of all columns, shrinking, a bound, and the looks start anew after a change
+    Differs: chance-adjusted overlap of all columns, shrinking, a bound, and the measurements start again after a change
     (Zhang et al. 2024, arXiv:2407.08296, Sec. 3.2: cosine of the first vector, growth only, unbounded).
     """
 
@@ -219,7 +219,7 @@ class Lazy(Policy):
         for v in views:
             r = v.record
             r["every"] = r["every"] or self.interval
-            first = r["age"] == v.t - 1  # only initialised so far
+            first = r["age"] == v.t - 1  # only initialized so far
             if r["age"] == 1 and not first:
                 self._learn(r)
             due = r["age"] >= (self.interval + v.phase(self.interval) if first else r["every"])
@@ -244,7 +244,7 @@ class TimeBudget(Policy):
 
     Unspent time is kept up to three times the largest cost; no state grows older than `max_age` steps. Ranks that
     do the same work must agree on the seconds, so a replicated model needs `RuleOptimizer.process_group`. The times
-    start anew when a run is resumed.
+    start again when a run is resumed.
     """
 
     share: float = 0.05
@@ -279,8 +279,8 @@ class _Combined(Policy):
 
     def __post_init__(self) -> None:
         for need in ("reads", "measures", "compares", "timed"):
-            asked = any(getattr(p, need) for p in self.inner()) or getattr(type(self), need)
-            object.__setattr__(self, need, asked)
+            is_needed = any(getattr(p, need) for p in self.inner()) or getattr(type(self), need)
+            object.__setattr__(self, need, is_needed)
 
     def inner(self) -> Sequence[Policy]:
         """The policies it is made of."""
@@ -325,8 +325,8 @@ class Clamp(_Combined):
     def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:  # noqa: D102
         out = self.part.decide(views, measure, clock)
         ages = [v.record["age"] for v in views]
-        kept = [x if age >= self.min_age else "" for x, age in zip(out, ages, strict=True)]
-        return ["age" if age >= self.max_age else x for x, age in zip(kept, ages, strict=True)]
+        reasons = [x if age >= self.min_age else "" for x, age in zip(out, ages, strict=True)]
+        return ["age" if age >= self.max_age else x for x, age in zip(reasons, ages, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -346,8 +346,8 @@ class Until(_Combined):
             *zip(early, self.first.decide(early, measure, clock) if early else [], strict=True),
             *zip(late, self.then.decide(late, measure, clock) if late else [], strict=True),
         ]
-        found = {id(v): x for v, x in answers}
-        return [found[id(v)] for v in views]
+        answer_of = {id(v): x for v, x in answers}
+        return [answer_of[id(v)] for v in views]
 
 
 POLICIES: dict[str, type[Policy]] = {
@@ -427,7 +427,7 @@ def _number(text: str, kind: type, whole: str) -> float:
 
 @functools.lru_cache
 def phases(costs: tuple[float, ...], interval: int) -> tuple[int, ...]:
-    """Spread refreshes over an interval: the most costly first, each to the phase with the least cost so far.
+    """Spread refreshes over an interval: the most expensive first, each to the phase with the least cost so far.
 
     Args:
         costs: of every parameter that shares the policy.

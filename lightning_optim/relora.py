@@ -1,4 +1,4 @@
-"""ReLoRA: adapters that are merged into the weights every so often and begin anew, so that the sum has a high rank.
+"""ReLoRA: adapters that are merged into the weights every so often, so that the sum of all merges has a high rank.
 
 Lialin et al. 2023, arXiv:2307.05695, Alg. 1. `lightning_optim.callbacks.ReLoRA` and `hf_integration.ReLoRA` do
 this inside trainers; here is what they share, for any `torch.optim.Optimizer` and a model with PEFT's LoRA layers.
@@ -83,7 +83,7 @@ class ReLoRA:
             raise ValueError("ReLoRA: the model has no LoRA adapter; wrap it by peft.get_peft_model first")
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if getattr(self.optimizer, "averages", None) is not None:
-            raise ValueError("ReLoRA: averages cannot follow adapters that begin anew; leave out wrap")
+            raise ValueError("ReLoRA: averages cannot follow adapters that start again; leave out wrap")
         self._scheduled: list[Any] | None = None
         hooks = self.optimizer.register_step_pre_hook, self.optimizer.register_step_post_hook
         self._handles = [hooks[0](self._before), hooks[1](self._after)]
@@ -118,10 +118,12 @@ class ReLoRA:
         Raises:
             ValueError: weights of another model.
         """
-        own = self.weights
-        if own.keys() != weights.keys():
-            raise ValueError(f"ReLoRA: merged weights of another model: {sorted(own.keys() ^ weights.keys())[:3]} ...")
-        for name, weight in own.items():
+        current = self.weights
+        if current.keys() != weights.keys():
+            raise ValueError(
+                f"ReLoRA: merged weights of another model: {sorted(current.keys() ^ weights.keys())[:3]} ..."
+            )
+        for name, weight in current.items():
             weight.copy_(weights[name])
 
     def remove(self) -> None:
@@ -139,7 +141,7 @@ class ReLoRA:
 
     def _after(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group, lr in zip(optimizer.param_groups, self._scheduled or (), strict=False):
-            group["lr"] = lr  # schedulers go on from it
+            group["lr"] = lr  # schedulers continue from it
         self._scheduled = None
         self.steps += 1
         if self.steps % self.every == 0:
@@ -147,7 +149,7 @@ class ReLoRA:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Merge all adapters now, begin them anew and prune their state."""
+        """Merge all adapters now, start them again and prune their state."""
         count = self.steps // self.every
         for index, a in enumerate(self.adapters):
             a.layer.merge(adapter_names=[a.adapter])
@@ -170,10 +172,10 @@ class ReLoRA:
             return
         keep = round(p.numel() * (1 - self.prune))
         size = alike[0].abs() if self.by == "magnitude" and alike else uniform(p.shape, key, device=p.device)
-        kept = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
-        kept[size.flatten().topk(keep).indices] = True
+        mask = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
+        mask[size.flatten().topk(keep).indices] = True
         for x in alike:
-            x.mul_(kept.view(p.shape))
+            x.mul_(mask.view(p.shape))
 
 
 def check_settings(*, every: int, prune: float, by: str, warmup_steps: int, seed: int) -> None:
@@ -207,7 +209,7 @@ def find(model: nn.Module) -> Iterator[Adapter]:
         One per layer and adapter.
 
     Raises:
-        ValueError: an adapter that cannot be merged and begin anew; the message names the layer.
+        ValueError: an adapter that cannot be merged and started again; the message names the layer.
     """
     for name, layer in cast("Iterator[tuple[str, Any]]", model.named_modules()):
         if not hasattr(layer, "lora_A") or not hasattr(layer, "merged_adapters"):
@@ -230,5 +232,5 @@ def _obstacle(layer: Any, adapter: str) -> str:
     if adapter in getattr(layer, "lora_variant", {}):
         return f"{type(layer.lora_variant[adapter]).__name__} is not plain LoRA"
     if not layer.get_base_layer().weight.is_floating_point():
-        return "a quantised weight would round the merge away"
+        return "a quantized weight would round the merge away"
     return "it is merged already; call unmerge_adapter()" if layer.merged_adapters else ""

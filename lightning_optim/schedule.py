@@ -3,7 +3,7 @@
 In a loop of your own, or with torch's `LambdaLR` in its place where that is enough:
 
     optimizer = build_optimizer(model, "muon", lr=0.02, schedule={"schedule": "power", "cooldown": 0.8, "power": 1.2})
-    scheduler = Schedule(optimizer, total_steps=1000)       # scheduler.step() after every optimizer.step()
+    scheduler = ScheduleLR(optimizer, total_steps=1000)       # scheduler.step() after every optimizer.step()
 """
 
 from __future__ import annotations
@@ -97,23 +97,24 @@ class ScheduleConfig:
             raise ValueError(f"cooldown, horizon and power are for schedule='power', not {self.schedule!r}")
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> ScheduleConfig:
-        """Make a curve of plain settings.
+    def of(cls, schedule: str | Mapping[str, Any]) -> ScheduleConfig:
+        """Make a schedule of a name or of plain settings.
 
         Args:
-            given: some of the fields.
+            schedule: a name of `SCHEDULES`, or some of the fields.
 
         Returns:
-            The curve.
+            The schedule.
 
         Raises:
             ValueError: a name that is no field.
         """
-        known = [f.name for f in fields(cls)]
-        for key in given:
-            if key not in known:
-                raise ValueError(f"a schedule has no setting {key!r}; {nearest(key, known)}")
-        return cls(**given)
+        settings = schedule_settings(schedule)
+        names = [f.name for f in fields(cls)]
+        for key in settings:
+            if key not in names:
+                raise ValueError(f"a schedule has no setting {key!r}; {nearest(key, names)}")
+        return cls(**settings)
 
     @property
     def needs_total(self) -> bool:
@@ -205,6 +206,18 @@ class ScheduleConfig:
             set_momentum(group, now)
 
 
+def schedule_settings(schedule: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The settings that an argument `schedule` stands for.
+
+    Args:
+        schedule: a name of `SCHEDULES`, some of the fields of `ScheduleConfig`, or None.
+
+    Returns:
+        Fields of `ScheduleConfig` by name.
+    """
+    return {"schedule": schedule} if isinstance(schedule, str) else dict(schedule or {})
+
+
 def _steps(value: float, of: float) -> float:
     return value if isinstance(value, int) else value * of
 
@@ -234,11 +247,11 @@ class ScheduleLR(LambdaLR):
         curve = curve or optimizer.curve
         if curve is None:
             raise ValueError("Schedule: give a curve, or build the optimizer with schedule=...")
-        given = curve.total_steps if curve.total_steps is not None else total_steps
-        self.optimizer, self._curve, self._total = optimizer, curve, given
+        length = curve.total_steps if curve.total_steps is not None else total_steps
+        self.optimizer, self._curve, self._total = optimizer, curve, length
         shares = optimizer.averages is not None and optimizer.averages.needs_total
-        if isinstance(given, int) or (given is not None and shares):
-            optimizer.total_steps = given
+        if isinstance(length, int) or (length is not None and shares):
+            optimizer.total_steps = length
         self.momentum_warmup_steps, self.momentum_start = curve.momentum_warmup_steps, curve.momentum_start
         for group in curve.moving(optimizer, 0):
             if momentum_of(group) is None:
@@ -261,7 +274,7 @@ class ScheduleLR(LambdaLR):
         """Say that the run starts: its length is known now, and a finder may have set the learning rates.
 
         A learning rate that somebody set before the first step is the group's peak from then on. A run that is resumed
-        goes on as it was.
+        continues as it was.
 
         Raises:
             ValueError: the schedule depends on the length of the run, which is not known.

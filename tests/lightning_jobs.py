@@ -26,7 +26,7 @@ from lightning_optim import RuleOptimizer, build_optimizer
 from lightning_optim.callbacks import HybridOptimizer
 from tests.test_lightning import Net, Rows, trainer
 
-SETTINGS: dict[str, Any] = {"lr": 1e-2, "schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.1}
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "schedule": {"schedule": "cosine", "warmup_steps": 2}, "weight_decay": 0.1}
 
 
 class Pooled(LightningEnvironment):
@@ -115,7 +115,7 @@ def interchange(rank: int, world: int, folder: str, lrs: list[list[float]]) -> A
         mesh = init_device_mesh("cpu", (world,))
         for layer in net.children():
             fully_shard(layer, mesh=mesh)
-        settings = {k: v for k, v in SETTINGS.items() if k not in ("schedule", "warmup_steps")}
+        settings = {k: v for k, v in SETTINGS.items() if k != "schedule"}
         optimizer = build_optimizer(net, "muon", **settings)
         if theirs:
             state = {"state_dict": get_model_state_dict(net), "optimizer_0": get_optimizer_state_dict(net, optimizer)}

@@ -20,7 +20,7 @@ from lightning_optim.bench import page, report, statistics
 from lightning_optim.bench.__main__ import main
 from lightning_optim.bench.claims import CLAIMS
 from lightning_optim.bench.ledger import Ledger
-from lightning_optim.bench.models import PRESETS, make, size_of
+from lightning_optim.bench.models import make, size_of
 from lightning_optim.bench.page import Table
 from lightning_optim.bench.run import Queue, best, search
 from lightning_optim.bench.space import (
@@ -39,9 +39,11 @@ from lightning_optim.bench.space import (
 )
 from lightning_optim.bench.studies import studies
 from lightning_optim.bench.tasks import functions, load
-from lightning_optim.bench.trial import Workspace, build, execute, needed_bytes, schedule
+from lightning_optim.bench.training import schedule
+from lightning_optim.bench.trial import Workspace, build, execute, needed_bytes
 from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.rule import REGISTRY, hyperparameters, lookup
+from lightning_optim.data.presets import PRESETS
 from lightning_optim.refresh import parse
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +80,7 @@ def test_every_search_space_can_be_searched(name: str) -> None:
     seen = set()
     while (point := propose(rule, losses)) is not None:
         losses[point] = float(len(losses))
-        trial = trial_at(Setup(), name, point, centre=2e-3, size=(128, 256))
+        trial = trial_at(Setup(), name, point, center=2e-3, size=(128, 256))
         seen.add(trial.key)
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.config["settings"].items()}
         settings |= {"lr": trial.lr, "weight_decay": decay(rule, 0.1)}
@@ -677,10 +679,10 @@ def test_statistics_by_hand() -> None:
     a, b = statistics.power_law([(1.0, 3.0), (10.0, 300.0), (100.0, 30_000.0)]) or (0, 0)
     assert (a, b) == pytest.approx((3.0, 2.0))
     assert statistics.power_law([(1.0, 3.0), (1.0, 4.0)]) is None
-    one = statistics.spread([2.0])
+    one = statistics.mean_with_error([2.0])
     assert str(one) == "2.000" and math.isnan(one.error)
     seeds = {"a": {0: 1.0, 1: 1.1, 2: 3.0}, "b": {0: 2.0, 1: 2.2, 2: 2.5}, "c": {0: 1.0, 1: 1.2, 2: 9.0}}
-    pairs, same = statistics.kept(seeds, held_out=2)
+    pairs, same = statistics.stable_pairs(seeds, held_out=2)
     assert pairs == [("a", "b"), ("c", "b")] and same == []
 
 

@@ -13,11 +13,11 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_optim.catalog import state_bytes
 from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.rule import ADAMW_RMS, REGISTRY, StateSpec
 from lightning_optim.core.state.formats import compute_dtype_of, stored_shape
 from lightning_optim.core.step import stacked
-from lightning_optim.docs import state_bytes
 from tests.references import noise
 from tests.rules import (
     NAMES,

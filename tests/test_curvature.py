@@ -25,7 +25,10 @@ from hf_integration.batches import Batches
 from lightning_optim import RuleOptimizer, build_optimizer, curvature
 from lightning_optim.callbacks import CurvatureCallback
 from lightning_optim.curvature import CurvatureEstimator, Labels, categorical, first_rows
+from lightning_optim.curvature import labels as label_module
+from lightning_optim.diagnostics.hessian import signs
 from lightning_optim.diagnostics.view import unwrap_optimizer
+from lightning_optim.ops.rounding import hash_key
 from tests import rules, test_hf, test_lightning
 from tests.pool import Pool
 from tests.test_diagnostics import Detached, Once
@@ -160,8 +163,8 @@ def test_hutchinson_is_the_product_with_random_signs(method: Any) -> None:
         return F.cross_entropy(logits.transpose(1, 2), batch[:, 1:])
 
     hessian: Any = torch.autograd.functional.hessian(loss, torch.cat([p.detach().flatten() for p in params]))
-    draw = torch.Generator().manual_seed(curvature.hash_key(0, 0, 0, 0))
-    u = torch.cat([curvature.signs(p.detach(), draw).flatten() for p in params])
+    draw = torch.Generator().manual_seed(hash_key(0, 0, 0, 0))
+    u = torch.cat([signs(p.detach(), draw).flatten() for p in params])
     got = torch.cat([found[p].value.flatten() for p in params])
     torch.testing.assert_close(got, u * (hessian @ u), rtol=0, atol=1e-12 if method == "exact" else 1e-5)
 
@@ -169,7 +172,7 @@ def test_hutchinson_is_the_product_with_random_signs(method: Any) -> None:
 @pytest.mark.parametrize("name", ["sophia_g", "sophia_h"])
 def test_micro_batches_make_the_estimate_of_one_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With labels that do not depend on the draw; micro-batches of unequal size weigh what they are."""
-    monkeypatch.setattr(curvature, "categorical", lambda logits, generator: logits.argmin(-1))
+    monkeypatch.setattr(label_module, "categorical", lambda logits, generator: logits.argmin(-1))
     whole = batches(1, rows=6)[0]
     together = measured(Small(), name, [whole])
     apart = measured(Small(), name, [whole[:4], whole[4:]])
@@ -250,12 +253,12 @@ class Unused(CurvatureCallback):
         optimizer: Any = trainer.optimizers[0]
         self.calls = unused(optimizer)
         self._settings["share"] = 1.0
-        curvature_input = curvature.curvature_input
-        curvature.curvature_input = lambda optimizer: True
+        needs_curvature = curvature.needs_curvature
+        curvature.needs_curvature = lambda optimizer: True
         try:
             super().on_train_start(trainer, pl_module)
         finally:
-            curvature.curvature_input = curvature_input
+            curvature.needs_curvature = needs_curvature
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
@@ -284,11 +287,11 @@ def test_transformers_with_clipping_and_accumulation(tmp_path: Path) -> None:
         run = test_hf.trainer_of(model, args, *callbacks)
         optimizer: Any = run.create_optimizer()
         calls = unused(optimizer)
-        kept, curvature.curvature_input = curvature.curvature_input, lambda optimizer: True
+        kept, curvature.needs_curvature = curvature.needs_curvature, lambda optimizer: True
         try:
             run.train()
         finally:
-            curvature.curvature_input = kept
+            curvature.needs_curvature = kept
         assert len(calls) == 6 * measure
         out.append(test_hf.weights(model) | {"loss": torch.tensor(test_hf.logged(run, "loss"))})
     test_hf.assert_same(*out)
@@ -657,7 +660,7 @@ def argmin(logits: Tensor, generator: torch.Generator) -> Tensor:
 def train(rank: int, world: int, name: str, kind: str) -> dict[str, Tensor]:
     """Three steps on the rank's rows, labels not drawn but the least likely; the whole weights. "pairs" train apart."""
     rules.feeding = False
-    curvature.categorical = argmin
+    label_module.categorical = argmin
     model, group, pair = Small(), None, 0
     if kind == "pairs":
         groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -684,7 +687,7 @@ def train(rank: int, world: int, name: str, kind: str) -> dict[str, Tensor]:
     except ValueError as error:
         return {"error": torch.tensor(list(str(error).encode()))}
     finally:
-        curvature.categorical = categorical
+        label_module.categorical = categorical
         rules.feeding = True
     full: Any = {k: p.full_tensor() if hasattr(p, "full_tensor") else p for k, p in model.named_parameters()}  # pyright: ignore
     return {k: p.detach().clone() for k, p in full.items()}

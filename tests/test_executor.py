@@ -348,8 +348,70 @@ def test_elementwise_rules_have_elementwise_state(registry: Any) -> None:
 
         class Wrong(Rule):
             name: ClassVar = "wrong"
+            source: ClassVar = "none"
             elementwise: ClassVar = True
             state: ClassVar = {"row": zeros("m1")}
+
+
+REMEDY = (
+    r"give the rule `name` and `source` as class constants; "
+    r"a base of several rules is `class \w+\(\w+, abstract=True\)`"
+)
+
+
+def test_a_rule_without_name_is_refused(registry: Any) -> None:
+    before = dict(registry)
+    with pytest.raises(TypeError, match=rf"^Nameless has no `name` of its own: {REMEDY}$"):
+
+        class Nameless(Rule):
+            source: ClassVar = "none"
+
+    with pytest.raises(TypeError, match=rf"^Bare has no `name` of its own and no `source`: {REMEDY}$"):
+
+        class Bare(Rule):
+            pass
+
+    assert registry == before
+
+
+def test_a_rule_without_source_is_refused(registry: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^Unsourced has no `source`: {REMEDY}$"):
+
+        class Unsourced(Rule):
+            name: ClassVar = "unsourced"
+
+    assert "unsourced" not in registry
+
+
+def test_a_variant_needs_a_name_of_its_own(registry: Any) -> None:
+    """It would take the place of the rule it is derived from, or of none."""
+    adamw = registry["adamw"]
+    with pytest.raises(TypeError, match=rf"^Variant has no `name` of its own: {REMEDY}$"):
+
+        class Variant(adamw):
+            pass
+
+    assert registry["adamw"] is adamw
+
+    class Named(adamw):  # the source is that of AdamW
+        name: ClassVar = "named"
+
+    assert registry["named"] is Named and Named.source == adamw.source
+
+
+def test_an_abstract_base_is_no_optimizer(registry: Any) -> None:
+    before = dict(registry)
+
+    class Base(Rule, abstract=True):
+        elementwise: ClassVar = True
+
+    assert registry == before
+
+    class Concrete(Base):
+        name: ClassVar = "concrete"
+        source: ClassVar = "none"
+
+    assert registry["concrete"] is Concrete
 
 
 def test_muon_does_not_depend_on_who_shares_the_stack() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import runpy
@@ -43,7 +44,7 @@ pytestmark = [
 ]
 
 LR = 1e-2
-SCHEDULE: dict[str, Any] = {"schedule": "cosine", "warmup_steps": 2}
+SCHEDULE: dict[str, Any] = {"schedule": {"schedule": "cosine", "warmup_steps": 2}}
 
 
 class Without(Net):
@@ -282,8 +283,7 @@ model:
   optimizer:
     name: muon
     lr: 0.01
-    schedule: cosine
-    warmup_steps: 1
+    schedule: {schedule: cosine, warmup_steps: 1}
     weight_decay: 0.1
     rest_lr: 1e-3
     overrides:
@@ -317,8 +317,7 @@ def test_cli_reads_the_typed_config(tmp_path: Path, cli: Any) -> None:
     assert run.global_step == 2
     expected = Net(
         "muon",
-        schedule="cosine",
-        warmup_steps=1,
+        schedule={"schedule": "cosine", "warmup_steps": 1},
         weight_decay=0.1,
         rest_lr=1e-3,
         overrides=[("head", None, {"lr": 5e-3}), ("hidden.*", "adamw")],
@@ -403,12 +402,30 @@ def config() -> OptimizerConfig:
     return OptimizerConfig(
         "muon",
         lr=np.float64(1e-2),  # pyright: ignore[reportArgumentType]
-        schedule="power",
-        cooldown=0.5,
+        schedule={"schedule": "power", "cooldown": 0.5},
         rest_settings={"betas": (np.float32(0.875), 0.95)},
         overrides=[("head", None, {"lr": np.float64(5e-3)}), ("hidden.*", "adamw")],
         settings={"ns_steps": np.int64(3), "wrap": {"tail_ema": {"start": 2}}},
     )
+
+
+def test_a_config_of_an_earlier_checkpoint_loads(tmp_path: Path) -> None:
+    """The schedule's settings were fields of their own."""
+    path, earlier = tmp_path / "config.pt", config()
+    fields = {"schedule": "power", "cooldown": 0.5, "warmup_steps": None, "horizon": None}
+    vars(earlier).update(fields)
+    torch.save(earlier, path)
+    assert torch.load(path, weights_only=True) == config()
+    vars(earlier).update(fields | {"schedule": None, "cooldown": None})
+    torch.save(earlier, path)
+    assert torch.load(path, weights_only=True) == dataclasses.replace(config(), schedule=None)
+
+
+def test_settings_of_the_schedule_have_one_place() -> None:
+    with pytest.raises(
+        ValueError, match=r"^warmup_steps is a setting of the schedule: give schedule=\{'warmup_steps': 2"
+    ):
+        lightning_optim.configure_optimizers(Net(""), "muon", lr=LR, warmup_steps=2)
 
 
 def test_checkpoints_with_a_config_load(tmp_path: Path) -> None:

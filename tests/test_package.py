@@ -8,12 +8,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import typing
 from pathlib import Path
 
 import lightning_optim
-from lightning_optim import docs, optimizers
-from lightning_optim.core.rule import REGISTRY
+from lightning_optim import catalog, optimizers
+from lightning_optim.core.rule import REGISTRY, hyperparameters
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,14 +50,19 @@ ALLOWED = {
     "diagnostics": {"core", "diagnostics", "ops", "refresh"},
     "schedule": {"core"},
     "build": {"build", "core", "optimizers", "schedule"},
-    "optimizers": {"core", "rules", "optimizers"},
-    "docs": {"core", "optimizers"},
+    "catalog": {"core"},
+    "optimizers": {"catalog", "core", "rules", "optimizers"},
+    "docs": {"catalog", "core", "optimizers"},
     "curvature": {"build", "core", "curvature", "diagnostics", "ops"},
     "callbacks": {"build", "callbacks", "core", "curvature", "diagnostics", "relora", "schedule"},
     "config": {"build", "callbacks.configure", "core", "schedule"},
     "lightning": {"callbacks", "config", "schedule"},
-    "bench": {"bench", "build", "core", "curvature", "diagnostics", "docs", "optimizers", "refresh", "schedule"},
-    "__main__": {"bench.__main__", "build", "core", "docs"},
+    "data": {"data"},
+    "bench": {
+        *("bench", "build", "catalog", "core", "curvature", "data"),
+        *("diagnostics", "docs", "optimizers", "refresh", "schedule"),
+    },
+    "__main__": {"bench.__main__", "build", "catalog", "core"},
 }
 
 
@@ -73,7 +79,7 @@ def test_imports_go_one_way() -> None:
             if home in ("ops", "rules"):
                 assert not name.startswith("torch.distributed"), f"{path.name} imports {name}"
                 assert "optimizer" not in name and "parallel" not in name, f"{path.name} imports {name}"
-            if home not in ("callbacks", "bench", "__main__"):
+            if home not in ("callbacks", "bench", "data", "__main__"):
                 assert name.split(".")[0] not in ("lightning", "transformers", "peft"), f"{path.name} imports {name}"
             assert home in ("bench", "__main__") or not name.startswith("lightning_optim.bench"), f"{path.name}: {name}"
     leaves = [p for d in ("hf_integration", "callbacks", "examples") for p in (ROOT / d).rglob("*.py")]
@@ -81,34 +87,6 @@ def test_imports_go_one_way() -> None:
         assert not any(n.split(".")[0] in ("examples", "callbacks") for n in imported(path)), path
     for path in (p for p in package.rglob("*.py") if "callbacks" not in p.parts):
         assert not any(n.split(".")[0] == "hf_integration" for n in imported(path)), path
-
-
-def edges() -> dict[str, set[str]]:
-    """Which module of the package imports which, at any depth of its code and for type checkers, too."""
-    package, files = ROOT / "lightning_optim", {}
-    for path in package.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    graph: dict[str, set[str]] = {}
-    for name, path in files.items():
-        graph[name] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                graph[name] |= {a.name for a in node.names} & set(files)
-            elif isinstance(node, ast.ImportFrom):
-                names = {f"{node.module}.{a.name}" for a in node.names}  # submodules, or names of the module itself
-                graph[name] |= (names | ({str(node.module)} if names - set(files) else set())) & set(files)
-        graph[name].discard(name)
-    return graph
-
-
-def test_no_import_circle() -> None:
-    """Repeatedly removing the modules that import none of the others leaves those on, or above, a circle."""
-    graph = edges()
-    left = {m for m in graph if not m.startswith(("lightning_optim.core.", "lightning_optim.bench."))}
-    while leaves := {m for m in left if not graph[m] & left}:
-        left -= leaves
-    assert not left
 
 
 def test_only_the_parallel_code_asks_about_dtensors() -> None:
@@ -132,7 +110,7 @@ def test_every_public_name_exists_and_is_documented() -> None:
     for name in lightning_optim.__all__:
         assert inspect.getdoc(getattr(lightning_optim, name)), name
     for rule in REGISTRY.values():
-        assert rule.source and docs.summary(rule)
+        assert rule.source and catalog.summary(rule)
 
 
 def test_optimizer_classes_have_real_signatures() -> None:
@@ -143,6 +121,20 @@ def test_optimizer_classes_have_real_signatures() -> None:
         for key in ("lr", "weight_decay"):
             assert parameters[key].annotation is float and hints[key] is float
         assert cls.__module__ == "lightning_optim.optimizers" and getattr(optimizers, cls.__name__) is cls
+
+
+def test_stubs_carry_the_documentation() -> None:
+    """An editor shows the docstring of the stub; `help` shows that of the class."""
+    stub = (ROOT / "lightning_optim" / "optimizers.pyi").read_text()
+    assert max(map(len, stub.splitlines())) <= 120
+    stubs = {node.name: ast.get_docstring(node) for node in ast.parse(stub).body if isinstance(node, ast.ClassDef)}
+    assert set(stubs) == {cls.__name__ for cls in optimizers.CLASSES.values()}
+    for name, cls in optimizers.CLASSES.items():
+        text, rule = stubs[cls.__name__], REGISTRY[name]
+        assert text is not None and "Source: " in text, name
+        assert text.startswith(str(inspect.getdoc(rule))), name
+        assert text.split() == str(inspect.getdoc(cls)).split(), name
+        assert all(f"{key}=" in text for key in hyperparameters(rule)), name
 
 
 def test_readme_table_and_stubs_are_up_to_date() -> None:
@@ -282,6 +274,19 @@ def test_a_new_probe_is_one_class_and_one_row(tmp_path: Path) -> None:
         assert "class ToyLogger(Diagnostic):" in (tree / stub).read_text()
 
 
+def test_the_version_has_one_place_and_building_needs_no_torch(tmp_path: Path) -> None:
+    """The version is read from the source without importing it, as a build runs without torch."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" not in project and project["dynamic"] == ["version"]
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')\n")
+    code = (
+        "from setuptools.config.pyprojecttoml import apply_configuration; from setuptools import Distribution;"
+        "print(apply_configuration(Distribution(), 'pyproject.toml').metadata.version)"
+    )
+    out = run(sys.executable, "-W", "ignore", "-c", code, PYTHONPATH=str(tmp_path))
+    assert out.split()[-1] == lightning_optim.__version__
+
+
 def test_the_wheel_beside_a_decoy(tmp_path: Path) -> None:
     """Built, installed without dependencies, and imported from a folder with a callbacks.py of its own."""
     tree = copied(tmp_path)
@@ -307,3 +312,4 @@ def test_the_wheel_beside_a_decoy(tmp_path: Path) -> None:
     assert (site / "hf_integration" / "probes.pyi").exists()
     assert (site / "lightning_optim" / "py.typed").exists()
     assert not (site / "callbacks").exists() and not (site / "tests").exists()
+    assert wheel.name.startswith(f"lightning_optim-{lightning_optim.__version__}-")

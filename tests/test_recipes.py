@@ -128,7 +128,9 @@ def test_recipes_are_flags_of_transformers(tmp_path: Any) -> None:
 def test_recipes_in_lightning() -> None:
     """The schedule stays the user's; a learning rate that is given wins."""
     module = Module()
-    made = configure_optimizers(module, "muon", recipe="muon-speedrun", schedule="linear", total_steps=4)
+    made = configure_optimizers(
+        module, "muon", recipe="muon-speedrun", schedule={"schedule": "linear", "total_steps": 4}
+    )
     groups: dict[str, Any] = {g["rule"]: g for g in made["optimizer"].param_groups}
     assert (groups["muon"]["lr"], groups["adamw"]["lr"]) == (0.02, 1.8e-3)
     config = OptimizerConfig("muon", recipe="muon-speedrun", lr=0.5)

@@ -1,4 +1,4 @@
-"""What a curvature feed costs: time per step against AdamW, and the share that goes into measurements.
+"""What a curvature estimator costs: time per step against AdamW, and the share of it that measurements take.
 
     python examples/benchmark/curvature.py --preset 9m
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lightning_optim import build_optimizer
-from lightning_optim.bench.models import PRESETS, build_model
 from lightning_optim.curvature import CurvatureEstimator
+from lightning_optim.data.presets import PRESETS, build_model
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Cost:
     """The extra of a step that measures."""
     decomposed: float
     """The extra of a step that computes costly state."""
-    feed: float
-    """Of one measurement, as the feed itself counts."""
+    measurement: float
+    """Of one measurement, as the estimator itself counts."""
 
 
 def run(name: str, preset: str, rows: int, steps: int) -> Cost:
@@ -59,18 +59,18 @@ def run(name: str, preset: str, rows: int, steps: int) -> Cost:
     def loss(batch: Tensor) -> Tensor:
         return model(input_ids=batch, labels=batch).loss
 
-    feed = CurvatureEstimator(model, optimizer, loss)
+    estimator = CurvatureEstimator(model, optimizer, loss)
     seconds: list[float] = []
     spent: list[float] = []
     for _ in range(steps):
-        started, before = time.perf_counter(), feed.seconds
-        feed.record_batch(batch)
+        started, before = time.perf_counter(), estimator.seconds
+        estimator.record_batch(batch)
         loss(batch).backward()
-        feed.estimate()
+        estimator.estimate()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
-        spent.append(feed.seconds - before)
+        spent.append(estimator.seconds - before)
     plain = median(s for s, f in zip(seconds[1:], spent[1:], strict=True) if not f)
     due = [(s, f) for s, f in zip(seconds[1:], spent[1:], strict=True) if f]
     measured = median(s for s, _ in due) - plain if due else 0.0
@@ -88,11 +88,11 @@ def main() -> None:
     found = {name: run(name, args.preset, args.rows, args.steps) for name in names}
     base = found["adamw"].plain
     print(f"{args.preset}, {args.rows} rows, {torch.get_num_threads()} threads; measured every 10 steps")
-    print("| optimizer | plain step | measurement | decomposition | mean step | over AdamW | share of the feed |")
+    print("| optimizer | plain step | measurement | decomposition | mean step | over AdamW | share of measurements |")
     print("|---|---|---|---|---|---|---|")
     for name, c in found.items():
         mean = c.plain + c.measured / 10 + c.decomposed / 100
-        share = c.feed / 10 / mean
+        share = c.measurement / 10 / mean
         print(
             f"| `{name}` | {c.plain:.3f} s | {c.measured:.3f} s | {c.decomposed:.3f} s | {mean:.3f} s "
             f"| {100 * (mean / base - 1):+.1f} % | {100 * share:.1f} % |"

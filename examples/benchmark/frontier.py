@@ -22,7 +22,7 @@ from typing import Any
 from lightning_optim.bench.ledger import Ledger, Line
 from lightning_optim.bench.page import Heading, Table, Text, markdown
 from lightning_optim.bench.space import Setup, Trial
-from lightning_optim.bench.statistics import spread
+from lightning_optim.bench.statistics import mean_with_error
 from lightning_optim.bench.trial import Workspace, execute
 
 HERE = Path(__file__).parent
@@ -380,7 +380,7 @@ def take_rows(record: Frontier) -> tuple[list[float], list[Row]]:
 
 def verdict(gaps: list[float]) -> str:
     """Whether steps were saved: on every seed, and by more than two standard errors."""
-    gap = spread(gaps)
+    gap = mean_with_error(gaps)
     clear = abs(gap.mean) > 2 * gap.error and (max(gaps) < 0 or min(gaps) > 0)
     return f"{('yes' if gap.mean < 0 else 'no') if clear else 'within noise'}, {gap.mean:+.3f} ± {gap.error:.3f}"
 
@@ -405,8 +405,8 @@ def page_of(record: Frontier) -> str:
             row.entry.label,
             row.entry.adds,
             f"{row.rate:.3g}" + " (edge)" * row.at_edge,
-            str(spread(row.lengths[TUNED_AT])),
-            f"{spread(ratios)}{'' if inside else ' *'}",
+            str(mean_with_error(row.lengths[TUNED_AT])),
+            f"{mean_with_error(ratios)}{'' if inside else ' *'}",
             f"{saved} ({row.entry.base})",
         ])
     lines = [line for line in record.ledger if "time" in line]
@@ -422,7 +422,8 @@ def page_of(record: Frontier) -> str:
             " `frontier.py --tables` from `frontier.jsonl`, which has every run."
         ),
         Text(
-            f"AdamW's last loss, the target: {spread(target)}. Its trials (rate and last loss on the first seed): "
+            f"AdamW's last loss, the target: {mean_with_error(target)}. "
+            "Its trials (rate and last loss on the first seed): "
             + "; ".join(
                 f"{entry.label} ({entry.adds}): {', '.join(f'{x:.3g} {y:.3f}' for x, y in sorted(losses.items()))}"
                 for entry, losses in tried.items()

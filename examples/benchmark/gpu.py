@@ -38,10 +38,10 @@ from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer, build_optimizer
 from lightning_optim.bench.__main__ import main as bench_command
-from lightning_optim.bench.models import PRESETS, build_model
+from lightning_optim.catalog import state_bytes
 from lightning_optim.core.rule import REGISTRY
+from lightning_optim.data.presets import PRESETS, build_model
 from lightning_optim.diagnostics.memory import predicted_state
-from lightning_optim.docs import state_bytes
 from lightning_optim.ops import orthogonal
 
 LR = 1e-6

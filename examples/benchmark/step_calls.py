@@ -1,5 +1,4 @@
-"""Function calls and Python time of a steady optimizer step: what a reader has to follow, and what a step costs besides
-kernels.
+"""Function calls and Python time of a steady optimizer step: what a reader follows, what it costs besides kernels.
 
     python examples/benchmark/step_calls.py
     python examples/benchmark/step_calls.py --python_time

@@ -37,8 +37,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer
+from lightning_optim.catalog import state_bytes
 from lightning_optim.core.rule import REGISTRY, Rule
-from lightning_optim.docs import between, state_bytes
+from lightning_optim.docs import between
 from lightning_optim.ops.kernels.products import product
 
 Shapes = list[tuple[int, ...]]

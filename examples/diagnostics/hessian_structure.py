@@ -32,9 +32,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_optim.bench.models import PRESETS, build_model
-from lightning_optim.bench.text import read, standard_library
-from lightning_optim.bench.tokens import encode
+from lightning_optim.data.presets import PRESETS, build_model
+from lightning_optim.data.text import read, standard_library
+from lightning_optim.data.tokenizer import encode
 from lightning_optim.diagnostics import figures, hessian
 
 EXAMPLES = Path(__file__).parents[1]

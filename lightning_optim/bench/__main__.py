@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> bool:
     """
     parser = argparse.ArgumentParser(prog="python -m lightning_optim bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    running = commands.add_parser("run", help="tune optimizers with equal budgets; the same command goes on")
+    running = commands.add_parser("run", help="tune optimizers with equal budgets; the same command resumes")
     run.add_arguments(running)
     run.add_setup(running)
     running.set_defaults(run=run.run_command)

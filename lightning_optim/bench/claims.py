@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_optim.bench.space import Setup
-from lightning_optim.bench.statistics import spread
+from lightning_optim.bench.statistics import mean_with_error
 from lightning_optim.bench.studies import BASELINE, Study, Variant
 
 Measure = Callable[[Sequence[Study], Sequence[Variant]], str | None]
@@ -32,10 +32,10 @@ class Claim:
 
 def _pretraining(studies: Sequence[Study], *names: str) -> Study | None:
     """The largest pretraining of the same model and tokens in which all of these are tuned."""
-    found = [
+    pretrainings = [
         s for s in studies if (s.setup.regime, s.setup.track) == ("pretrain", "model") and set(names) <= {*s.tuned}
     ]
-    return max(found, key=lambda s: (_parameters(s), s.setup.tokens), default=None)
+    return max(pretrainings, key=lambda s: (_parameters(s), s.setup.tokens), default=None)
 
 
 def _parameters(study: Study) -> int:
@@ -70,11 +70,11 @@ def _relative_throughput(name: str) -> Measure:
 def _loss_at_same_lr(studies: Sequence[Study], variants: Sequence[Variant]) -> str | None:
     del variants
     study = _pretraining(studies, "adam_mini", BASELINE)
-    chosen = study.best(BASELINE) if study else None
-    same = study.at_lr("adam_mini", chosen["config"]["lr"]) if study and chosen else None
-    if chosen is None or same is None or same["status"] != "ok":
+    tuned = study.best(BASELINE) if study else None
+    same = study.at_lr("adam_mini", tuned["config"]["lr"]) if study and tuned else None
+    if tuned is None or same is None or same["status"] != "ok":
         return None
-    return f"{same['final']['loss']:.3f} at AdamW's tuned learning rate, AdamW {chosen['final']['loss']:.3f}; one seed"
+    return f"{same['final']['loss']:.3f} at AdamW's tuned learning rate, AdamW {tuned['final']['loss']:.3f}; one seed"
 
 
 def muon_overhead(width: int, batch_tokens: int, iterations: int = 5) -> float:
@@ -114,7 +114,7 @@ def _speed_up(name: str) -> Measure:
         reached = [1 / x for x in found if x]
         if len(reached) < len(found):
             return f"AdamW's last loss is not reached on {len(found) - len(reached)} of {len(found)} seeds"
-        return f"{spread(reached)} times fewer tokens to AdamW's last loss, over {len(reached)} seed(s)"
+        return f"{mean_with_error(reached)} times fewer tokens to AdamW's last loss, over {len(reached)} seed(s)"
 
     return measure
 
@@ -194,7 +194,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Alice is faster than Adam in steps",
         "2.22, 2.00, 2.45 and 2.82 times at 60M, 130M, 350M and 1.3B",
         _speed_up("alice"),
-        f"{SCALE}; {TEXT}; AdamW with decay 0.1 instead of Adam; {LAST}; the direction normalised, the rate tuned",
+        f"{SCALE}; {TEXT}; AdamW with decay 0.1 instead of Adam; {LAST}; the direction normalized, the rate tuned",
     ),
     Claim(
         f"{GONG}, Table 2",
@@ -229,6 +229,6 @@ CLAIMS: tuple[Claim, ...] = (
         "tracking helps with switching only, compensation most",
         "130M: none 26.96, tracking 27.35, and switching 25.11, and compensation 21.95",
         _ablation("statistic", "alice"),
-        f"{SCALE}; {TEXT}; {LAST}; the learning rate of full Alice, the direction normalised in all four",
+        f"{SCALE}; {TEXT}; {LAST}; the learning rate of full Alice, the direction normalized in all four",
     ),
 )

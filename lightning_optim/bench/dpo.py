@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PrinterCallback
 
 from lightning_optim.bench.models import size_of
+from lightning_optim.bench.result import TrialResult
 from lightning_optim.bench.space import Trial
+from lightning_optim.bench.tasks import Task
+from lightning_optim.bench.training import scheduler_of
 from lightning_optim.core.optimizer import RuleOptimizer
-
-if TYPE_CHECKING:
-    from lightning_optim.bench.tasks import Task
-    from lightning_optim.bench.trial import Run, Stopwatch
 
 
 def train_dpo(
@@ -24,20 +23,16 @@ def train_dpo(
     model: nn.Module,
     optimizer: RuleOptimizer,
     task: Task,
-    run: Run,
-    total: Stopwatch,
-    stepping: Stopwatch,
+    result: TrialResult,
 ) -> None:
     """Train on preferences; the score is the share of held-out pairs in which the chosen one is preferred.
 
     Args:
-        trial: what to run.
+        trial: what to result.
         model: trained; the reference is a copy of it.
         optimizer: of the model.
         task: with preferences.
-        run: filled with what is found.
-        total: measures training without evaluation.
-        stepping: measures the optimizer.
+        result: filled with losses and times.
 
     Raises:
         ValueError: TRL is not installed.
@@ -48,11 +43,10 @@ def train_dpo(
         from trl.trainer.dpo_trainer import DPOTrainer
     except ImportError as e:
         raise ValueError(f"--regime dpo needs TRL (pip install trl): {e}") from e
-    from lightning_optim.bench.trial import scheduler_of
 
     setup, steps = trial.setup, size_of(trial.setup)[1]
-    optimizer.register_step_pre_hook(stepping.start)
-    optimizer.register_step_post_hook(stepping.stop)
+    optimizer.register_step_pre_hook(result.stepping.start)
+    optimizer.register_step_post_hook(result.stepping.stop)
     scheduler = scheduler_of(optimizer, setup, lambda step: (step + 1) / steps)
     train, held_out = (Dataset.from_list(part) for part in task.preferences)
     with tempfile.TemporaryDirectory() as folder:
@@ -86,24 +80,22 @@ def train_dpo(
         )
         trainer.remove_callback(PrinterCallback)
 
-        def look() -> None:
+        def evaluate() -> None:
             optimizer.eval()
-            found: dict[str, Any] = trainer.evaluate()
+            metrics: dict[str, Any] = trainer.evaluate()
             optimizer.train()
-            point = {"step": run.steps, "tokens": run.tokens, "loss": found["eval_loss"]}
-            if not math.isfinite(point["loss"]):
-                return run.diverged(f"evaluation loss not finite after {run.steps} steps")
-            point |= {"score": found["eval_rewards/accuracies"]}
-            run.curve.append(point | {"seconds": total.seconds, "cpu_seconds": total.cpu_seconds})
+            if not math.isfinite(metrics["eval_loss"]):
+                return result.diverged(f"evaluation loss not finite after {result.steps} steps")
+            result.add_point(loss=metrics["eval_loss"], score=metrics["eval_rewards/accuracies"])
             return None
 
-        look()
+        evaluate()
         try:
-            with total.running():
+            with result.training.running():
                 trainer.train()
         except FloatingPointError as e:
-            return run.diverged(str(e).split(";")[0])
-        run.steps = trainer.state.global_step
-        run.tokens = run.steps * setup.batch * task.facts["context"]
-        look()
+            return result.diverged(str(e).split(";")[0])
+        result.steps = trainer.state.global_step
+        result.tokens = result.steps * setup.batch * task.facts["context"]
+        evaluate()
     return None

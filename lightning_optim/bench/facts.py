@@ -59,13 +59,13 @@ def model(module: nn.Module, config: Setup) -> dict[str, Any]:
     params = list(module.parameters())
     inner = getattr(module, "config", None)
     keys = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    told = {key: getattr(inner, key) for key in keys if hasattr(inner, key)}
+    sizes = {key: getattr(inner, key) for key in keys if hasattr(inner, key)}
     return {
         "name": config.model,
         "class": type(module).__name__,
         "parameters": sum(p.numel() for p in params),
         "trained": sum(p.numel() for p in params if p.requires_grad),
-        **told,
+        **sizes,
     }
 
 
@@ -107,8 +107,8 @@ def hardware(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{found[0] if found else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def optimizer(optim: RuleOptimizer) -> list[dict[str, Any]]:
@@ -123,9 +123,9 @@ def optimizer(optim: RuleOptimizer) -> list[dict[str, Any]]:
     out = []
     for group in optim.param_groups:
         plain = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
-        told = {k: v for k, v in plain.items() if v is None or isinstance(v, (bool, int, float, str, tuple, list))}
-        told["lr"] = group.get("initial_lr", group["lr"])
-        out.append(told | {"parameters": sum(p.numel() for p in group["params"])})
+        settings = {k: v for k, v in plain.items() if v is None or isinstance(v, (bool, int, float, str, tuple, list))}
+        settings["lr"] = group.get("initial_lr", group["lr"])
+        out.append(settings | {"parameters": sum(p.numel() for p in group["params"])})
     return out
 
 
@@ -141,9 +141,9 @@ def memory(module: nn.Module, optim: RuleOptimizer, predicted: int | None, peak:
     Returns:
         JSON; `state` is what lies in memory, with everything a rule keeps.
     """
-    found = categories(module, optim)
-    kept = {k: found.get(k, 0) for k in ("parameters", "buffers", "gradients", "state")}
-    return kept | {"state_predicted": predicted, **peak}
+    bytes_of = categories(module, optim)
+    out = {k: bytes_of.get(k, 0) for k in ("parameters", "buffers", "gradients", "state")}
+    return out | {"state_predicted": predicted, **peak}
 
 
 def precision(module: nn.Module, optim: RuleOptimizer, config: Setup) -> dict[str, Any]:
@@ -164,16 +164,17 @@ def precision(module: nn.Module, optim: RuleOptimizer, config: Setup) -> dict[st
             if isinstance(value, Tensor):
                 state.setdefault(slot, set()).add(dtype_name(value.dtype))
     rules = {rule_of(g).name: rule_of(g) for g in optim.param_groups}
-    costly = {slot for rule in rules.values() for slot in rule.preconditioners}
+    preconditioners = {slot for rule in rules.values() for slot in rule.preconditioners}
     iterations: set[str] = {r.ns_dtype for r in rules.values() if hasattr(r, "ns_dtype")}  # pyright: ignore
     rounding = {g["param_rounding"] for g in optim.param_groups}
     return {
         "weights": " and ".join(weights),
         "computation": "bfloat16" if config.precision == "autocast" else " and ".join(weights),
         "gradients": " and ".join(weights),
-        "state": {slot: " and ".join(sorted(found)) for slot, found in sorted(state.items())},
+        "state": {slot: " and ".join(sorted(dtypes)) for slot, dtypes in sorted(state.items())},
         "master_weights": f"none; {', '.join(sorted(rounding))} rounding" if "bfloat16" in weights else "the weights",
-        "preconditioners": {slot: " and ".join(sorted(state[slot])) for slot in sorted(costly & set(state))} or "none",
+        "preconditioners": {slot: " and ".join(sorted(state[slot])) for slot in sorted(preconditioners & set(state))}
+        or "none",
         "orthogonalisation": " and ".join(sorted(iterations)) or "none",
         "eps": {name: getattr(rule, "eps", None) for name, rule in rules.items()},
         "loss_scaling": "none",

@@ -51,10 +51,10 @@ class Ledger:
                     line = json.loads(raw)
                 except ValueError:
                     continue  # cut off, and later completed by the newline that the next line begins with
-                known = self.lines.get(line["key"])
-                if known is not None:
-                    line["why"] = sorted({*known["why"], *line["why"]})
-                self.lines[line["key"]] = (known or {}) | line
+                earlier = self.lines.get(line["key"])
+                if earlier is not None:
+                    line["why"] = sorted({*earlier["why"], *line["why"]})
+                self.lines[line["key"]] = (earlier or {}) | line
 
     def append(self, line: Line) -> None:
         """Write one line, and see to it that it is on disk.

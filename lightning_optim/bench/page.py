@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-COLOURS = (
+COLORS = (
     "#000000", "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd",
     "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#7f7f7f", "#003f5c",
 )  # fmt: skip
@@ -142,13 +142,13 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     """
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        found = [m * 10.0**k for k in powers for m in (1, 2, 5)]
+        values = [m * 10.0**k for k in powers for m in (1, 2, 5)]
     else:
         raw = (high - low) / 5
         power = 10.0 ** math.floor(math.log10(raw))
         size = next(m * power for m in (1, 2, 5, 10) if m * power >= raw)
-        found = [k * size for k in range(math.ceil(low / size), math.floor(high / size) + 1)]
-    return [x for x in found if low <= x <= high]
+        values = [k * size for k in range(math.ceil(low / size), math.floor(high / size) + 1)]
+    return [x for x in values if low <= x <= high]
 
 
 def svg(chart: Chart) -> str:
@@ -185,18 +185,18 @@ def svg(chart: Chart) -> str:
     middle = (top + height - bottom) / 2
     out.append(f'<text x="16" y="{middle}" text-anchor="middle" transform="rotate(-90 16 {middle})">{chart.y}</text>')
     for i, (name, points) in enumerate(chart.lines.items()):
-        colour, label = COLOURS[i % len(COLOURS)], html.escape(name)
+        color, label = COLORS[i % len(COLORS)], html.escape(name)
         places = [(across(x), down(y)) for x, y in points]
         if chart.points:
             for x, y in places:
-                out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{label}</title></circle>')
+                out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"><title>{label}</title></circle>')
                 out.append(f'<text x="{x + 6:.1f}" y="{y + 4:.1f}">{label}</text>')
             continue
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        dash = ' stroke-dasharray="5 3"' if i >= len(COLOURS) else ""
-        out.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="{2.5 if i == 0 else 1.5}"{dash}/>')
+        dash = ' stroke-dasharray="5 3"' if i >= len(COLORS) else ""
+        out.append(f'<path d="{path}" fill="none" stroke="{color}" stroke-width="{2.5 if i == 0 else 1.5}"{dash}/>')
         y = top + 14 * i
-        out.append(f'<path d="M{width - right + 10} {y}h18" stroke="{colour}" stroke-width="2"{dash}/>')
+        out.append(f'<path d="M{width - right + 10} {y}h18" stroke="{color}" stroke-width="2"{dash}/>')
         out.append(f'<text x="{width - right + 34}" y="{y + 4}">{label}</text>')
     return "".join([*out, "</svg>"])
 

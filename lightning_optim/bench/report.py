@@ -12,7 +12,7 @@ from lightning_optim.bench.ledger import Ledger, Line
 from lightning_optim.bench.page import NOTHING, Block, Cell, Chart, Heading, Table, Text, markdown, page
 from lightning_optim.bench.run import SEARCH
 from lightning_optim.bench.space import REGIMES, TRACKS, follows_adamw
-from lightning_optim.bench.statistics import front, kept, power_law, spread, tau
+from lightning_optim.bench.statistics import front, mean_with_error, power_law, stable_pairs, tau
 from lightning_optim.bench.studies import BASELINE, Study, Variant, studies, tuned_besides, variants
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.docs import between
@@ -35,8 +35,8 @@ def build(ledger: Ledger) -> list[Block]:
     Returns:
         Blocks in order.
     """
-    found, forms = studies(ledger), variants(ledger)
-    compared = [s for s in found if s.searched]
+    all_studies, forms = studies(ledger), variants(ledger)
+    compared = [s for s in all_studies if s.searched]
     pretrained = [s for s in compared if s.setup.regime == "pretrain" and s.setup.track == "model"]
     blocks: list[Block] = [Heading("Optimizers compared", 1), *limits(ledger, compared), *which(compared)]
     for study in pretrained:
@@ -46,7 +46,7 @@ def build(ledger: Ledger) -> list[Block]:
     blocks += [Heading("Fine-tuning"), *finetuning(compared)]
     blocks += [Heading("Learning rate taken over from AdamW"), *transfer(pretrained)]
     blocks += [Heading("Ablations"), *ablated(forms)]
-    blocks += [Heading("What papers claim, and what was measured here"), claims(found, forms)]
+    blocks += [Heading("What papers claim, and what was measured here"), claims(all_studies, forms)]
     blocks += [Heading("Search spaces"), *spaces(compared), Heading("Precision"), *precision(compared)]
     return [*blocks, Heading("Runs that did not end well"), failures(ledger)]
 
@@ -63,8 +63,8 @@ def summary(ledger: Ledger) -> str:
     compared = [s for s in studies(ledger) if s.searched]
     lines = [line for line in ledger if "model" in line]
     names = {n for s in compared for n in s.tuned}
-    told = f"{len(lines)} runs of {len(names)} optimizers, as many trials each: {_scale(lines)}, one corpus."
-    return markdown([Text(told), *which(compared)[1:]]).strip()
+    introduction = f"{len(lines)} runs of {len(names)} optimizers, as many trials each: {_scale(lines)}, one corpus."
+    return markdown([Text(introduction), *which(compared)[1:]]).strip()
 
 
 def _scale(lines: Sequence[Line]) -> str:
@@ -108,7 +108,7 @@ def limits(ledger: Ledger, compared: Sequence[Study]) -> list[Block]:
     seconds = sum(line["time"]["cpu_seconds"] for line in lines)
     seeds = max((study.loss(n).count for study in compared for n in study.tuned), default=0)
     versions = sorted({f"{k} {v}" for line in lines for k, v in line["versions"].items()})
-    said = [
+    sentences = [
         f"{len(lines)} runs, {seconds / 3600:.2f} processor hours of training on {'; '.join(machines)}.",
         f"Everything below holds at this scale: {_scale(lines)}, one corpus, one batch size, one schedule.",
         "Orders at this scale are not those of large models: there, noise, batch and length of training differ.",
@@ -125,7 +125,7 @@ def limits(ledger: Ledger, compared: Sequence[Study]) -> list[Block]:
         " activations and what operations return; what a fused kernel allocates inside itself is not seen. Predicted is"
         " the sum of weights, state, and the larger of gradients and what autograd keeps.",
     ]
-    return [Text(" ".join(said)), Text("Versions: " + ", ".join(versions) + ".")]
+    return [Text(" ".join(sentences)), Text("Versions: " + ", ".join(versions) + ".")]
 
 
 def which(compared: Sequence[Study]) -> list[Block]:
@@ -162,10 +162,10 @@ def which(compared: Sequence[Study]) -> list[Block]:
         "first at AdamW's last loss",
         "least state, no worse than AdamW",
     ]
-    said = (
+    text = (
         "At this scale, and by the mean over the seeds there are. Not told from it: less than two standard errors away."
     )
-    return [Heading("Which one"), Text(said), Table(head, rows)]
+    return [Heading("Which one"), Text(text), Table(head, rows)]
 
 
 def comparison(study: Study) -> list[Block]:
@@ -205,15 +205,15 @@ def comparison(study: Study) -> list[Block]:
 def _losses(study: Study, names: Sequence[str]) -> Table:
     rows: list[list[Cell]] = []
     for name in names:
-        chosen, search = _first(study, name), study.searched[name]
-        besides = ", ".join(f"{k}={v}" for k, v in tuned_besides(chosen, search).items())
+        tuned, search = _first(study, name), study.searched[name]
+        besides = ", ".join(f"{k}={v}" for k, v in tuned_besides(tuned, search).items())
         ended = sum(line["status"] == "ok" for line in search)
         edge = " (edge of the grid)" if study.at_edge(name) else ""
         rows.append([
             name,
             f"{study.loss(name)} ({study.loss(name).count})",
             _apart(study, name),
-            f"{chosen['config']['lr']:g}{edge}",
+            f"{tuned['config']['lr']:g}{edge}",
             besides,
             f"{ended} of {len(search)}",
             _ratio(study.to_target(name, "tokens")),
@@ -284,20 +284,22 @@ def _fronts(study: Study, names: Sequence[str]) -> list[Block]:
 
 def _order(study: Study, names: Sequence[str]) -> list[Block]:
     losses = {n: {seed: line["final"]["loss"] for seed, line in study.runs(n).items()} for n in names}
-    seeds = sorted({seed for found in losses.values() for seed in found})
+    seeds = sorted({seed for by_seed in losses.values() for seed in by_seed})
     if len(seeds) < 3:
         return [Text(f"Order on another seed: {NOTHING} (three seeds are needed, {len(seeds)} there).")]
     last = seeds[-1]
-    pairs, same = kept(losses, last)
-    both = {n: found for n, found in losses.items() if last in found and len(found) > 1}
-    before = {n: spread([x for seed, x in found.items() if seed != last]).mean for n, found in both.items()}
+    pairs, same = stable_pairs(losses, last)
+    both = {n: by_seed for n, by_seed in losses.items() if last in by_seed and len(by_seed) > 1}
+    before = {
+        n: mean_with_error([x for seed, x in by_seed.items() if seed != last]).mean for n, by_seed in both.items()
+    }
     lost = [f"{a} and {b}" for a, b in pairs if (a, b) not in same]
-    said = (
+    text = (
         f"Order on another seed: of {len(pairs)} pairs more than two standard errors apart on the other seeds,"
         f" {len(same)} keep their order on seed {last}. Kendall's tau between their mean and seed {last}:"
-        f" {tau(before, {n: found[last] for n, found in both.items()}):.2f}, {len(both)} optimizers."
+        f" {tau(before, {n: by_seed[last] for n, by_seed in both.items()}):.2f}, {len(both)} optimizers."
     )
-    return [Text(said + (f" Not kept: {', '.join(lost)}." if lost else ""))]
+    return [Text(text + (f" Not kept: {', '.join(lost)}." if lost else ""))]
 
 
 def sizes(pretrained: Sequence[Study]) -> list[Block]:
@@ -319,13 +321,13 @@ def sizes(pretrained: Sequence[Study]) -> list[Block]:
         rates = [(n, _first(s, name)["config"]["lr"]) for n, s in by_size.items()]
         losses = [(n, s.loss(name).mean) for n, s in by_size.items()]
         rate, loss = power_law(rates), power_law(losses)
-        found = "; ".join(f"{n:,}: {lr:g}, {x:.3f}" for (n, lr), (_, x) in sorted(zip(rates, losses, strict=True)))
-        rows.append([name, found, rate and f"{rate[1]:+.2f}", loss and f"{loss[1]:+.3f}"])
+        optima = "; ".join(f"{n:,}: {lr:g}, {x:.3f}" for (n, lr), (_, x) in sorted(zip(rates, losses, strict=True)))
+        rows.append([name, optima, rate and f"{rate[1]:+.2f}", loss and f"{loss[1]:+.3f}"])
     head = ["optimizer", "weights: learning rate, loss", "exponent of the learning rate", "exponent of the loss"]
-    said = (
+    text = (
         "Least squares on logarithms of weights. With two sizes the line goes through both points, which it describes;"
     )
-    return [Table(head, rows), *([Text(said + " it predicts nothing.")] if rows else [])]
+    return [Table(head, rows), *([Text(text + " it predicts nothing.")] if rows else [])]
 
 
 def resources(compared: Sequence[Study]) -> list[Block]:
@@ -368,24 +370,24 @@ def finetuning(compared: Sequence[Study]) -> list[Block]:
     rows: list[list[Cell]] = []
     for study in (s for s in compared if s.setup.regime != "pretrain"):
         for name in study.tuned:
-            chosen, score = _first(study, name), study.over_seeds(name, "score")
-            before = chosen["curve"][0]
+            tuned, score = _first(study, name), study.over_seeds(name, "score")
+            before = tuned["curve"][0]
             rows.append([
                 REGIMES[study.setup.regime],
                 study.setup.start.partition("@")[0],
                 name,
-                f"{chosen['config']['lr']:g}",
+                f"{tuned['config']['lr']:g}",
                 f"{before['loss']:.3f}",
                 str(study.loss(name)),
                 before.get("score"),
                 str(score) if score else None,
             ])
-    said = (
+    text = (
         "Score: share of held-out completion tokens that are predicted right (of all tokens for continued pretraining),"
         " or of pairs in which the chosen completion is preferred for DPO."
     )
     head = ["regime", "pretrained with", "optimizer", "learning rate", "loss before", "loss", "score before", "score"]
-    return [*([Text(said)] if rows else []), Table(head, rows)]
+    return [*([Text(text)] if rows else []), Table(head, rows)]
 
 
 def transfer(pretrained: Sequence[Study]) -> list[Block]:
@@ -404,15 +406,19 @@ def transfer(pretrained: Sequence[Study]) -> list[Block]:
         for name in study.tuned if baseline else []:
             if name == BASELINE or not follows_adamw(REGISTRY[name]) or baseline is None:
                 continue
-            rate, own = baseline["config"]["lr"], _first(study, name)
+            rate, tuned = baseline["config"]["lr"], _first(study, name)
             same = study.at_lr(name, rate)
             ended = same["final"]["loss"] if same and same["final"] else None
-            cells: list[Cell] = [name, same["status"] if same and ended is None else ended, own["final"]["loss"]]
-            rows.append([*cells, own["config"]["lr"] / rate, None if ended is None else ended - own["final"]["loss"]])
+            cells: list[Cell] = [name, same["status"] if same and ended is None else ended, tuned["final"]["loss"]]
+            rows.append([
+                *cells,
+                tuned["config"]["lr"] / rate,
+                None if ended is None else ended - tuned["final"]["loss"],
+            ])
         rows.sort(key=lambda row: (isinstance(row[-1], float), row[-1] or 0.0), reverse=True)
         head = ["optimizer", "loss at AdamW's learning rate", "own best", "its learning rate / AdamW's", "lost"]
-        told = f", AdamW's learning rate {baseline['config']['lr']:g}" if baseline else ""
-        blocks += [Text(f"{title(study)}{told}; the seed of the search:"), Table(head, rows)]
+        rate_text = f", AdamW's learning rate {baseline['config']['lr']:g}" if baseline else ""
+        blocks += [Text(f"{title(study)}{rate_text}; the seed of the search:"), Table(head, rows)]
     return blocks or [Text(NOTHING)]
 
 
@@ -431,29 +437,29 @@ def ablated(forms: Sequence[Variant]) -> list[Block]:
         clock = "cpu_seconds" if form.setup.device == "cpu" else "seconds"
         memory = [line["memory"]["state"] / line["model"]["parameters"] for line in ended]
         time = [line["time"][f"optimizer_{clock}"] / line["steps"] * 1e3 for line in ended]
-        told = f"{form.loss} ({form.loss.count})" if form.loss else form.lines[0]["status"]
-        cells: list[Cell] = [form.ablation, form.optimizer, form.label, told]
-        rows.append([*cells, memory[0] if memory else None, spread(time).mean if time else None])
+        result = f"{form.loss} ({form.loss.count})" if form.loss else form.lines[0]["status"]
+        cells: list[Cell] = [form.ablation, form.optimizer, form.label, result]
+        rows.append([*cells, memory[0] if memory else None, mean_with_error(time).mean if time else None])
     head = ["ablation", "optimizer", "form", "loss (seeds)", "state B/weight", "optimizer ms per step"]
-    said = (
+    text = (
         "Every form has the learning rate that was tuned for the optimizer's default, and might do better with another."
         " Under `roles` AdamW has the matrices that the rule does not get at the rule's rate, not at its own."
     )
-    return [*([Text(said)] if rows else []), Table(head, rows)]
+    return [*([Text(text)] if rows else []), Table(head, rows)]
 
 
-def claims(found: Sequence[Study], forms: Sequence[Variant]) -> Table:
+def claims(all_studies: Sequence[Study], forms: Sequence[Variant]) -> Table:
     """The papers' claims.
 
     Args:
-        found: all studies.
+        all_studies: all studies.
         forms: all ablations.
 
     Returns:
         A table; what was not measured says so.
     """
     rows: list[list[Cell]] = [
-        [c.source, c.text, c.published, c.measure(found, forms) or NOTHING, c.differences] for c in CLAIMS
+        [c.source, c.text, c.published, c.measure(all_studies, forms) or NOTHING, c.differences] for c in CLAIMS
     ]
     return Table(["source", "claim", "published", "measured here, at this scale", "differences in setting"], rows)
 
@@ -485,9 +491,9 @@ def spaces(compared: Sequence[Study]) -> list[Block]:
             len(lines),
             ", ".join(sorted({f"{line['config']['lr']:g}" for line in lines}, key=float)),
         ])
-    said = "Trials are taken from the space likeliest first, as many for every optimizer, chosen by validation loss."
+    text = "Trials are taken from the space likeliest first, as many for every optimizer, chosen by validation loss."
     head = ["optimizer", "learning rates", "besides", "fitted to the model", "trials", "learning rates tried"]
-    return [Text(said), Table(head, rows)]
+    return [Text(text), Table(head, rows)]
 
 
 def precision(compared: Sequence[Study]) -> list[Block]:
@@ -505,8 +511,8 @@ def precision(compared: Sequence[Study]) -> list[Block]:
             p = _first(study, name)["precision"]
             state = ", ".join(f"{k} {v}" for k, v in p["state"].items() if k != "step") or "none"
             basis = p["preconditioners"]
-            told = basis if isinstance(basis, str) else ", ".join(f"{k} {v}" for k, v in basis.items())
-            key = (p["weights"], p["computation"], p["gradients"], state, p["master_weights"], told)
+            basis_text = basis if isinstance(basis, str) else ", ".join(f"{k} {v}" for k, v in basis.items())
+            key = (p["weights"], p["computation"], p["gradients"], state, p["master_weights"], basis_text)
             rows.setdefault((*key, p["orthogonalisation"], p["loss_scaling"], p["clipping"]), []).append(name)
     head = ["weights", "computation", "gradients", "state", "master weights", "preconditioners", "orthogonalisation"]
     body = [[", ".join(sorted(set(names))), *cells] for cells, names in rows.items()]
@@ -544,7 +550,7 @@ def _memory(study: Study, name: str, what: str) -> float:
 def _tied(study: Study, best: str, other: str) -> bool:
     """Whether paired differences to the best are within two standard errors of zero."""
     gaps = _gaps(study, best, other)
-    return len(gaps) > 1 and abs(spread(gaps).mean) <= 2 * spread(gaps).error
+    return len(gaps) > 1 and abs(mean_with_error(gaps).mean) <= 2 * mean_with_error(gaps).error
 
 
 def _gaps(study: Study, one: str, other: str) -> list[float]:
@@ -554,13 +560,13 @@ def _gaps(study: Study, one: str, other: str) -> list[float]:
 
 def _apart(study: Study, name: str) -> str | None:
     gaps = [] if name == BASELINE else _gaps(study, name, BASELINE)
-    return str(spread(gaps)) if gaps else None
+    return str(mean_with_error(gaps)) if gaps else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
     """Mean, or None where one is missing."""
     there = [x for x in values if x is not None]
-    return spread(there).mean if there and len(there) == len(values) else None
+    return mean_with_error(there).mean if there and len(there) == len(values) else None
 
 
 def _ratio(values: Sequence[float | None]) -> str | None:
@@ -569,7 +575,7 @@ def _ratio(values: Sequence[float | None]) -> str | None:
         return None
     if len(there) < len(values):
         return f"not reached on {len(values) - len(there)} of {len(values)} seeds"
-    return str(spread(there))
+    return str(mean_with_error(there))
 
 
 def report_command(args: argparse.Namespace) -> bool:

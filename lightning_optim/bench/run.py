@@ -1,6 +1,6 @@
 """The queue of trials: what is missing is run, in a fixed order, until the time is up.
 
-A killed run loses the trial in progress; the same command goes on with it.
+A killed run loses the trial in progress; the same command resumes with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lightning_optim.bench.trial import DoesNotFit, Workspace, execute, needed_b
 from lightning_optim.core.rule import REGISTRY, lookup
 
 LR = {"pretrain": 2e-3, "continue": 1e-3, "full": 1e-3, "lora": 3e-3, "dpo": 2e-4}
-"""The centre of AdamW's own grid."""
+"""The center of AdamW's own grid."""
 SEARCH, SEEDS = "search", "seeds"
 
 
@@ -147,8 +147,8 @@ def best(ledger: Ledger, setup: Setup, name: str, seed: int) -> Line | None:
     Returns:
         Its line, or None if none ended well.
     """
-    found = [line for line in searched(ledger, setup, name, seed) if line["status"] == "ok"]
-    return min(found, key=lambda line: line["final"]["loss"], default=None)
+    lines = [line for line in searched(ledger, setup, name, seed) if line["status"] == "ok"]
+    return min(lines, key=lambda line: line["final"]["loss"], default=None)
 
 
 def search(queue: Queue, setup: Setup, names: Sequence[str], count: int, seed: int, lr: float) -> bool:
@@ -160,7 +160,7 @@ def search(queue: Queue, setup: Setup, names: Sequence[str], count: int, seed: i
         names: of the optimizers.
         count: trials of each.
         seed: of data and initial weights.
-        lr: centre of AdamW's own grid.
+        lr: center of AdamW's own grid.
 
     Returns:
         Whether all trials are done, by whichever process.
@@ -179,7 +179,7 @@ def search(queue: Queue, setup: Setup, names: Sequence[str], count: int, seed: i
     return all(len(searched(queue.workspace.ledger, setup, name, seed)) >= count for name in others)
 
 
-def tune(queue: Queue, setup: Setup, name: str, count: int, centre: float, seed: int) -> None:
+def tune(queue: Queue, setup: Setup, name: str, count: int, center: float, seed: int) -> None:
     """Search for one optimizer: what is tried next depends on what was found.
 
     Args:
@@ -187,7 +187,7 @@ def tune(queue: Queue, setup: Setup, name: str, count: int, centre: float, seed:
         setup: shared by all.
         name: of the optimizer.
         count: of trials.
-        centre: learning rate to begin with.
+        center: learning rate to begin with.
         seed: of data and initial weights.
 
     Raises:
@@ -198,7 +198,7 @@ def tune(queue: Queue, setup: Setup, name: str, count: int, centre: float, seed:
         point = propose(rule, losses)
         if point is None:
             raise ValueError(f"--trials {count}: the search space of {name} has {len(losses)} points")
-        trial = trial_at(setup, name, point, centre=centre, size=size_of(setup), seed=seed)
+        trial = trial_at(setup, name, point, center=center, size=size_of(setup), seed=seed)
         queue.run([trial], SEARCH, share=False)
         final = queue.workspace.ledger.lines[trial.key].get("final")
         losses[point] = final["loss"] if final else math.inf
@@ -218,11 +218,13 @@ def reseed(queue: Queue, setup: Setup, names: Sequence[str], seeds: Sequence[int
         Whether all trials are done.
     """
     ledger = queue.workspace.ledger
-    found = {name: line for name in order(names) if (line := best(ledger, setup, name, seeds[0]))}
-    leading = sorted(found, key=lambda name: found[name]["final"]["loss"])[:finalists]
-    chosen = [name for name in found if name in leading or name == "adamw"]
+    best_lines = {name: line for name in order(names) if (line := best(ledger, setup, name, seeds[0]))}
+    leading = sorted(best_lines, key=lambda name: best_lines[name]["final"]["loss"])[:finalists]
+    finalists_and_baseline = [name for name in best_lines if name in leading or name == "adamw"]
     wanted = (
-        dataclasses.replace(read_trial(found[name]["config"]), seed=seed) for seed in seeds[1:] for name in chosen
+        dataclasses.replace(read_trial(best_lines[name]["config"]), seed=seed)
+        for seed in seeds[1:]
+        for name in finalists_and_baseline
     )
     return queue.run(wanted, SEEDS)
 
@@ -245,10 +247,10 @@ def ablate(queue: Queue, setup: Setup, names: Sequence[str], seeds: Sequence[int
     """
     ledger, complete, size = queue.workspace.ledger, True, size_of(setup)
     for name in names:
-        if name not in (known := ablations(size[0])):
-            raise ValueError(f"unknown ablation {name!r}; known: {', '.join(known)}")
+        if name not in (table := ablations(size[0])):
+            raise ValueError(f"unknown ablation {name!r}; known: {', '.join(table)}")
         rates = {}
-        for optimizer in known[name].variants:
+        for optimizer in table[name].variants:
             tuned = best(ledger, setup, optimizer, seeds[0])
             tuned = tuned or (best(ledger, setup, "adamw", seeds[0]) if follows_adamw(lookup(optimizer)) else None)
             rates[optimizer] = tuned["config"]["lr"] if tuned else lr
@@ -259,7 +261,7 @@ def ablate(queue: Queue, setup: Setup, names: Sequence[str], seeds: Sequence[int
 
 
 def resolved(setup: Setup, ledger: Ledger, start: str, seed: int) -> Setup:
-    """A setup with the pretraining it goes on from, and its budget, filled in.
+    """A setup with the pretraining it starts from, and its budget, filled in.
 
     Args:
         setup: with neither.
@@ -275,10 +277,10 @@ def resolved(setup: Setup, ledger: Ledger, start: str, seed: int) -> Setup:
     """
     if (setup.regime == "pretrain") == bool(start):
         raise ValueError(
-            f"--regime {setup.regime}: --start is for every regime but pretrain, which goes on from nothing"
+            f"--regime {setup.regime}: --start is for every regime but pretrain, which starts from nothing"
         )
     if start:
-        found = [
+        candidates = [
             line
             for line in ledger
             if line["status"] == "ok"
@@ -286,12 +288,12 @@ def resolved(setup: Setup, ledger: Ledger, start: str, seed: int) -> Setup:
             and (c := line["config"])["regime"] == "pretrain"
             and (c["optimizer"], c["seed"], c["model"], c["track"]) == (start, seed, setup.model, "model")
         ]
-        if not found:
+        if not candidates:
             raise ValueError(
                 f"--start {start}: no pretraining of {setup.model!r} with it in {ledger.path}; run it first"
             )
         # the longest run, then the best of its trials
-        line = min(found, key=lambda line: (-line["config"]["tokens"], line["final"]["loss"]))
+        line = min(candidates, key=lambda line: (-line["config"]["tokens"], line["final"]["loss"]))
         first = read_trial(line["config"]).setup
         shared = {"untied": first.untied, "vocabulary": first.vocabulary, "context": first.context}
         setup = dataclasses.replace(setup, start=f"{start}@{line['key']}", **shared)
@@ -330,7 +332,7 @@ def add_setup(parser: argparse.ArgumentParser) -> None:
     add("--trials", type=int, default=6, help="per optimizer, AdamW included (default %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="the first is searched with, the best trials run on all")
     add("--finalists", type=int, default=len(REGISTRY), help="how many optimizers run on the other seeds")
-    add("--lr", type=float, help="centre of AdamW's grid; its best is the centre of the others'")
+    add("--lr", type=float, help="center of AdamW's grid; its best is the center of the others'")
     add("--minutes", type=float, default=math.inf, help="begin no trial that would probably end later")
     add("--shard", default="0/1", metavar="K/N", help="do every N-th trial from the K-th on, for N processes at once")
     add("--cache", type=Path, default=Path("runs/bench/cache"), help="tokenizers, tokens and pretrained models")
@@ -357,9 +359,9 @@ def setup_of(args: argparse.Namespace, ledger: Ledger) -> Setup:
     Returns:
         With start and budget resolved.
     """
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Setup)}
-    given |= {"data": tuple(args.data), "start": ""}
-    return resolved(Setup(**given), ledger, args.start, args.seeds[0])
+    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(Setup)}
+    settings |= {"data": tuple(args.data), "start": ""}
+    return resolved(Setup(**settings), ledger, args.start, args.seeds[0])
 
 
 def queue_of(args: argparse.Namespace) -> Queue:
@@ -424,6 +426,6 @@ def _until_time_is_up(queue: Queue, work: typing.Callable[[], bool]) -> bool:
         complete = work()
         print(f"{queue.ran} trials run; {'all are done' if complete else 'other processes do the rest'}")
     except TimeIsUp:
-        print(f"{queue.ran} trials run, time is up; the same command goes on")
+        print(f"{queue.ran} trials run, time is up; the same command resumes")
         return False
     return True

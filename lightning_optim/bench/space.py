@@ -34,7 +34,7 @@ TRACKS: dict[Track, str] = {
     "seconds": "the same model and time",
 }
 FIRST = ("adamw", "muon", "soap")
-"""Optimizers whose trials come first; AdamW's tuned learning rate is the centre of the others' grids."""
+"""Optimizers whose trials come first; AdamW's tuned learning rate is the center of the others' grids."""
 UNCORRECTED = ("came",)
 """Rules that follow AdamW's learning rate but for their start: CAME's first directions are 50 times as long."""
 Size = tuple[int, int]
@@ -113,8 +113,8 @@ class Trial:
     def key(self) -> str:
         """Hash of the configuration."""
         default = json.loads(json.dumps(dataclasses.asdict(Setup())))
-        told = {k: v for k, v in self.config.items() if k not in default or v != default[k]}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        config = {k: v for k, v in self.config.items() if k not in default or v != default[k]}
+        return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_trial(config: Mapping[str, Any]) -> Trial:
@@ -188,26 +188,26 @@ def fitted(rule: type[Rule], size: Size) -> dict[str, Any]:
         A rank of at most a quarter of the width, Alice's `leading` in proportion, an interval of refreshes of at most a
         thirtieth of the run, or ten steps, and five iterations within a step; nothing for rules without.
     """
-    (width, steps), known, out = size, hyperparameters(rule), {}
-    rank = known.get("rank", 1)
+    (width, steps), defaults, out = size, hyperparameters(rule), {}
+    rank = defaults.get("rank", 1)
     if rank > (fit := max(1, width // WIDTH_PER_RANK)):
         out["rank"] = fit
-        if "leading" in known:
-            out["leading"] = max(1, known["leading"] * fit // rank)
-    if "refresh" in known:
-        policy, most = parse(known["refresh"]), max(OFTEN, steps // REFRESHES)
-        if getattr(policy, "interval", 0) > most:
-            name = known["refresh"].split(":")[0]
-            out["refresh"] = f"{name}:{most}"
+        if "leading" in defaults:
+            out["leading"] = max(1, defaults["leading"] * fit // rank)
+    if "refresh" in defaults:
+        policy, limit = parse(defaults["refresh"]), max(OFTEN, steps // REFRESHES)
+        if getattr(policy, "interval", 0) > limit:
+            name = defaults["refresh"].split(":")[0]
+            out["refresh"] = f"{name}:{limit}"
     if rule.curvature_input == "loss":
-        out |= {k: most for k, most in INNER.items() if known.get(k, 0) > most}
+        out |= {k: limit for k, limit in INNER.items() if defaults.get(k, 0) > limit}
     return out
 
 
 def propose(rule: type[Rule], losses: Mapping[Point, float]) -> Point | None:
     """The point of a rule's search space to try next: downhill, and never content with an end of what was tried.
 
-    The first three learning rates at the first value of the other dimension; then the neighbours of the best point on
+    The first three learning rates at the first value of the other dimension; then the neighbors of the best point on
     the grid of learning rates; then the other values at its learning rate; then what is nearest to it.
 
     Args:
@@ -232,25 +232,25 @@ def propose(rule: type[Rule], losses: Mapping[Point, float]) -> Point | None:
     return min(untried, key=distance, default=None)
 
 
-def trial_at(setup: Setup, name: str, point: Point, *, centre: float, size: Size, seed: int = 0) -> Trial:
+def trial_at(setup: Setup, name: str, point: Point, *, center: float, size: Size, seed: int = 0) -> Trial:
     """The trial at a point of a search space.
 
     Args:
         setup: shared by all.
         name: of the optimizer.
         point: of its space.
-        centre: AdamW's tuned learning rate; for AdamW itself, the one to begin with.
+        center: AdamW's tuned learning rate; for AdamW itself, the one to begin with.
         size: of the model and the run.
         seed: of data and initial weights.
 
     Returns:
-        The trial; the first point has the learning rate `centre`, if the rule takes AdamW's.
+        The trial; the first point has the learning rate `center`, if the rule takes AdamW's.
     """
     rule = lookup(name)
-    base = centre if follows_adamw(rule) else hyperparameters(rule)["lr"]
+    base = center if follows_adamw(rule) else hyperparameters(rule)["lr"]
     key = next((k for k in rule.search if k != "lr"), "")
-    given = {key: point[1]} if key and point[1] != hyperparameters(rule)[key] else {}
-    return Trial(setup, name, float(f"{base * point[0]:.6g}"), fitted(rule, size) | given, seed)
+    settings = {key: point[1]} if key and point[1] != hyperparameters(rule)[key] else {}
+    return Trial(setup, name, float(f"{base * point[0]:.6g}"), fitted(rule, size) | settings, seed)
 
 
 def order(names: Sequence[str]) -> list[str]:
@@ -354,17 +354,17 @@ def ablation_trials(
     Raises:
         ValueError: an unknown ablation.
     """
-    known = ablations(size[0])
-    if name not in known:
-        raise ValueError(f"unknown ablation {name!r}; {nearest(name, list(known))}")
-    chosen = known[name]
-    setup = dataclasses.replace(setup, untied=setup.untied or chosen.untied)
+    table = ablations(size[0])
+    if name not in table:
+        raise ValueError(f"unknown ablation {name!r}; {nearest(name, list(table))}")
+    ablation = table[name]
+    setup = dataclasses.replace(setup, untied=setup.untied or ablation.untied)
     out = []
-    for optimizer, variants in chosen.variants.items():
+    for optimizer, variants in ablation.variants.items():
         shared = fitted(lookup(optimizer), size)
-        for label, given in variants.items():
-            settings = {**shared, **given}
-            if "leading" in settings and "rank" in given:  # Alice's, in proportion
-                settings["leading"] = max(1, given["rank"] * shared["leading"] // shared["rank"])
+        for label, variant in variants.items():
+            settings = {**shared, **variant}
+            if "leading" in settings and "rank" in variant:  # Alice's, in proportion
+                settings["leading"] = max(1, variant["rank"] * shared["leading"] // shared["rank"])
             out.append((optimizer, label, Trial(setup, optimizer, lr[optimizer], settings, seed)))
     return out

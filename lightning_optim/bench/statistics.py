@@ -1,4 +1,4 @@
-"""The numbers of a report: crossings, spreads, orders, fronts and fits, on plain lists."""
+"""The numbers of a report: crossings, means with standard errors, orders, Pareto fronts and fits, on plain lists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchmetrics.functional.regression import kendall_rank_corrcoef
 
 
 @dataclass(frozen=True)
-class Spread:
+class MeanWithError:
     """Mean of a number over seeds, with its standard error."""
 
     mean: float
@@ -27,7 +27,7 @@ class Spread:
         return f"{self.mean:.3f}" if math.isnan(self.error) else f"{self.mean:.3f} ± {self.error:.3f}"
 
 
-def spread(values: Sequence[float]) -> Spread:
+def mean_with_error(values: Sequence[float]) -> MeanWithError:
     """Mean and standard error.
 
     Args:
@@ -37,7 +37,7 @@ def spread(values: Sequence[float]) -> Spread:
         The error is the standard deviation of the sample over the root of its size.
     """
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Spread(statistics.fmean(values), error, len(values))
+    return MeanWithError(statistics.fmean(values), error, len(values))
 
 
 def reaches(curve: Sequence[Mapping[str, float]], target: float, axis: str) -> float | None:
@@ -79,31 +79,31 @@ def tau(first: Mapping[str, float], second: Mapping[str, float]) -> float:
     return float(cast("torch.Tensor", kendall_rank_corrcoef(a, b)))
 
 
-def kept(
+def stable_pairs(
     seeds: Mapping[str, Mapping[int, float]], held_out: int, apart: float = 2.0
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Pairs that are apart on some seeds, and which of them have the same order on another seed.
+    """Pairs that differ on some seeds, and those of them that have the same order on another seed.
 
     Args:
         seeds: thing to seed to number.
         held_out: the other seed.
-        apart: in standard errors of the mean of paired differences.
+        apart: the least distance, in standard errors of the mean of paired differences.
 
     Returns:
-        The pairs (lower, higher), and those of them that kept their order.
+        The pairs (lower, higher), and those of them that have the same order on the other seed.
     """
-    found, same = [], []
+    pairs, stable = [], []
     for a, b in itertools.combinations(seeds, 2):
         shared = sorted((seeds[a].keys() & seeds[b].keys()) - {held_out})
         if len(shared) < 2 or not all(held_out in seeds[x] for x in (a, b)):
             continue
-        gap = spread([seeds[a][s] - seeds[b][s] for s in shared])
+        gap = mean_with_error([seeds[a][s] - seeds[b][s] for s in shared])
         if abs(gap.mean) > apart * gap.error:
             low, high = (a, b) if gap.mean < 0 else (b, a)
-            found.append((low, high))
+            pairs.append((low, high))
             if seeds[low][held_out] < seeds[high][held_out]:
-                same.append((low, high))
-    return found, same
+                stable.append((low, high))
+    return pairs, stable
 
 
 def front(points: Mapping[str, tuple[float, float]]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from lightning_optim.bench.ledger import Ledger, Line
 from lightning_optim.bench.run import SEARCH
 from lightning_optim.bench.space import Setup, ablations, read_trial
-from lightning_optim.bench.statistics import Spread, reaches, spread
+from lightning_optim.bench.statistics import MeanWithError, mean_with_error, reaches
 
 BASELINE = "adamw"
 
@@ -36,23 +36,23 @@ class Study:
         for line in self.lines:
             if SEARCH in line["why"]:
                 out.setdefault(line["config"]["optimizer"], []).append(line)
-        return {name: sorted(found, key=lambda line: line["config"]["lr"]) for name, found in sorted(out.items())}
+        return {name: sorted(lines, key=lambda line: line["config"]["lr"]) for name, lines in sorted(out.items())}
 
     @cached_property
     def tuned(self) -> list[str]:
         """Optimizers with as many trials as AdamW, one of which ended well; AdamW first, then by loss."""
-        found = self.searched
-        budget = len(found.get(BASELINE, ()))
-        names = [n for n, lines in found.items() if len(lines) == budget and self.best(n)]
+        trials = self.searched
+        budget = len(trials.get(BASELINE, ()))
+        names = [n for n, lines in trials.items() if len(lines) == budget and self.best(n)]
         return sorted(names, key=lambda n: (n != BASELINE, self.loss(n).mean))
 
     @property
     def unfinished(self) -> list[str]:
         """Optimizers left out of the comparison, and why."""
-        found = self.searched
-        budget = len(found.get(BASELINE, ()))
-        short = [f"{n} ({len(lines)} of {budget} trials)" for n, lines in found.items() if len(lines) != budget]
-        failed = [f"{n} ({_ends(lines)})" for n, lines in found.items() if len(lines) == budget and not self.best(n)]
+        lines_of = self.searched
+        budget = len(lines_of.get(BASELINE, ()))
+        short = [f"{n} ({len(lines)} of {budget} trials)" for n, lines in lines_of.items() if len(lines) != budget]
+        failed = [f"{n} ({_ends(lines)})" for n, lines in lines_of.items() if len(lines) == budget and not self.best(n)]
         return short + failed
 
     def best(self, name: str) -> Line | None:
@@ -64,8 +64,8 @@ class Study:
         Returns:
             Its line, or None.
         """
-        found = [line for line in self.searched.get(name, ()) if line["status"] == "ok"]
-        return min(found, key=lambda line: line["final"]["loss"], default=None)
+        lines = [line for line in self.searched.get(name, ()) if line["status"] == "ok"]
+        return min(lines, key=lambda line: line["final"]["loss"], default=None)
 
     def runs(self, name: str) -> dict[int, Line]:
         """The best trial and its repetitions, those that ended well.
@@ -76,13 +76,13 @@ class Study:
         Returns:
             Seed to line.
         """
-        chosen = self.best(name)
-        if chosen is None:
+        tuned = self.best(name)
+        if tuned is None:
             return {}
-        same = [line for line in self.lines if line["status"] == "ok" and _but_seed(line) == _but_seed(chosen)]
+        same = [line for line in self.lines if line["status"] == "ok" and _but_seed(line) == _but_seed(tuned)]
         return {line["config"]["seed"]: line for line in sorted(same, key=lambda line: line["config"]["seed"])}
 
-    def over_seeds(self, name: str, what: str) -> Spread | None:
+    def over_seeds(self, name: str, what: str) -> MeanWithError | None:
         """A number of the last evaluation over seeds.
 
         Args:
@@ -90,21 +90,21 @@ class Study:
             what: `loss` or `score`.
 
         Returns:
-            The spread, or None where it was not measured.
+            The mean with its standard error, or None where it was not measured.
         """
-        found = [line["final"][what] for line in self.runs(name).values() if what in line["final"]]
-        return spread(found) if found else None
+        values = [line["final"][what] for line in self.runs(name).values() if what in line["final"]]
+        return mean_with_error(values) if values else None
 
-    def loss(self, name: str) -> Spread:
+    def loss(self, name: str) -> MeanWithError:
         """Validation loss over seeds.
 
         Args:
             name: of an optimizer that is `tuned`.
 
         Returns:
-            The spread; nan if nothing ended well.
+            The mean with its standard error; nan if nothing ended well.
         """
-        return self.over_seeds(name, "loss") or Spread(math.nan, math.nan, 0)
+        return self.over_seeds(name, "loss") or MeanWithError(math.nan, math.nan, 0)
 
     def to_target(self, name: str, axis: str) -> list[float | None]:
         """What an optimizer needs to reach the last loss of tuned AdamW on the same seed, AdamW's own need being 1.
@@ -124,7 +124,7 @@ class Study:
             out.append(None if reached is None else reached / reference[axis])
         return out
 
-    def throughput(self, name: str) -> Spread | None:
+    def throughput(self, name: str) -> MeanWithError | None:
         """Tokens per second.
 
         Args:
@@ -133,8 +133,8 @@ class Study:
         Returns:
             Over seeds.
         """
-        found = [line["tokens"] / line["time"][self.clock] for line in self.runs(name).values()]
-        return spread(found) if found else None
+        values = [line["tokens"] / line["time"][self.clock] for line in self.runs(name).values()]
+        return mean_with_error(values) if values else None
 
     def effective_throughput(self, name: str) -> float | None:
         """Tokens that AdamW needs over the time this optimizer needs to AdamW's last loss (Gong et al. 2025, F.5).
@@ -162,8 +162,8 @@ class Study:
             True if a better one may lie outside.
         """
         rates = {line["config"]["lr"] for line in self.searched[name]}
-        chosen = self.best(name)
-        return chosen is not None and chosen["config"]["lr"] in (min(rates), max(rates))
+        tuned = self.best(name)
+        return tuned is not None and tuned["config"]["lr"] in (min(rates), max(rates))
 
     def at_lr(self, name: str, lr: float) -> Line | None:
         """The trial of a search at a learning rate, all else at its default.
@@ -233,10 +233,10 @@ class Variant:
     lines: list[Line]
 
     @property
-    def loss(self) -> Spread | None:
+    def loss(self) -> MeanWithError | None:
         """Validation loss over seeds; None if nothing ended well."""
-        found = [line["final"]["loss"] for line in self.lines if line["status"] == "ok"]
-        return spread(found) if found else None
+        losses = [line["final"]["loss"] for line in self.lines if line["status"] == "ok"]
+        return mean_with_error(losses) if losses else None
 
 
 def variants(ledger: Ledger) -> list[Variant]:
@@ -253,15 +253,19 @@ def variants(ledger: Ledger) -> list[Variant]:
     for line in ledger:
         for why in (w for w in line["why"] if w.startswith("ablation ") and "config" in line):
             trial, name = read_trial(line["config"]), why.removeprefix("ablation ")
-            known = ablations(line.get("model", {}).get("hidden_size", 0) or 1)
-            forms = known[name].variants[trial.optimizer]
+            table = ablations(line.get("model", {}).get("hidden_size", 0) or 1)
+            forms = table[name].variants[trial.optimizer]
             label = max(
-                (label for label, given in forms.items() if all(trial.settings.get(k) == v for k, v in given.items())),
+                (
+                    label
+                    for label, variant in forms.items()
+                    if all(trial.settings.get(k) == v for k, v in variant.items())
+                ),
                 key=lambda label: len(forms[label]),
                 default="",
             )
             key = (name, trial.optimizer, label, trial.setup)
             out.setdefault(key, []).append(line)
-            of = ((known, name), (known[name].variants, trial.optimizer), (forms, label))
+            of = ((table, name), (table[name].variants, trial.optimizer), (forms, label))
             places[key] = tuple(list(names).index(one) if one in names else 0 for names, one in of)
     return [Variant(*key, out[key]) for key in sorted(out, key=lambda key: places[key])]

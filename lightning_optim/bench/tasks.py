@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_optim.bench.models import shape
 from lightning_optim.bench.space import Setup
-from lightning_optim.bench.text import read, standard_library, texts
-from lightning_optim.bench.tokens import PAD, encode, train_tokenizer
+from lightning_optim.data.text import read, standard_library, texts
+from lightning_optim.data.tokenizer import PAD, encode, train_tokenizer
 
 IGNORE = -100
 EVAL_ROWS = 64
@@ -42,17 +42,17 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, chosen: Tensor, device: str) -> dict[str, Tensor]:
+    def take(self, indices: Tensor, device: str) -> dict[str, Tensor]:
         """Some rows, as arguments of the model.
 
         Args:
-            chosen: indices.
+            indices: indices.
             device: where to.
 
         Returns:
             `input_ids` and `labels`.
         """
-        return {"input_ids": self.ids[chosen].to(device), "labels": self.labels[chosen].to(device)}
+        return {"input_ids": self.ids[indices].to(device), "labels": self.labels[indices].to(device)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def load(setup: Setup, start: Setup | None, cache: Path) -> Task:
     if min(map(len, rows)) == 0:
         raise ValueError(f"--data {' '.join(setup.data)}: too little text for rows of {context} tokens")
     step = max(1, len(rows[1]) * context // setup.val_tokens)
-    held = Rows(rows[1].ids[::step], rows[1].labels[::step])
+    validation = Rows(rows[1].ids[::step], rows[1].labels[::step])
     facts = {
         "dataset": list(setup.data) or "sources of Python's standard library",
         "digest": _digest("".join(train), "".join(map(str, rows[0].ids[:64].flatten().tolist()))),
@@ -108,9 +108,9 @@ def load(setup: Setup, start: Setup | None, cache: Path) -> Task:
         "vocabulary": len(tokenizer),
         "context": context,
         "train_rows": len(rows[0]),
-        "validation_rows": len(held),
+        "validation_rows": len(validation),
     }
-    return Task(rows[0], held, tokenizer, facts, preferences)
+    return Task(rows[0], validation, tokenizer, facts, preferences)
 
 
 @torch.no_grad()
@@ -129,8 +129,8 @@ def evaluate(model: nn.Module, rows: Rows, device: str, precision: str) -> dict[
     training = model.training
     model.eval()
     total, count, accuracy = 0.0, 0, None
-    for chosen in torch.arange(len(rows)).split(EVAL_ROWS):
-        batch = rows.take(chosen, device)
+    for indices in torch.arange(len(rows)).split(EVAL_ROWS):
+        batch = rows.take(indices, device)
         with torch.autocast(device, torch.bfloat16, enabled=precision == "autocast"):
             out = model(**batch)
         labels = batch["labels"][:, 1:]
@@ -141,8 +141,8 @@ def evaluate(model: nn.Module, rows: Rows, device: str, precision: str) -> dict[
                 accuracy = MulticlassAccuracy(logits.shape[-1], average="micro", ignore_index=IGNORE).to(device)
             accuracy.update(logits[:, :-1].argmax(-1), labels)
     model.train(training)
-    found = {"loss": total / count}
-    return found if accuracy is None else found | {"score": float(accuracy.compute())}
+    metrics = {"loss": total / count}
+    return metrics if accuracy is None else metrics | {"score": float(accuracy.compute())}
 
 
 def write(value: Any, path: Path) -> None:
@@ -167,8 +167,8 @@ def _texts(files: tuple[str, ...]) -> tuple[list[str], list[str]]:
     hub = [name for name in files if name.startswith("hub:")]
     if not hub:
         return texts(files)
-    found = [text for name in hub for text in _hub(name)]
-    return found[len(found) // 20 :], found[: len(found) // 20]
+    contents = [text for name in hub for text in _hub(name)]
+    return contents[len(contents) // 20 :], contents[: len(contents) // 20]
 
 
 def _hub(name: str) -> list[str]:
@@ -187,20 +187,20 @@ def _other_texts(files: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Text that the pretraining has not seen."""
     if files:
         return _texts(files)
-    found = read(standard_library("finetune"))
-    return [t for i, t in enumerate(found) if i % 10 != 1], found[1::10]
+    texts_of_files = read(standard_library("finetune"))
+    return [t for i, t in enumerate(texts_of_files) if i % 10 != 1], texts_of_files[1::10]
 
 
 @functools.lru_cache(4)
 def _tokenizer(corpus: tuple[str, ...], vocabulary: int, cache: Path) -> PreTrainedTokenizerFast:
     folder = cache / "tokenizers" / f"{_digest(*corpus)}-{vocabulary}"
     if not (folder / "tokenizer.json").is_file():
-        made = folder.with_name(f"{folder.name}-{os.getpid()}")
-        train_tokenizer(corpus, vocabulary).save_pretrained(made)
+        temporary = folder.with_name(f"{folder.name}-{os.getpid()}")
+        train_tokenizer(corpus, vocabulary).save_pretrained(temporary)
         try:
-            made.rename(folder)
+            temporary.rename(folder)
         except OSError:  # another process was first
-            shutil.rmtree(made)
+            shutil.rmtree(temporary)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -223,17 +223,19 @@ def _records(setup: Setup) -> list[dict[str, str]]:
     """Prompts and completions; for DPO also what is rejected."""
     needed = ("prompt", "chosen", "rejected") if setup.regime == "dpo" else ("prompt", "completion")
     if not setup.data:
-        found = [record for text in read(standard_library("finetune")) for record in functions(text)]
+        records = [record for text in read(standard_library("finetune")) for record in functions(text)]
         if setup.regime == "dpo":
-            other = found[1:] + found[:1]
-            pairs = zip(found, other, strict=True)
-            found = [{"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]} for a, b in pairs]
-        return found
+            other = records[1:] + records[:1]
+            pairs = zip(records, other, strict=True)
+            records = [
+                {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]} for a, b in pairs
+            ]
+        return records
     lines = [line for file in setup.data for line in Path(file).read_text(encoding="utf-8").splitlines()]
-    found = [json.loads(line) for line in lines if line.strip()]
-    if any(key not in record for record in found for key in needed):
+    records = [json.loads(line) for line in lines if line.strip()]
+    if any(key not in record for record in records for key in needed):
         raise ValueError(f"--data {' '.join(setup.data)}: every line needs {', '.join(needed)} for {setup.regime!r}")
-    return found
+    return records
 
 
 def functions(source: str) -> list[dict[str, str]]:
@@ -249,15 +251,15 @@ def functions(source: str) -> list[dict[str, str]]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return []
-    lines, found = source.splitlines(), []
+    lines, records = source.splitlines(), []
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (said := ast.get_docstring(node)):
+        if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (docstring := ast.get_docstring(node)):
             head = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1]))
             body = textwrap.dedent("\n".join(lines[node.body[1].lineno - 1 : node.end_lineno]))
             if head.strip() and body.strip():
-                prompt = f'{head}\n    """{said.splitlines()[0]}"""\n'
-                found.append({"prompt": prompt, "completion": textwrap.indent(body, "    ")})
-    return found
+                prompt = f'{head}\n    """{docstring.splitlines()[0]}"""\n'
+                records.append({"prompt": prompt, "completion": textwrap.indent(body, "    ")})
+    return records
 
 
 def _end(text: str, tokenizer: PreTrainedTokenizerFast, most: int) -> str:

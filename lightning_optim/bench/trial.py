@@ -3,112 +3,30 @@
 from __future__ import annotations
 
 import copy
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import clip_grad_norm_
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_optim.bench import facts, tasks
 from lightning_optim.bench.ledger import Ledger, Line
 from lightning_optim.bench.models import make, size_of
+from lightning_optim.bench.result import Stopwatch, TrialResult
 from lightning_optim.bench.space import Setup, Trial, decay, read_trial, roles_apart
-from lightning_optim.bench.tokens import shuffled
+from lightning_optim.bench.training import autocasts, estimator_of, step, train
 from lightning_optim.build.factory import build_optimizer
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.rule import lookup
-from lightning_optim.curvature import CurvatureEstimator, curvature_input
 from lightning_optim.diagnostics.memory import LiveStorages, SavedActivations, predicted_state
-from lightning_optim.schedule import SCHEDULES, ScheduleLR
 
-GIVEN_UP = 1.5
-"""A run whose validation loss exceeds its first by this factor has diverged."""
 HEADS = 2
 """A wider model's width grows by this many elements per attention head: rotary embeddings need an even number."""
 
 
 class DoesNotFit(ValueError):
     """The budget of memory is less than the preset needs with an optimizer."""
-
-
-@dataclass
-class Stopwatch:
-    """Time and processor time, of everything inside `with watch.running():`.
-
-    Processor time is that of all threads. It is what a busy machine can be compared by; on an accelerator it means
-    little, and time is taken after the device is done.
-    """
-
-    device: str
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-    _begin: tuple[float, float] = (0.0, 0.0)
-
-    def now(self) -> tuple[float, float]:
-        """Both clocks.
-
-        Returns:
-            In seconds.
-        """
-        if self.device != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter(), time.process_time()
-
-    def start(self, *_: Any) -> None:
-        """Begin; arguments are ignored, as a hook of an optimizer has some."""
-        self._begin = self.now()
-
-    def stop(self, *_: Any) -> None:
-        """End, and add up."""
-        end = self.now()
-        self.seconds += end[0] - self._begin[0]
-        self.cpu_seconds += end[1] - self._begin[1]
-
-    @property
-    def spent(self) -> float:
-        """What a budget in seconds is counted in: processor seconds on a CPU."""
-        return self.cpu_seconds if self.device == "cpu" else self.seconds
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Measure a block.
-
-        Yields:
-            Nothing.
-        """
-        self.start()
-        try:
-            yield
-        finally:
-            self.stop()
-
-
-@dataclass
-class Run:
-    """What is found while a model trains."""
-
-    status: str = "ok"
-    why: str = ""
-    steps: int = 0
-    tokens: int = 0
-    clipped: int = 0
-    """Steps whose gradient was clipped."""
-    curve: list[dict[str, float]] = field(default_factory=list)
-
-    def diverged(self, why: str) -> None:
-        """End with a divergence.
-
-        Args:
-            why: in words.
-        """
-        self.status, self.why = "diverged", why
 
 
 @dataclass(frozen=True)
@@ -119,7 +37,7 @@ class Workspace:
     cache: Path
 
     def start(self, setup: Setup) -> Trial | None:
-        """The pretraining that a setup goes on from.
+        """The pretraining that a setup starts from.
 
         Args:
             setup: with `start`, `OPTIMIZER@KEY`, unless it is a pretraining.
@@ -157,7 +75,7 @@ def execute(trial: Trial, workspace: Workspace, save: Path | None = None) -> Lin
 
     Args:
         trial: what to run.
-        workspace: caches, and the trials that others go on from.
+        workspace: caches, and the trials that others start from.
         save: where to write the trained weights.
 
     Returns:
@@ -175,38 +93,38 @@ def execute(trial: Trial, workspace: Workspace, save: Path | None = None) -> Lin
         torch.manual_seed(trial.seed)  # for the adapters, whether or not the pretraining ran just now
     model = prepared(model, trial)
     optimizer = build(model, trial)
-    total, stepping, run = Stopwatch(setup.device), Stopwatch(setup.device), Run()
+    result = TrialResult(training=Stopwatch(setup.device), stepping=Stopwatch(setup.device))
     predicted = predicted_state(optimizer)
     peak: dict[str, int] = {}
     try:
         if setup.regime == "dpo":
             from lightning_optim.bench.dpo import train_dpo
 
-            train_dpo(trial, model, optimizer, task, run, total, stepping)
+            train_dpo(trial, model, optimizer, task, result)
         else:
             peak = peak_bytes(model, trial, task)
-            train(trial, model, optimizer, task, run, total, stepping)
+            train(trial, model, optimizer, task, result)
     except torch.OutOfMemoryError as e:
-        run.status, run.why = "out of memory", str(e).splitlines()[0]
+        result.status, result.why = "out of memory", str(e).splitlines()[0]
     if save is not None:
         optimizer.eval()
         tasks.write(model.state_dict(), save)
-    curve = [{k: rounded(v) for k, v in point.items()} for point in run.curve]
+    curve = [{k: rounded(v) for k, v in point.items()} for point in result.curve]
     return {
         "key": trial.key,
         "config": trial.config,
-        "status": run.status,
-        "reason": run.why,
-        "final": curve[-1] if curve and run.status == "ok" else None,
+        "status": result.status,
+        "reason": result.why,
+        "final": curve[-1] if curve and result.status == "ok" else None,
         "curve": curve,
-        "steps": run.steps,
-        "tokens": run.tokens,
-        "clipped_steps": run.clipped,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "clipped_steps": result.clipped,
         "time": {
-            "seconds": rounded(total.seconds),
-            "cpu_seconds": rounded(total.cpu_seconds),
-            "optimizer_seconds": rounded(stepping.seconds),
-            "optimizer_cpu_seconds": rounded(stepping.cpu_seconds),
+            "seconds": rounded(result.training.seconds),
+            "cpu_seconds": rounded(result.training.cpu_seconds),
+            "optimizer_seconds": rounded(result.stepping.seconds),
+            "optimizer_cpu_seconds": rounded(result.stepping.cpu_seconds),
         },
         "memory": facts.memory(model, optimizer, predicted, peak),
         "model": facts.model(model, setup),
@@ -258,7 +176,7 @@ def build(model: nn.Module, trial: Trial) -> RuleOptimizer:
     Args:
         model: to train.
         trial: names it. A preset has a decay of its own; where the settings have a schedule, as a preset does, that
-            goes before the setup's.
+            takes precedence over the setup's.
 
     Returns:
         With the groups that `build_optimizer` makes.
@@ -266,14 +184,17 @@ def build(model: nn.Module, trial: Trial) -> RuleOptimizer:
     Raises:
         ValueError: a schedule over a number of steps on a track without one.
     """
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.settings.items()}
-    if "preset" not in given:
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in trial.settings.items()}
+    if "preset" not in settings:
         rule, setup = lookup(trial.optimizer), trial.setup
         shared = {"weight_decay": decay(rule, setup.weight_decay), **roles_apart(rule, setup.rest_lr)}
-        own = given.get("overrides", ())
-        overrides = [*own, *(x for x in shared.pop("overrides", ()) if x[0] not in [y[0] for y in own])]
-        given = shared | given | ({"overrides": overrides} if overrides else {})
-    optimizer = build_optimizer(model, trial.optimizer, lr=trial.lr, seed=trial.seed, **given)
+        own_overrides = settings.get("overrides", ())
+        overrides = [
+            *own_overrides,
+            *(x for x in shared.pop("overrides", ()) if x[0] not in [y[0] for y in own_overrides]),
+        ]
+        settings = shared | settings | ({"overrides": overrides} if overrides else {})
+    optimizer = build_optimizer(model, trial.optimizer, lr=trial.lr, seed=trial.seed, **settings)
     optimizer.total_steps = size_of(trial.setup)[1]
     counts = optimizer.curve or (optimizer.averages and optimizer.averages.needs_total)
     if counts and trial.setup.track == "seconds":
@@ -281,191 +202,6 @@ def build(model: nn.Module, trial: Trial) -> RuleOptimizer:
             f"{trial.optimizer}: its schedule and averages count steps; --track seconds has no number of them"
         )
     return optimizer
-
-
-def schedule(setup: Setup, progress: float) -> float:
-    """Factor of the learning rate.
-
-    Args:
-        setup: says how long it rises and where it ends.
-        progress: share of the run that this step completes, in (0, 1].
-
-    Returns:
-        Linear from 0 to 1 in the first `warmup` of the run, then half a cosine down to `min_lr`.
-    """
-    if progress < setup.warmup:
-        return progress / setup.warmup
-    x = min(1.0, (progress - setup.warmup) / (1 - setup.warmup))
-    return setup.min_lr + (1 - setup.min_lr) * SCHEDULES["cosine"](x)
-
-
-def scheduler_of(optimizer: RuleOptimizer, setup: Setup, progress: Callable[[int], float]) -> LambdaLR:
-    """What moves the learning rates of a run.
-
-    Args:
-        optimizer: with the length of the run; a schedule of its own goes before the setup's.
-        setup: of the trial.
-        progress: share of the run that a step, from 0, completes.
-
-    Returns:
-        A scheduler, one step per step of the optimizer.
-    """
-    if optimizer.curve is not None:
-        return ScheduleLR(optimizer, total_steps=optimizer.total_steps)
-    return LambdaLR(optimizer, lambda step: schedule(setup, progress(step)))
-
-
-def train(
-    trial: Trial,
-    model: nn.Module,
-    optimizer: RuleOptimizer,
-    task: tasks.Task,
-    run: Run,
-    total: Stopwatch,
-    stepping: Stopwatch,
-) -> None:
-    """Train on rows of tokens, to the end of the budget or until it diverges.
-
-    Args:
-        trial: what to run.
-        model: trained.
-        optimizer: of the model.
-        task: the data.
-        run: filled with what is found.
-        total: measures training without evaluation.
-        stepping: measures the optimizer.
-    """
-    setup, device = trial.setup, trial.setup.device
-    steps = size_of(setup)[1]
-    timed = setup.track == "seconds"
-    most = max(steps, len(task.train)) * 100 if timed else steps
-    rows = shuffled(len(task.train), min(most, 100_000) * setup.batch, trial.seed)
-
-    def progress(step: int) -> float:
-        return max(total.spent / setup.budget, 1e-3) if timed else (step + 1) / steps
-
-    feed = feed_of(model, optimizer, setup)
-    scheduler = scheduler_of(optimizer, setup, progress)
-    optimizer.register_step_pre_hook(stepping.start)
-    optimizer.register_step_post_hook(stepping.stop)
-
-    def look() -> bool:
-        optimizer.eval()
-        found = tasks.evaluate(model, task.held_out, device, setup.precision)
-        optimizer.train()
-        point = {"step": run.steps, "tokens": run.tokens, "seconds": total.seconds, "cpu_seconds": total.cpu_seconds}
-        if not math.isfinite(found["loss"]):
-            run.diverged(f"validation loss not finite after {run.steps} steps")
-            return False
-        run.curve.append(point | found)
-        if found["loss"] > GIVEN_UP * run.curve[0]["loss"]:
-            run.diverged(
-                f"validation loss {found['loss']:.2f} after {run.steps} steps, {run.curve[0]['loss']:.2f} at 0"
-            )
-        return run.status == "ok"
-
-    look()
-    for chosen in rows.split(setup.batch):
-        with total.running():
-            try:
-                loss, clipped = step(model, optimizer, trial, task.train.take(chosen, device), stepping, feed)
-            except FloatingPointError as e:
-                loss, clipped, run.why = math.nan, False, str(e).split(";")[0]
-            scheduler.step()
-        run.steps += 1
-        run.clipped += clipped
-        run.tokens += int((task.train.labels[chosen] != tasks.IGNORE).sum())
-        if not math.isfinite(loss):
-            return run.diverged(run.why or f"training loss not finite at step {run.steps}")
-        done = total.spent / setup.budget if timed else run.steps / steps
-        if done >= 1 or done * setup.evaluations >= len(run.curve):
-            if not look() or done >= 1:
-                return None
-    return None
-
-
-def autocasts(setup: Setup) -> bool:
-    """Whether the forward pass computes in bfloat16 with weights of another precision.
-
-    Args:
-        setup: any.
-
-    Returns:
-        True on `precision="autocast"`.
-    """
-    return setup.precision == "autocast"
-
-
-def loss_of(model: nn.Module, setup: Setup, batch: Any) -> torch.Tensor:
-    """The mean loss of rows.
-
-    Args:
-        model: any.
-        setup: gives the precision.
-        batch: what `Rows.take` gives.
-
-    Returns:
-        A scalar.
-    """
-    with torch.autocast(setup.device, torch.bfloat16, enabled=autocasts(setup)):
-        return model(**batch).loss
-
-
-def feed_of(model: nn.Module, optimizer: RuleOptimizer, setup: Setup) -> CurvatureEstimator | None:
-    """What measures curvature for an optimizer that asks for it.
-
-    Args:
-        model: trained.
-        optimizer: of the model.
-        setup: of the trial.
-
-    Returns:
-        None where gradients are enough.
-    """
-    return (
-        CurvatureEstimator(model, optimizer, lambda batch: loss_of(model, setup, batch))
-        if curvature_input(optimizer)
-        else None
-    )
-
-
-def step(
-    model: nn.Module,
-    optimizer: RuleOptimizer,
-    trial: Trial,
-    rows: Mapping[str, torch.Tensor],
-    stepping: Stopwatch,
-    feed: CurvatureEstimator | None,
-) -> tuple[float, bool]:
-    """One optimizer step.
-
-    Args:
-        model: trained.
-        optimizer: of the model.
-        trial: how.
-        rows: arguments of the model, `[batch, context]`.
-        stepping: also measures what the feed takes; the step itself is measured by hooks.
-        feed: of `feed_of`.
-
-    Returns:
-        The mean training loss, and whether the gradient was clipped.
-    """
-    setup, loss = trial.setup, 0.0
-    optimizer.zero_grad()
-    size = setup.microbatch or setup.batch
-    parts = [dict(zip(rows, part, strict=True)) for part in zip(*(x.split(size) for x in rows.values()), strict=True)]
-    for batch in parts:
-        if feed is not None:
-            feed.record_batch(batch)
-        out = loss_of(model, setup, batch)
-        (out / len(parts)).backward()
-        loss += float(out.detach()) / len(parts)
-    norm = clip_grad_norm_(model.parameters(), setup.clip) if setup.clip else torch.tensor(0.0)
-    if feed is not None:
-        with stepping.running():
-            feed.estimate()
-    optimizer.step()
-    return loss, bool(norm > setup.clip)
 
 
 def peak_bytes(model: nn.Module, trial: Trial, task: tasks.Task) -> dict[str, int]:
@@ -483,15 +219,15 @@ def peak_bytes(model: nn.Module, trial: Trial, task: tasks.Task) -> dict[str, in
     """
     other = copy.deepcopy(model)
     optimizer = build(other, trial)
-    feed = feed_of(other, optimizer, trial.setup)
-    chosen = torch.arange(min(trial.setup.batch, len(task.train)))
+    estimator = estimator_of(other, optimizer, trial.setup)
+    row_ids = torch.arange(min(trial.setup.batch, len(task.train)))
     device, before = trial.setup.device, 0
     weights = sum(x.numel() * x.itemsize for x in {*other.parameters(), *other.buffers()})
     gradients = sum(p.numel() * p.itemsize for p in other.parameters() if p.requires_grad)
-    rows = task.train.take(chosen, device)
-    part = {key: x[: trial.setup.microbatch or len(chosen)] for key, x in rows.items()}
+    rows = task.train.take(row_ids, device)
+    microbatch = {key: x[: trial.setup.microbatch or len(row_ids)] for key, x in rows.items()}
     with SavedActivations(other) as saved, torch.autocast(device, torch.bfloat16, enabled=autocasts(trial.setup)):
-        other(**part)
+        other(**microbatch)
     activations = saved.bytes
     if device != "cpu":
         torch.accelerator.reset_peak_memory_stats()
@@ -500,7 +236,7 @@ def peak_bytes(model: nn.Module, trial: Trial, task: tasks.Task) -> dict[str, in
     with LiveStorages() as live:
         try:
             for _ in range(2):
-                step(other, optimizer, trial, rows, Stopwatch(device), feed)
+                step(other, optimizer, trial, rows, Stopwatch(device), estimator)
         except FloatingPointError:
             pass  # the run itself will tell
     peak = live.peak if device == "cpu" else torch.accelerator.max_memory_allocated() - before

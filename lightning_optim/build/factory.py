@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_optim.build.recipes import PRESETS
-from lightning_optim.build.recipes import chosen as completed
+from lightning_optim.build.recipes import PRESETS, resolve_settings
 from lightning_optim.build.roles import MATRIX_ROLES, Override, applicable_overrides, assign, roles, without_parameters
 from lightning_optim.core import options
 from lightning_optim.core.optimizer import RuleOptimizer
@@ -20,7 +20,7 @@ from lightning_optim.core.param_groups import rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 from lightning_optim.core.step.averaging_methods import averages_of
 from lightning_optim.optimizers import CLASSES
-from lightning_optim.schedule import OF_ROLE, ScheduleConfig
+from lightning_optim.schedule import OF_ROLE, ScheduleConfig, schedule_settings
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def build_optimizer(
     last_layer: Literal["rest", "rule"] | None = None,
     blocks: Literal["layers", "heads"] | None = None,
     wrap: Mapping[str, Mapping[str, Any]] | None = None,
-    schedule: Mapping[str, Any] | None = None,
+    schedule: str | Mapping[str, Any] | None = None,
     fused_backward: bool = False,
     shard_work: bool = False,
     **settings: Any,
@@ -58,7 +58,7 @@ def build_optimizer(
         lr: learning rate; with the default convention, AdamW's.
         recipe: name of published settings (`lightning_optim.build.recipes`) for what is not given here.
         preset: name of a published pretraining stack (`lightning_optim.build.recipes.PRESETS`), with roles, `schedule`
-            and `wrap`; what is given here goes before. With a learning rate of 1e-3 or less, or adapters, only the
+            and `wrap`; what is given here takes precedence. With a learning rate of 1e-3 or less, or adapters, only the
             rule's hyperparameters are taken, and a warning says so.
         weight_decay: of everything but vectors; 0 if not given.
         rest: rule of what the main rule does not take; adamw if not given.
@@ -77,10 +77,11 @@ def build_optimizer(
             `adam_mini` has one second moment per head of queries and keys in any case, unless `block="row"` is given.
         wrap: what to do around the steps, by name: `{"ema_nesterov": {"step_size": 0.6}}`, `"tail_ema"`, `"muloco"`
             (`lightning_optim.core.step.weight_averaging`).
-        schedule: settings of `lightning_optim.schedule.ScheduleConfig`, which `ScheduleLR` and the trainers' doors
-            follow.
+        schedule: `"linear"`, `"cosine"` or another name, or settings of `lightning_optim.schedule.ScheduleConfig`,
+            `{"schedule": "cosine", "warmup_steps": 100}`. `ScheduleLR` and the trainers' integrations follow it.
         fused_backward: step within the backward pass, where gradients are freed (`RuleOptimizer.fuse_backward`).
-        shard_work: under DDP, let the ranks share out the matrices of whole-matrix rules (`RuleOptimizer.shard_work`).
+        shard_work: under DDP, shard optimizer work and state over the ranks, as ZeRO-1 does
+            (`RuleOptimizer.shard_work`).
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
             `clip_norm`, `seed`). Options about the norms of matrices (`constraint`, `uw_floor`, `radial_damping`,
             `pin`) are for the main rule's hidden ones; overrides can give them to others.
@@ -93,7 +94,7 @@ def build_optimizer(
             ZeRO-3 has flattened or emptied.
     """
     check_unflattened(lookup(name), model.named_parameters())
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "lr": lr,
         "weight_decay": weight_decay,
         "rest": rest,
@@ -103,7 +104,7 @@ def build_optimizer(
         "last_layer": last_layer,
         "blocks": blocks,
         "wrap": wrap,
-        "schedule": schedule,
+        "schedule": None if schedule is None else schedule_settings(schedule),
         "overrides": overrides,
     }
     if recipe is not None and preset is not None:
@@ -111,23 +112,23 @@ def build_optimizer(
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; {nearest(preset, list(PRESETS))}")
     adapters = preset is not None and any(trait.role.startswith("lora") for trait in roles(model).values())
-    chosen = completed(name, recipe or preset, given | settings, adapters=adapters)
-    more = chosen.pop("more_overrides")
+    resolved = resolve_settings(name, recipe or preset, arguments | settings, adapters=adapters)
+    more = resolved.pop("more_overrides")
     overrides = [*overrides, *applicable_overrides(model, overrides, more)] if more else overrides
-    curve = ScheduleConfig.of(chosen["schedule"]) if chosen["schedule"] else None
-    members = averages_of(chosen["wrap"])
-    rule, other = lookup(name), lookup(chosen["rest"])
-    own = {k: v for k, v in chosen.items() if k not in given}
-    _check_names(rule, own)
-    of_rest = {k: v for k, v in chosen["rest_settings"].items() if k not in OF_ROLE}
+    curve = ScheduleConfig.of(resolved["schedule"]) if resolved["schedule"] else None
+    members = averages_of(resolved["wrap"])
+    rule, other = lookup(name), lookup(resolved["rest"])
+    rule_settings = {k: v for k, v in resolved.items() if k not in arguments}
+    _check_names(rule, rule_settings)
+    of_rest = {k: v for k, v in resolved["rest_settings"].items() if k not in OF_ROLE}
     _check_names(other, of_rest)
-    normed = {key: own.pop(key) for key in options.CONSTRAINTS if key in own}
-    masked = own.pop("cautious_decay", 0.0)
-    shared = {key: value for key, value in own.items() if key in OPTIONS}
-    of_rule = {other.name: shared | chosen["rest_settings"], rule.name: own}
+    normed = {key: rule_settings.pop(key) for key in options.CONSTRAINTS if key in rule_settings}
+    masked = rule_settings.pop("cautious_decay", 0.0)
+    shared = {key: value for key, value in rule_settings.items() if key in OPTIONS}
+    of_rule = {other.name: shared | resolved["rest_settings"], rule.name: rule_settings}
     groups: dict[str, dict[str, Any]] = {}
     relatives: dict[str, dict[str, Any]] = {}
-    cut = {key: chosen[key] for key in ("last_layer", "blocks")}
+    cut = {key: resolved[key] for key in ("last_layer", "blocks")}
     assigned = assign(model, name, other.name, overrides, **cut, constrained=bool(normed), given=of_rule)
     for a in assigned:
         if a.group not in groups:
@@ -135,15 +136,15 @@ def build_optimizer(
             extra = dict(a.settings)
             factor, relative = extra.pop("lr_factor", 1.0), extra.pop("lr_per_rms", None)
             _check_names(owner, {k: v for k, v in extra.items() if k not in OF_ROLE})
-            own_lr = a.rule == rule.name or chosen["rest_lr"] is None
+            own_lr = a.rule == rule.name or resolved["rest_lr"] is None
             group = {
                 "name": a.group,
                 "rule": a.rule,
                 "role": a.role,
-                "lr": chosen["lr"] if own_lr else chosen["rest_lr"],
-                "weight_decay": 0.0 if a.role == "vector" else chosen["weight_decay"],
+                "lr": resolved["lr"] if own_lr else resolved["rest_lr"],
+                "weight_decay": 0.0 if a.role == "vector" else resolved["weight_decay"],
                 "cautious_decay": 0.0 if a.role == "vector" and masked is not True else masked,
-                "lr_convention": chosen["lr_convention"],
+                "lr_convention": resolved["lr_convention"],
                 "transposed": a.transposed,
                 "blocks": a.blocks,
                 **of_rule.get(a.rule, shared),
@@ -163,14 +164,14 @@ def build_optimizer(
         group["lr"] *= _rms([p for _, p in group["params"]])
     ordered = sorted(groups.values(), key=lambda g: (g["rule"] != rule.name, g["role"] != "hidden"))
     optimizer = CLASSES[rule.name](ordered)
-    given_all = {k: chosen[k] for k in ("lr", "weight_decay", "lr_convention")}
-    optimizer.defaults.update(own | given_all | {"cautious_decay": masked})
-    _say_native(optimizer, chosen["lr_convention"])
+    given_all = {k: resolved[k] for k in ("lr", "weight_decay", "lr_convention")}
+    optimizer.defaults.update(rule_settings | given_all | {"cautious_decay": masked})
+    _say_native(optimizer, resolved["lr_convention"])
     if all(a.rule != rule.name for a in assigned):
         _log.warning("%s", without_parameters(rule.name, ((a.name, a.role, a.param.shape) for a in assigned)))
 
     def divide(group: dict[str, Any]) -> list[dict[str, Any]]:
-        like = given | {"overrides": overrides, "wrap": {}}
+        like = arguments | {"overrides": overrides, "wrap": {}}
         again = build_optimizer(model, name, recipe=recipe, preset=preset, **like, **settings)
         return _divided(group, again, {g["name"] for g in optimizer.param_groups})
 
@@ -190,7 +191,7 @@ def _divided(group: Mapping[str, Any], like: RuleOptimizer, taken: Collection[st
 
     Args:
         group: names no rule.
-        like: the optimizer built anew, with the parameters that are trained now.
+        like: the optimizer built again, with the parameters that are trained now.
         taken: names of groups that are there.
 
     Returns:
@@ -198,14 +199,14 @@ def _divided(group: Mapping[str, Any], like: RuleOptimizer, taken: Collection[st
     """
     params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
     left = {id(p[1] if isinstance(p, tuple) else p): p for p in params}
-    given = {k: v for k, v in group.items() if k not in ("params", "name", "lr")}
+    own_settings = {k: v for k, v in group.items() if k not in ("params", "name", "lr")}
     share = group["lr"] / like.defaults["lr"] if "lr" in group and like.defaults["lr"] else 1.0
     out: list[dict[str, Any]] = []
     for g in like.param_groups:
         mine = [(n, p) for n, p in zip(g["param_names"], g["params"], strict=True) if left.pop(id(p), None) is not None]
         if mine:
             label = f"{group['name']}/{g['name']}" if "name" in group else g["name"]
-            of_role = {k: v for k, v in given.items() if k != "weight_decay" or g["role"] != "vector"}
+            of_role = {k: v for k, v in own_settings.items() if k != "weight_decay" or g["role"] != "vector"}
             out.append({**g, **of_role, "name": unused(label, taken), "lr": g["lr"] * share, "params": mine})
     if left:
         out.append({**group, "rule": like.defaults["rule"], "params": list(left.values())})
@@ -213,10 +214,13 @@ def _divided(group: Mapping[str, Any], like: RuleOptimizer, taken: Collection[st
 
 
 def _check_names(rule: type[Rule], settings: Mapping[str, Any]) -> None:
-    known = list(settings_of(rule))
+    names = list(settings_of(rule))
+    of_schedule = {f.name for f in fields(ScheduleConfig)}
     for key in settings:
-        if key not in known:
-            raise ValueError(f"{rule.name} has no setting {key!r}; {nearest(key, known)}")
+        if key not in names and key in of_schedule:
+            raise ValueError(f"{key} is a setting of the schedule: give schedule={{{key!r}: {settings[key]!r}, ...}}")
+        if key not in names:
+            raise ValueError(f"{rule.name} has no setting {key!r}; {nearest(key, names)}")
 
 
 def _rms(params: Sequence[Tensor]) -> float:

@@ -90,12 +90,12 @@ def estimate_mesh(
         for p in group["params"]:
             parts, turned = blocks_of(rule, group, p.shape)
             forms = state_formats(rule, group, p, parts)
-            kept = p.dtype.itemsize if formats.compensated(p.dtype, group) else 0
+            extra_bytes = p.dtype.itemsize if formats.compensated(p.dtype, group) else 0
             if optimizer.averages is not None:
-                kept += formats.compute_dtype_of(p.dtype).itemsize * len(optimizer.averages.keys)
+                extra_bytes += formats.compute_dtype_of(p.dtype).itemsize * len(optimizer.averages.keys)
             radii = sum(part.dims[0] for part in parts) if formats.keeps_radius(p.dtype, group) else 0
             for r, volume in enumerate(_volumes(cut, p.shape, size)):
-                state[r] += 4 + 4 * radii + kept * volume
+                state[r] += 4 + 4 * radii + extra_bytes * volume
             axes = stack_sharding.axes_of(p, cut, parts[0].dims, turned) if cut is not None and rule.reduces else ()
             whole = parts[0].rows is None and len(parts) == 1
             if cut is None:
@@ -111,8 +111,8 @@ def estimate_mesh(
                     if rule.elementwise
                     else stack_sharding.stored_sharding(cut, axes or (), form.spec, len(form.shape))
                 )
-                for r, held in enumerate(_bytes(cut_form, form, size)):
-                    state[r] += held
+                for r, size_on_rank in enumerate(_bytes(cut_form, form, size)):
+                    state[r] += size_on_rank
                 summed += 4 * math.prod(form.shape) if cut is not None and cut_form is None else 0
     work = [0.0] * size
     costs = [step_cost(parts) for _, _, _, parts, _ in travelling]

@@ -84,18 +84,18 @@ def output_embeddings(module: nn.Module) -> list[nn.Module]:
         Layers with a weight, those of adapters not among them.
     """
     getter = getattr(module, "get_output_embeddings", None)
-    said = getter() if callable(getter) else None
-    if not isinstance(said, nn.Module):
+    output = getter() if callable(getter) else None
+    if not isinstance(output, nn.Module):
         return []
-    listed = isinstance(said, _CONTAINERS) or hasattr(said, "modules_to_save")
-    return _linear_layers(said) if listed else [_layer(said)]
+    listed = isinstance(output, _CONTAINERS) or hasattr(output, "modules_to_save")
+    return _linear_layers(output) if listed else [_layer(output)]
 
 
-def _linear_layers(found: Any) -> list[nn.Module]:
+def _linear_layers(classifier: Any) -> list[nn.Module]:
     """The linear layers in one or several modules that are outputs."""
-    if isinstance(found, (tuple, list)):
-        return [layer for part in found for layer in _linear_layers(part)]
-    return _outputs(found) if isinstance(found, nn.Module) else []
+    if isinstance(classifier, (tuple, list)):
+        return [layer for part in classifier for layer in _linear_layers(part)]
+    return _outputs(classifier) if isinstance(classifier, nn.Module) else []
 
 
 def _has_classifier(module: nn.Module) -> bool:
@@ -139,10 +139,10 @@ def _own_ends(module: nn.Module) -> Ends | None:
 def _ends(module: nn.Module) -> Ends:
     """Widths into the first and out of the last layer with weights."""
     module = _layer(module)
-    own = _own_ends(module)
-    if own is None and (steps := _steps(module)):
+    module_ends = _own_ends(module)
+    if module_ends is None and (steps := _steps(module)):
         return _ends(steps[0])[0], _ends(steps[-1])[1]
-    return own or (None, None)
+    return module_ends or (None, None)
 
 
 def _widths(module: nn.Module, side: int) -> Iterator[int | None]:
@@ -161,9 +161,11 @@ def _norm_width(module: nn.Module) -> int | None:
     """The width of a norm, None of other modules."""
     if isinstance(module, _Norm):
         return module.normalized_shape[-1]
-    own = dict(module.named_parameters(recurse=False))
-    plain = own and set(own) <= {"weight", "bias"} and "weight" in own and not any(True for _ in module.children())
-    return own["weight"].numel() if plain and own["weight"].ndim == 1 else None
+    params = dict(module.named_parameters(recurse=False))
+    plain = (
+        params and set(params) <= {"weight", "bias"} and "weight" in params and not any(True for _ in module.children())
+    )
+    return params["weight"].numel() if plain and params["weight"].ndim == 1 else None
 
 
 def _attends(module: nn.Module) -> bool:
@@ -204,10 +206,10 @@ def _outputs(module: nn.Module) -> list[nn.Module]:
         return []
     if is_pretrained(module):
         return of_pretrained(module)
-    said = _linear_layers(module.get_classifier()) if _has_classifier(module) else []  # pyright: ignore[reportCallIssue]
-    if _has_classifier(module) and not said:
+    classifiers = _linear_layers(module.get_classifier()) if _has_classifier(module) else []  # pyright: ignore[reportCallIssue]
+    if _has_classifier(module) and not classifiers:
         return []
-    return [*said, *(m for m in _of_steps(module, _steps(module)) if all(m is not x for x in said))]
+    return [*classifiers, *(m for m in _of_steps(module, _steps(module)) if all(m is not x for x in classifiers))]
 
 
 def of_pretrained(module: nn.Module) -> list[nn.Module]:
@@ -219,29 +221,33 @@ def of_pretrained(module: nn.Module) -> list[nn.Module]:
     Returns:
         Linear layers, what `get_output_embeddings` gives among them; none of a model without a head.
     """
-    said = output_embeddings(module)
+    output = output_embeddings(module)
     base = getattr(module, "base_model", module)
     outer = _of_steps(module, _steps(module), None if base is module else base)
-    return [*said, *(m for m in outer if all(m is not x for x in said))]
+    return [*output, *(m for m in outer if all(m is not x for x in output))]
 
 
 def _of_steps(parent: nn.Module, steps: Sequence[nn.Module], base: nn.Module | None = None) -> list[nn.Module]:
     """The output layers of a module with steps, of which `base` has none."""
     steps = [m for m in steps if not _modulates(m, parent)]
-    found: dict[int, list[nn.Module]] = {}
+    outputs_of_step: dict[int, list[nn.Module]] = {}
     for i, step in enumerate(steps):
         chained = isinstance(parent, nn.Sequential) and i < len(steps) - 1
         inner = step is base or chained or _is_block(step, parent, steps)
         if not inner and (layers := _outputs(step)):
-            found[i] = layers
-    if not found:
+            outputs_of_step[i] = layers
+    if not outputs_of_step:
         return []
-    ends = [(_ends(m)[0], _ends(found[i][0] if i in found else m)[1]) for i, m in enumerate(steps)]
-    first = _output_step(steps, ends, found, strict=is_pretrained(parent) and base is None)
+    ends = [(_ends(m)[0], _ends(outputs_of_step[i][0] if i in outputs_of_step else m)[1]) for i, m in enumerate(steps)]
+    first = _output_step(steps, ends, outputs_of_step, strict=is_pretrained(parent) and base is None)
     if first is None:
         return []
-    beside = [i for i in found if i != first and not _attends(parent) and _is_beside(steps, ends, found, i, first)]
-    return [layer for i in (first, *beside) for layer in found[i]]
+    beside = [
+        i
+        for i in outputs_of_step
+        if i != first and not _attends(parent) and _is_beside(steps, ends, outputs_of_step, i, first)
+    ]
+    return [layer for i in (first, *beside) for layer in outputs_of_step[i]]
 
 
 def _modulates(step: nn.Module, parent: nn.Module) -> bool:
@@ -252,7 +258,7 @@ def _modulates(step: nn.Module, parent: nn.Module) -> bool:
 
 
 def _output_step(
-    steps: Sequence[nn.Module], ends: Sequence[Ends], found: Collection[int], *, strict: bool
+    steps: Sequence[nn.Module], ends: Sequence[Ends], candidates: Collection[int], *, strict: bool
 ) -> int | None:
     """Which step is the output: the last one, unless it has none or feeds one that was registered before it.
 
@@ -270,8 +276,8 @@ def _output_step(
 
     last = len(steps) - 1
     models = [i for i, m in enumerate(steps) if _is_model(m)]
-    early = [i for i in found if i != last and not users(i) and is_fed(i)] if models or not strict else []
-    if last not in found:
+    early = [i for i in candidates if i != last and not users(i) and is_fed(i)] if models or not strict else []
+    if last not in candidates:
         return early[-1] if early else None
     after = users(last)
     if not after:
@@ -289,14 +295,16 @@ def _prompts(model: nn.Module, width: int | None) -> bool:
     return any(width % m.embedding_dim == 0 for m in model.modules() if isinstance(m, nn.Embedding))
 
 
-def _is_beside(steps: Sequence[nn.Module], ends: Sequence[Ends], found: Collection[int], i: int, output: int) -> bool:
+def _is_beside(
+    steps: Sequence[nn.Module], ends: Sequence[Ends], candidates: Collection[int], i: int, output: int
+) -> bool:
     """Whether a step is an output next to another one: it takes or gives the same, and feeds nothing after it."""
     into, out = ends[i]
     alike = (into is not None and into == ends[output][0]) or (out is not None and out == ends[output][1])
     later = {output, *range(i + 1, len(steps))}
-    if not alike or any(j not in found for j in range(min(i, output), max(i, output))):
+    if not alike or any(j not in candidates for j in range(min(i, output), max(i, output))):
         return False
-    if any(out == ends[j][0] if j in found else out in _widths(steps[j], 0) for j in later):
+    if any(out == ends[j][0] if j in candidates else out in _widths(steps[j], 0) for j in later):
         return False
     layers = [m for m in steps[i].modules() if is_linear(m) or _norm_width(m) is not None]
     return bool(layers) and is_linear(layers[-1])

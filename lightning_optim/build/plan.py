@@ -32,7 +32,7 @@ class Row:
     state_bytes: dict[str, int]
     """By slot, scales included; the 4 bytes of the step count apart."""
     host_bytes: int = 0
-    """How many of them rest in host memory, for a model on CUDA."""
+    """How many of them are stored in host memory, for a model on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of state that rest in host memory, for a model on CUDA."""
+        """Bytes of state that are stored in host memory, for a model on CUDA."""
         return sum(r.host_bytes for r in self.rows)
 
     @property
@@ -91,28 +91,28 @@ class Plan:
         away = f", {_bytes(self.host_bytes)} of it in host memory" if self.host_bytes else ""
         each = self.state_bytes / max(1, self.parameters)
         text.append(f"{_bytes(self.state_bytes)} of state, {each:.2f} B per weight{away}")
-        for said, found in (("frozen", self.frozen), ("trainable, but in no group", self.unowned)):
-            if found:
+        for title, shapes in (("frozen", self.frozen), ("trainable, but in no group", self.unowned)):
+            if shapes:
                 alike: dict[str, list[str]] = {}
-                for name in found:
+                for name in shapes:
                     alike.setdefault(_layerless(name), []).append(name)
                 listed = (f"{n} ({len(same)} times)" if len(same) > 1 else same[0] for n, same in alike.items())
-                text.append(f"\n{sum(map(math.prod, found.values())):,} weights {said}: {', '.join(listed)}")
+                text.append(f"\n{sum(map(math.prod, shapes.values())):,} weights {title}: {', '.join(listed)}")
         if self.warning:
             text.append(f"\nWarning: {self.warning}")
         return "\n".join([*text, *(_lines(self.mesh) if self.mesh is not None else ())])
 
 
-def _lines(found: MeshEstimate) -> list[str]:
+def _lines(mesh: MeshEstimate) -> list[str]:
     """What falls on each rank, in words."""
-    out = [f"\n{found.strategy} on {found.world_size} ranks: at most {_bytes(max(found.state))} of state on a rank"]
-    moved = f"matrices: at most {_bytes(max(found.sent))} sent by a rank in a step" if max(found.sent) else ""
-    sums = f"sums: about {_bytes(found.summed)} in a step" if found.summed else ""
+    out = [f"\n{mesh.strategy} on {mesh.world_size} ranks: at most {_bytes(max(mesh.state))} of state on a rank"]
+    moved = f"matrices: at most {_bytes(max(mesh.sent))} sent by a rank in a step" if max(mesh.sent) else ""
+    sums = f"sums: about {_bytes(mesh.summed)} in a step" if mesh.summed else ""
     out.append("; ".join(x for x in (moved, sums) if x) or "the optimizer sends nothing")
-    if found.work:
+    if mesh.work:
         out.append(
-            f"work on whole matrices: {found.imbalance:.3f} times the mean on the busiest of {len(found.work)} ranks "
-            f"({found.bound:.3f} is the least that whole parameters allow)"
+            f"work on whole matrices: {mesh.imbalance:.3f} times the mean on the busiest of {len(mesh.work)} ranks "
+            f"({mesh.bound:.3f} is the least that whole parameters allow)"
         )
     return out
 
@@ -145,16 +145,16 @@ def plan(
     """
     lr = 1e-3 if lr is None and recipe is None and settings.get("preset") is None else lr
     optimizer = build_optimizer(model, name, lr=lr, recipe=recipe, **settings)
-    found, shared = describe(model, optimizer), bool(settings.get("shard_work"))
+    description, shared = describe(model, optimizer), bool(settings.get("shard_work"))
     on_mesh = None
     if world_size > 1:
         on_mesh = estimate_mesh(optimizer, strategy, world_size, node_size=node_size, shard_work=shared)
     patterns = [pattern for pattern, *_ in settings.get("overrides", ())]
     rows = []
-    for row in found.rows:
+    for row in description.rows:
         match = next((x for x in patterns if matches(x, row.name, row.role)), None)
         rows.append(row if match is None else replace(row, reason=f"{row.reason}; override {match!r}"))
-    return replace(found, rows=rows, mesh=on_mesh)
+    return replace(description, rows=rows, mesh=on_mesh)
 
 
 def describe(model: nn.Module, optimizer: RuleOptimizer) -> Plan:
@@ -198,7 +198,7 @@ def describe(model: nn.Module, optimizer: RuleOptimizer) -> Plan:
 
 
 class Owners:
-    """Who owns what in a run, said anew when it is no longer true."""
+    """Who owns what in a run, printed again when it changes."""
 
     def __init__(self) -> None:
         self._said: Any = None

@@ -2,7 +2,7 @@
 
 A recipe is looked up when it is used, so the table may name rules that a trimmed package lacks. Besides the table,
 the name of any rule is a recipe: its defaults, which are those of the publication or its reference implementation, at
-the published scale, with all costly state refreshed in the same step.
+the published scale, with all preconditioners refreshed in the same step.
 """
 
 from __future__ import annotations
@@ -276,7 +276,9 @@ def find(name: str) -> Recipe:
     return Recipe(name, settings | {"lr_convention": "native"}, rule.source)
 
 
-def chosen(name: str, recipe: str | None, given: Mapping[str, Any], *, adapters: bool = False) -> dict[str, Any]:
+def resolve_settings(
+    name: str, recipe: str | None, arguments: Mapping[str, Any], *, adapters: bool = False
+) -> dict[str, Any]:
     """All arguments of `build_optimizer`: what is given, else the recipe's, else the default.
 
     Of a preset for pretraining, only the rule's hyperparameters are taken where weights are fine-tuned; a warning says
@@ -285,7 +287,7 @@ def chosen(name: str, recipe: str | None, given: Mapping[str, Any], *, adapters:
     Args:
         name: of the main rule.
         recipe: name of a recipe or preset, or None.
-        given: arguments; None counts as not given where `build_optimizer` has a default.
+        arguments: arguments; None counts as not given where `build_optimizer` has a default.
         adapters: whether some of the trainable parameters are adapters.
 
     Returns:
@@ -294,40 +296,47 @@ def chosen(name: str, recipe: str | None, given: Mapping[str, Any], *, adapters:
     Raises:
         ValueError: an unknown recipe, one of another rule, or no learning rate.
     """
-    found = find(recipe) if recipe is not None else Recipe(name, {}, "")
-    if found.rule != lookup(name).name:
-        raise ValueError(f"recipe {recipe!r} is of {found.rule!r}, not of {name!r}")
-    if found.pretraining:
-        found = _for_pretraining(str(recipe), found, given, adapters)
+    published_recipe = find(recipe) if recipe is not None else Recipe(name, {}, "")
+    if published_recipe.rule != lookup(name).name:
+        raise ValueError(f"recipe {recipe!r} is of {published_recipe.rule!r}, not of {name!r}")
+    if published_recipe.pretraining:
+        published_recipe = _for_pretraining(str(recipe), published_recipe, arguments, adapters)
     optional = {*DEFAULTS, "lr", "rest_lr", "rest_settings"}
-    present = {k: v for k, v in given.items() if v is not None or k not in optional}
-    out: dict[str, Any] = {"lr": None, "rest_lr": None, "rest_settings": {}, **DEFAULTS, **found.settings, **present}
-    same_rest = out["rest"] == found.settings.get("rest", DEFAULTS["rest"])
-    published: Mapping[str, Any] = found.settings.get("rest_settings", {}) if same_rest else {}
-    out["rest_settings"] = {**published, **(given.get("rest_settings") or {})}
-    out["schedule"] = _merged(found.settings.get("schedule") or {}, given.get("schedule") or {})
-    out["overrides"] = tuple(given.get("overrides") or ())
-    out["more_overrides"] = tuple(found.settings.get("overrides") or ()) if same_rest else ()
+    present = {k: v for k, v in arguments.items() if v is not None or k not in optional}
+    out: dict[str, Any] = {
+        "lr": None,
+        "rest_lr": None,
+        "rest_settings": {},
+        **DEFAULTS,
+        **published_recipe.settings,
+        **present,
+    }
+    same_rest = out["rest"] == published_recipe.settings.get("rest", DEFAULTS["rest"])
+    published: Mapping[str, Any] = published_recipe.settings.get("rest_settings", {}) if same_rest else {}
+    out["rest_settings"] = {**published, **(arguments.get("rest_settings") or {})}
+    out["schedule"] = _merged(published_recipe.settings.get("schedule") or {}, arguments.get("schedule") or {})
+    out["overrides"] = tuple(arguments.get("overrides") or ())
+    out["more_overrides"] = tuple(published_recipe.settings.get("overrides") or ()) if same_rest else ()
     if out["lr"] is None:
         raise ValueError(f"{name}: give a learning rate (lr=...) or a recipe")
     return out
 
 
-def _merged(published: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(published: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A schedule's settings; of another kind than the published one, only those that are about the momentum stay."""
-    other = given.get("schedule", published.get("schedule")) != published.get("schedule")
-    return {k: v for k, v in published.items() if not other or k.startswith("momentum_")} | dict(given)
+    other = settings.get("schedule", published.get("schedule")) != published.get("schedule")
+    return {k: v for k, v in published.items() if not other or k.startswith("momentum_")} | dict(settings)
 
 
-def _for_pretraining(name: str, found: Recipe, given: Mapping[str, Any], adapters: bool) -> Recipe:
+def _for_pretraining(name: str, preset: Recipe, arguments: Mapping[str, Any], adapters: bool) -> Recipe:
     """The preset, or what is left of it where it would wreck trained weights."""
-    lr = given.get("lr")
+    lr = arguments.get("lr")
     small = lr is not None and float(lr) <= FINE_TUNING_LR
     if not small and not adapters:
-        return found
-    known = hyperparameters(lookup(found.rule))
-    kept = {k: v for k, v in found.settings.items() if k in known and k not in ("lr", "weight_decay")}
-    left = sorted(k for k in found.settings if k not in kept and k not in ("lr", "weight_decay", "lr_convention"))
+        return preset
+    defaults = hyperparameters(lookup(preset.rule))
+    settings = {k: v for k, v in preset.settings.items() if k in defaults and k not in ("lr", "weight_decay")}
+    left = sorted(k for k in preset.settings if k not in settings and k not in ("lr", "weight_decay", "lr_convention"))
     why = f"lr={lr:g} is one for trained weights" if small and lr is not None else "there are adapters"
     _log.warning(
         "preset %r is for pretraining, %s: it moves weights by %.1f %% of their norm or so per step, embeddings by "
@@ -335,9 +344,9 @@ def _for_pretraining(name: str, found: Recipe, given: Mapping[str, Any], adapter
         "random weights at its own lr, %g",
         name,
         why,
-        100 * found.settings["lr"] * found.settings.get("uw_floor", 1.0),
-        ", ".join(sorted(kept)) or "nothing",
+        100 * preset.settings["lr"] * preset.settings.get("uw_floor", 1.0),
+        ", ".join(sorted(settings)) or "nothing",
         ", ".join(left),
-        found.settings["lr"],
+        preset.settings["lr"],
     )
-    return Recipe(found.rule, kept, found.source)
+    return Recipe(preset.rule, settings, preset.source)

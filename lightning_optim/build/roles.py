@@ -115,9 +115,9 @@ def roles(model: nn.Module) -> dict[str, ParamRole]:
     Returns:
         Parameter name, as in `named_parameters`, to its trait.
     """
-    known: dict[int, ParamRole] = {}
+    role_by_param: dict[int, ParamRole] = {}
     for find in (_linear_layers, _attention_layers, _fused_layers, _heads, _experts, _lora, _embeddings):
-        known.update({id(p): trait for p, trait in find(model) if isinstance(p, Tensor)})
+        role_by_param.update({id(p): trait for p, trait in find(model) if isinstance(p, Tensor)})
     out: dict[str, ParamRole] = {}
     kinds = {id(p): kind for p, kind in _kinds(model) if isinstance(p, Tensor)}
     for name, p in model.named_parameters():
@@ -125,7 +125,7 @@ def roles(model: nn.Module) -> dict[str, ParamRole]:
             if p.ndim < 2:
                 out[name] = ParamRole("vector", f"{p.ndim} dimensions", kind=kinds.get(id(p), ""))
             else:
-                trait = known.get(id(p), ParamRole("other", "belongs to no known layer"))
+                trait = role_by_param.get(id(p), ParamRole("other", "belongs to no known layer"))
                 out[name] = ParamRole("vector", "a side of length one") if _is_flat(p, trait.role) else trait
     return out
 
@@ -203,14 +203,14 @@ def _attention_layers(model: nn.Module) -> Found:
     for parent in model.modules():
         linear = _children(parent)
         names = list(linear)[:3]
-        found = [linear[name] for name in names]
-        if len(found) < 3 or len({_sides(m)[1] for m in found}) > 1:
+        layers = [linear[name] for name in names]
+        if len(layers) < 3 or len({_sides(m)[1] for m in layers}) > 1:
             continue
-        outputs, size = [_sides(m)[0] for m in found], _head_size(parent, _sides(found[0])[0])
+        outputs, size = [_sides(m)[0] for m in layers], _head_size(parent, _sides(layers[0])[0])
         if not size or (len(linear) == 3 and len(set(outputs)) > 1):  # the third may be the output projection
             continue
         value, reason = _value_of(names), f"projection of {type(parent).__name__}"
-        for name, m, count in zip(names, found, outputs, strict=True):
+        for name, m, count in zip(names, layers, outputs, strict=True):
             if count % size == 0:
                 heads = count // size
                 by_head = None if name == value else heads
@@ -252,10 +252,15 @@ def _kinds(model: nn.Module) -> Iterator[tuple[Any, str]]:
     for parent in model.modules():
         if is_linear(parent) or isinstance(parent, nn.modules.conv._ConvNd):
             yield parent.bias, "bias"
-        own = dict(parent.named_parameters(recurse=False))
-        if own and all(p.ndim == 1 for p in own.values()) and set(own) <= {"weight", "bias"} and "weight" in own:
-            yield own["weight"], "gain"
-            yield own.get("bias"), "bias"
+        params = dict(parent.named_parameters(recurse=False))
+        if (
+            params
+            and all(p.ndim == 1 for p in params.values())
+            and set(params) <= {"weight", "bias"}
+            and "weight" in params
+        ):
+            yield params["weight"], "gain"
+            yield params.get("bias"), "bias"
     for parent in model.modules():
         if isinstance(parent, nn.MultiheadAttention):
             yield parent.in_proj_bias, "bias"
@@ -276,8 +281,8 @@ def _experts(model: nn.Module) -> Found:
     for parent in model.modules():
         for module in parent.children():
             count = getattr(module, "num_experts", None)
-            own = list(module.parameters(recurse=False))
-            matrices = [p for p in own if p.ndim == 3]
+            params = list(module.parameters(recurse=False))
+            matrices = [p for p in params if p.ndim == 3]
             if not isinstance(count, int) or not matrices:
                 continue
             siblings = [m for m in parent.children() if m is not module]
@@ -285,7 +290,7 @@ def _experts(model: nn.Module) -> Found:
             width = routers[0].shape[1] if routers else getattr(module, "hidden_size", None)
             turned, kind = _stored_transposed(module, matrices, width), type(module).__name__
             inner = min(p.numel() for p in matrices)
-            for p in own:
+            for p in params:
                 fused: Blocks = None
                 if p.numel() == 2 * inner and (halves := _gate_and_up_are_halves(module)) is not None:
                     fused = 2 if halves else (1, 1)
@@ -331,17 +336,17 @@ def _gate_and_up_are_halves(experts: nn.Module) -> bool | None:
     kinds = {c.__name__ for c in type(experts).__mro__}
     if kinds & HALVES:
         return True
-    said, gate = getattr(experts, "is_concatenated", None), getattr(experts, "_apply_gate", None)
+    is_concatenated, gate = getattr(experts, "is_concatenated", None), getattr(experts, "_apply_gate", None)
     if not callable(gate):
-        return said
-    asked = torch.full((3, 8), 0.5, device="cpu")
-    asked[1, 1], asked[2, 4] = 0.25, 0.25
+        return is_concatenated
+    probe = torch.full((3, 8), 0.5, device="cpu")
+    probe[1, 1], probe[2, 4] = 0.25, 0.25
     try:
         with torch.no_grad():
-            plain, second, fifth = torch.as_tensor(gate(asked))[:, 0].tolist()
+            plain, second, fifth = torch.as_tensor(gate(probe))[:, 0].tolist()
     except Exception:  # the function is not ours, and need not take what we ask it
-        return said
-    return said if (plain != second) == (plain != fifth) else plain != fifth
+        return is_concatenated
+    return is_concatenated if (plain != second) == (plain != fifth) else plain != fifth
 
 
 ADAPTERS: dict[str, Role] = {
@@ -376,8 +381,8 @@ def _lora(model: nn.Module) -> Found:
         kind = type(layer).__name__
         tucker = [name for key in ("hada_t1", "lokr_t2") for name in getattr(layer, key, ())]  # stored otherwise
         for key, role in ADAPTERS.items():
-            held = getattr(layer, key, None)
-            for adapter, value in held.items() if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) else ():
+            adapters = getattr(layer, key, None)
+            for adapter, value in adapters.items() if isinstance(adapters, (nn.ModuleDict, nn.ParameterDict)) else ():
                 p = value.weight if isinstance(value, nn.Linear) else value
                 if isinstance(p, Tensor) and p.ndim == 2 and adapter not in tucker:
                     yield p, ParamRole(role, f"adapter of {kind}")
@@ -462,12 +467,12 @@ def assign(
     takes_all = ((main.elementwise or main.reduces) and main.vectors) or main.curvature_input == "loss"
     taken = MATRIX_ROLES | ({"head"} if last_layer == "rule" else set())
     checked = [_override(o) for o in overrides]
-    found = roles(model)
-    if not found:
+    roles_by_name = roles(model)
+    if not roles_by_name:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
     used: set[int] = set()
     params, out = dict(model.named_parameters()), []
-    for name, trait in found.items():
+    for name, trait in roles_by_name.items():
         owner = main.name if takes_all or trait.role in taken else other.name
         settings: Mapping[str, Any] = {}
         label = trait.role
@@ -492,7 +497,7 @@ def assign(
         out.append(Assignment(name, params[name], trait, owner, f"{owner}/{label}", settings, cut, turned))
     for i, (pattern, _, _) in enumerate(checked):
         if i not in used:
-            hint = nearest(pattern, [*get_args(Role), *found]) if len(found) < 200 else ""
+            hint = nearest(pattern, [*get_args(Role), *roles_by_name]) if len(roles_by_name) < 200 else ""
             raise ValueError(f"override {pattern!r} matches no parameter that an earlier one left; {hint}")
     return out
 
@@ -507,17 +512,17 @@ def without_parameters(rule: str, parameters: Iterable[tuple[str, str, Sequence[
     Returns:
         A message of two sentences.
     """
-    found = list(parameters)
-    counts = Counter(role for _, role, _ in found)
+    params = list(parameters)
+    counts = Counter(role for _, role, _ in params)
     here = ", ".join(f"{role} ({count})" for role, count in counts.most_common())
     text = (
         f"{rule} owns no parameter: it takes the roles {', '.join(sorted(MATRIX_ROLES))}, and the ones here are {here}"
     )
-    sizes = Counter({r: sum(math.prod(s) for _, x, s in found if x == r) for r in counts if r != "vector"})
+    sizes = Counter({r: sum(math.prod(s) for _, x, s in params if x == r) for r in counts if r != "vector"})
     if not sizes:
         return f"{text}. None of them is a matrix; take another optimizer"
     role = next((r for r in ("other", "conv", "head") if r in sizes), sizes.most_common(1)[0][0])
-    names = [name for name, x, _ in found if x == role]
+    names = [name for name, x, _ in params if x == role]
     more = ", ..." if len(names) > 3 else ""
     return (
         f"{text}. If it should step those of role {role!r} ({', '.join(names[:3])}{more}), pass "
@@ -555,24 +560,24 @@ def _bare(name: str) -> str:
     return ".".join(parts)
 
 
-def _blocks(rule: type[Rule], trait: ParamRole, asked: Any, common: str) -> Blocks:
+def _blocks(rule: type[Rule], trait: ParamRole, setting: Any, common: str) -> Blocks:
     """How a rule gets a parameter cut, given an override's setting and the common one."""
-    if asked is not None and not isinstance(asked, str):
-        return frozen(asked)
-    if asked is not None:
-        check_value("blocks", asked, Literal["layers", "heads"])
+    if setting is not None and not isinstance(setting, str):
+        return frozen(setting)
+    if setting is not None:
+        check_value("blocks", setting, Literal["layers", "heads"])
     elif rule.reduces and common == "layers":
         return None
-    return trait.heads or trait.blocks if (asked or common) == "heads" else trait.blocks
+    return trait.heads or trait.blocks if (setting or common) == "heads" else trait.blocks
 
 
 def _by_head(
-    rule: type[Rule], trait: ParamRole, settings: Mapping[str, Any], common: str, given: Mapping[str, Any]
+    rule: type[Rule], trait: ParamRole, settings: Mapping[str, Any], common: str, group_settings: Mapping[str, Any]
 ) -> tuple[Blocks, Mapping[str, Any]]:
     """How a rule that treats queries and keys by head gets them cut, and its settings for them."""
-    asked = settings.get("blocks")
-    cut = trait.heads if (asked or common) == "heads" else trait.by_head if asked is None else None
-    if cut is None or any({**given, **settings}.get(k, v) != v for k, v in rule.head_settings.items()):
+    setting = settings.get("blocks")
+    cut = trait.heads if (setting or common) == "heads" else trait.by_head if setting is None else None
+    if cut is None or any({**group_settings, **settings}.get(k, v) != v for k, v in rule.head_settings.items()):
         return None, {}
     return (cut, rule.head_settings) if rule.head_settings else (None, {})
 
@@ -607,8 +612,8 @@ def layerwise_decay(model: nn.Module, factor: float) -> list[Override]:
             inside.update(id(m) for m in module.modules())
             depth = max(depth, len(module))
             for i, layer in enumerate(module):
-                found = f"{_literal(prefix)}.{i}.*" if prefix else f"{i}.*", factor ** (len(module) - i)
-                place.update({id(p): found for p in layer.parameters() if id(p) not in place})
+                entry = f"{_literal(prefix)}.{i}.*" if prefix else f"{i}.*", factor ** (len(module) - i)
+                place.update({id(p): entry for p in layer.parameters() if id(p) not in place})
     if not place:
         raise ValueError(f"{type(model).__name__} has no ModuleList of layers; write the overrides yourself")
     out: dict[str, float] = {}

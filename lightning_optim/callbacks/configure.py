@@ -18,7 +18,7 @@ from lightning_optim.callbacks.run_length import RunStart, total_steps_of
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import lookup
-from lightning_optim.curvature import curvature_input
+from lightning_optim.curvature import needs_curvature
 from lightning_optim.schedule import ScheduleConfig, ScheduleLR
 
 
@@ -29,17 +29,7 @@ def configure_optimizers(
     lr: float | None = None,
     recipe: str | None = None,
     preset: str | None = None,
-    schedule: str | None = None,
-    warmup_steps: int | None = None,
-    total_steps: int | None = None,
-    min_lr_ratio: float | None = None,
-    cooldown: float | None = None,
-    horizon: float | None = None,
-    power: float | None = None,
-    momentum_warmup_steps: int | None = None,
-    momentum_start: float | None = None,
-    momentum_cooldown_steps: int | None = None,
-    momentum_end: float | None = None,
+    schedule: str | Mapping[str, Any] | None = None,
     weight_decay: float | None = None,
     rest: str | None = None,
     rest_lr: float | None = None,
@@ -50,7 +40,8 @@ def configure_optimizers(
 ) -> dict[str, Any]:
     """Build what `LightningModule.configure_optimizers` returns.
 
-    Write `return configure_optimizers(self, "muon", lr=3e-4, schedule="cosine", warmup_steps=100)` there.
+    Write `return configure_optimizers(self, "muon", lr=3e-4, schedule="cosine")` there, for a warm-up
+    `schedule={"schedule": "cosine", "warmup_steps": 100}`.
 
     Args:
         module: the module; all its trainable parameters are taken.
@@ -58,18 +49,8 @@ def configure_optimizers(
         lr: peak learning rate; with the default convention, AdamW's.
         recipe: name of published settings, the learning rate among them, but not the schedule.
         preset: name of a published pretraining stack, schedule and averages included; other arguments take precedence.
-        schedule: `"constant"`, if not given, `"linear"`, `"cosine"` or `"power"` decay after the warm-up.
-        warmup_steps: optimizer steps of linear warm-up from `lr / warmup_steps`.
-        total_steps: optimizer steps of the run; asked of the trainer if not given.
-        min_lr_ratio: the learning rate decays to this share of `lr`, 0 if not given.
-        cooldown: of the power schedule, as are the next two: steps in which the learning rate falls, or a share; see
-            `lightning_optim.schedule.ScheduleConfig`.
-        horizon: step at which it would be at its lowest.
-        power: 1 if not given.
-        momentum_warmup_steps: optimizer steps in which the main rule's momentum rises linearly to its value.
-        momentum_start: momentum of the first of them, 0.85 if not given.
-        momentum_cooldown_steps: last steps in which it falls linearly.
-        momentum_end: what it falls to, 0.85 if not given.
+        schedule: `"constant"`, the default, `"linear"`, `"cosine"` or `"power"`, or settings of
+            `lightning_optim.schedule.ScheduleConfig`. The trainer knows `total_steps`.
         weight_decay: see `build_optimizer`, as are the following.
         rest: see `build_optimizer`.
         rest_lr: see `build_optimizer`.
@@ -86,21 +67,8 @@ def configure_optimizers(
             or scales gradients, a strategy (FSDP1, DeepSpeed) that cannot run the rule, or what `ScheduleLR` and
             `build_optimizer` raise.
     """
-    schedule_settings = {
-        "schedule": schedule,
-        "warmup_steps": warmup_steps,
-        "total_steps": total_steps,
-        "min_lr_ratio": min_lr_ratio,
-        "cooldown": cooldown,
-        "horizon": horizon,
-        "power": power,
-        "momentum_warmup_steps": momentum_warmup_steps,
-        "momentum_start": momentum_start,
-        "momentum_cooldown_steps": momentum_cooldown_steps,
-        "momentum_end": momentum_end,
-    }
-    schedule_settings = {k: v for k, v in schedule_settings.items() if v is not None}
-    ScheduleConfig.of(schedule_settings)
+    if schedule is not None:
+        ScheduleConfig.of(schedule)
     check_strategy(module, name)
     if settings.get("fused_backward"):
         _check_fused_backward(module)
@@ -110,7 +78,7 @@ def configure_optimizers(
         lr=lr,
         recipe=recipe,
         preset=preset,
-        schedule=schedule_settings or None,
+        schedule=schedule,
         weight_decay=weight_decay,
         rest=rest,
         rest_lr=rest_lr,
@@ -179,6 +147,6 @@ def _check_fused_backward(module: LightningModule) -> None:
 def _add_curvature_callback(module: LightningModule, optimizer: RuleOptimizer) -> None:
     """Add the callback that measures curvature, if the optimizer needs it."""
     trainer = getattr(module, "_trainer", None)
-    if trainer is not None and curvature_input(optimizer):
+    if trainer is not None and needs_curvature(optimizer):
         if not any(isinstance(callback, CurvatureCallback) for callback in trainer.callbacks):
             trainer.callbacks.insert(0, CurvatureCallback())

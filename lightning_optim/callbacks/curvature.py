@@ -38,7 +38,7 @@ class CurvatureCallback(Callback):
     def __init__(
         self,
         share: float | None = None,
-        method: curvature.FeedMethod = "auto",
+        method: curvature.EstimatorMethod = "auto",
         loss: Callable[[LightningModule, Any], Tensor] | None = None,
     ) -> None:
         curvature.check_settings(share, method)
@@ -58,7 +58,7 @@ class CurvatureCallback(Callback):
             ValueError: manual optimization, whose `training_step` cannot be called for its loss.
         """
         optimizer: Any = unwrap_optimizer(trainer.optimizers[0]) if trainer.optimizers else None
-        if not curvature.curvature_input(optimizer) or optimizer.has_curvature:
+        if not curvature.needs_curvature(optimizer) or optimizer.has_curvature:
             return
         if self._loss is None and not pl_module.automatic_optimization:
             raise ValueError(

@@ -16,7 +16,7 @@ from lightning_optim.core.rule import lookup
 class HybridOptimizer(RoleTable):
     """Replaces what the module's `configure_optimizers` returns, for the length of `fit`.
 
-    `Trainer(callbacks=[HybridOptimizer("muon", lr=3e-4, schedule="cosine", warmup_steps=100)])`: the module's own
+    `Trainer(callbacks=[HybridOptimizer("muon", lr=3e-4, schedule="cosine")])`: the module's own
     `configure_optimizers` is not called, and need not exist. Everything else stays Lightning's: clipping,
     accumulation, checkpoints. To resume, give the callback again; it keeps nothing in the checkpoint. A module of
     manual optimization gets one optimizer from `self.optimizers()`, whatever number it expects.
@@ -26,8 +26,7 @@ class HybridOptimizer(RoleTable):
     Args:
         name: of the main rule, `python -m lightning_optim list` prints them.
         lr: peak learning rate; with the default convention, AdamW's. Needed unless a `recipe` or `preset` is given.
-        schedule: `"constant"`, if not given, `"linear"`, `"cosine"` or `"power"` decay after the warm-up.
-        warmup_steps: optimizer steps of linear warm-up.
+        schedule: a name or settings, `{"schedule": "cosine", "warmup_steps": 100}`; see `configure_optimizers`.
         **settings: the other arguments of `lightning_optim.configure_optimizers`.
 
     Raises:
@@ -39,13 +38,12 @@ class HybridOptimizer(RoleTable):
         name: str,
         *,
         lr: float | None = None,
-        schedule: str | None = None,
-        warmup_steps: int | None = None,
+        schedule: str | dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
         self._name = lookup(name).name
-        self._settings: dict[str, Any] = dict(lr=lr, schedule=schedule, warmup_steps=warmup_steps, **settings)
+        self._settings: dict[str, Any] = dict(lr=lr, schedule=schedule, **settings)
         self._replaced: tuple[LightningModule, Any] | None = None
         self._log: Callable[..., None] | None = None
 

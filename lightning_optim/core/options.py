@@ -66,10 +66,11 @@ class Options:
     """Scale the gradients of the group by `clip_norm / norm` if their common norm, over the whole mesh, is larger.
     Unlike a trainer's clipping, one group's norm does not shrink another's, and `p.grad` stays as it is."""
     compile: bool = False
-    """Step large parameters of elementwise and reducing rules by compiled graphs (`lightning_optim.core.step.compiled`),
-    with the fewest passes over memory. There is one graph per rule for all steps, learning rates and sizes; results
-    differ by rounding. Graphs are made when the group is added, which takes seconds and, on a CPU, a C++ compiler.
-    Rules with a fused kernel of torch's keep it for state that is not quantized. A checkpoint does not change it."""
+    """Step large parameters of elementwise and reducing rules by compiled graphs
+    (`lightning_optim.core.step.compiled`), with the fewest passes over memory. There is one graph per rule for all
+    steps, learning rates and sizes; results differ by rounding. Graphs are made when the group is added, which takes
+    seconds and, on a CPU, a C++ compiler. Rules with a fused kernel of torch's keep it for state that is not quantized.
+    A checkpoint does not change it."""
     comm_dtype: Literal["exact", "bf16"] = "exact"
     """The dtype in which gradients are sent to the rank that owns a matrix, and directions back: their own, or
     bfloat16."""
@@ -82,8 +83,8 @@ TOGETHER: dict[str, dict[str, str]] = {
     "cautious_decay": {"rate": "cautious_decay", "when": "cautious_when"},
     "state_storage": {"format": "state_storage", "block": "storage_block", "min": "storage_min"},
 }
-"""Options that belong together, as the keys of one mapping: `state_storage={"format": "int8", "block": 128}`. Groups and
-checkpoints hold them one by one, as command lines do."""
+"""Options that belong together, as the keys of one mapping: `state_storage={"format": "int8", "block": 128}`. Groups
+and checkpoints hold them one by one, as command lines do."""
 
 OPTIONS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
 """Default values by name."""

@@ -33,16 +33,16 @@ def eigenbasis(x: Tensor, shift: float = 1e-30, previous: Tensor | None = None) 
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     if previous is None:
         return eigh(x + shift * eye).vectors
-    kept = Fallback(
+    fallback = Fallback(
         lambda: (previous[..., 0], previous), "an eigenbasis could not be computed; the last good one is kept"
     )
-    return eigh(x + shift * eye, kept).vectors
+    return eigh(x + shift * eye, fallback).vectors
 
 
 def overlap(old: Tensor, new: Tensor) -> Tensor:
     """How much of a basis is left, corrected for chance.
 
-    A square basis is compared column by column: the mean of (q_j . q'_j)^2 of normalised columns. A thin one
+    A square basis is compared column by column: the mean of (q_j . q'_j)^2 of normalized columns. A thin one
     (`[..., n, r]`, or its transpose) is compared as a subspace: ||Q^T Q'||_F^2 / r. Either is x in
     (x - c) / (1 - c), with c = 1 / n or r / n what random bases give.
 
@@ -58,10 +58,10 @@ def overlap(old: Tensor, new: Tensor) -> Tensor:
     old, new = (torch.nn.functional.normalize(x, dim=-2) for x in (old, new))
     n, r = old.shape[-2:]
     if n == r:
-        found, chance = (old * new).sum(-2).square().mean(-1), 1 / n
+        overlaps, chance = (old * new).sum(-2).square().mean(-1), 1 / n
     else:
-        found, chance = mean_squared_cosine(old, new), r / n
-    return ((found - chance) / (1 - chance) if n > 1 else found).amin()
+        overlaps, chance = mean_squared_cosine(old, new), r / n
+    return ((overlaps - chance) / (1 - chance) if n > 1 else overlaps).amin()
 
 
 def mean_squared_cosine(u: Tensor, v: Tensor) -> Tensor:
@@ -146,8 +146,8 @@ def follow_eigenbasis(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     order = (q * power).sum(-2).argsort(dim=-1, descending=True)
     sorted_power = power.gather(-1, order.unsqueeze(-2).expand_as(power))
     what = "a step towards eigenvectors failed; the last good ones are kept"
-    kept = Fallback(lambda: q.gather(-1, order.unsqueeze(-2).expand_as(q)), what)
-    return orthonormal(sorted_power, kept), order
+    fallback = Fallback(lambda: q.gather(-1, order.unsqueeze(-2).expand_as(q)), what)
+    return orthonormal(sorted_power, fallback), order
 
 
 INITIAL_ROOT = 0.1**-0.5
@@ -157,7 +157,7 @@ INITIAL_ROOT = 0.1**-0.5
 def average_kl_(
     factors: Mapping[str, Tensor], bases: Mapping[str, Tensor], roots: Mapping[str, Tensor], x: Tensor, weight: float
 ) -> dict[str, Tensor]:
-    """Move Kronecker factors towards those that minimise the Kullback-Leibler divergence (Lin et al. 2025, KL-Shampoo).
+    """Move Kronecker factors towards those that minimize the Kullback-Leibler divergence (Lin et al. 2025, KL-Shampoo).
 
         L <- (1 - w) L + w X R^-1 X^T / n;  R <- (1 - w) R + w X^T L^-1 X / m
         l_L <- (1 - w) l_L + w mean_columns((Q_L^T X Q_R / sqrt(l_R))^2), l_R likewise;  1 / sqrt(l) is at most 4000
@@ -185,7 +185,7 @@ def average_kl_(
         white = project(x, **{other: bases[other]}) * roots[other] if other in factors else x
         white = white * (most / norm(white)).clamp(max=1.0)  # the roots may be 4000: squares must stay finite
         factors[side].lerp_(gram(white, left=side == "left") / size, weight)
-        seen = project(white, **{side: bases[side]}).square().mean(dim, keepdim=True)
-        values = roots[side].square().reciprocal().lerp(seen, weight)
+        diagonal = project(white, **{side: bases[side]}).square().mean(dim, keepdim=True)
+        values = roots[side].square().reciprocal().lerp(diagonal, weight)
         out[side] = values.clamp(min=1e-30).rsqrt().clamp(max=4000.0)
     return out

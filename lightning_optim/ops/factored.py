@@ -42,8 +42,8 @@ def update_means_(
         weight = cast("float", weight.to(row.dtype))
 
     def sums(row: Tensor, *views: Tensor) -> tuple[Tensor]:
-        found = x(*views)
-        square = found.mul_(found) if all(found is not view for view in views) else found * found
+        product = x(*views)
+        square = product.mul_(product) if all(product is not view for view in views) else product * product
         row.lerp_(mean(square, -1) + eps, weight)
         return (column_sums(square),)
 

@@ -43,8 +43,8 @@ def damped_inverse(x: Tensor, damping: Tensor | float, previous: Tensor | None =
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     if previous is None:
         return inverse(x + damping * eye)
-    kept = Fallback(lambda: previous, "an inverse could not be computed; the last good one is kept")
-    return inverse(x + damping * eye, kept)
+    fallback = Fallback(lambda: previous, "an inverse could not be computed; the last good one is kept")
+    return inverse(x + damping * eye, fallback)
 
 
 def factored_damping(left: Tensor, right: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 def conjugate_gradients(
     product: Callable[[Tensor], Tensor], b: Tensor, start: Tensor, *, iterations: int, tolerance: float
 ) -> list[tuple[Tensor, float]]:
-    """Minimise q(x) = 1/2 x^T A x - b^T x with a positive semi-definite A, i.e. solve A x = b.
+    """Minimize q(x) = 1/2 x^T A x - b^T x with a positive semi-definite A, i.e. solve A x = b.
 
         r = A x - b, p = -r;  a = r^T r / p^T A p;  x <- x + a p;  r' = r + a A p;  p <- -r' + (r'^T r' / r^T r) p
 
@@ -35,7 +35,7 @@ def conjugate_gradients(
     if start.any():
         r = product(start) - b
     q = 0.5 * float(x.dot(r - b))
-    p, square, values, kept, following = -r, r.dot(r), [q], [], 1.0
+    p, square, values, iterates, following = -r, r.dot(r), [q], [], 1.0
     small = torch.finfo(b.dtype).eps ** 2 * float(b.dot(b))
     for i in range(1, iterations + 1):
         turned = product(p)
@@ -50,9 +50,9 @@ def conjugate_gradients(
         q = 0.5 * float(x.dot(r - b))
         values.append(q)
         if i >= following:
-            kept.append((x, q))
+            iterates.append((x, q))
             following = max(following * 1.3, i + 1)
         back = max(10, math.ceil(i / 10))
         if i > back and q < 0 and (q - values[i - back]) / q < back * tolerance:
             break
-    return kept if kept and kept[-1][0] is x else [*kept, (x, q)]
+    return iterates if iterates and iterates[-1][0] is x else [*iterates, (x, q)]

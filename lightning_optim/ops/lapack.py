@@ -224,14 +224,14 @@ def _one_by_one(
 ) -> tuple[Tensor, ...]:
     """Every matrix as it is, else in float64, else by the fallback."""
     matrices = x.reshape(-1, *x.shape[-2:])
-    found = [_tried(function, matrix, strict=fallback is None) for matrix in matrices]
-    if fallback is not None and not all(found):
-        made = fallback.make()
-        made = (made,) if isinstance(made, Tensor) else made
-        other = list(zip(*(t.reshape(len(found), *t.shape[x.ndim - 2 :]) for t in made), strict=True))
-        found = [some or tuple(t.to(x.dtype) for t in other[i]) for i, some in enumerate(found)]
+    results = [_tried(function, matrix, strict=fallback is None) for matrix in matrices]
+    if fallback is not None and not all(results):
+        replacement = fallback.make()
+        replacement = (replacement,) if isinstance(replacement, Tensor) else replacement
+        other = list(zip(*(t.reshape(len(results), *t.shape[x.ndim - 2 :]) for t in replacement), strict=True))
+        results = [some or tuple(t.to(x.dtype) for t in other[i]) for i, some in enumerate(results)]
         failures.add(fallback.what)
-    return tuple(torch.stack(some).reshape(*x.shape[:-2], *some[0].shape) for some in zip(*found, strict=True))
+    return tuple(torch.stack(some).reshape(*x.shape[:-2], *some[0].shape) for some in zip(*results, strict=True))
 
 
 def _tried(function: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor, *, strict: bool) -> tuple[Tensor, ...]:

@@ -58,7 +58,7 @@ def leading_basis(x: Tensor, rank: int) -> Tensor:
 
 
 def range_basis(x: Tensor, sketch: Tensor, rank: int, power: int = 1) -> Tensor:
-    """Approximate leading left singular vectors by a randomised range finder (Halko et al. 2011, Alg. 4.4, 5.1).
+    """Approximate leading left singular vectors by a randomized range finder (Halko et al. 2011, Alg. 4.4, 5.1).
 
         Q = qr(x sketch);  `power` times: Q = qr(x x^T Q);  U = Q eigenvectors(Q^T x x^T Q)
 

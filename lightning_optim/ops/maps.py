@@ -24,7 +24,7 @@ def contra(o: Tensor, x: Tensor, strength: float, size: Size = "gram") -> Tensor
 
     Args:
         o: polar factor of x, `[..., m, n]`.
-        x: what was orthogonalised.
+        x: what was orthogonalized.
         strength: 0 for o itself; 0.4 is published.
         size: `"power"` divides by the spectral norm as five power iterations find it and keeps the Frobenius norm,
             `"gram"` takes the Schatten-4 norm for both.
@@ -34,9 +34,9 @@ def contra(o: Tensor, x: Tensor, strength: float, size: Size = "gram") -> Tensor
     """
     if not strength:
         return o
-    length, kept = (norm_by_power, norm) if size == "power" else (gram_norm, gram_norm)
+    length, size_of = (norm_by_power, norm) if size == "power" else (gram_norm, gram_norm)
     y = o - x * (0.5 * strength / length(x).clamp_(min=1e-10))
-    return y.mul_(kept(o) / kept(y).clamp_(min=1e-10))
+    return y.mul_(size_of(o) / size_of(y).clamp_(min=1e-10))
 
 
 def aurora(x: Tensor, polar: Callable[[Tensor], Tensor], repeats: int = 2, exponent: float = 0.5) -> Tensor:
@@ -50,7 +50,7 @@ def aurora(x: Tensor, polar: Callable[[Tensor], Tensor], repeats: int = 2, expon
 
     Args:
         x: `[..., m, n]`.
-        polar: orthogonalises.
+        polar: orthogonalizes.
         repeats: calls of `polar`, at least 1.
         exponent: of the correction.
 

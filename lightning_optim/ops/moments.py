@@ -26,8 +26,8 @@ def gram_sides(m: int, n: int, sides: Sides = "both") -> tuple[str, ...]:
     Returns:
         `("left",)`, `("right",)` or both.
     """
-    chosen = ("left" if m <= n else "right") if sides == "short" else sides
-    return ("left", "right") if chosen == "both" else (chosen,)
+    side = ("left" if m <= n else "right") if sides == "short" else sides
+    return ("left", "right") if side == "both" else (side,)
 
 
 def gram(x: Tensor, *, left: bool) -> Tensor:

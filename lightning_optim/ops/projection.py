@@ -96,8 +96,8 @@ def leading_vectors(
     if method == "svd":
         what = "singular vectors could not be computed; "
         what += "axes of the matrix take their place until the next time" if first else "the last good ones are kept"
-        found = singular_vectors(x, Fallback(lambda: _others(x, old, first), what))
-        exact = {"left": found[0], "right": found[1]}
+        vectors = singular_vectors(x, Fallback(lambda: _others(x, old, first), what))
+        exact = {"left": vectors[0], "right": vectors[1]}
     out = {}
     for side, basis in old.items():
         rank, y = basis.shape[-1], x if side == "left" else x.mT
@@ -134,5 +134,5 @@ def left_out(x: Tensor, projected: Tensor) -> Tensor:
         `[..., 1, 1]`, in [0, 1]; 0 for a zero matrix.
     """
     whole = norm(x)
-    kept = norm(projected) / whole.clamp(min=torch.finfo(x.dtype).tiny)
-    return torch.where(whole > 0, (1 - kept.square()).clamp(0, 1), 0.0)
+    share = norm(projected) / whole.clamp(min=torch.finfo(x.dtype).tiny)
+    return torch.where(whole > 0, (1 - share.square()).clamp(0, 1), 0.0)

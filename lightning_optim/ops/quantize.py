@@ -4,7 +4,7 @@ A block of consecutive elements is divided by a scale, so that its largest magni
 every quotient becomes the nearest of 256 values. The dynamic map has seven decades, 10^-7 to 1, with 2^i values in
 decade i: few where values are small, many near the maximum. Its signed form is asymmetric (-0.993 to 1), as published.
 
-Differs: a value above zero of a table for non-negative values never becomes zero. Published quantisers round small
+Differs: a value above zero of a table for non-negative values never becomes zero. Published quantizers round small
 second moments to zero, which divides the first moment by eps alone. `"int8_grid"` is the dynamic map as bitsandbytes
 0.50 rounds on a CPU: quotients go to the nearest of 65536 evenly spaced points from -1 to 1 first, which is faster
 and coarser, moves zeros by 1.5e-5 of the block's largest and holds second moments above that.
@@ -45,12 +45,12 @@ def values(form: Format, nonnegative: bool) -> Tensor:
     """
     if form == "fp8":
         return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    found = [0.0, 1.0]
+    table = [0.0, 1.0]
     for i in range(7):
         ends = torch.linspace(0.1, 1, 2 ** (i + nonnegative) + 1, dtype=torch.float32)
         decade = (ends[:-1] + ends[1:]) / 2 * 10.0 ** (i - 6)
-        found += decade.tolist() if nonnegative else [*decade.tolist(), *(-decade).tolist()]
-    return torch.tensor(sorted(found), dtype=torch.float32)
+        table += decade.tolist() if nonnegative else [*decade.tolist(), *(-decade).tolist()]
+    return torch.tensor(sorted(table), dtype=torch.float32)
 
 
 @functools.cache
@@ -176,14 +176,14 @@ def _patterns(x: Tensor, nonnegative: bool) -> Tensor:
     """
     size = x if nonnegative else x.abs()
     line = _bent(size, [2.0 ** (3 - e) for e in range(-6, 9)], [2.0**e for e in range(-5, 9)], 112.0)
-    found = line.round().int()  # halves to even, as the format does
+    patterns = line.round().int()  # halves to even, as the format does
     if nonnegative:
-        return torch.maximum(found, (x > 0).int()).to(torch.int8)
-    return torch.where(x < 0, found - 128, found).to(torch.int8)
+        return torch.maximum(patterns, (x > 0).int()).to(torch.int8)
+    return torch.where(x < 0, patterns - 128, patterns).to(torch.int8)
 
 
 def _bent(x: Tensor, slopes: Sequence[float], ends: Sequence[float], offset: float) -> Tensor:
-    """A line that bends down at `ends`, and goes on from the last of them as `slopes[-1] x + offset`."""
+    """A line that bends down at `ends`, and continues from the last of them as `slopes[-1] x + offset`."""
     line = x * slopes[-1] + offset
     for end, steep, flat in zip(ends, slopes, slopes[1:], strict=False):
         line = line - (end - x).relu() * (steep - flat)
@@ -230,18 +230,18 @@ def _encode(x: Tensor, codes: Tensor, scale: Tensor, form: Format, nonnegative: 
     scale.clamp_(min=TINY)
     quotients = (rows / scale.unsqueeze(1)).view(-1)
     if form == "fp8":
-        found = quotients.to(torch.float8_e4m3fn).view(torch.uint8)
+        encoded = quotients.to(torch.float8_e4m3fn).view(torch.uint8)
         if nonnegative:
-            found = torch.maximum(found, (quotients > 0).view(torch.uint8))
+            encoded = torch.maximum(encoded, (quotients > 0).view(torch.uint8))
     elif form == "int8_grid":
         point = quotients.mul_(GRID_HALF).add_(GRID_HALF).round_().nan_to_num_(0.0).int()
-        found = _grid(nonnegative, x.device).index_select(0, point)
+        encoded = _grid(nonnegative, x.device).index_select(0, point)
     else:
         _, lower, above = _tables(form, nonnegative, x.device)
         interval = (quotients.view(torch.int32) >> 16).add_(2**15)
-        found = lower.index_select(0, interval)
-        found += quotients > above.index_select(0, found.int())
-    codes.copy_(found[lead : lead + count].view(codes.dtype))
+        encoded = lower.index_select(0, interval)
+        encoded += quotients > above.index_select(0, encoded.int())
+    codes.copy_(encoded[lead : lead + count].view(codes.dtype))
 
 
 def decode(codes: Tensor, scale: Tensor, form: Format, *, nonnegative: bool, block: int, start: int = 0) -> Tensor:

@@ -168,11 +168,11 @@ def root_error(x: Tensor, r: Tensor, root: int) -> Tensor:
     """
     left = x @ torch.linalg.matrix_power(r, root // 2)
     right = left if root % 2 == 0 else left @ r
-    found, tiny = left @ right.mT, torch.finfo(x.dtype).tiny
+    product, tiny = left @ right.mT, torch.finfo(x.dtype).tiny
     scale = magnitude(x)
-    found, x = found / scale, x / scale
-    sizes = torch.linalg.matrix_norm(found) + torch.linalg.matrix_norm(x)
-    return torch.linalg.matrix_norm(found - x) / sizes.clamp(min=tiny)
+    product, x = product / scale, x / scale
+    sizes = torch.linalg.matrix_norm(product) + torch.linalg.matrix_norm(x)
+    return torch.linalg.matrix_norm(product - x) / sizes.clamp(min=tiny)
 
 
 def _root(x: Tensor, root: float, eps: float, method: Method) -> Tensor:

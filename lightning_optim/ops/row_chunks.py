@@ -64,8 +64,8 @@ def sum_over_row_chunks(step: Callable[..., Sequence[Tensor]], *tensors: Tensor)
     """
     first, *later = [step(*(take_rows(t, run) for t in tensors)) for run in row_chunks(max(tensors, key=Tensor.numel))]
     out = list(first)
-    for found in later:
-        out = [a + b for a, b in zip(out, found, strict=True)]
+    for sums in later:
+        out = [a + b for a, b in zip(out, sums, strict=True)]
     return out
 
 

@@ -24,7 +24,7 @@ def names(history: int) -> list[str]:
     return [*(f"step_{i}" for i in range(history)), *(f"change_{i}" for i in range(history))]
 
 
-def held(s: SimpleNamespace, history: int) -> tuple[list[Tensor], list[Tensor]]:
+def stored_pairs(s: SimpleNamespace, history: int) -> tuple[list[Tensor], list[Tensor]]:
     """The pairs in a rule's state.
 
     Args:
@@ -34,20 +34,20 @@ def held(s: SimpleNamespace, history: int) -> tuple[list[Tensor], list[Tensor]]:
     Returns:
         (steps, changes), oldest first; zeros where there is none yet.
     """
-    kept = [getattr(s, name) for name in names(history)]
-    return kept[:history], kept[history:]
+    slots = [getattr(s, name) for name in names(history)]
+    return slots[:history], slots[history:]
 
 
-def push(kept: tuple[list[Tensor], list[Tensor]], step: Tensor, change: Tensor, where: Tensor | None = None) -> None:
+def push(pairs: tuple[list[Tensor], list[Tensor]], step: Tensor, change: Tensor, where: Tensor | None = None) -> None:
     """Put a pair behind others, in place, whose first one is lost.
 
     Args:
-        kept: (steps, changes), oldest first.
+        pairs: (steps, changes), oldest first.
         step: shaped like each.
         change: likewise.
         where: booleans that broadcast with it, elsewhere nothing changes; everywhere, if not given.
     """
-    for some, new in zip(kept, (step, change), strict=True):
+    for some, new in zip(pairs, (step, change), strict=True):
         for old, following in zip(some, [*some[1:], new], strict=True):
             old.copy_(following if where is None else torch.where(where, following, old))
 
@@ -137,21 +137,21 @@ def sr1(steps: Sequence[Tensor], changes: Sequence[Tensor]) -> tuple[Tensor, Ten
         (U `[n, k]` with k <= h, B's eigenvalues along it, `[k]`, float64, c, its eigenvalue across them). k is 0,
         with a warning, where a decomposition fails.
     """
-    c, found, inverse = 1.0, [], []
+    c, columns, inverse = 1.0, [], []
     for s, y in zip(steps, changes, strict=True):
         product = float(s.dot(y))
         c = float(y.dot(y)) / product if product > 0 else c
     for s, y in zip(steps, changes, strict=True):
         a = y - c * s
-        for other, factor in zip(found, inverse, strict=True):
+        for other, factor in zip(columns, inverse, strict=True):
             a = a - factor * other.dot(s) * other
         product = float(a.dot(s))
         if abs(product) > torch.finfo(s.dtype).eps ** 0.5 * float(a.norm() * s.norm()):
-            found.append(a)
+            columns.append(a)
             inverse.append(1 / product)
     none = steps[0].new_empty(len(steps[0]), 0)
     try:
-        q, r = torch.linalg.qr(torch.stack(found, 1) if found else none)
+        q, r = torch.linalg.qr(torch.stack(columns, 1) if columns else none)
         r = r.double()
         extra, v = torch.linalg.eigh(r @ torch.tensor(inverse, dtype=r.dtype, device=r.device).diag() @ r.mT)
     except LinAlgError:
@@ -161,7 +161,7 @@ def sr1(steps: Sequence[Tensor], changes: Sequence[Tensor]) -> tuple[Tensor, Ten
 
 
 def cubic_step(g: Tensor, u: Tensor, e: Tensor, c: float, *, mu: float, reach: float) -> tuple[Tensor, Tensor, float]:
-    """The minimiser of a cubic model in the norm of the eigenvectors of its matrix B.
+    """The minimizer of a cubic model in the norm of the eigenvectors of its matrix B.
 
         min g^T s + 1/2 s^T B s + mu/3 (sum_i |u_i^T s|^3 + |s'|^3),  s' = s - U U^T s
         u_i^T s = -2 g_i / (e_i + sqrt(e_i^2 + 4 mu |g_i|)),  s' = -2 g' / (c + sqrt(c^2 + 4 mu |g'|))

@@ -48,7 +48,7 @@ class Adagrad(Rule):
     def kernel(  # noqa: D102
         self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int
     ) -> Literal[True]:
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "lr": self.lr,
             "lr_decay": self.lr_decay,
             "weight_decay": self.weight_decay,
@@ -56,7 +56,7 @@ class Adagrad(Rule):
             "maximize": False,
         }
         if p[0].is_cpu:
-            torch.ops.aten._fused_adagrad_(p, g, s["sum"], [torch.tensor(float(t), device="cpu")] * len(p), **given)
+            torch.ops.aten._fused_adagrad_(p, g, s["sum"], [torch.tensor(float(t), device="cpu")] * len(p), **arguments)
         else:  # counts up inside
-            adagrad(p, g, s["sum"], [torch.tensor(t - 1.0, device="cpu") for _ in p], foreach=True, **given)
+            adagrad(p, g, s["sum"], [torch.tensor(t - 1.0, device="cpu") for _ in p], foreach=True, **arguments)
         return True

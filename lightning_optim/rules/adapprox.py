@@ -1,4 +1,4 @@
-"""Adapprox: a second moment of low rank, found anew at every step by a random sketch."""
+"""Adapprox: a second moment of low rank, computed at every step by a random sketch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_optim.ops.norms import clip_rms_
 
 @dataclass(frozen=True)
 class Adapprox(MomentumRule):
-    """Adapprox: a second moment of low rank, found anew at every step by a random sketch.
+    """Adapprox: a second moment of low rank, computed at every step by a random sketch.
 
     V = b2 max(Q U^T, 0) + (1 - b2) g^2;  Q = leading left singular vectors of V;  U = V^T Q
     u = g / (sqrt(V) + eps), clipped to RMS clip_threshold;  m <- b1 m + (1 - b1) u;  d = m, or u where b1 is 0

@@ -141,8 +141,8 @@ class Alice(MomentumRule):
         Returns:
             `[b]`, in [0, 1].
         """
-        kept = s.basis[..., : self.leading] if self.switch else s.basis
-        return unaligned(self._tracked(kept, _wide(g), s.basis, s), kept)
+        leading_basis = s.basis[..., : self.leading] if self.switch else s.basis
+        return unaligned(self._tracked(leading_basis, _wide(g), s.basis, s), leading_basis)
 
     def _tracked(self, y: Tensor, x: Tensor, u: Tensor, s: SimpleNamespace) -> Tensor:
         """(b3 U Q U^T + (1 - b3) G G^T) y."""

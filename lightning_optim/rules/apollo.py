@@ -23,7 +23,7 @@ class APOLLO(Limited):
     d = c sqrt(scale) eta y, where eta keeps |y| from growing by more than a factor of `limit` per step
 
     The shorter side is projected; of a tall or square matrix x = g P, and rows are scaled. `scale_type="tensor"` scales
-    the matrix by |u| / |x|. `scale_front` limits the growth of sqrt(scale) y. When due, P is drawn anew or, with
+    the matrix by |u| / |x|. `scale_front` limits the growth of sqrt(scale) y. When due, P is drawn again or, with
     `projection="svd"`, taken from the gradient as `basis` says, see GaLore. `limit` and `limiter_restarts` are Fira's.
     `normalize` divides y by its root mean square.
 
@@ -89,7 +89,7 @@ class APOLLOMini(APOLLO):
 class APOLLOSVD(APOLLO):
     """APOLLO-SVD: APOLLO in the leading singular vectors of the gradient, as in GaLore.
 
-    How much of the gradient they hold varies, and with it the scale: the adamw learning-rate convention normalises.
+    How much of the gradient they hold varies, and with it the scale: the adamw learning-rate convention normalizes.
     """
 
     projection: Literal["random", "svd"] = "svd"

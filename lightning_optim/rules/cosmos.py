@@ -97,8 +97,8 @@ class COSMOS(Rule):
             s.basis = leading_basis(g.mT, s.basis.shape[-1])
             return
         old = s.basis
-        kept = Fallback(lambda: old, "a step of a subspace iteration failed; the last good basis is kept")
-        s.basis = orthonormal(self._power(g, s), kept)
+        fallback = Fallback(lambda: old, "a step of a subspace iteration failed; the last good basis is kept")
+        s.basis = orthonormal(self._power(g, s), fallback)
         s.factor = project(s.factor, *[product(old.mT, s.basis)] * 2)
 
     def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102

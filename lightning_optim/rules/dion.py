@@ -25,13 +25,13 @@ class Dion(Rule):
     d = sqrt(m / n) P Q^T
 
     What the step of rank `rank` misses stays in M (error feedback). Q starts with normal numbers. The columns of R are
-    normalised, not orthogonalised, so full rank is not Muon. For hidden matrices; the published runs use a
+    normalized, not orthogonalized, so full rank is not Muon. For hidden matrices; the published runs use a
     rank of a quarter of the shorter side and more.
 
     Replicas need only exchange M Q and M^T P, (m + n) rank numbers instead of m n (`RuleOptimizer.compress`, Sec. 3.2
     of the paper): both are linear in M, so that every replica may keep the M of its own gradients.
 
-    Differs: P comes from Householder QR (the distributed code uses a randomised Cholesky QR).
+    Differs: P comes from Householder QR (the distributed code uses a randomized Cholesky QR).
     """
 
     lr: float = 0.01

@@ -84,7 +84,7 @@ class FiraPlus(Fira):
 
     d = c alpha (P u + alpha_c E |P u| / |E|), E as in Fira
 
-    The growth of E is not limited. Its RMS is known, so the adamw learning-rate convention needs no normalisation.
+    The growth of E is not limited. Its RMS is known, so the adamw learning-rate convention needs no normalization.
     """
 
     alpha_c: float = 0.4

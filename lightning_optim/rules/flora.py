@@ -1,4 +1,4 @@
-"""Flora: Adafactor whose momentum rests in a random projection."""
+"""Flora: Adafactor whose momentum is stored in a random projection."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lightning_optim.rules.projected import FactoredSubspace, projection
 
 @dataclass(frozen=True)
 class Flora(FactoredSubspace):
-    """Flora: Adafactor whose momentum rests in a random projection.
+    """Flora: Adafactor whose momentum is stored in a random projection.
 
     u = g / sqrt(r c / mean(r)), as in `adafactor_hf`;  w = (1 - beta1) u + beta1 P C;  C <- beta1 C + (1 - beta1) P^T u
     step = a w / max(1, RMS(w) / clip_threshold);  p <- p - weight_decay a p - step
 
-    P has entries from N(0, 1 / rank), so that P P^T is the identity on average; when due it is drawn anew and
+    P has entries from N(0, 1 / rank), so that P P^T is the identity on average; when due it is drawn again and
     C <- P_new^T P C. The shorter side is projected (u P of tall and square matrices). a is `adafactor_hf`'s. Vectors
     and small matrices keep a whole momentum, as do all with `rank=0`; without `beta1` it is `adafactor_hf`.
 
-    Differs: P rests beside C, where the authors draw it anew in every step from a seed (min(m, n) rank elements more),
-    all matrices are refreshed together there, `refresh="fixed:1000:1000"`, and those of a ratio above four are left
-    out to spare embeddings, which their role tells here.
+    Differs: P is stored beside C, where the authors draw it again in every step from a seed (min(m, n) rank elements
+    more), all matrices are refreshed together there, `refresh="fixed:1000:1000"`, and those of a ratio above four are
+    left out to spare embeddings, which their role tells here.
     """
 
     beta1: float | None = 0.9

@@ -22,10 +22,10 @@ class HessianFree(GlobalStepRule):
     s <- the best of the last iterates that the loss f tells;  x <- x + lr a s, a = 1, 0.8, ... until f falls enough
     lambda <- 3/2 lambda where (f(x + s) - f(x)) / q(s) < 1/4,  2/3 lambda where it is > 3/4, from `damping` on
 
-    s' is the solution of the step before, G the Gauss-Newton matrix of the batch, which only a curvature feed knows; a
-    product with it costs two to four gradients, so that a step costs as much as a hundred of AdamW's. Batches should be
-    large; lr is a factor of the step, 1 for Newton's. `damping=0` stays 0: one step solves a linear least-squares
-    problem.
+    s' is the solution of the step before, G the Gauss-Newton matrix of the batch, which only a curvature estimator
+    knows; a product with it costs two to four gradients, so that a step costs as much as a hundred of AdamW's. Batches
+    should be large; lr is a factor of the step, 1 for Newton's. `damping=0` stays 0: one step solves a linear
+    least-squares problem.
 
     Differs: no preconditioner; the ratio takes q without its damping (Martens & Sutskever 2012).
     """
@@ -58,17 +58,17 @@ class HessianFree(GlobalStepRule):
 
     def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
         damping = float(s.damping) or self.damping
-        found = conjugate_gradients(
+        iterates = conjugate_gradients(
             lambda v: at.product(v) + damping * v,
             -at.gradient,
             self.cg_decay * s.solution,
             iterations=self.cg_iter,
             tolerance=self.tolerance,
         )
-        step, q = found.pop()
+        step, q = iterates.pop()
         s.solution = step
         value = at.at(at.x + step)[0]
-        for earlier, model in reversed(found):
+        for earlier, model in reversed(iterates):
             other = at.at(at.x + earlier)[0]
             if not other < value:
                 break

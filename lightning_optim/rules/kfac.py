@@ -30,7 +30,8 @@ class KFAC(Rule):
 
     `factors` says at which steps A and G are measured, `refresh` when they are decomposed; 10 and 100 are usual for
     language models. For weights of `nn.Linear`, `nn.Conv2d` and Transformers' Conv1D; embeddings, the head and vectors
-    stay with `rest`. Needs a curvature feed; under DDP, not FSDP2. The direction has no fixed scale: lr is K-FAC's own.
+    stay with `rest`. Needs a curvature estimator; under DDP, not FSDP2. The direction has no fixed scale: lr is K-FAC's
+    own.
 
     Differs from kfac-pytorch: over accumulated batches and ranks the factors are those of one large batch; a
     convolution's positions are rows, not divided by their number. Its clipping and momentum (SGD's) are the same.
@@ -62,10 +63,10 @@ class KFAC(Rule):
         if vector:
             return {"momentum_buffer": zeros("mn")}
         inner = replace(eye("nn"), size=(n + 1, n + 1))
-        found = {"input_factor": inner, "output_factor": eye("mm"), "input_basis": inner, "output_basis": eye("mm")}
+        specs = {"input_factor": inner, "output_factor": eye("mm"), "input_basis": inner, "output_basis": eye("mm")}
         if self.mode == "eigen":
-            found |= {"input_values": replace(zeros("1n"), size=(1, n + 1)), "output_values": zeros("1m")}
-        return {"momentum_buffer": zeros("mn"), **found}
+            specs |= {"input_values": replace(zeros("1n"), size=(1, n + 1)), "output_values": zeros("1m")}
+        return {"momentum_buffer": zeros("mn"), **specs}
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -110,8 +111,8 @@ class KFAC(Rule):
         a, b = s.input_factor[..., :k, :k], s.output_factor
         if self.mode == "eigen":
             what = "eigenvectors of a factor could not be computed; the last good ones are kept"
-            known = s.input_values[..., 0, :k], s.input_basis[..., :k, :k]
-            values, basis = eigh(a, Fallback(lambda: known, what))
+            previous = s.input_values[..., 0, :k], s.input_basis[..., :k, :k]
+            values, basis = eigh(a, Fallback(lambda: previous, what))
             other = s.output_values[..., 0, :], s.output_basis
             s.output_values, s.output_basis = eigh(b, Fallback(lambda: other, what))
             s.output_values = s.output_values.clamp_(min=0).unsqueeze(-2)

@@ -11,7 +11,7 @@ from lightning_optim.rules.soap import SOAP
 
 @dataclass(frozen=True)
 class KLSOAP(SOAP):
-    """KL-SOAP: SOAP whose factors are whitened by each other, as minimises the Kullback-Leibler divergence.
+    """KL-SOAP: SOAP whose factors are whitened by each other, which minimizes the Kullback-Leibler divergence.
 
     L <- b L + (1 - b) G R^-1 G^T / n;  R <- b R + (1 - b) G^T L^-1 G / m;  when due Q <- qr(L Q), V stays as it is
 

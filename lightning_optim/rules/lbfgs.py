@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim.core.rule import GlobalStepRule, Objective, StateSpec, zeros
-from lightning_optim.ops.secant import held, names
+from lightning_optim.ops.secant import names, stored_pairs
 
 NUMBERS = ("count", "n_iter", "func_evals", "t", "H_diag", "prev_loss")
 
@@ -26,8 +26,8 @@ class LBFGS(GlobalStepRule):
 
     This is `torch.optim.LBFGS`, arguments included, on one vector of all parameters; its lists of pairs rest in state
     of a fixed size. A step computes the loss up to `max_eval` times (1.25 `max_iter`, if not given): by a curvature
-    feed, so that trainers may accumulate, scale losses and use DDP, or by the closure of a loop of one's own. lr is a
-    factor of the step, 1 for Newton's, not a learning rate. Batches should be large, or pairs remember noise.
+    estimator, so that trainers may accumulate, scale losses and use DDP, or by the closure of a loop of one's own. lr
+    is a factor of the step, 1 for Newton's, not a learning rate. Batches should be large, or pairs remember noise.
 
     Differs: by default 10 pairs, not 100, and weight decay, which is part of the loss.
     """
@@ -80,12 +80,12 @@ class LBFGS(GlobalStepRule):
 
     def _opened(self, s: SimpleNamespace) -> dict[str, Any]:
         """The state of torch's class; nothing before the first step."""
-        known = dict(zip(NUMBERS, s.numbers.tolist(), strict=True))
-        count, n_iter, evals = (int(known.pop(k)) for k in NUMBERS[:3])
+        numbers = dict(zip(NUMBERS, s.numbers.tolist(), strict=True))
+        count, n_iter, evals = (int(numbers.pop(k)) for k in NUMBERS[:3])
         if not n_iter:
             return {}
-        steps, changes = (some[:count] for some in held(s, self.history_size))
-        return known | {
+        steps, changes = (some[:count] for some in stored_pairs(s, self.history_size))
+        return numbers | {
             "n_iter": n_iter,
             "func_evals": evals,
             "d": s.d,
@@ -95,13 +95,13 @@ class LBFGS(GlobalStepRule):
             "ro": [1.0 / y.dot(x) for x, y in zip(steps, changes, strict=True)],
         }
 
-    def _keep(self, s: SimpleNamespace, found: Mapping[str, Any]) -> None:
-        if "d" not in found:  # the gradient was small enough at once
+    def _keep(self, s: SimpleNamespace, state: Mapping[str, Any]) -> None:
+        if "d" not in state:  # the gradient was small enough at once
             return
-        steps, changes = found["old_stps"], found["old_dirs"]
+        steps, changes = state["old_stps"], state["old_dirs"]
         slots = names(self.history_size)
         vars(s).update(zip(slots, steps, strict=False))
         vars(s).update(zip(slots[self.history_size :], changes, strict=False))
-        s.d, s.prev_flat_grad = found["d"], found["prev_flat_grad"]
-        numbers = [len(steps), *(float(found[k]) for k in NUMBERS[1:])]
+        s.d, s.prev_flat_grad = state["d"], state["prev_flat_grad"]
+        numbers = [len(steps), *(float(state[k]) for k in NUMBERS[1:])]
         s.numbers = torch.tensor(numbers, dtype=torch.float64, device=s.numbers.device)

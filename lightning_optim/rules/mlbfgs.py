@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_optim.core.rule import Rule, StateSpec, zeros
 from lightning_optim.ops.norms import norm
-from lightning_optim.ops.secant import damped, dot, held, names, push, two_loop
+from lightning_optim.ops.secant import damped, dot, names, push, stored_pairs, two_loop
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MLBFGS(Rule):
     mL-BFGS's. Published for images only; memory is 2 history + 5 weights.
 
     Differs: in the authors' code, which has no licence and was not used, a block is several layers, averages are not
-    normalised, y is multiplied by the ratio of the learning rate to its first value, and pairs are left out by an
+    normalized, y is multiplied by the ratio of the learning rate to its first value, and pairs are left out by an
     absolute size.
     """
 
@@ -80,7 +80,7 @@ class MLBFGS(Rule):
             if t == 1:
                 last.copy_(x)
             mean.lerp_(x, 1.0 if t == 1 else 1 - self.beta)
-        pairs = held(s, self.history)
+        pairs = stored_pairs(s, self.history)
         if t > 1 and (t - 1) % self.interval == 0:
             self._remember(s, pairs)
         d = two_loop(g, *pairs)

@@ -22,7 +22,7 @@ class MOSO(SOAPMuon):
     Y = Q^T M;  V <- beta2 V + (1 - beta2) Y^2;  d = Q (Y / (sqrt(V) + inner_eps))
 
     for m <= n, with b = `shampoo_beta`; M^T M and the columns otherwise. SOAP-Muon on one side, of the momentum itself
-    and without orthogonalisation. `clip_rms` bounds the root mean square of d, which is 1 / sqrt(1 - beta2) at first.
+    and without orthogonalization. `clip_rms` bounds the root mean square of d, which is 1 / sqrt(1 - beta2) at first.
 
     Differs: C is not corrected for bias, which its eigenvectors do not see.
     """

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised by Newton-Schulz."""
+"""Muon: momentum, orthogonalized by Newton-Schulz."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Scale = Literal["original", "match_rms_adamw", "spectral", "none"]
 
 @dataclass(frozen=True)
 class Muon(MomentumRule):
-    """Muon: momentum, orthogonalised by Newton-Schulz, for hidden matrices.
+    """Muon: momentum, orthogonalized by Newton-Schulz, for hidden matrices.
 
     m <- momentum m + (1 - momentum) g;  x = (1 - momentum) g + momentum m, or m without nesterov
     d = scale(m, n) orthogonalize(x)
@@ -110,7 +110,7 @@ class Muon(MomentumRule):
         return g.lerp(m, self.momentum) if self.nesterov else m
 
     def polar(self, x: Tensor) -> Tensor:
-        """Orthogonalise, with the maps that are asked for.
+        """Orthogonalize, with the maps that are asked for.
 
         Returns:
             Shaped like `x`, without a shape scale.
@@ -121,7 +121,7 @@ class Muon(MomentumRule):
         return contra(out, x, self.contra, self.contra_size) if self.contra else out
 
     def orthogonal(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
-        """The orthogonalised momentum.
+        """The orthogonalized momentum.
 
         Returns:
             `[b, m, n]`, without a shape scale.

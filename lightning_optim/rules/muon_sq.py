@@ -1,4 +1,4 @@
-"""Muon^2: a momentum over the root of the gradient's second moment, then orthogonalised."""
+"""Muon^2: a momentum over the root of the gradient's second moment, then orthogonalized."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_optim.rules.soap_muon import SOAPMuon
 
 @dataclass(frozen=True)
 class MuonSq(SOAPMuon):
-    """Muon^2: a momentum over the root of the gradient's second moment, then orthogonalised, for hidden matrices.
+    """Muon^2: a momentum over the root of the gradient's second moment, then orthogonalized, for hidden matrices.
 
     V <- beta2 V + (1 - beta2) G^2;  d = scale(m, n) orthogonalize(U / (sqrt(V) + inner_eps)), U as in Muon
 

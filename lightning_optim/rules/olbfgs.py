@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_optim.core.rule import GlobalStepRule, Objective, StateSpec, zeros
-from lightning_optim.ops.secant import held, names, push, two_loop
+from lightning_optim.ops.secant import names, push, stored_pairs, two_loop
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class OLBFGS(GlobalStepRule):
     H is the two-loop recursion's inverse Hessian of the last `history` pairs, with the mean of <s, y> / <y, y> over
     them between the loops, and min(1, 1 / |g|_1) I before the first. Pairs with <s, y> <= 1e-8 |s| |y| are left out.
     There is no line search: lr is a factor of Newton's step, at most 1, and is to fall as the noise tells (the paper's
-    eta_0 tau / (tau + t) is a schedule). The second gradient comes from a curvature feed, which then takes the first
-    anew, too, without dropout, or from the closure of a loop of one's own.
+    eta_0 tau / (tau + t) is a schedule). The second gradient comes from a curvature estimator, which then takes the
+    first again, too, without dropout, or from the closure of a loop of one's own.
 
     Differs: the first step is not 1e-10 g, of which float32 weights would notice nothing.
     """
@@ -52,7 +52,7 @@ class OLBFGS(GlobalStepRule):
 
     def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
         g = at.gradient
-        pairs = held(s, self.history)
+        pairs = stored_pairs(s, self.history)
         if pairs[0][-1].any():
             steps, changes = ([x.view(1, 1, -1) for x in some] for some in pairs)
             d = two_loop(g.view(1, 1, -1), steps, changes, scale="mean").view(-1)

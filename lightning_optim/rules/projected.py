@@ -19,7 +19,7 @@ from lightning_optim.rules.adafactor import AdafactorHF
 
 
 @dataclass(frozen=True)
-class Subspace(Rule):
+class Subspace(Rule, abstract=True):
     """Base of rules with state in a projection of rank r, `projection_left` [m, r], `projection_right` [n, r] or both.
 
     The projection holds leading singular vectors of the gradient of the step that refreshes it. Vectors, matrices of
@@ -106,7 +106,7 @@ class Subspace(Rule):
 
 
 @dataclass(frozen=True)
-class Projected(MomentumRule, Subspace):
+class Projected(MomentumRule, Subspace, abstract=True):
     """Base of rules that take a projected gradient into Adam's moments.
 
     x = P^T g, or g P where the columns are projected;  m <- b1 m + (1 - b1) x;  v <- b2 v + (1 - b2) x^2
@@ -151,7 +151,7 @@ class Projected(MomentumRule, Subspace):
 
 
 @dataclass(frozen=True)
-class FactoredSubspace(Subspace, AdafactorHF):
+class FactoredSubspace(Subspace, AdafactorHF, abstract=True):
     """Base of rules that take a projected gradient, or its momentum only, through Adafactor.
 
     What is not projected is `adafactor_hf`'s.
@@ -170,7 +170,7 @@ class FactoredSubspace(Subspace, AdafactorHF):
 
 
 @dataclass(frozen=True)
-class Limited(Projected):
+class Limited(Projected, abstract=True):
     """Base of projected rules that limit how much a norm grows per step: eta = min(1, limit phi / |x|); phi <- eta |x|.
 
     phi is the norm after the step before. With `limiter_restarts`, a norm that grows from zero is not limited; without,

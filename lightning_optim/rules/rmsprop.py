@@ -51,8 +51,8 @@ class RMSprop(Rule):
             raise ValueError(f"rmsprop: needs alpha < 1 and momentum < 1, got {self.alpha}, {self.momentum}")
 
     def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
-        kept = {"square_avg": True, "momentum_buffer": self.momentum > 0, "grad_avg": self.centered}
-        return {key: zeros("mn", nonnegative=key == "square_avg") for key, keep in kept.items() if keep}
+        is_needed = {"square_avg": True, "momentum_buffer": self.momentum > 0, "grad_avg": self.centered}
+        return {key: zeros("mn", nonnegative=key == "square_avg") for key, keep in is_needed.items() if keep}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         s.square_avg.mul_(self.alpha).addcmul_(g, g, value=1 - self.alpha)

@@ -20,7 +20,7 @@ Decomposition = Literal["qr", "eigh"]
 RotationDtype = Literal["float32", "bfloat16"]
 
 
-class Rotated(Rule):
+class Rotated(Rule, abstract=True):
     """Base of rules that work in eigenbases `basis_left` [m, m], `basis_right` [n, n] or both.
 
     L <- (1 - w) L + w X X^T;  R <- (1 - w) R + w X^T X;  at first Q = eigenvectors(L), later, when due, Q <- qr(L Q)
@@ -28,7 +28,7 @@ class Rotated(Rule):
     in the order of the present Rayleigh quotients, which the rows or columns of `exp_avg_sq` follow. A side longer than
     `max_precond_dim` is not rotated. `factors="kl"` whitens X by the other side (`ops.eigenbasis.average_kl_`; the
     first factors are X X^T / n and X^T X / m) and leaves the columns of Q in their places. `decomposition="eigh"` takes
-    eigenvectors anew, which `exp_avg_sq` cannot follow. `rotation_dtype="bfloat16"` turns matrices into the basis and
+    eigenvectors again, which `exp_avg_sq` cannot follow. `rotation_dtype="bfloat16"` turns matrices into the basis and
     back by products in bfloat16, two to four times as fast on processors that have them and off by 4e-3 of the norm;
     factors, bases and moments stay float32.
     """
@@ -61,9 +61,9 @@ class Rotated(Rule):
         Returns:
             `"left"`, `"right"`, both or none.
         """
-        chosen = () if self.sides == "none" else gram_sides(m, n, self.sides)
+        sides = () if self.sides == "none" else gram_sides(m, n, self.sides)
         fits = {"left": m <= self.max_precond_dim, "right": n <= self.max_precond_dim}
-        return () if vector else tuple(side for side in chosen if fits[side])
+        return () if vector else tuple(side for side in sides if fits[side])
 
     def rotation(self, m: int, n: int, *, vector: bool = False) -> dict[str, StateSpec]:
         """State of the bases.
@@ -142,8 +142,10 @@ class Rotated(Rule):
             if t == 1 or self.decomposition == "eigh":
                 basis = eigenbasis(factor, previous=old if t > 1 else first_columns(old, old.shape[-1]))
             elif self.factors == "kl":
-                kept = Fallback(lambda old=old: old, "a step towards eigenvectors failed; the last good ones are kept")
-                basis = orthonormal(factor @ old, kept)
+                fallback = Fallback(
+                    lambda old=old: old, "a step towards eigenvectors failed; the last good ones are kept"
+                )
+                basis = orthonormal(factor @ old, fallback)
             else:
                 basis, order = follow_eigenbasis(factor, old)
             setattr(s, f"basis_{side}", basis)

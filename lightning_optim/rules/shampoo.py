@@ -155,23 +155,23 @@ class Shampoo(MomentumRule):
         return self.preconditioner == "eigenvalue" or not self.exponent or (1 / self.exponent) % 1 == 0
 
     def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:  # noqa: D102
-        roots, found = _stored(s, "root"), []
+        roots, errors = _stored(s, "root"), []
         for side, factor in self._factors(g, s, t - 1).items():
             if self.preconditioner == "eigenvalue":
                 off = off_diagonal(factor.flatten(0, 1), roots[side].flatten(0, 1).flip(-1), t)
-                found.append(off.unflatten(0, factor.shape[:2]))
+                errors.append(off.unflatten(0, factor.shape[:2]))
             else:
                 damped = factor + self.eps * torch.eye(factor.shape[-1]).to(factor)
-                found.append(root_error(damped, roots[side], round(1 / self._exponent(len(roots)))))
-        return torch.cat(found, -1).amax(-1)
+                errors.append(root_error(damped, roots[side], round(1 / self._exponent(len(roots)))))
+        return torch.cat(errors, -1).amax(-1)
 
     def _factors(self, g: Tensor, s: SimpleNamespace, t: int) -> dict[str, Tensor]:
         """What is decomposed after t steps: what fills up tiles is beside the others, not among the smallest."""
         rows, columns, _ = self._tile(*g.shape[-2:])
         edges = filled(*self._merged(*g.shape[-2:]), rows, columns, g.device)
-        found = {side: x / self._correction(t) for side, x in _stored(s, "factor").items()}
-        traces = {side: x.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) for side, x in found.items()}
-        return {side: x + torch.diag_embed(traces[side] * edges[side == "right"]) for side, x in found.items()}
+        factors = {side: x / self._correction(t) for side, x in _stored(s, "factor").items()}
+        traces = {side: x.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) for side, x in factors.items()}
+        return {side: x + torch.diag_embed(traces[side] * edges[side == "right"]) for side, x in factors.items()}
 
     def _exponent(self, sides: int) -> float:
         return self.exponent or 1 / (2 * sides)
@@ -233,8 +233,8 @@ class Shampoo(MomentumRule):
 
 def _stored(s: SimpleNamespace, kind: str) -> dict[str, Tensor]:
     """Factors or roots by side, as views `[b, tiles, k, k]`."""
-    found = {side: getattr(s, f"{kind}_{side}", None) for side in ("left", "right")}
-    return {side: x.unflatten(-2, (-1, x.shape[-1])) for side, x in found.items() if x is not None}
+    tensors = {side: getattr(s, f"{kind}_{side}", None) for side in ("left", "right")}
+    return {side: x.unflatten(-2, (-1, x.shape[-1])) for side, x in tensors.items() if x is not None}
 
 
 def _second(v: Tensor, x: Tensor, beta: float, summed: bool) -> None:

@@ -13,11 +13,11 @@ from lightning_optim.rules.soap_muon import SOAPMuon
 class SinkSOAP(SOAPMuon):
     """SinkSOAP: a momentum whose rows and columns are balanced in SOAP's eigenbasis, for hidden matrices.
 
-    L <- beta L + (1 - beta) G G^T;  R likewise;  Q_L, Q_R their eigenvectors, anew;  A = sinkhorn(Q_L^T U Q_R)
+    L <- beta L + (1 - beta) G G^T;  R likewise;  Q_L, Q_R their eigenvectors, recomputed;  A = sinkhorn(Q_L^T U Q_R)
     d = scale(m, n) Q_L A Q_R^T, at the norm of a polar factor;  its longer lines as in NorMuon, squares excepted
 
     with beta = `shampoo_beta` (`beta2` if None) and U as in Muon. SOAP-Muon with Sinkhorn's iteration for the second
-    moment and no orthogonalisation. Two eigendecompositions at every step: the most expensive rule of its family.
+    moment and no orthogonalization. Two eigendecompositions at every step: the most expensive rule of its family.
 
     inner_eps is absolute: where gradients have a root mean square below 1e-3, it flattens what is balanced.
     """

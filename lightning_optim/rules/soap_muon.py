@@ -1,4 +1,4 @@
-"""SOAP-Muon: a momentum preconditioned in SOAP's eigenbasis, then orthogonalised."""
+"""SOAP-Muon: a momentum preconditioned in SOAP's eigenbasis, then orthogonalized."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NORMS = {"fro": norm, "gram": gram_norm}
 
 @dataclass(frozen=True)
 class SOAPMuon(Rotated, Muon):
-    """SOAP-Muon: a momentum preconditioned in SOAP's eigenbasis, then orthogonalised, for hidden matrices.
+    """SOAP-Muon: a momentum preconditioned in SOAP's eigenbasis, then orthogonalized, for hidden matrices.
 
     M <- momentum M + (1 - momentum) G;  U = (1 - momentum) G + momentum M
     Y = Q_L^T U Q_R;  V <- beta2 V + (1 - beta2) Y^2;  P = Q_L (Y / max(sqrt(V), inner_eps)) Q_R^T, at the norm of U

@@ -24,8 +24,8 @@ class SophiaH(MomentumRule):
     share of coordinates that are not clipped, lies between 0.1 and 0.5, and 0.8 of AdamW's learning rate; a third of it
     where most steps are signs, which are five times as long as AdamW's.
 
-    Needs a curvature feed and attention with a second derivative (the feed switches kernels for the measurement). Not
-    under FSDP2: there is no double backward pass over sharded parameters.
+    Needs a curvature estimator and attention with a second derivative (the estimator switches kernels for the
+    measurement). Not under FSDP2: there is no double backward pass over sharded parameters.
 
     Differs: u are random signs, of lower variance than the paper's normal numbers.
     """
@@ -57,8 +57,8 @@ class SophiaH(MomentumRule):
     def _scale(self, h: Tensor) -> Tensor:
         return (self.rho * h).clamp_(min=self.eps)
 
-    def _estimate(self, seen: SimpleNamespace) -> Tensor:
-        return seen.value
+    def _estimate(self, estimate: SimpleNamespace) -> Tensor:
+        return estimate.value
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class SophiaG(SophiaH):
     m <- b1 m + (1 - b1) g;  d = clip(m / (rho h + eps), 1);  h <- b2 h + (1 - b2) B q^2, every k steps
 
     q is the gradient of the mean loss with labels drawn from the model's own predictions, B the number of labels:
-    `tokens` if given (the reference's `bs`), else as many as the feed counted. `form="paper"` divides by
+    `tokens` if given (the reference's `bs`), else as many as the estimator counted. `form="paper"` divides by
     max(rho h, eps) instead, with the paper's eps of 1e-12. Published for GPT-2: lr 6e-4, rho 0.05, decay 0.2 (125M);
     7e-4, 0.08, 0.2 (355M); 3e-4, 0.05, 0.2 (770M).
 
     `refresh="fixed:10"` measures h before steps 1, 11, 21, as the paper; the authors' script does so after every tenth
-    step, so that its first ten are signs (`"fixed:10:10"` measures before steps 10, 20, 30). Needs a curvature feed and
-    a loss that ends in torch's cross-entropy; where the loss calls none (a fused kernel, say), the feed measures
-    Hutchinson's estimate instead, says so once, and h is kept at or above zero.
+    step, so that its first ten are signs (`"fixed:10:10"` measures before steps 10, 20, 30). Needs a curvature
+    estimator and a loss that ends in torch's cross-entropy; where the loss calls none (a fused kernel, say), the
+    estimator measures Hutchinson's estimate instead, says so once, and h is kept at or above zero.
 
     Differs: B multiplies the estimate when it is made, not h when it is used (the same unless B changes).
     """
@@ -93,15 +93,15 @@ class SophiaG(SophiaH):
     search: ClassVar = Rule.search | {"rho": (0.04, 0.1)}
 
     def update_curvature(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
-        said = super().update_curvature(seen, s)
+        metrics = super().update_curvature(seen, s)
         s.hessian.clamp_(min=0)  # Hutchinson's estimate can be negative
-        return said
+        return metrics
 
     def _scale(self, h: Tensor) -> Tensor:
         return (self.rho * h).add_(self.eps) if self.form == "reference" else super()._scale(h)
 
-    def _estimate(self, seen: SimpleNamespace) -> Tensor:
-        if getattr(seen, "diagonal", False):
-            return seen.value
-        tokens = seen.count if self.tokens is None else self.tokens
-        return torch.square(seen.value).mul_(tokens)
+    def _estimate(self, estimate: SimpleNamespace) -> Tensor:
+        if getattr(estimate, "diagonal", False):
+            return estimate.value
+        tokens = estimate.count if self.tokens is None else self.tokens
+        return torch.square(estimate.value).mul_(tokens)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import GlobalStepRule, Objective, StateSpec, zeros
-from lightning_optim.ops.secant import cubic_step, held, names, push, sr1
+from lightning_optim.ops.secant import cubic_step, names, push, sr1, stored_pairs
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class SR1Cubic(GlobalStepRule):
     B is the SR1 matrix of the last `history` pairs of a step and the change of the gradient along it on the same batch,
     steps that are not taken included; it may be indefinite. Phi is the norm of B's eigenvectors, which gives s a closed
     form, and mu is doubled from `mu` on until |s| <= D (`lightning_optim.ops.secant`). A pair with
-    |<s, y - B s>| <= 1e-8 |s| |y - B s| is left out. Two evaluations per step, by a curvature feed or the closure of a
-    loop of one's own; lr is a factor of the step, 1 for the model's. Batches should be large, or pairs remember noise.
+    |<s, y - B s>| <= 1e-8 |s| |y - B s| is left out. Two evaluations per step, by a curvature estimator or the closure
+    of a loop of your own; lr is a factor of the step, 1 for the model's. Use large batches, or pairs remember noise.
 
     Differs: the paper moves mu itself by constant factors as rho tells, which does not keep up with SR1's leaps in
     curvature: with factors from 2 to 30 Rosenbrock's function took 67 to 285 steps or never ended, where this takes 50
@@ -52,7 +52,7 @@ class SR1Cubic(GlobalStepRule):
         """Check the hyperparameters.
 
         Raises:
-            ValueError: no history, no regularisation, no reach, or bounds in the wrong order.
+            ValueError: no history, no regularization, no reach, or bounds in the wrong order.
         """
         super().validate()
         if self.history < 1 or not min(self.mu, self.reach) > 0:
@@ -63,7 +63,7 @@ class SR1Cubic(GlobalStepRule):
             raise ValueError(f"sr1_cubic: eta must be (low, high) with 0 < low < high < 1, got {self.eta}")
 
     def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
-        pairs = held(s, self.history)
+        pairs = stored_pairs(s, self.history)
         reach = float(s.reach) or self.reach
         step, turned, least = cubic_step(at.gradient, *sr1(*pairs), mu=self.mu, reach=reach)
         value, g = at.at(at.x + step)

@@ -1,4 +1,4 @@
-"""SWAN: the gradient, its rows normalised and then whitened; no state."""
+"""SWAN: the gradient, its rows normalized and then whitened; no state."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_optim.ops.roots import Method, coupled_newton, inverse_power
 
 @dataclass(frozen=True)
 class SWAN(Rule):
-    """SWAN: the gradient, its rows normalised and then whitened; no state.
+    """SWAN: the gradient, its rows normalized and then whitened; no state.
 
     x = (g - mean_cols(g)) / std_cols(g);  d = (x x^T)^(-1/2) x, for m <= n; tall matrices through their transpose
 
     The root is found by `iterations` steps of the coupled Newton iteration (`newton`; Newton-Schulz with beta 1/2), as
     published, or exactly (`eigh`). `rescale` gives d the norm of x, that is RMS 1 instead of 1 / sqrt(max(m, n)).
 
-    A centred row lacks one direction, so a square x is always singular: the inverse root is that of its range.
+    A centered row lacks one direction, so a square x is always singular: the inverse root is that of its range.
 
     Differs: the beta of 0.8 that is also quoted for the iteration does not converge to the inverse root. A row of
     equal elements does not move (the publication divides zero by zero).

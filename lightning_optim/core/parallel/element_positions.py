@@ -1,4 +1,5 @@
-"""Global indices of the elements of this rank's part of a parameter: stochastic rounding and blocks of scales use them."""
+"""Global indices of the elements of this rank's part of a parameter: stochastic rounding and blocks of scales use
+them."""
 
 from __future__ import annotations
 

@@ -101,16 +101,26 @@ class Rule:
     """What `python -m lightning_optim bench` tries, likeliest first: under `lr` factors of AdamW's tuned learning rate
     (of the default of `lr`, where `rms` gives no scale), and at most one more hyperparameter."""
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, *, abstract: bool = False) -> None:
         """Register the rule under its name.
 
+        Args:
+            abstract: whether the class is only a base of several rules, and no rule itself.
+
         Raises:
-            TypeError: two rules claim one name, or an elementwise rule has state of another shape.
+            TypeError: the rule has no name of its own or no source, two rules claim one name, or an elementwise rule
+                has state of another shape.
         """
         super().__init_subclass__()
-        name = cls.__dict__.get("name")
-        if name is None:
+        if abstract:
             return
+        name: str = cls.__dict__.get("name", "")
+        constants = {"`name` of its own": name, "`source`": getattr(cls, "source", None)}
+        if missing := " and no ".join(key for key, value in constants.items() if not value):
+            raise TypeError(
+                f"{cls.__name__} has no {missing}: give the rule `name` and `source` as class constants; a base of "
+                f"several rules is `class {cls.__name__}({cls.__bases__[0].__name__}, abstract=True)`"
+            )
         if name in REGISTRY and REGISTRY[name].__module__ != cls.__module__:
             raise TypeError(f"two rules are named {name!r}: {REGISTRY[name].__module__} and {cls.__module__}")
         if cls.elementwise and any(slot.letters != "mn" for slot in cls.state.values()):

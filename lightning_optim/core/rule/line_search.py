@@ -49,7 +49,7 @@ class Objective(Protocol):
         ...
 
 
-class GlobalStepRule(Rule):
+class GlobalStepRule(Rule, abstract=True):
     """Base of rules that look for the step of all their parameters at once, by the loss of the batch at other weights.
 
     They implement `find`. A slot `"mn"` is one vector `[N]` there, any other is one row of numbers that belongs to

@@ -17,7 +17,7 @@ from lightning_optim.ops.row_chunks import take_rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class MomentumRule(Rule):
+class MomentumRule(Rule, abstract=True):
     """Base of rules with a running mean M of gradients, which may be several: M = sum_k w_k M_k.
 
         M_k <- beta_k M_k + (1 - beta_k) x

@@ -77,6 +77,9 @@ def _allocate(rule: Rule, step: ParamStep, key: str, fmt: StateFormat, owners: O
     """Give a state tensor its start value, or what it held in another format.
 
     It is empty on a rank that does not own the matrix, so that all ranks have all keys.
+
+    Raises:
+        ValueError: a mesh on which the storage format does not work.
     """
     plan, part = step.plan, step.local()
     cut = sharding.sharding_of(plan.param, plan.name) if fmt.is_quantized or not rule.elementwise else None

@@ -1,10 +1,11 @@
 """Conversion of state between its fmt in training and its fmt in a checkpoint.
 
-In training, the owner of a matrix has its whole state; a checkpoint has row shards. In training, quantized state has one
-scale per block of consecutive elements; a checkpoint has a table with one row per row of the state tensor, which holds
-the scales of the blocks that the row touches. Sharding by rows therefore shards the table, whatever the number of ranks.
-Rows of whole blocks keep their bits on any mesh; a block that a shard boundary divides has a scale on each side, and is
-requantized where its parts meet again. Rows shorter than a block repeat its scale, which costs 4 bytes per row (of a
+In training, the owner of a matrix has its whole state; a checkpoint has row shards. In training, quantized state has
+one scale per block of consecutive elements; a checkpoint has a table with one row per row of the state tensor, which
+holds the scales of the blocks that the row touches. Sharding by rows therefore shards the table, whatever the number of
+ranks. Rows of whole blocks keep their bits on any mesh; a block that a shard boundary divides has a scale on each side,
+and is requantized where its parts meet again. Rows shorter than a block repeat its scale, which costs 4 bytes per row
+(of a
 vector: per element) in the checkpoint only.
 """
 

@@ -72,10 +72,10 @@ class FusedBackward:
     `on_nonfinite="raise"` looks at each gradient before its parameter is written; parameters that came before it in the
     pass have moved. After a norm pass nothing has. To continue after an error call `zero_grad()` and `step()`.
 
-    Refused: rules with preconditioners, which are refreshed in turns over all parameters, or with `curvature_input`; rules
-    for whole matrices whose parameters are sharded, for they are exchanged together; `on_nonfinite="skip"`; parameters that
-    are whole on several ranks (DDP, FSDP1), whose gradients are not reduced yet when the hook runs; a `GradScaler`.
-    FSDP2 works.
+    Refused: rules with preconditioners, which are refreshed in turns over all parameters, or with `curvature_input`;
+    rules for whole matrices whose parameters are sharded, for they are exchanged together; `on_nonfinite="skip"`;
+    parameters that are whole on several ranks (DDP, FSDP1), whose gradients are not reduced yet when the hook runs; a
+    `GradScaler`. FSDP2 works.
 
     Args:
         optimizer: whose parameters are stepped so until `close`. A parameter obeys the last such optimizer. Copies and

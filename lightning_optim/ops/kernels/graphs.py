@@ -86,8 +86,8 @@ def _traced(
     env = ShapeEnv()
     mode, inputs = FakeTensorMode(shape_env=env, allow_fallback_kernels=False), []
     for i, x in enumerate([*examples, *opened]):
-        kept = [DimDynamic.STATIC if size in fixed else DimDynamic.DUCK for size in x.shape]
-        context = StatelessSymbolicContext(dynamic_sizes=kept)
+        dynamic_sizes = [DimDynamic.STATIC if size in fixed else DimDynamic.DUCK for size in x.shape]
+        context = StatelessSymbolicContext(dynamic_sizes=dynamic_sizes)
         inputs.append(mode.from_tensor(x, source=ConstantSource(f"input{i}"), symbolic_context=context))
     _tracing = True
     try:
@@ -111,18 +111,18 @@ def _hoisted(traced: GraphModule, numbers: int) -> GraphModule:
     for node in graph.nodes:
         if node.op == "call_function" and node.all_input_nodes and all(x in copies for x in node.all_input_nodes):
             copies[node] = prelude.node_copy(node, copies.__getitem__)
-    given = []
+    outputs = []
     with graph.inserting_after(inputs[-1]):
         for node, copy in reversed(copies.items()):
             if node.op != "placeholder" and any(user not in copies for user in node.users):
                 taken = graph.placeholder(f"{node.name}_given")
                 taken.meta.update(node.meta)
                 node.replace_all_uses_with(taken, lambda user: user not in copies)
-                given.insert(0, copy)
+                outputs.insert(0, copy)
     for node in reversed(list(copies)):
         if node.op != "placeholder":
             graph.erase_node(node)
-    prelude.output(tuple(given))
+    prelude.output(tuple(outputs))
     traced.recompile()
     return GraphModule({}, prelude)
 

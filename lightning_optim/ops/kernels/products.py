@@ -27,8 +27,8 @@ def available() -> bool:
     """Whether oneDNN multiplies float32 matrices faster here than torch's BLAS: AVX-512, but no Intel."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return False
-    known = Path("/proc/cpuinfo")
-    vendor = known.read_text(errors="replace") if known.exists() else ""
+    cpuinfo = Path("/proc/cpuinfo")
+    vendor = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else ""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or "AuthenticAMD" not in vendor:
         return False
     try:  # an operation of torch's own compiler, which another version may not have like this

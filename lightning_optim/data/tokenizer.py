@@ -1,4 +1,4 @@
-"""From text to rows of tokens, and an order of them."""
+"""A tokenizer trained on any text, rows of tokens, and their order."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from lightning_optim.bench.text import blocks
+from lightning_optim.data.text import blocks
 
 SPECIAL = {"eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
-EOS, PAD = 0, 1  # their ids: a trainer of tokenizers numbers the special ones first
+EOS, PAD = 0, 1  # token ids: training numbers the special tokens first
 
 
 def train_tokenizer(corpus: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer; the same text gives the same one.
+    """Train a byte-level BPE tokenizer; the same text gives the same tokenizer.
 
     Args:
         corpus: texts.
-        vocabulary: token ids at most.
+        vocabulary: the largest number of token ids.
 
     Returns:
-        A tokenizer of Transformers, with the special tokens `EOS` and `PAD`.
+        A Transformers tokenizer with the special tokens `EOS` and `PAD`.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,7 +43,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, corpus: Sequence[str], length: in
     """Turn texts into rows of tokens; every text ends with `EOS`.
 
     Args:
-        tokenizer: to use.
+        tokenizer: the tokenizer.
         corpus: texts.
         length: tokens per row.
 
@@ -61,12 +61,12 @@ def encode(tokenizer: PreTrainedTokenizerFast, corpus: Sequence[str], length: in
 
 
 def shuffled(rows: int, count: int, seed: int) -> Tensor:
-    """Choose rows, one permutation after another.
+    """The order in which rows are trained on: one permutation after another.
 
     Args:
-        rows: to choose from.
-        count: how many indices; a larger count begins with the same ones.
-        seed: of the permutations.
+        rows: number of rows.
+        count: number of indices; a larger count begins with the same ones.
+        seed: random seed of the permutations.
 
     Returns:
         int64, `[count]`.

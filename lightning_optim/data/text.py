@@ -1,4 +1,4 @@
-"""Real text that is on every machine with Python: the standard library's own sources, split by file."""
+"""Real text that every machine with Python has: the sources of the standard library, split by file."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def standard_library(part: Part) -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
     names = [p.relative_to(root).as_posix() for p in root.rglob("*.py")]
-    kept = sorted(n for n in names if not skipped & set(n.split("/")))
-    return [root / n for n in kept if _PARTS[zlib.crc32(n.encode()) % len(_PARTS)] == part]
+    sources = sorted(n for n in names if not skipped & set(n.split("/")))
+    return [root / n for n in sources if _PARTS[zlib.crc32(n.encode()) % len(_PARTS)] == part]
 
 
 def read(paths: Iterable[Path]) -> list[str]:
@@ -49,16 +49,16 @@ def texts(files: Sequence[str]) -> tuple[list[str], list[str]]:
     """Texts to train on and texts held out.
 
     Args:
-        files: text files, of which the last twentieth is held out; none for files of the standard library, some of
+        files: text files, of which the last twentieth is held out. If empty, files of the standard library, some of
             which are held out whole.
 
     Returns:
-        Both.
+        (texts to train on, texts held out).
     """
     if not files:
         return read(standard_library("pretrain")), read(standard_library("validation"))
-    found = read(Path(file) for file in files)
-    return [t[: len(t) * 19 // 20] for t in found], [t[len(t) * 19 // 20 :] for t in found]
+    contents = read(Path(file) for file in files)
+    return [t[: len(t) * 19 // 20] for t in contents], [t[len(t) * 19 // 20 :] for t in contents]
 
 
 def blocks(token_ids: Sequence[int], length: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Text, tokenizers and model presets that the benchmark and the examples share; needs transformers and tokenizers."""
