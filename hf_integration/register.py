@@ -16,7 +16,7 @@ from hf_integration.settings import check_settings, with_flags
 from lightning_optim.core.rule import REGISTRY
 
 BY_FLAG = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
-BY_CODE = ("rest_settings", "overrides", "wrap", "schedule")
+BY_CODE = ("rest_settings", "overrides", "averaging", "schedule")
 
 
 def register() -> list[str]:

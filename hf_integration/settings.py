@@ -66,7 +66,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if key not in names:
             raise ValueError(f"{name} has no setting {key!r}; {nearest(key, names)}")
-        if key not in ("overrides", "rest_settings", "wrap", "schedule"):  # build_optimizer checks what is inside
+        if key not in ("overrides", "rest_settings", "averaging", "schedule"):  # build_optimizer checks what is inside
             check_value(f"{name}: {key}", value, hints[key], signed=key in rule.signed or key == "seed")
     lookup(settings.get("rest", "adamw"))
 

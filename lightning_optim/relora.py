@@ -83,7 +83,7 @@ class ReLoRA:
             raise ValueError("ReLoRA: the model has no LoRA adapter; wrap it by peft.get_peft_model first")
         self.optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if getattr(self.optimizer, "averages", None) is not None:
-            raise ValueError("ReLoRA: averages cannot follow adapters that start again; leave out wrap")
+            raise ValueError("ReLoRA: averages cannot follow adapters that start again; leave out averaging")
         self._scheduled: list[Any] | None = None
         hooks = self.optimizer.register_step_pre_hook, self.optimizer.register_step_post_hook
         self._handles = [hooks[0](self._before), hooks[1](self._after)]

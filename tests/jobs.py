@@ -286,7 +286,7 @@ def priced(rank: int, world: int, layout: str, cases: Sequence[Any]) -> list[Any
 
 def price(rank: int, world: int, layout: str, name: str, dtype: torch.dtype, settings: dict[str, Any]) -> Any:
     """Bytes of state here, bytes sent in a step, and what `spread` says of both."""
-    members = averages_of((settings := dict(settings)).pop("wrap", {}))
+    members = averages_of((settings := dict(settings)).pop("averaging", {}))
     whole = make(name, Model(name, dtype).parameters(), **settings)
     if members:
         whole.with_averaging(*members)

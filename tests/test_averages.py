@@ -166,7 +166,7 @@ def test_eval_and_train_leave_the_run_as_it_is(members: tuple[Any, ...]) -> None
 
 def test_embeddings_are_not_averaged() -> None:
     model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4))
-    optimizer = build_optimizer(model, "adamw", lr=0.1, wrap={"tail_ema": {"start": 0, "tau": 5.0}})
+    optimizer = build_optimizer(model, "adamw", lr=0.1, averaging={"tail_ema": {"start": 0, "tau": 5.0}})
     for t in range(3):
         for key, p in model.named_parameters():
             p.grad = gradient(p, key, t)
@@ -284,7 +284,7 @@ def test_what_cannot_be_is_named() -> None:
     with pytest.raises(ValueError, match="one call"):
         wrapped.with_averaging(MuLoCo())
     run("adamw", ps := params("adamw"), range(1, 3), wrapped := make("adamw", ps).with_averaging(TailEMA()))
-    with pytest.raises(ValueError, match="wrap this one alike"):
+    with pytest.raises(ValueError, match="give this one the same averaging"):
         make("adamw", params("adamw")).load_state_dict(wrapped.state_dict())
     wrapped.eval()
     saved = wrapped.state_dict()
@@ -295,9 +295,9 @@ def test_what_cannot_be_is_named() -> None:
         wrapped.step()
     model = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="unknown name 'tail_emma'.*tail_ema"):
-        build_optimizer(model, "adamw", lr=0.1, wrap={"tail_emma": {}})
+        build_optimizer(model, "adamw", lr=0.1, averaging={"tail_emma": {}})
     with pytest.raises(ValueError, match="tail_ema has no setting 'taw'.*tau"):
-        build_optimizer(model, "adamw", lr=0.1, wrap={"tail_ema": {"taw": 3}})
+        build_optimizer(model, "adamw", lr=0.1, averaging={"tail_ema": {"taw": 3}})
 
 
 def test_bfloat16_weights_have_a_float32_average() -> None:
@@ -315,7 +315,7 @@ def test_bfloat16_weights_have_a_float32_average() -> None:
 
 def test_plan_prices_the_averages() -> None:
     model = nn.Sequential(nn.Linear(6, 4, bias=False))
-    found = plan(model, "muon", lr=0.1, wrap={"muloco": {}, "tail_ema": {}}).rows[0].state_bytes
+    found = plan(model, "muon", lr=0.1, averaging={"muloco": {}, "tail_ema": {}}).rows[0].state_bytes
     assert {k: found[k] for k in ("outer_momentum", "outer_anchor", "tail")} == dict.fromkeys(
         ("outer_momentum", "outer_anchor", "tail"), 96
     )
@@ -382,7 +382,7 @@ def test_a_checkpoint_that_lacks_some_weights_to_train_is_refused() -> None:
 
 @pytest.mark.parametrize("member", [EMANesterov(), MuLoCo()])
 def test_a_rule_that_keeps_the_weights_is_not_moved(member: Any) -> None:
-    with pytest.raises(ValueError, match="group 'muown': muown keeps .* wrap it in tail_ema only"):
+    with pytest.raises(ValueError, match="group 'muown': muown keeps .* give it tail_ema only"):
         make("muown", [Parameter(torch.ones(4, 5))]).with_averaging(member)
     make("muown", [Parameter(torch.ones(4, 5))]).with_averaging(TailEMA())
 
@@ -438,7 +438,7 @@ def test_what_is_frozen_ahead_or_in_evaluation_comes_back() -> None:
 @pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")
 def test_lightning_tells_the_length_of_epochs(tmp_path: Path) -> None:
     fit = trainer(tmp_path, max_epochs=2)
-    fit.fit(Net("adamw", wrap={"tail_ema": {"start": 0.5}}), Rows(4))
+    fit.fit(Net("adamw", averaging={"tail_ema": {"start": 0.5}}), Rows(4))
     optimizer: Any = fit.optimizers[0]
     assert (optimizer.total_steps, optimizer.param_groups[0]["average_count"]) == (8, 4)
     assert lightning.AveragedWeights is AveragedWeights

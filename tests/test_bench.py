@@ -322,9 +322,9 @@ def test_a_trial_is_validated_with_the_averaged_weights(tmp_path: Path, cache: P
     setup = dataclasses.replace(TOY, evaluations=4)
     tail = {"start": 0, "tau": 1e30, "weight": 1.0}
     losses = {}
-    for wrap in ({}, {"tail_ema": tail}):
-        line = execute(Trial(setup, "muon", 1e-2, {"rest_lr": 0.0, "wrap": wrap}), workspace(tmp_path, cache))
-        losses[bool(wrap)] = [x["loss"] for x in line["curve"][1:]]
+    for averaging in ({}, {"tail_ema": tail}):
+        line = execute(Trial(setup, "muon", 1e-2, {"rest_lr": 0.0, "averaging": averaging}), workspace(tmp_path, cache))
+        losses[bool(averaging)] = [x["loss"] for x in line["curve"][1:]]
     assert len(losses[True]) == 4 and set(losses[True]) == {losses[False][0]} and len(set(losses[False])) == 4
 
 

@@ -74,7 +74,7 @@ def test_flat_tensors_are_stepped_by_elementwise_rules_only(name: str, way: Call
         ({"on_nonfinite": "skip"}, "on_nonfinite='skip' needs whole parameters.*give on_nonfinite='off'"),
         ({"state_storage": "int8"}, "state_storage='int8' needs whole parameters"),
         ({"constraint": "hyperball"}, "constraint='hyperball' needs whole parameters"),
-        ({"wrap": {"tail_ema": {}}}, "the averages of `with_averaging` would not reach the model"),
+        ({"averaging": {"tail_ema": {}}}, "the averages of `with_averaging` would not reach the model"),
         ({"state_storage": "host"}, None),
     ],
 )

@@ -142,7 +142,7 @@ PRICED: list[tuple[str, dict[str, Any]]] = [
     ("adam_mini", {}),
     ("lion", {"param_rounding": "kahan"}),
     ("muon", {"constraint": "hyperball"}),
-    ("soap", {"wrap": {"tail_ema": {}}}),
+    ("soap", {"averaging": {"tail_ema": {}}}),
 ]
 
 

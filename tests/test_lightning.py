@@ -277,7 +277,7 @@ class Midway(BatchSizeFinder):
             {"schedule": {"schedule": "power", "cooldown": 16}},
             lambda step: (8 - step) / 16,
         ),  # the first step's, too
-        (BatchSizeFinder, {"schedule": "cosine", "wrap": {"tail_ema": {"start": 0.5}}}, lambda t: cosine(t, 0, 8)),
+        (BatchSizeFinder, {"schedule": "cosine", "averaging": {"tail_ema": {"start": 0.5}}}, lambda t: cosine(t, 0, 8)),
     ],
     ids=["linear", "midway", "power", "averages"],
 )

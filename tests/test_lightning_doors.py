@@ -405,7 +405,7 @@ def config() -> OptimizerConfig:
         schedule={"schedule": "power", "cooldown": 0.5},
         rest_settings={"betas": (np.float32(0.875), 0.95)},
         overrides=[("head", None, {"lr": np.float64(5e-3)}), ("hidden.*", "adamw")],
-        settings={"ns_steps": np.int64(3), "wrap": {"tail_ema": {"start": 2}}},
+        settings={"ns_steps": np.int64(3), "averaging": {"tail_ema": {"start": 2}}},
     )
 
 

@@ -65,7 +65,7 @@ def test_every_preset_is_what_it_says(name: str) -> None:
     assert {(g["uw_floor"], g["pin"], g["cautious_decay"]) for g in others} == {(0.0, False, 0.0)}
     assert optimizer.curve is not None and optimizer.curve.schedule == "power"
     members = optimizer.averages.members if optimizer.averages else []
-    assert {m.name for m in members} == set(preset.settings.get("wrap", {}))
+    assert {m.name for m in members} == set(preset.settings.get("averaging", {}))
     assert preset.source and str(plan(model, preset.rule, preset=name))
 
 
@@ -152,7 +152,7 @@ def test_arguments_go_before_the_preset() -> None:
         lr=0.03,
         overrides=[("head", None, {"lr": 0.5})],
         schedule={"cooldown": 0.5, "momentum_warmup_steps": 10},
-        wrap={"tail_ema": {"start": 5}},
+        averaging={"tail_ema": {"start": 5}},
         rest_settings={"betas": (0.9, 0.9)},
     )
     by_role = {g["role"]: g for g in optimizer.param_groups}
@@ -182,13 +182,13 @@ def train(model: nn.Module, optimizer: RuleOptimizer, scheduler: ScheduleLR, som
 
 
 def started(name: str, model: nn.Module) -> tuple[RuleOptimizer, ScheduleLR]:
-    optimizer = build_optimizer(model, rule_of(name), preset=name, wrap=early(name))
+    optimizer = build_optimizer(model, rule_of(name), preset=name, averaging=early(name))
     return optimizer, ScheduleLR(optimizer, total_steps=8)
 
 
 def early(name: str) -> dict[str, Any] | None:
     """The preset's averages, at work in a run of eight steps."""
-    given = PRESETS[name].settings.get("wrap")
+    given = PRESETS[name].settings.get("averaging")
     soon = {"ema_nesterov": {"start": 2, "stop": 7}, "tail_ema": {"start": 3}}
     return None if given is None else {k: {**v, **soon[k]} for k, v in given.items()}
 
@@ -296,7 +296,7 @@ def test_lightning_validates_saves_and_resumes(tmp_path: Path, name: str) -> Non
                 trainer.save_checkpoint(tmp_path / "last.ckpt")
 
     def net() -> Net:
-        return Watched(rule_of(name), PRESETS[name].settings["lr"], preset=name, wrap=early(name))
+        return Watched(rule_of(name), PRESETS[name].settings["lr"], preset=name, averaging=early(name))
 
     whole, resumed, save = net(), net(), Save()
     settings: dict[str, Any] = {"max_steps": STEPS, "val_check_interval": 3, "num_sanity_val_steps": 1}
@@ -337,7 +337,7 @@ def test_lightning_takes_accumulated_gradients_at_one_point(tmp_path: Path) -> N
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             self.after = [*getattr(self, "after", []), self.hidden.weight.detach().clone()]
 
-    net = Watched("muon", wrap={"ema_nesterov": {"step_size": 2.0, "beta": 0.5, "start": 1}})
+    net = Watched("muon", averaging={"ema_nesterov": {"step_size": 2.0, "beta": 0.5, "start": 1}})
     trainer(tmp_path, max_steps=STEPS // 2, accumulate_grad_batches=2).fit(net, Rows(STEPS))
     for k in range(2, STEPS, 2):
         assert torch.equal(net.at[k], net.at[k + 1])
@@ -367,8 +367,8 @@ def test_the_flag_follows_the_schedule_saves_and_resumes(tmp_path: Path, name: s
         }
         return arguments(tmp_path, **steps, **settings)
 
-    wrap = f", wrap={early(name)}" if early(name) else ""
-    flagged = args(optim=rule_of(name), optim_args=f"preset={name}{wrap}")
+    flag = f", averaging={early(name)}" if early(name) else ""
+    flagged = args(optim=rule_of(name), optim_args=f"preset={name}{flag}")
     whole: Any = trainer_of(llama(tied=False), flagged, KeepSchedule())
     whole.train()
     optimizer = whole.optimizer.optimizer
@@ -379,7 +379,7 @@ def test_the_flag_follows_the_schedule_saves_and_resumes(tmp_path: Path, name: s
         factor = optimizer.curve.factor(8, lambda: 8, group)
         assert rates[group["name"]] == pytest.approx(group["initial_lr"] * factor)
     plain: Any = Trainer(llama(tied=False), args(optim="adamw_torch"), train_dataset=Tokens())
-    again = attach(plain, rule_of(name), preset=name, wrap=early(name))
+    again = attach(plain, rule_of(name), preset=name, averaging=early(name))
     again.train(str(tmp_path / "checkpoint-5"))
     assert_same(weights(whole.model), weights(again.model))
     assert_same_state(whole, again)

@@ -727,7 +727,7 @@ def test_an_average_leaves_a_search_as_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("member", [EMANesterov(), MuLoCo()], ids=["ahead", "outer"])
 def test_lbfgs_whose_pairs_go_from_step_to_step_is_not_moved(member: Any) -> None:
-    with pytest.raises(ValueError, match="lbfgs keeps .* wrap it in tail_ema only"):
+    with pytest.raises(ValueError, match="lbfgs keeps .* give it tail_ema only"):
         LBFGS([Parameter(torch.ones(2))]).with_averaging(member)
 
 

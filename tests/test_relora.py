@@ -166,7 +166,7 @@ def test_settings_and_models_that_do_not_fit_are_told() -> None:
             ReLoRA(model, optimizer, every=2)
     model = adapted()
     with pytest.raises(ValueError, match="averages cannot follow"):
-        ReLoRA(model, build_optimizer(model, "muon", lr=1e-2, wrap={"tail_ema": {}}), every=2)
+        ReLoRA(model, build_optimizer(model, "muon", lr=1e-2, averaging={"tail_ema": {}}), every=2)
 
 
 # -- Transformers -----------------------------------------------------------------------------------------------------

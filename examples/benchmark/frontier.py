@@ -139,8 +139,8 @@ def preset(name: str, rule: str, lr: float, adds: str) -> tuple[Entry, Entry]:
         out: Settings = {"preset": name, "overrides": [["embedding", None, {"lr": REST_LR}]]}
         if rule == "soap_muon":
             out["schedule"] = moved_momentum(steps)
-            out["wrap"] = {"ema_nesterov": ema_nesterov(steps)}
-            out["wrap"] |= {"tail_ema": tail_ema(steps)} if name == "record46" else {}
+            out["averaging"] = {"ema_nesterov": ema_nesterov(steps)}
+            out["averaging"] |= {"tail_ema": tail_ema(steps)} if name == "record46" else {}
         return out
 
     said, base = "its numbers of steps in proportion, the embedding's rate that of all others", rule.removeprefix("kl_")
@@ -167,8 +167,10 @@ PIECES = (
     piece("refresh at every step", always(refresh="fixed:1"), "for every 10"),
     piece("converged iterations", always(ns_steps=12, ns_coefficients="converged"), "12 for 5"),
     piece("momentum kernel", bi_maxwell, "bi-Maxwell from 37 % of the run on"),
-    piece("EMA-Nesterov", lambda steps: {"wrap": {"ema_nesterov": ema_nesterov(steps)}}, "its memory in proportion"),
-    piece("tail EMA", lambda steps: {"wrap": {"tail_ema": tail_ema(steps)}}, "its memory in proportion"),
+    piece(
+        "EMA-Nesterov", lambda steps: {"averaging": {"ema_nesterov": ema_nesterov(steps)}}, "its memory in proportion"
+    ),
+    piece("tail EMA", lambda steps: {"averaging": {"tail_ema": tail_ema(steps)}}, "its memory in proportion"),
     piece("power cooldown", lambda steps: {"schedule": power(steps)}, "of 1.2, for the cosine"),
     piece("hyperball", always(constraint="hyperball", weight_decay=0.0), "for the decay"),
     piece("row floor", always(uw_floor=0.3825, uw_floor_by="row"), "0.3825"),

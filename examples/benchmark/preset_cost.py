@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for label in ("muon", "soap", "soap, every step", *known):
         model = blocks(s.width, s.layers, s.vocabulary, s.device)
         if label in known:
-            averages = {k: {**v, "start": 0} for k, v in PRESETS[label].settings.get("wrap", {}).items()}
-            optimizer = build_optimizer(model, known[label], preset=label, wrap=averages)
+            averages = {k: {**v, "start": 0} for k, v in PRESETS[label].settings.get("averaging", {}).items()}
+            optimizer = build_optimizer(model, known[label], preset=label, averaging=averages)
             optimizer.total_steps = 1000  # all averages are at work in the first steps of so many
         else:
             settings: dict[str, Any] = {"refresh": "fixed:1"} if "," in label else {}

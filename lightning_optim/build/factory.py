@@ -5,12 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_optim.build.recipes import PRESETS, resolve_settings
-from lightning_optim.build.roles import MATRIX_ROLES, Override, applicable_overrides, assign, roles, without_parameters
+from lightning_optim.build.roles import (
+    MATRIX_ROLES,
+    Assignment,
+    Override,
+    applicable_overrides,
+    assign,
+    roles,
+    without_parameters,
+)
 from lightning_optim.core import options
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.options import OPTIONS
@@ -18,7 +26,7 @@ from lightning_optim.core.parallel import collectives, sharding
 from lightning_optim.core.parallel.flat_parameters import check_unflattened
 from lightning_optim.core.param_groups import rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
-from lightning_optim.core.step.averaging_methods import averages_of
+from lightning_optim.core.step.averaging_methods import AveragingMethod, averages_of
 from lightning_optim.optimizers import CLASSES
 from lightning_optim.schedule import OF_ROLE, ScheduleConfig, schedule_settings
 
@@ -40,7 +48,7 @@ def build_optimizer(
     overrides: Sequence[Override] = (),
     last_layer: Literal["rest", "rule"] | None = None,
     blocks: Literal["layers", "heads"] | None = None,
-    wrap: Mapping[str, Mapping[str, Any]] | None = None,
+    averaging: Mapping[str, Mapping[str, Any]] | None = None,
     schedule: str | Mapping[str, Any] | None = None,
     fused_backward: bool = False,
     shard_work: bool = False,
@@ -58,7 +66,7 @@ def build_optimizer(
         lr: learning rate; with the default convention, AdamW's.
         recipe: name of published settings (`lightning_optim.build.recipes`) for what is not given here.
         preset: name of a published pretraining stack (`lightning_optim.build.recipes.PRESETS`), with roles, `schedule`
-            and `wrap`; what is given here takes precedence. With a learning rate of 1e-3 or less, or adapters, only the
+            and `averaging`; what is given here takes precedence. With a learning rate of 1e-3 or less, or adapters, only the
             rule's hyperparameters are taken, and a warning says so.
         weight_decay: of everything but vectors; 0 if not given.
         rest: rule of what the main rule does not take; adamw if not given.
@@ -75,7 +83,7 @@ def build_optimizer(
         blocks: what is a matrix to rules that need whole ones: each of fused `"layers"`, if not given, or also each of
             the `"heads"` of queries, keys and values, which rules with row, column or whole sums then follow, too.
             `adam_mini` has one second moment per head of queries and keys in any case, unless `block="row"` is given.
-        wrap: what to do around the steps, by name: `{"ema_nesterov": {"step_size": 0.6}}`, `"tail_ema"`, `"muloco"`
+        averaging: averaging methods by name: `{"ema_nesterov": {"step_size": 0.6}}`, `"tail_ema"`, `"muloco"`
             (`lightning_optim.core.step.weight_averaging`).
         schedule: `"linear"`, `"cosine"` or another name, or settings of `lightning_optim.schedule.ScheduleConfig`,
             `{"schedule": "cosine", "warmup_steps": 100}`. `ScheduleLR` and the trainers' integrations follow it.
@@ -99,91 +107,152 @@ def build_optimizer(
         "weight_decay": weight_decay,
         "rest": rest,
         "rest_lr": rest_lr,
-        "rest_settings": rest_settings,
+        "rest_settings": None if rest_settings is None else options.expand_options(rest_settings),
         "lr_convention": lr_convention,
         "last_layer": last_layer,
         "blocks": blocks,
-        "wrap": wrap,
+        "averaging": averaging,
         "schedule": None if schedule is None else schedule_settings(schedule),
         "overrides": overrides,
     }
-    if recipe is not None and preset is not None:
-        raise ValueError(f"give a recipe or a preset, not both; got {recipe!r} and {preset!r}")
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; {nearest(preset, list(PRESETS))}")
-    adapters = preset is not None and any(trait.role.startswith("lora") for trait in roles(model).values())
-    resolved = resolve_settings(name, recipe or preset, arguments | settings, adapters=adapters)
-    more = resolved.pop("more_overrides")
-    overrides = [*overrides, *applicable_overrides(model, overrides, more)] if more else overrides
-    curve = ScheduleConfig.of(resolved["schedule"]) if resolved["schedule"] else None
-    members = averages_of(resolved["wrap"])
-    rule, other = lookup(name), lookup(resolved["rest"])
-    rule_settings = {k: v for k, v in resolved.items() if k not in arguments}
-    _check_names(rule, rule_settings)
-    of_rest = {k: v for k, v in resolved["rest_settings"].items() if k not in OF_ROLE}
-    _check_names(other, of_rest)
-    normed = {key: rule_settings.pop(key) for key in options.CONSTRAINTS if key in rule_settings}
-    masked = rule_settings.pop("cautious_decay", 0.0)
-    shared = {key: value for key, value in rule_settings.items() if key in OPTIONS}
-    of_rule = {other.name: shared | resolved["rest_settings"], rule.name: rule_settings}
-    groups: dict[str, dict[str, Any]] = {}
-    relatives: dict[str, dict[str, Any]] = {}
-    cut = {key: resolved[key] for key in ("last_layer", "blocks")}
-    assigned = assign(model, name, other.name, overrides, **cut, constrained=bool(normed), given=of_rule)
-    for a in assigned:
-        if a.group not in groups:
-            owner = lookup(a.rule)
-            extra = dict(a.settings)
-            factor, relative = extra.pop("lr_factor", 1.0), extra.pop("lr_per_rms", None)
-            _check_names(owner, {k: v for k, v in extra.items() if k not in OF_ROLE})
-            own_lr = a.rule == rule.name or resolved["rest_lr"] is None
-            group = {
-                "name": a.group,
-                "rule": a.rule,
-                "role": a.role,
-                "lr": resolved["lr"] if own_lr else resolved["rest_lr"],
-                "weight_decay": 0.0 if a.role == "vector" else resolved["weight_decay"],
-                "cautious_decay": 0.0 if a.role == "vector" and masked is not True else masked,
-                "lr_convention": resolved["lr_convention"],
-                "transposed": a.transposed,
-                "blocks": a.blocks,
-                **of_rule.get(a.rule, shared),
-                **(normed if a.rule == rule.name and a.role in MATRIX_ROLES else {}),
-                **extra,
-                "params": [],
-            }
-            check_value(f"{a.group}: lr_factor", factor, float)
-            check_value(f"{a.group}: lr_per_rms", relative, float | None)
-            if relative is not None:
-                group["lr"], relatives[a.group] = relative, group
-            if factor != 1:
-                group["lr"] = group["lr"] * factor
-            groups[a.group] = group
-        groups[a.group]["params"].append((a.name, a.param))
-    for group in relatives.values():
-        group["lr"] *= _rms([p for _, p in group["params"]])
-    ordered = sorted(groups.values(), key=lambda g: (g["rule"] != rule.name, g["role"] != "hidden"))
-    optimizer = CLASSES[rule.name](ordered)
-    given_all = {k: resolved[k] for k in ("lr", "weight_decay", "lr_convention")}
-    optimizer.defaults.update(rule_settings | given_all | {"cautious_decay": masked})
-    _say_native(optimizer, resolved["lr_convention"])
-    if all(a.rule != rule.name for a in assigned):
-        _log.warning("%s", without_parameters(rule.name, ((a.name, a.role, a.param.shape) for a in assigned)))
+    request = _resolve(model, name, recipe, preset, arguments, options.expand_options(settings))
+    optimizer = _with_groups(model, request)
 
     def divide(group: dict[str, Any]) -> list[dict[str, Any]]:
-        like = arguments | {"overrides": overrides, "wrap": {}}
+        like = arguments | {"overrides": request.overrides, "averaging": {}}
         again = build_optimizer(model, name, recipe=recipe, preset=preset, **like, **settings)
         return _divided(group, again, {g["name"] for g in optimizer.param_groups})
 
     optimizer.divide = divide
-    if members:
-        optimizer.with_averaging(*members)
-    optimizer.curve = curve
+    if request.averaging:
+        optimizer.with_averaging(*request.averaging)
+    optimizer.curve = request.schedule
     if fused_backward:
         optimizer.fuse_backward()
     if shard_work:
         optimizer.shard_work()
     return optimizer
+
+
+class _Request(NamedTuple):
+    """What `build_optimizer` is asked for, with recipe, preset and defaults resolved and every name checked."""
+
+    rule: type[Rule]
+    rest: type[Rule]
+    values: dict[str, Any]
+    """The arguments of `build_optimizer`."""
+    settings: dict[str, Any]
+    """Hyperparameters and options of the main rule."""
+    constraints: dict[str, Any]
+    """Options about the norms of matrices, for the main rule's hidden ones."""
+    cautious_decay: float | bool
+    overrides: Sequence[Override]
+    schedule: ScheduleConfig | None
+    averaging: list[AveragingMethod]
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Options of all groups."""
+        return {key: value for key, value in self.settings.items() if key in OPTIONS}
+
+    @property
+    def by_rule(self) -> dict[str, dict[str, Any]]:
+        """Hyperparameters and options of each rule."""
+        return {self.rest.name: self.shared | self.values["rest_settings"], self.rule.name: self.settings}
+
+
+def _resolve(
+    model: nn.Module,
+    name: str,
+    recipe: str | None,
+    preset: str | None,
+    arguments: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> _Request:
+    """Fill in what a recipe or a preset says, and check every name before a group is made."""
+    if recipe is not None and preset is not None:
+        raise ValueError(f"give a recipe or a preset, not both; got {recipe!r} and {preset!r}")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; {nearest(preset, list(PRESETS))}")
+    adapters = preset is not None and any(trait.role.startswith("lora") for trait in roles(model).values())
+    values = resolve_settings(name, recipe or preset, {**arguments, **settings}, adapters=adapters)
+    more, overrides = values.pop("more_overrides"), arguments["overrides"]
+    overrides = [*overrides, *applicable_overrides(model, overrides, more)] if more else overrides
+    rule, rest = lookup(name), lookup(values["rest"])
+    rule_settings = {k: v for k, v in values.items() if k not in arguments}
+    _check_names(rule, rule_settings)
+    _check_names(rest, {k: v for k, v in values["rest_settings"].items() if k not in OF_ROLE})
+    constraints = {key: rule_settings.pop(key) for key in options.CONSTRAINTS if key in rule_settings}
+    return _Request(
+        rule,
+        rest,
+        values,
+        rule_settings,
+        constraints,
+        rule_settings.pop("cautious_decay", 0.0),
+        overrides,
+        ScheduleConfig.of(values["schedule"]) if values["schedule"] else None,
+        averages_of(values["averaging"]),
+    )
+
+
+def _with_groups(model: nn.Module, request: _Request) -> RuleOptimizer:
+    """The optimizer with one group per rule and role; a warning says what is not as one might expect."""
+    rule, values = request.rule, request.values
+    matrices = {key: values[key] for key in ("last_layer", "blocks")}
+    assigned = assign(
+        model,
+        rule.name,
+        request.rest.name,
+        request.overrides,
+        **matrices,
+        constrained=bool(request.constraints),
+        given=request.by_rule,
+    )
+    groups: dict[str, dict[str, Any]] = {}
+    for a in assigned:
+        if a.group not in groups:
+            groups[a.group] = _group_of(a, request)
+        groups[a.group]["params"].append((a.name, a.param))
+    for group in groups.values():
+        per_rms = group.pop("lr_per_rms")
+        if per_rms is not None:
+            group["lr"] *= _rms([p for _, p in group["params"]])
+    ordered = sorted(groups.values(), key=lambda g: (g["rule"] != rule.name, g["role"] != "hidden"))
+    optimizer = CLASSES[rule.name](ordered)
+    common = {k: values[k] for k in ("lr", "weight_decay", "lr_convention")}
+    optimizer.defaults.update(request.settings | common | {"cautious_decay": request.cautious_decay})
+    _say_native(optimizer, values["lr_convention"])
+    if all(a.rule != rule.name for a in assigned):
+        _log.warning("%s", without_parameters(rule.name, ((a.name, a.role, a.param.shape) for a in assigned)))
+    return optimizer
+
+
+def _group_of(a: Assignment, request: _Request) -> dict[str, Any]:
+    """The group of an assignment, without parameters; `lr_per_rms` is still to be multiplied by their RMS."""
+    values, masked, settings = request.values, request.cautious_decay, dict(a.settings)
+    factor, per_rms = settings.pop("lr_factor", 1.0), settings.pop("lr_per_rms", None)
+    _check_names(lookup(a.rule), {k: v for k, v in settings.items() if k not in OF_ROLE})
+    check_value(f"{a.group}: lr_factor", factor, float)
+    check_value(f"{a.group}: lr_per_rms", per_rms, float | None)
+    is_main, is_vector = a.rule == request.rule.name, a.role == "vector"
+    group = {
+        "name": a.group,
+        "rule": a.rule,
+        "role": a.role,
+        "lr": values["lr"] if is_main or values["rest_lr"] is None else values["rest_lr"],
+        "weight_decay": 0.0 if is_vector else values["weight_decay"],
+        "cautious_decay": 0.0 if is_vector and masked is not True else masked,
+        "lr_convention": values["lr_convention"],
+        "transposed": a.transposed,
+        "blocks": a.blocks,
+        **request.by_rule.get(a.rule, request.shared),
+        **(request.constraints if is_main and a.role in MATRIX_ROLES else {}),
+        **settings,
+        "params": [],
+    }
+    lr = group["lr"] if per_rms is None else per_rms
+    return group | {"lr": lr if factor == 1 else lr * factor, "lr_per_rms": per_rms}
 
 
 def _divided(group: Mapping[str, Any], like: RuleOptimizer, taken: Collection[str]) -> list[dict[str, Any]]:

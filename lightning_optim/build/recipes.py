@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "last_layer": "rest",
     "blocks": "layers",
     "overrides": (),
-    "wrap": {},
+    "averaging": {},
     "schedule": {},
 }
 """Arguments of `build_optimizer` that neither the user nor a recipe gives."""
@@ -194,7 +194,7 @@ RECORD: dict[str, Any] = {
         "momentum_cooldown_steps": 200,
         "momentum_end": 0.85,
     },
-    "wrap": {"ema_nesterov": {"step_size": 0.3, "beta": 0.99, "start": 300, "stop": 1740 / 2690}},
+    "averaging": {"ema_nesterov": {"step_size": 0.3, "beta": 0.99, "start": 300, "stop": 1740 / 2690}},
 }
 """What entries 44 and 46 share. The benchmark's run has 2690 steps of the 2900 that its learning rate would take."""
 
@@ -238,7 +238,7 @@ PRESETS: dict[str, Recipe] = {
             "uw_floor_by": "row",
             "cautious_decay": 0.025,
             "cautious_when": "after_pin",
-            "wrap": {**RECORD["wrap"], "tail_ema": {"start": 2400 / 2690, "tau": 150.0, "weight": 0.6}},
+            "averaging": {**RECORD["averaging"], "tail_ema": {"start": 2400 / 2690, "tau": 150.0, "weight": 0.6}},
         },
         f"{TRACK3}, pull request 328 (entry 46, 2690 steps)",
         pretraining=True,

@@ -175,8 +175,8 @@ def _layers_with_factors(model: nn.Module, optimizer: RuleOptimizer) -> list[Lay
     for key, (rule, plan) in params.items():
         if plan.param.ndim > 1 and key not in out:
             raise ValueError(
-                f"{plan.name}: {rule.name} needs the weight of an nn.Linear, an nn.Conv2d (one group, padded by zeros) or "
-                "Transformers' Conv1D; give it to another rule (overrides)"
+                f"{plan.name}: {rule.name} needs the weight of an nn.Linear, an nn.Conv2d (one group, padded by zeros) "
+                "or Transformers' Conv1D; give it to another rule (overrides)"
             )
     return list(out.values())
 

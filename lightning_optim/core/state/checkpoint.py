@@ -158,7 +158,9 @@ def complete_saved_groups(
                 "build the optimizer as it was when the checkpoint was saved"
             )
         if not averaging and group.get("average_step"):
-            raise ValueError("the checkpoint's optimizer was wrapped (EMANesterov, ...): wrap this one alike")
+            raise ValueError(
+                "the checkpoint's optimizer averages weights (EMANesterov, ...): give this one the same averaging"
+            )
         settings = _translated(group) if "rule" in group else lookup(now["rule"]).translate(dict(group))
         settings = {k: v for k, v in settings.items() if k in now or k not in MOMENTUM_NAMES}
         out.append({**{k: v for k, v in now.items() if k != "params"}, **settings, "compile": now["compile"]})

@@ -190,7 +190,7 @@ class MuLoCo(AveragingMethod):
 
 
 AVERAGES: dict[str, type[AveragingMethod]] = {cls.name: cls for cls in (EMANesterov, TailEMA, MuLoCo)}
-"""By the names under which `build_optimizer(..., wrap={"tail_ema": {"start": 0.9}})` takes them."""
+"""By the names under which `build_optimizer(..., averaging={"tail_ema": {"start": 0.9}})` takes them."""
 
 
 def averages_of(given: Mapping[str, Mapping[str, Any]]) -> list[AveragingMethod]:
@@ -208,7 +208,7 @@ def averages_of(given: Mapping[str, Mapping[str, Any]]) -> list[AveragingMethod]
     out = []
     for name, settings in given.items():
         if name not in AVERAGES:
-            raise ValueError(f"wrap: unknown name {name!r}; {nearest(name, list(AVERAGES))}")
+            raise ValueError(f"averaging: unknown name {name!r}; {nearest(name, list(AVERAGES))}")
         known = [f.name for f in fields(AVERAGES[name])]
         for key in settings:
             if key not in known:

@@ -39,8 +39,7 @@ class _Pool:
         return self._phases[interval][rank]
 
     def is_due(self, policy: Policy, rank: int, t: int) -> bool:
-        """Whether a periodic policy refreshes a parameter in a step; it is asked for the next step once per
-        interval."""
+        """Whether a periodic policy refreshes a parameter in a step; it is asked once per interval."""
         asked, due = self._next.get(rank, (0, 0))
         if not asked <= t <= due:
             due = policy.next_step(t, functools.partial(self.phase, rank))

@@ -60,7 +60,7 @@ class Averages:
     def __init__(self, optimizer: AveragedOptimizer, members: tuple[AveragingMethod, ...]) -> None:
         names = [m.name for m in members]
         if len(set(names)) < len(names) or {EMANesterov.name, MuLoCo.name} <= set(names):
-            raise ValueError(f"wrap: {', '.join(names)} do not go together; each once, and ema_nesterov or muloco")
+            raise ValueError(f"averaging: {', '.join(names)} do not go together; each once, and ema_nesterov or muloco")
         self.members = sorted(members, key=lambda m: m.name == TailEMA.name)
         self.ahead = next((m for m in members if isinstance(m, EMANesterov)), None)
         self.lr = optimizer.param_groups[0]["lr"] if optimizer.param_groups else 0.0
@@ -80,7 +80,7 @@ class Averages:
         if moving and lookup(group["rule"]).tracks_weights:
             raise ValueError(
                 f"group {group['name']!r}: {group['rule']} keeps in its state where its own steps have led, and "
-                f"{', '.join(moving)} puts the weights elsewhere; wrap it in tail_ema only, or take another rule"
+                f"{', '.join(moving)} puts the weights elsewhere; give it tail_ema only, or take another rule"
             )
         for i, p in enumerate(group["params"]):
             label, p = p if isinstance(p, tuple) else (f"parameter {i} of group {group['name']!r}", p)
@@ -109,7 +109,7 @@ class Averages:
         """
         if self.needs_total and optimizer.total_steps is None:
             raise RuntimeError(
-                "wrap: start or stop is a share of the run, whose length is not known: set optimizer.total_steps, give "
+                "averaging: start or stop is a share of the run, whose length is not known: set optimizer.total_steps, give "
                 "Schedule total_steps, or the trainer the callback AveragedWeights() (Lightning) or KeepSchedule() "
                 "(Transformers)"
             )
