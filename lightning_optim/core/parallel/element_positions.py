@@ -22,7 +22,7 @@ def first_element(p: Tensor) -> int | None:
         return 0
     if any(local(p).shape[d] != p.shape[d] for d in range(1, p.ndim)):
         return None
-    return _first(p)
+    return _first_index(p)
 
 
 def start_of(p: Tensor, name: str = "parameter") -> int:
@@ -44,10 +44,10 @@ def start_of(p: Tensor, name: str = "parameter") -> int:
             f"{name}: 8-bit state is sharded by rows (dimension 0), the parameter by {sharding.placements}; "
             "choose state_storage='bf16' or 'fp32' for it"
         )
-    return _first(p)
+    return _first_index(p)
 
 
-def _first(p: Tensor) -> int:
+def _first_index(p: Tensor) -> int:
     return local_bounds(p)[0][0] * math.prod(p.shape[1:]) if p.ndim else 0
 
 

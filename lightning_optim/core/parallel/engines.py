@@ -28,9 +28,9 @@ def validate_engine(rules: Iterable[type[Rule]]) -> None:
     config = _deepspeed_config()
     if config is not None:
         check_deepspeed(config, rules)
-    whole = _whole(rules)
-    if whole and _is_fsdp1():
-        raise ValueError(f"{whole} needs whole matrices, {HIDDEN}: accelerate's fsdp_version is 1; {REMEDY}")
+    matrix_rule = _matrix_rule(rules)
+    if matrix_rule and _is_fsdp1():
+        raise ValueError(f"{matrix_rule} needs whole matrices, {HIDDEN}: accelerate's fsdp_version is 1; {REMEDY}")
 
 
 def check_deepspeed(config: Mapping[str, Any], rules: Iterable[type[Rule]]) -> None:
@@ -44,7 +44,7 @@ def check_deepspeed(config: Mapping[str, Any], rules: Iterable[type[Rule]]) -> N
         ValueError: DeepSpeed would replace the optimizer by another one, or flatten matrices that a rule needs.
     """
     rules = list(rules)
-    name, whole = rules[0].name, _whole(rules)
+    name, matrix_rule = rules[0].name, _matrix_rule(rules)
     if "optimizer" in config:
         raise ValueError(
             f"DeepSpeed's configuration has an 'optimizer' of its own, which would replace {name!r} silently; "
@@ -53,7 +53,9 @@ def check_deepspeed(config: Mapping[str, Any], rules: Iterable[type[Rule]]) -> N
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
     device = (zero.get("offload_optimizer") or {}).get("device", "none")
-    zero_error = f"ZeRO-{stage} refuses {whole}, which needs whole matrices; {REMEDY}" if whole and stage else ""
+    zero_error = (
+        f"ZeRO-{stage} refuses {matrix_rule}, which needs whole matrices; {REMEDY}" if matrix_rule and stage else ""
+    )
     if device not in ("none", "auto", None) and config.get("zero_force_ds_cpu_optimizer", True):
         consequence = f". Even so, {zero_error}" if zero_error else f"; {name} then steps on the host"
         raise ValueError(
@@ -61,10 +63,10 @@ def check_deepspeed(config: Mapping[str, Any], rules: Iterable[type[Rule]]) -> N
             f'{name!r}; add "zero_force_ds_cpu_optimizer": false, which keeps it{consequence}'
         )
     if zero_error:
-        raise ValueError(f"{whole} needs whole matrices, {HIDDEN}: DeepSpeed's ZeRO stage is {stage}; {REMEDY}")
+        raise ValueError(f"{matrix_rule} needs whole matrices, {HIDDEN}: DeepSpeed's ZeRO stage is {stage}; {REMEDY}")
 
 
-def _whole(rules: Iterable[type[Rule]]) -> str:
+def _matrix_rule(rules: Iterable[type[Rule]]) -> str:
     """The name of the first rule that cannot step a flat tensor; "" if there is none."""
     return next((rule.name for rule in rules if not rule.elementwise or rule.curvature_input), "")
 

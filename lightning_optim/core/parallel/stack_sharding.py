@@ -170,9 +170,9 @@ class StackSharding:
             return stack
         sizes = {x: self.dims["bmn".index(x)] for x in self.axes if x}
         shape = [stack.shape[0], *(sizes.get(x, k) for x, k in zip(letters, stack.shape[1:], strict=True))]
-        wrapped = wrap(self.cut.mesh, self._placements(letters), shape, stack)
+        dtensor = wrap(self.cut.mesh, self._placements(letters), shape, stack)
         is_small = any(sizes[x] < max(2, self.cut.mesh.size(d)) for d, x in enumerate(self.axes) if x)
-        return wrapped.full_tensor() if is_small else wrapped
+        return dtensor.full_tensor() if is_small else dtensor
 
     def part(self, whole: Tensor, letters: str) -> Tensor:
         """This rank's shard of a stack that every rank has whole.

@@ -142,18 +142,18 @@ def format_of(
         The format.
     """
     storage, block = group["state_storage"], group["storage_block"]
-    compute_dtype, stored = spec.dtype or compute_dtype_of(dtype), stored_shape(spec, shape, dims)
-    full_precision = StateFormat(spec, stored, "fp32", compute_dtype, compute_dtype, block)
-    if storage == "fp32" or math.prod(stored) < group["storage_min"]:
+    compute_dtype, storage_shape = spec.dtype or compute_dtype_of(dtype), stored_shape(spec, shape, dims)
+    full_precision = StateFormat(spec, storage_shape, "fp32", compute_dtype, compute_dtype, block)
+    if storage == "fp32" or math.prod(storage_shape) < group["storage_min"]:
         return full_precision
     if storage == "host":
-        return StateFormat(spec, stored, storage, compute_dtype, compute_dtype, block)
+        return StateFormat(spec, storage_shape, storage, compute_dtype, compute_dtype, block)
     letters = spec.letters
     is_square, is_statistic = letters[0] == letters[1], any(x.isdigit() for x in letters)
     if spec.dtype or spec.exact or is_square or is_statistic or (sums and letters != "mn"):
         return full_precision
     stored_dtype = torch.bfloat16 if storage == "bf16" else CODES[storage]
-    return StateFormat(spec, stored, storage, stored_dtype, compute_dtype, block)
+    return StateFormat(spec, storage_shape, storage, stored_dtype, compute_dtype, block)
 
 
 def compensated(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:

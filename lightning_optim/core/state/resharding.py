@@ -76,8 +76,8 @@ def collect(entries: Sequence[Entry], loaded: Callable[[Entry], Tensor]) -> list
     for batch in _batches(entries):
         exchange = make_exchange([e.team for e in batch], [e.shape for e in batch], [e.owner for e in batch])
         shardings = [e.team if isinstance(e.team, Sharding) else None for e in batch]
-        placed = [place(loaded(e), sharding) for e, sharding in zip(batch, shardings, strict=True)]
-        shards = [local(t).to(e.param.device, e.dtype) for e, t in zip(batch, placed, strict=True)]
+        tensors = [place(loaded(e), sharding) for e, sharding in zip(batch, shardings, strict=True)]
+        shards = [local(t).to(e.param.device, e.dtype) for e, t in zip(batch, tensors, strict=True)]
         out += [(batch[i], t.clone()) for i, t in exchange.to_owners(shards)().items()]
     return out
 

@@ -88,7 +88,7 @@ class EMANesterov(AveragingMethod):
     """EMA-Nesterov: gradients are evaluated at weights extrapolated along their recent motion.
 
     B <- beta B + (1 - beta) (W - W_before), after every step; the next gradient is that at W + step_size (lr / lr_0) B,
-    from where the step is taken, too
+    and the step is taken from there
 
     lr is that of group 0, lr_0 its initial value. Weights are extrapolated from step `start` on and before step `stop`
     (counted from 0; a float is a fraction of the run, `optimizer.total_steps`). `step(closure)` extrapolates for the
@@ -189,9 +189,8 @@ class MuLoCo(AveragingMethod):
         if (t + 1) % max(1, self.every) == 0:
             displacement = s["outer_anchor"] - x
             s["outer_momentum"].mul_(self.momentum).add_(displacement, alpha=self.lr)
-            x.copy_(s["outer_anchor"]).add_(s["outer_momentum"], alpha=-self.momentum).add_(
-                displacement, alpha=-self.lr
-            )
+            x.copy_(s["outer_anchor"])
+            x.add_(s["outer_momentum"], alpha=-self.momentum).add_(displacement, alpha=-self.lr)
             s["outer_anchor"].copy_(x)
 
 

@@ -253,7 +253,7 @@ class FusedBackward:
         return norm
 
     def _clip(self, groups: Sequence[GroupStep]) -> None:
-        """Clip `p.grad` in place, as it is freed after the step; the factor stays on the device."""
+        """Clip `p.grad`, which is freed after the step; the factor stays on the device."""
         for group in groups:
             settings, s = group.group, group.params[0]
             if settings["clip_norm"] is not None:

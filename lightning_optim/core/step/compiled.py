@@ -273,23 +273,23 @@ def _graph(rule: Rule, kind: Kind, threads: int) -> Compiled:
     b, m, n = (EXAMPLE[0] if kind.stacked else 1, *EXAMPLE[1:])
     specs = rule.state_specs(m, n)
     names = {k: name for k, name in zip(specs, kind.storage, strict=False) if name in CODES}
-    quantized: dict[str, tuple[quantize.Format, bool]]
-    quantized = {k: (cast("quantize.Format", name), specs[k].nonnegative) for k, name in names.items()}
+    quantizers: dict[str, tuple[quantize.Format, bool]]
+    quantizers = {k: (cast("quantize.Format", name), specs[k].nonnegative) for k, name in names.items()}
     shapes = [(b, m, n), (b, m, n), *((b, *spec.shape(m, n)) for spec in specs.values())]
     if rule.elementwise:
-        shapes = [(m * n // kind.block, kind.block) if quantized else (m * n,)] * len(shapes)
-    dtypes = [kind.dtype, kind.dtype, *(CODES[quantized[k][0]] if k in quantized else kind.dtype for k in specs)]
+        shapes = [(m * n // kind.block, kind.block) if quantizers else (m * n,)] * len(shapes)
+    dtypes = [kind.dtype, kind.dtype, *(CODES[quantizers[k][0]] if k in quantizers else kind.dtype for k in specs)]
     examples = [torch.empty(s, dtype=d, device=kind.device) for s, d in zip(shapes, dtypes, strict=True)]
     if kind.is_transposed:
         examples = [x.mT.contiguous().mT if x.shape == examples[0].shape else x for x in examples]
-    examples += [torch.empty((shapes[0][0], 1), device=kind.device) for _ in quantized]
-    tables = [quantize.table(name, nonnegative, torch.device(kind.device)) for name, nonnegative in quantized.values()]
+    examples += [torch.empty((shapes[0][0], 1), device=kind.device) for _ in quantizers]
+    tables = [quantize.table(name, nonnegative, torch.device(kind.device)) for name, nonnegative in quantizers.values()]
 
     def update(p: Tensor, g: Tensor, *inputs: Tensor) -> None:
         stored, (t, size, keep, lr) = dict(zip(specs, inputs, strict=False)), inputs[-4:]
-        count = len(quantized)
-        scales, maps = (dict(zip(quantized, inputs[k : k + count], strict=True)) for k in (len(specs), -4 - count))
-        values = {**stored, **{k: quantize.looked_up(stored[k], scales[k], maps[k]) for k in quantized}}
+        count = len(quantizers)
+        scales, maps = (dict(zip(quantizers, inputs[k : k + count], strict=True)) for k in (len(specs), -4 - count))
+        values = {**stored, **{k: quantize.looked_up(stored[k], scales[k], maps[k]) for k in quantizers}}
         traced = replace(cast("Any", rule), lr=lr)
         if rule.decay == "coupled" and rule.weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
@@ -305,16 +305,16 @@ def _graph(rule: Rule, kind: Kind, threads: int) -> Compiled:
         after = {k: getattr(s, k) for k in specs}
         after = {k: x.clone() if id(x) in ids and x is not values[k] else x for k, x in after.items()}
         for key, value in after.items():
-            if key in quantized:
-                name, nonnegative = quantized[key]
+            if key in quantizers:
+                name, nonnegative = quantizers[key]
                 codes, scale = quantize.computed(value, name, nonnegative=nonnegative)
                 stored[key].copy_(codes)
                 scales[key].copy_(scale)
             elif value is not values[key]:
                 values[key].copy_(value)
 
-    graph = compiled(update, [*examples, *tables], 4, {kind.block, 256} if quantized else ())
-    return (lambda tensors, numbers: graph([*tensors, *tables], numbers)) if quantized else graph
+    graph = compiled(update, [*examples, *tables], 4, {kind.block, 256} if quantizers else ())
+    return (lambda tensors, numbers: graph([*tensors, *tables], numbers)) if quantizers else graph
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -178,8 +178,8 @@ class _Rows:
             if self.compensation is not None:
                 x = x + (self.compensation[at] if self.row_ndim else self.compensation)
             k = None if rows is None else rows[at] if self.row_ndim else rows
-            reduced = [t.sum() if self.is_single else t.sum(dims) if dims else t for t in terms(x, d, k)]
-            chunks.append(torch.stack(reduced))
+            row_sums = [t.sum() if self.is_single else t.sum(dims) if dims else t for t in terms(x, d, k)]
+            chunks.append(torch.stack(row_sums))
         if self.is_single:
             return collectives.add_up(torch.stack(chunks, 1).sum(1, keepdim=True, dtype=torch.float64), self.plan.param)
         local_sums = torch.cat(chunks, 1) if self.row_ndim else chunks[0]

@@ -100,7 +100,7 @@ class FlatObjective:
         sizes = torch.tensor([p.numel() for p in self.params], device=self.x.device)
         self.decay = torch.tensor(decays, dtype=self.dtype, device=self.x.device).repeat_interleave(sizes)
         self.is_moved = False
-        self.value, self.gradient = self._measured(self.x)
+        self.value, self.gradient = self._evaluate(self.x)
 
     @torch.no_grad()
     def at(self, x: Tensor) -> tuple[float, Tensor]:
@@ -110,7 +110,7 @@ class FlatObjective:
         self.is_moved = True
         for p, values in zip(self.params, self.parts(x), strict=True):
             p.copy_(values)
-        return self._measured(x)
+        return self._evaluate(x)
 
     def product(self, v: Tensor) -> Tensor:
         """See `Objective`."""
@@ -132,7 +132,7 @@ class FlatObjective:
         flat = x.split([p.numel() for p in self.params])
         return [values.view(p.shape) for p, values in zip(self.params, flat, strict=True)]
 
-    def _measured(self, x: Tensor) -> tuple[float, Tensor]:
+    def _evaluate(self, x: Tensor) -> tuple[float, Tensor]:
         value, gradients = self.oracle.gradient(self.params)
         penalty = 0.5 * float((self.decay * x).dot(x))
         return value + penalty, self.vector(gradients).addcmul_(self.decay, x)
