@@ -336,5 +336,5 @@ def test_fsdp2_equals_ordinary_steps(pool: Pool, name: str) -> None:
 def test_ddp_and_sharded_matrices_are_refused(pool: Pool) -> None:
     for ddp, matrices in pool.run("tests.jobs:refused_in_fused_backward", 2):
         assert "reduces its gradient" in ddp and "nothing was updated" in ddp
-        assert "travel together" in matrices
+        assert "exchanged together" in matrices
     Muon([Parameter(torch.zeros(2, 2))]).fuse_backward()

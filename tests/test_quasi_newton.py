@@ -868,7 +868,7 @@ def test_two_processes_equal_one(pool: Pool, name: str) -> None:
     for one in pool.run("tests.test_quasi_newton:train", 2, name=name, kind="ddp"):
         for key, p in alone.items():
             assert (one[key] - p).norm() <= 1e-8 * (p - start[key]).norm(), key
-    refused = {"fsdp2": "FSDP2 does not support; use DDP", "closure": "the closure of each process"}
+    refused = {"fsdp2": "FSDP2 does not support; use DDP", "closure": "each process's closure"}
     for kind, said in refused.items():
         error = pool.run("tests.test_quasi_newton:train", 2, name=name, kind=kind)[0]["error"]
         assert said in bytes(error.tolist()).decode()
