@@ -243,7 +243,7 @@ class FusedBackward:
                 failures.depth -= 1
                 if failures.named or failures.unnamed:
                     failures.warn()
-        s.plan.param.grad = None
+        s.plan.param.grad = s.grad = None  # `s` is kept until the pass ends
 
     def _measure(self, step: ParamStep, group: dict[str, Any]) -> Tensor:
         norm = collectives.norm(step.plan.param, step.gradient())
