@@ -22,8 +22,8 @@ class OptimizerFactory:
     The Trainer calls `OptimizerFactory()(model, **kwargs)` once the model is placed; its own learning-rate and decay
     groups are not used, so the keyword arguments are those of `build_optimizer`. With `args`, what they do not set is
     read from the Trainer's arguments at that moment, so `Trainer.hyperparameter_search` reaches the optimizer. With
-    `preset`, `schedule` or `averaging` give the Trainer `callbacks=[KeepSchedule()]`, too, which follows them; `attach` and
-    `register` do.
+    `preset`, `schedule` or `averaging` give the Trainer `callbacks=[KeepSchedule()]`, too, which follows them; `attach`
+    and `register` do.
     """
 
     def __call__(

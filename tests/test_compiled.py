@@ -196,13 +196,13 @@ def test_a_missing_compiler_is_found_before_training() -> None:
     [("sgd", {"momentum": 0.9, "dampening": 0.1, "state_storage": "int8"}), *((name, {}) for name in BRANCHING)],
 )
 def test_an_update_that_branches_on_the_step_is_named(name: str, settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"{name} asks for the step or a rate"):
+    with pytest.raises(ValueError, match=f"{name} branches on the step number or a rate"):
         made(name, shapes=[(512, 520)], compile=True, **settings)
 
 
 def test_a_setting_that_changes_all_the_time_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "VARIANTS", 0)
-    monkeypatch.setattr(compiled, "_made", type(compiled._made)())
+    monkeypatch.setattr(compiled, "_graph_counts", type(compiled._graph_counts)())
     with pytest.raises(ValueError, match="other than lr and weight_decay keeps changing"):
         made("lion", compile=True, betas=(0.7, 0.98))
 

@@ -181,7 +181,7 @@ def test_real_fsdp1_is_refused(pool: Any) -> None:
         for said, weights, alone in pool.run("tests.test_errors:fsdp1", 2, original=original):
             assert said.keys() == {"class", "muon", "adafactor", "sophia_g", "adamw", "clip_norm"}
             assert all("use FSDP2" in message for message in said.values()), said
-            assert "so roles (vectors are not decayed, say) cannot be told" in said["adamw"]
+            assert "so roles (vectors are not decayed, say) cannot be derived" in said["adamw"]
             assert "clip_norm=1.0 needs whole parameters" in said["clip_norm"]
             torch.testing.assert_close(weights, alone)
 

@@ -369,7 +369,7 @@ def test_a_kernel_is_saved_and_counted(name: str) -> None:
         (Muon, {"momentum_kernel": ((0.9, 0.5), (1.0, 0.5))}, "momentum_kernel.*below 1"),
         (Muon, {"momentum_kernel": ()}, "momentum_kernel must be"),
         (Muon, {"momentum_kernel": ((0.9,), (0.8,))}, "momentum_kernel must be"),
-        (SOAP, {"momentum_kernel": ((0.9, 1.0, 1.0),)}, "kernel_steps must say"),
+        (SOAP, {"momentum_kernel": ((0.9, 1.0, 1.0),)}, "kernel_steps must be the steps between which weights change"),
         (Muon, {"soft": 0.5}, "soft.*converged"),
         (Muon, {"soft": 1.5, "ns_steps": 12, "ns_coefficients": "converged"}, "soft must be at most 1"),
         (Muon, {"contra_size": "big"}, "contra_size: unknown value 'big'"),

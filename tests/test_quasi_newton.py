@@ -743,17 +743,19 @@ def test_without_a_loss_the_error_says_what_to_add() -> None:
     optimizer = build_optimizer(model, "lbfgs", lr=1.0)
     backward(model)
     before = weights(model)
-    with pytest.raises(RuntimeError, match=r"loss of the batch at other weights, and nobody.*or step\(closure\)"):
+    with pytest.raises(
+        RuntimeError, match=r"loss of the batch at other weights, but no curvature estimator.*or step\(closure\)"
+    ):
         optimizer.step()
     with pytest.raises(ValueError, match="the closure must return the loss"):
         optimizer.step(lambda: backward(model))
     CurvatureEstimator(model, optimizer, model.loss)
-    with pytest.raises(RuntimeError, match=r"call ready\(\) of the feed before step"):
+    with pytest.raises(RuntimeError, match=r"call estimate\(\) of the curvature estimator before step\(\)"):
         optimizer.step()
     assert_same(before, weights(model))
     assert all(int(s["step"]) == 0 for s in optimizer.state.values())
     free = build_optimizer(model, "hessian_free", lr=1.0)
-    with pytest.raises(RuntimeError, match="which a closure cannot give.*Feed"):
+    with pytest.raises(RuntimeError, match="which a closure cannot give.*CurvatureEstimator"):
         free.step(lambda: (backward(model), 1.0)[1])
     assert_same(before, weights(model))
 
@@ -866,7 +868,7 @@ def test_two_processes_equal_one(pool: Pool, name: str) -> None:
     for one in pool.run("tests.test_quasi_newton:train", 2, name=name, kind="ddp"):
         for key, p in alone.items():
             assert (one[key] - p).norm() <= 1e-8 * (p - start[key]).norm(), key
-    refused = {"fsdp2": "FSDP2 does not support; use DDP", "closure": "the closure of each process"}
+    refused = {"fsdp2": "FSDP2 does not support; use DDP", "closure": "each process's closure"}
     for kind, said in refused.items():
         error = pool.run("tests.test_quasi_newton:train", 2, name=name, kind=kind)[0]["error"]
         assert said in bytes(error.tolist()).decode()

@@ -66,8 +66,8 @@ def build_optimizer(
         lr: learning rate; with the default convention, AdamW's.
         recipe: name of published settings (`lightning_optim.build.recipes`) for what is not given here.
         preset: name of a published pretraining stack (`lightning_optim.build.recipes.PRESETS`), with roles, `schedule`
-            and `averaging`; what is given here takes precedence. With a learning rate of 1e-3 or less, or adapters, only the
-            rule's hyperparameters are taken, and a warning says so.
+            and `averaging`; what is given here takes precedence. With a learning rate of 1e-3 or less, or adapters,
+            only the rule's hyperparameters are taken, and a warning says so.
         weight_decay: of everything but vectors; 0 if not given.
         rest: rule of what the main rule does not take; adamw if not given.
         rest_lr: its learning rate, `lr` if not given.

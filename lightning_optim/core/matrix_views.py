@@ -1,4 +1,4 @@
-"""How parameters are cut into pieces of work: matrices of a parameter, stacks of equal matrices, cache-sized blocks."""
+"""Parameters as stacks of matrices `[b, m, n]`, blocks of rows as matrices of their own, and cache-sized blocks."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ Blocks = int | tuple[int, ...] | tuple[tuple[int, int], ...] | None
 T = TypeVar("T")
 
 STACK_LIMIT = 2**18
-"""A matrix with so many elements or more is a stack of its own, a view; smaller ones are copied into a stack."""
+"""Matrices of at least this many elements are stepped as views; smaller ones are copied into a common stack."""
 BLOCK = 2**17
-"""Elements of a block that stays in a CPU's cache."""
+"""Number of elements of a block that stays in a CPU's cache."""
 SMALL = 2**14
-"""Tensors with fewer elements are worked on end to end."""
+"""Tensors of at most this many elements are concatenated, or stepped in one block."""
 
 
 def stack_shape(
     shape: Sequence[int], blocks: int | None = None, *, conv: bool = True, transposed: bool = False
 ) -> StackShape:
-    """How a parameter reads as a stack of matrices.
+    """The shape of a parameter as a stack of matrices.
 
     A vector of length n is `[1, 1, n]`; three dimensions are a stack; with four or more, the trailing ones are
     flattened (a convolution kernel is out x in*kh*kw) or, without `conv`, the leading ones are stacked.
 
     Args:
-        shape: of the parameter.
-        blocks: cut the rows of each matrix into this many blocks (attention heads, a fused QKV); vectors stay whole.
+        shape: shape of the parameter.
+        blocks: number of blocks into which the rows of each matrix are split (attention heads, a fused QKV); vectors
+            stay whole.
         transposed: the matrices are stored columns x rows (two and three dimensions).
         conv: whether four and more dimensions are one matrix.
 
@@ -62,12 +63,12 @@ class MatrixBlock(NamedTuple):
 
     dims: StackShape
     rows: tuple[int, int, int] | None = None
-    """(rows of a period, first row taken in each, rows of one matrix in each); None for all rows as they lie."""
+    """(rows of a period, first row taken in each, rows of one matrix in each); None for all rows in their order."""
     apart: bool = False
-    """Whether a block is a matrix of its own in every period, not one with the same block of the others."""
+    """Whether a block is a separate matrix in every period, rather than one with the same block of the others."""
 
     def view_of(self, t: Tensor, transposed: bool) -> Tensor:
-        """The part of a parameter-shaped tensor.
+        """The block's view of a parameter-shaped tensor.
 
         Args:
             t: the tensor.
@@ -82,46 +83,47 @@ class MatrixBlock(NamedTuple):
         period, first, size = self.rows
         periods = t.shape[-2] // period
         count = self.dims[0] // math.prod(t.shape[:-2]) // (periods if self.apart else 1)
-        taken = t.unflatten(-2, (-1, period)).narrow(-2, first, count * size).unflatten(-2, (count, size))
-        return taken if self.apart else taken.transpose(-4, -3)
+        view = t.unflatten(-2, (-1, period)).narrow(-2, first, count * size).unflatten(-2, (count, size))
+        return view if self.apart else view.transpose(-4, -3)
 
 
 @lru_cache(4096)
 def split_blocks(
     shape: tuple[int, ...], blocks: Blocks = None, *, conv: bool = True, transposed: bool = False
 ) -> tuple[MatrixBlock, ...]:
-    """How a parameter reads as matrices of one or more sizes.
+    """Split a parameter into matrices of one or more sizes.
 
     Args:
-        shape: of the parameter.
-        blocks: a number of equal blocks of rows, or the rows of one block after the other, repeated until the rows are
+        shape: shape of the parameter.
+        blocks: a number of equal blocks of rows, or the row counts of successive blocks, repeated until the rows are
             used up: (q, k, v) for a fused layer with fewer keys than queries, (d, d, d) for one that keeps query, key
-            and value of a head together, (1, 1) for alternate rows. A block repeated is one matrix. Pairs of (rows of
-            a block, number of such blocks) are matrices of their own each time they are repeated: ((128, 2), (1, 128))
-            for a fused layer with the query, key and value of a head together, the first two whole, the last by row.
-        conv: see `matrix_dims`.
-        transposed: see `matrix_dims`.
+            and value of a head together, (1, 1) for alternate rows. The repetitions of a block form one
+            matrix. Pairs of (rows of a block, number of such blocks) are separate matrices at each repetition: ((128,
+            2), (1, 128)) for a fused layer with the query, key and value of a head together, the first two whole, the
+            last by row.
+        conv: see `stack_shape`.
+        transposed: see `stack_shape`.
 
     Returns:
-        One part per run of equally large blocks.
+        One `MatrixBlock` per sequence of equally large blocks.
 
     Raises:
-        ValueError: the rows do not divide so.
+        ValueError: the rows do not divide into these blocks.
     """
     if not isinstance(blocks, tuple) or len(shape) < 2:
-        whole = None if isinstance(blocks, tuple) else blocks
-        return (MatrixBlock(stack_shape(shape, whole, conv=conv, transposed=transposed)),)
+        count = None if isinstance(blocks, tuple) else blocks
+        return (MatrixBlock(stack_shape(shape, count, conv=conv, transposed=transposed)),)
     b, m, n = stack_shape(shape, conv=conv, transposed=transposed)
-    runs = [x if isinstance(x, tuple) else (x, 1) for x in blocks]
-    period = sum(size * count for size, count in runs)
+    sizes = [x if isinstance(x, tuple) else (x, 1) for x in blocks]
+    period = sum(size * count for size, count in sizes)
     if m % period or len(shape) > 3:
         raise ValueError(f"{m} rows of shape {tuple(shape)} do not divide into blocks of {blocks} rows")
     apart = isinstance(blocks[0], tuple)
     if m == period and not apart and len(set(blocks)) == 1:
-        return (MatrixBlock((b * len(blocks), runs[0][0], n)),)
+        return (MatrixBlock((b * len(blocks), sizes[0][0], n)),)
     out: list[MatrixBlock] = []
     first = 0
-    for size, same in groupby(runs, key=lambda x: x[0]):
+    for size, same in groupby(sizes, key=lambda x: x[0]):
         count = sum(x[1] for x in same)
         dims = (b * count * (m // period), size, n) if apart else (b * count, m // period * size, n)
         out.append(MatrixBlock(dims, (period, first, size), apart))
@@ -130,10 +132,10 @@ def split_blocks(
 
 
 def frozen(blocks: Any) -> Any:
-    """The option `blocks` as it is used, of one that was read from a file.
+    """Make the option `blocks` hashable, also where it was read from a file.
 
     Returns:
-        Tuples in place of lists.
+        The option, with tuples in place of lists.
     """
     return tuple(frozen(x) for x in blocks) if isinstance(blocks, (list, tuple)) else blocks
 
@@ -165,25 +167,25 @@ def same_strides(tensors: Sequence[Tensor]) -> bool:
     Returns:
         True if a flat kernel may run over them.
     """
-    first, plain = tensors[0], True
-    for t in tensors:  # no generators: this is asked of every parameter in every step
+    first, is_plain = tensors[0], True
+    for t in tensors:  # no generator, which would be slower: every step checks every parameter
         if t.dtype != first.dtype:
             return False
-        plain = plain and t.is_contiguous()
-    if plain:  # much faster than to ask for strides
+        is_plain = is_plain and t.is_contiguous()
+    if is_plain:  # much faster than reading strides
         return True
     return all(t.stride() == first.stride() for t in tensors) and first.permute(dense_order(first)).is_contiguous()
 
 
 def cache_blocks(tensors: Sequence[Tensor], align: int = 1, start: int = 0) -> Iterator[tuple[list[Tensor], slice]]:
-    """Walk over tensors of one shape in blocks that stay in cache.
+    """Iterate over tensors of one shape in blocks that stay in cache.
 
-    Dense tensors with equal strides are cut flat, in memory order; others by rows of the largest stride, or of the
+    Dense tensors with equal strides are split flat, in memory order; others by rows of the largest stride, or of the
     first dimension if `align` is given.
 
     Args:
-        tensors: of one shape; dtypes may differ.
-        align: cut only where the index of an element, in row-major order, is a multiple of this.
+        tensors: tensors of one shape; dtypes may differ.
+        align: blocks begin where the index of an element, in row-major order, is a multiple of this.
         start: index of the first element.
 
     Yields:
@@ -203,13 +205,13 @@ def cache_blocks(tensors: Sequence[Tensor], align: int = 1, start: int = 0) -> I
     unit = align // math.gcd(align, total // rows)
     lead = next((k for k in range(unit) if (start + k * (total // rows)) % align == 0), 0)
     step = -(-max(1, BLOCK * rows // total) // unit) * unit
-    for cut in range(lead - step if lead else 0, rows, step):
-        here = slice(max(0, cut), min(cut + step, rows))
-        yield [t[here] for t in tensors], here
+    for first_row in range(lead - step if lead else 0, rows, step):
+        block = slice(max(0, first_row), min(first_row + step, rows))
+        yield [t[block] for t in tensors], block
 
 
 def transpose_if(t: Tensor, transposed: bool) -> Tensor:
-    """A parameter-shaped tensor with rows and columns as the rule counts them; its own inverse.
+    """Exchange rows and columns of a parameter-shaped tensor that is stored columns x rows; its own inverse.
 
     Returns:
         A view.

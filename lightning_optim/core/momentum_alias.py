@@ -1,4 +1,4 @@
-"""One name for the momentum of every group, under which torch's schedules and Lightning's monitor look for it."""
+"""Aliases of a group's momentum, since torch's schedules and Lightning's monitor use one name for all groups."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from lightning_optim.core.rule import Rule, hyperparameters, lookup
 
 
 class ParamGroup(dict[str, Any]):
-    """A param group that answers to both names of a momentum, as torch's schedules use one name for all groups.
+    """A param group in which the momentum can be read and written as `momentum` and as the first of `betas`.
 
     `OneCycleLR` and `CyclicLR` write `momentum`, or the first of `betas`, into every group. In a group whose rule has
-    the other one, that one is set, and read, instead; a rule without momentum shows 0 and ignores what is written. The
-    other name is never stored, so checkpoints hold the rule's own settings only.
+    the other setting, that one is read and written instead. A rule without momentum reads as 0 and ignores writes. The
+    alias is never stored, so checkpoints hold the rule's own settings only.
     """
 
     def __setitem__(self, key: str, value: Any) -> None:
-        """Set a setting, or the momentum under its other name."""
+        """Write a setting, or the momentum by its alias."""
         if key in MOMENTUM_NAMES and "rule" in self and is_other_name(lookup(self["rule"]), key, value):
             set_momentum(self, value[0] if isinstance(value, (tuple, list)) else value)
         else:
             super().__setitem__(key, value)
 
     def __missing__(self, key: str) -> Any:
-        """Read the momentum under its other name."""
+        """Read the momentum by its alias."""
         if key in MOMENTUM_NAMES and "rule" in self and is_other_name(lookup(self["rule"]), key):
-            now = momentum_of(self) or 0.0
-            return (now,) if key == "betas" else now
+            momentum = momentum_of(self) or 0.0
+            return (momentum,) if key == "betas" else momentum
         raise KeyError(key)
 
 
 MOMENTUM_NAMES = ("momentum", "betas")
-"""Where torch's schedules and Lightning's monitor look for a momentum."""
+"""Settings in which torch's schedules and Lightning's monitor look for a momentum."""
 
 
 @functools.cache
@@ -42,23 +42,23 @@ def momentum_field(rule: type[Rule]) -> str | None:
     """The hyperparameter of a rule that is its momentum.
 
     Args:
-        rule: any.
+        rule: a rule class.
 
     Returns:
-        `"momentum"`, else `"betas"`, whose first one it is, else `"beta1"`; None for a rule without.
+        `"momentum"`, else `"betas"` (the momentum is the first), else `"beta1"`; None for a rule without momentum.
     """
-    known = hyperparameters(rule)  # the `momentum` of COSMOS is a word
-    return next((k for k in (*MOMENTUM_NAMES, "beta1") if k in known and not isinstance(known[k], str)), None)
+    defaults = hyperparameters(rule)  # the `momentum` of COSMOS is a word
+    return next((k for k in (*MOMENTUM_NAMES, "beta1") if k in defaults and not isinstance(defaults[k], str)), None)
 
 
 def momentum_of(group: Mapping[str, Any]) -> float | None:
     """The momentum of a group.
 
     Args:
-        group: of an optimizer.
+        group: a param group of an optimizer.
 
     Returns:
-        Its value; None where the rule, as it is set, has none.
+        Its value; None where the rule has none under the settings of the group.
     """
     field = momentum_field(lookup(group["rule"]))
     value = None if field is None else group[field]
@@ -66,11 +66,11 @@ def momentum_of(group: Mapping[str, Any]) -> float | None:
 
 
 def set_momentum(group: dict[str, Any], value: float) -> None:
-    """Set the momentum of a group; nothing where it has none.
+    """Set the momentum of a group, if it has one.
 
     Args:
-        group: of an optimizer.
-        value: of the momentum.
+        group: a param group of an optimizer.
+        value: the momentum.
     """
     field = momentum_field(lookup(group["rule"]))
     if field is not None and momentum_of(group) is not None:
@@ -78,10 +78,10 @@ def set_momentum(group: dict[str, Any], value: float) -> None:
 
 
 def momentum_names(groups: Sequence[Mapping[str, Any]]) -> str | None:
-    """The name under which one schedule reaches the momentum of every group, and one monitor reads it.
+    """The name by which a schedule or a monitor can access the momentum of every group.
 
     Args:
-        groups: of an optimizer.
+        groups: param groups of an optimizer.
 
     Returns:
         `"momentum"` or `"betas"`; None where no group has a momentum.
@@ -89,22 +89,22 @@ def momentum_names(groups: Sequence[Mapping[str, Any]]) -> str | None:
     rules = [lookup(group["rule"]) for group in groups if momentum_of(group) is not None]
     if not rules:
         return None
-    both = any(momentum_field(rule) == "momentum" and "betas" in hyperparameters(rule) for rule in rules)
-    return "momentum" if both or all(momentum_field(rule) == "momentum" for rule in rules) else "betas"
+    any_has_both = any(momentum_field(rule) == "momentum" and "betas" in hyperparameters(rule) for rule in rules)
+    return "momentum" if any_has_both or all(momentum_field(rule) == "momentum" for rule in rules) else "betas"
 
 
 def is_other_name(rule: type[Rule], key: str, value: Any = None) -> bool:
-    """Whether a rule has no setting of this name, or (COSMOS) one of another meaning than the value's."""
-    known = hyperparameters(rule)
-    return key not in known or (isinstance(known[key], str) and isinstance(value, numbers.Real))
+    """Whether a name is an alias for a rule: it has no such setting, or (COSMOS) one of another meaning."""
+    defaults = hyperparameters(rule)
+    return key not in defaults or (isinstance(defaults[key], str) and isinstance(value, numbers.Real))
 
 
 def publish_momentum(defaults: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Keep in an optimizer's `defaults` the names under which schedules and monitors look for a momentum.
+    """Add to an optimizer's `defaults` the names by which schedules and monitors look for a momentum.
 
     Args:
-        defaults: of the optimizer, extended.
-        groups: of the optimizer.
+        defaults: defaults of the optimizer, extended in place.
+        groups: param groups of the optimizer.
     """
     rule = lookup(defaults.get("rule", groups[0]["rule"]))
     settings = hyperparameters(rule)

@@ -1,4 +1,4 @@
-"""What a param group says: its rule, hyperparameters and options, completed and checked before anything is changed."""
+"""Completion and checks of a param group (rule, hyperparameters, options), before the optimizer is changed."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from lightning_optim.ops.quantize import PIECE
 
 
 def settings_of(rule: type[Rule]) -> dict[str, Any]:
-    """Every setting of a group of this rule.
+    """Every setting of a group with this rule.
 
     Returns:
-        Names and defaults: hyperparameters, then options.
+        Defaults by name: hyperparameters, then options.
     """
     return hyperparameters(rule) | OPTIONS
 
 
 def plain(value: Any) -> Any:
-    """A setting as a checkpoint can hold it: numpy's numbers do not load with `weights_only=True`.
+    """Convert numpy's numbers in a setting to Python's, as they do not load with `weights_only=True`.
 
     Args:
-        value: any; tuples, lists and dictionaries are searched.
+        value: a setting; tuples, lists and dictionaries are converted recursively.
 
     Returns:
         The value with Python's numbers.
     """
-    kind = type(value)
-    if kind is tuple or kind is list:
-        return kind(plain(x) for x in value)
-    if kind is dict:
+    cls = type(value)
+    if cls is tuple or cls is list:
+        return cls(plain(x) for x in value)
+    if cls is dict:
         return {k: plain(x) for k, x in value.items()}
-    if kind in (bool, int, float) or not isinstance(value, numbers.Real):
+    if cls in (bool, int, float) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def rule_of(group: Mapping[str, Any]) -> Rule:
-    """The rule that owns a group, with the group's present settings; a tensor lr is read here.
+    """The rule of a group, with the group's current settings; the value of a tensor lr is read here.
 
     Args:
-        group: of `param_groups`.
+        group: a member of `param_groups`.
 
     Returns:
         The rule.
 
     Raises:
-        ValueError: the group lacks a setting of its rule, or has an option of no known value.
+        ValueError: the group lacks a setting of its rule, or an option has an unknown value.
     """
     rule = lookup(group["rule"])
     missing = [name for name in settings_of(rule) if name not in group]
@@ -76,15 +76,15 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
 def blocks_of(
     rule: Rule, group: Mapping[str, Any], shape: Sequence[int]
 ) -> tuple[tuple[matrix_views.MatrixBlock, ...], bool]:
-    """How a parameter of a group reads as matrices; elementwise rules ask only for the norms of a constraint.
+    """The matrices of a parameter of a group; elementwise rules use them only for the norms of a constraint.
 
     Args:
-        rule: of the group.
-        group: gives `blocks` and `transposed`.
-        shape: of the parameter.
+        rule: rule of the group.
+        group: settings, of which `blocks` and `transposed` are used.
+        shape: shape of the parameter.
 
     Returns:
-        (parts, whether rows and columns are exchanged).
+        (blocks, whether rows and columns are exchanged).
 
     Raises:
         ValueError: the rows do not divide into the group's blocks.
@@ -94,36 +94,36 @@ def blocks_of(
 
 
 def matrix_view_options(rule: Rule, group: Mapping[str, Any]) -> tuple[matrix_views.Blocks, bool]:
-    """What of a group's settings says how its parameters read as matrices.
+    """The options of a group that determine how its parameters are split into matrices.
 
     Args:
-        rule: of the group.
-        group: gives `blocks` and `transposed`.
+        rule: rule of the group.
+        group: settings, of which `blocks` and `transposed` are used.
 
     Returns:
         (blocks, whether rows and columns are exchanged).
     """
     if rule.elementwise and not options.has_constraint(group):
         return None, False
-    # a layer has one input, whatever its rows are
+    # the rows of a layer share one input
     return None if rule.needs_all_gradients else group["blocks"], group["transposed"]
 
 
 def complete_group(
     group: Mapping[str, Any], defaults: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """A new group with everything it leaves out, checked.
+    """Complete a new group by defaults, and check it.
 
     Args:
-        group: as the user gave it.
-        defaults: what the user gave the optimizer; they count for groups of the same rule.
-        groups: that the optimizer has already.
+        group: the group as passed by the user.
+        defaults: settings passed to the optimizer, which apply to groups of the same rule.
+        groups: the optimizer's existing groups.
 
     Returns:
         A new dictionary.
 
     Raises:
-        ValueError: an unknown rule or option, a value out of range, or a parameter the rule cannot take.
+        ValueError: an unknown rule or option, a value out of range, or a parameter that the rule cannot take.
     """
     out = options.expand_options(group)
     params = out.get("params", ())
@@ -137,25 +137,25 @@ def complete_group(
     for key in out:
         _refuse_misspelled(key, rule)
     if defaults.get("rule") == rule.name:
-        own = {k: v for k, v in defaults.items() if k not in MOMENTUM_NAMES or not is_other_name(rule, k)}
-        out = {**own, **out}
+        defaults = {k: v for k, v in defaults.items() if k not in MOMENTUM_NAMES or not is_other_name(rule, k)}
+        out = {**defaults, **out}
     if out.get("lr_convention") == "adamw":
         out = {**rule.adamw_settings, **out}
     out = {**settings_of(rule), **out}
     out = {k: v if k == "params" else plain(v) for k, v in out.items()}
     out["blocks"] = matrix_views.frozen(out["blocks"])
-    taken = {g["name"] for g in groups}
-    if out.setdefault("name", unused(rule.name, taken)) in taken:
+    names = {g["name"] for g in groups}
+    if out.setdefault("name", unused(rule.name, names)) in names:
         raise ValueError(f"two param groups are named {out['name']!r}; names must be unique")
     _check_settings(out)
     if out["on_nonfinite"] is None:
         out["on_nonfinite"] = "off" if rule.elementwise else "raise"
-    made = rule_of(out)
+    instance = rule_of(out)
     for label, p in _named(out):
         if isinstance(p, Tensor) and p.requires_grad:
-            validate_param(made, label, p, out)
+            validate_param(instance, label, p, out)
     _check_owned_once(groups, out)
-    _name_alike(groups, out)
+    _match_param_names(groups, out)
     return out
 
 
@@ -175,11 +175,11 @@ def validate_loaded(group: Mapping[str, Any]) -> Rule:
 def _check_settings(group: Mapping[str, Any]) -> None:
     rule = lookup(group["rule"])
     values = {k: float(v) if isinstance(v := group[k], Tensor) else v for k in hyperparameters(rule)}
-    made = rule(**values)
-    made.validate()
+    instance = rule(**values)
+    instance.validate()
     _check_options(group)
-    options.validate_constraints(made, group)
-    options.validate_line_search(made, group)
+    options.validate_constraints(instance, group)
+    options.validate_line_search(instance, group)
     block = group["storage_block"]
     if not 16 <= block <= PIECE or PIECE % block:
         raise ValueError(f"{group['name']}: storage_block must be a power of two from 16 to {PIECE}, got {block!r}")
@@ -200,38 +200,38 @@ def _check_options(group: Mapping[str, Any]) -> None:
 
 
 def _refuse_misspelled(key: str, rule: type[Rule]) -> None:
-    known = [*settings_of(rule), "params", "rule", "name", "role", "initial_lr", "param_names"]
-    if key in MOMENTUM_NAMES and key not in known:
+    names = [*settings_of(rule), "params", "rule", "name", "role", "initial_lr", "param_names"]
+    if key in MOMENTUM_NAMES and key not in names:
         field = momentum_field(rule)
-        said = {None: "it has no momentum", "betas": "its momentum is the first of 'betas'"}
-        raise ValueError(f"{rule.name} has no setting {key!r}; {said.get(field, f'its momentum is {field!r}')}")
-    if key not in known and (close := difflib.get_close_matches(key, [*known, "learning_rate"], n=1, cutoff=0.8)):
-        right = "lr" if close[0] == "learning_rate" else close[0]
-        raise ValueError(f"{rule.name} has no setting {key!r}; did you mean {right!r}?")
+        hints = {None: "it has no momentum", "betas": "its momentum is the first of 'betas'"}
+        raise ValueError(f"{rule.name} has no setting {key!r}; {hints.get(field, f'its momentum is {field!r}')}")
+    if key not in names and (close := difflib.get_close_matches(key, [*names, "learning_rate"], n=1, cutoff=0.8)):
+        suggestion = "lr" if close[0] == "learning_rate" else close[0]
+        raise ValueError(f"{rule.name} has no setting {key!r}; did you mean {suggestion!r}?")
 
 
-def unused(name: str, taken: Collection[str]) -> str:
-    """The name itself, or the first of `name_1`, `name_2`, ... that is free.
+def unused(name: str, names: Collection[str]) -> str:
+    """The name itself, or the first of `name_1`, `name_2`, ... that is not in use.
 
     Returns:
-        A name that is not taken.
+        A name that is not in use.
     """
-    return next(x for x in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if x not in taken)
+    return next(x for x in (name, *(f"{name}_{i}" for i in range(1, len(names) + 2))) if x not in names)
 
 
 def _named(group: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Parameters of a group that torch has not seen yet, with a name for messages."""
-    at = f"of group {group['name']!r}"
-    return [x if isinstance(x, tuple) else (f"parameter {i} {at}", x) for i, x in enumerate(group["params"])]
+    """Parameters of a group that torch has not processed yet, with a name for messages."""
+    suffix = f"of group {group['name']!r}"
+    return [x if isinstance(x, tuple) else (f"parameter {i} {suffix}", x) for i, x in enumerate(group["params"])]
 
 
-def _name_alike(groups: Sequence[Mapping[str, Any]], new: dict[str, Any]) -> None:
-    """Torch wants all groups named or none; a group that joins follows those that are there."""
+def _match_param_names(groups: Sequence[Mapping[str, Any]], new: dict[str, Any]) -> None:
+    """Name the parameters of a new group, or drop their names, since torch requires names in all groups or in none."""
     if groups and new["params"] and isinstance(new["params"], list):
-        named, joins_named = "param_names" in groups[0], isinstance(new["params"][0], tuple)
-        if named and not joins_named:
+        groups_have_names, has_names = "param_names" in groups[0], isinstance(new["params"][0], tuple)
+        if groups_have_names and not has_names:
             new["params"] = [(f"{new['name']}.{i}", p) for i, p in enumerate(new["params"])]
-        elif joins_named and not named:
+        elif has_names and not groups_have_names:
             new["params"] = [p for _, p in new["params"]]
 
 
@@ -244,19 +244,19 @@ def _check_owned_once(groups: Sequence[Mapping[str, Any]], new: Mapping[str, Any
 
 
 def validate_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
-    """Check that a rule can take a parameter that is to be trained.
+    """Check that a rule can train a parameter.
 
     Args:
         rule: the rule.
-        name: of the parameter, for the message.
+        name: name of the parameter, for the message.
         p: the parameter.
-        group: of the parameter.
+        group: settings of its group.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the rule or an option does not support the parameter.
     """
     if is_lazy(p):
-        return  # checked when it has a shape and is trained
+        return  # checked once it is materialized and trained
     shape = tuple(p.shape)
     if p.is_complex():
         raise ValueError(f"{name}: complex parameters are not supported; use torch.view_as_real")
@@ -274,8 +274,8 @@ def validate_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -
         raise ValueError(f"{name}: {rule.name} needs whole parameters and hooks, which FSDP2 does not support; use DDP")
     if isinstance(rule, GlobalStepRule) and p.dtype.itemsize < 4:
         raise ValueError(
-            f"{name}: {rule.name} compares the loss at weights that are close together, which {p.dtype} cannot tell "
-            "apart; keep weights in float32 (bf16-mixed, torch_dtype=torch.float32)"
+            f"{name}: {rule.name} compares the loss at weights that are close together, which {p.dtype} cannot "
+            "resolve; keep weights in float32 (bf16-mixed, torch_dtype=torch.float32)"
         )
     if p.ndim < 2 and not rule.vectors:
         raise ValueError(
@@ -289,5 +289,5 @@ def validate_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -
 
 
 def _is_zero(p: Tensor) -> bool:
-    """Whether a parameter that is whole on this rank has only zeros; those of a mesh are checked before their step."""
+    """Whether a whole parameter has only zeros; sharded ones are checked before their first step."""
     return p.device.type != "meta" and sharding.sharding_of(p) is None and not p.any()

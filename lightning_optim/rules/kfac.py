@@ -80,16 +80,16 @@ class KFAC(Rule):
         if not self.beta < 1:
             raise ValueError(f"kfac: beta must lie in [0, 1), got {self.beta}")
 
-    def update_curvature(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
-        for x, new in ((s.input_factor, seen.inputs), (s.output_factor, seen.outputs)):
+    def update_curvature(self, estimate: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
+        for x, new in ((s.input_factor, estimate.inputs), (s.output_factor, estimate.outputs)):
             n, k = x.shape[-1], new.shape[-1]  # there may be room for a bias
-            if seen.t == 1:
+            if estimate.t == 1:
                 x.copy_(torch.eye(n, dtype=x.dtype, device=x.device).expand_as(x))
             x.view(-1, n, n)[:, :k, :k].lerp_(new.to(x.dtype), 1 - self.beta)
         return {}
 
-    def precondition_jointly(self, members: Sequence[SimpleNamespace]) -> None:  # noqa: D102
-        layers = [x for x in members if not x.s.vector]
+    def precondition_jointly(self, params: Sequence[SimpleNamespace]) -> None:  # noqa: D102
+        layers = [x for x in params if not x.s.vector]
         total: Tensor | float = 0.0
         for x in layers:
             g = x.g

@@ -50,8 +50,8 @@ class SophiaH(MomentumRule):
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         return (self.update_ema(s, g, self.betas[0], t) / self._scale(s.hessian)).clamp_(-1, 1)
 
-    def update_curvature(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
-        s.hessian.lerp_(self._estimate(seen).to(s.hessian.dtype), 1 - self.betas[1])
+    def update_curvature(self, estimate: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
+        s.hessian.lerp_(self._estimate(estimate).to(s.hessian.dtype), 1 - self.betas[1])
         return {"win_rate": s.exp_avg.abs() < self._scale(s.hessian)}
 
     def _scale(self, h: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class SophiaG(SophiaH):
     curvature_input: ClassVar[CurvatureInput | None] = "gauss_newton"
     search: ClassVar = Rule.search | {"rho": (0.04, 0.1)}
 
-    def update_curvature(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
-        metrics = super().update_curvature(seen, s)
+    def update_curvature(self, estimate: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
+        metrics = super().update_curvature(estimate, s)
         s.hessian.clamp_(min=0)  # Hutchinson's estimate can be negative
         return metrics
 

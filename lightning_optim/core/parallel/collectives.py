@@ -1,4 +1,8 @@
-"""collectives."""
+"""Reductions over the ranks that share parameters: norms, sums and maxima that are equal on every rank.
+
+The mesh of a DTensor says which ranks those are; for parameters that are whole on every rank, a process group does.
+Without a mesh or a process group nothing is communicated.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ from lightning_optim.core.parallel.sharding import local
 
 
 def ranks_of(params: Iterable[Tensor]) -> tuple[int, ...]:
-    """All ranks of the meshes on which parameters lie.
+    """Ranks of all device meshes over which parameters are placed.
 
     Returns:
-        Sorted global ranks; none for plain tensors.
+        Sorted global ranks; an empty tuple for plain tensors.
     """
     meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
     return tuple(sorted({r for mesh in meshes for r in mesh.mesh.flatten().tolist()}))
@@ -28,12 +32,12 @@ def ranks_of(params: Iterable[Tensor]) -> tuple[int, ...]:
 def all_reduce_max(
     values: Sequence[float], params: Iterable[Tensor], group: dist.ProcessGroup | None = None
 ) -> list[float]:
-    """The largest of each value over all ranks that share the parameters; no communication without a mesh.
+    """Maximum of each value over all ranks that share the parameters; no communication without a mesh.
 
     Args:
-        values: one per question.
-        params: the parameters concerned.
-        group: of replicas that share out the work on plain tensors.
+        values: numbers of this rank.
+        params: the parameters whose ranks take part.
+        group: process group of replicas that shard the optimizer work on plain tensors.
 
     Returns:
         The maxima, equal on every rank.
@@ -42,19 +46,19 @@ def all_reduce_max(
     meshes = list(dict.fromkeys(p.device_mesh for p in params if isinstance(p, DTensor)))
     out = torch.tensor(values, dtype=torch.float64, device="cpu")
     for mesh in meshes:
-        moved = out.to(mesh.device_type)
+        on_device = out.to(mesh.device_type)
         for d in range(mesh.ndim):
-            dist.all_reduce(moved, dist.ReduceOp.MAX, group=mesh.get_group(d))
-        out = moved.cpu()
+            dist.all_reduce(on_device, dist.ReduceOp.MAX, group=mesh.get_group(d))
+        out = on_device.cpu()
     if group is not None:
-        moved = out.to(next((local(p).device for p in params), out.device))
-        dist.all_reduce(moved, dist.ReduceOp.MAX, group=group)
-        out = moved.cpu()
+        on_device = out.to(next((local(p).device for p in params), out.device))
+        dist.all_reduce(on_device, dist.ReduceOp.MAX, group=group)
+        out = on_device.cpu()
     return out.tolist()
 
 
 def total_norms(sets: Sequence[Sequence[tuple[Tensor, Tensor | None]]]) -> list[float]:
-    """The norm of each of several sets of gradients, over the whole mesh; one synchronisation per device.
+    """The norm of each of several sets of gradients, over the whole mesh; one synchronization per device.
 
     Args:
         sets: pairs of a parameter and its gradient on this rank, None where there is none.
@@ -66,24 +70,25 @@ def total_norms(sets: Sequence[Sequence[tuple[Tensor, Tensor | None]]]) -> list[
     for i, pairs in enumerate(sets):
         for p, g in pairs:
             mesh = p.device_mesh if isinstance(p, DTensor) else None
-            cut = tuple(d for d, x in enumerate(p.placements) if not x.is_replicate()) if isinstance(p, DTensor) else ()
-            where = local(p).device, mesh, cut
-            if where not in squares:
-                squares[where] = torch.zeros(len(sets), dtype=torch.float64, device=where[0])
+            placements = p.placements if isinstance(p, DTensor) else ()
+            mesh_dims = tuple(d for d, x in enumerate(placements) if not x.is_replicate())
+            key = local(p).device, mesh, mesh_dims
+            if key not in squares:
+                squares[key] = torch.zeros(len(sets), dtype=torch.float64, device=key[0])
             if g is not None:
-                exact = torch.promote_types(g.dtype, torch.float32)
-                squares[where][i] += torch.linalg.vector_norm(g, dtype=exact).double().square()
+                compute_dtype = torch.promote_types(g.dtype, torch.float32)
+                squares[key][i] += torch.linalg.vector_norm(g, dtype=compute_dtype).double().square()
     by_device: dict[torch.device, Tensor] = {}
-    for (device, mesh, cut), sums in squares.items():
-        for d in cut:
+    for (device, mesh, mesh_dims), sums in squares.items():
+        for d in mesh_dims:
             dist.all_reduce(sums, group=cast("DeviceMesh", mesh).get_group(d))
         by_device[device] = by_device.get(device, 0) + sums
-    totals = [found.tolist() for found in by_device.values()]
+    totals = [sums.tolist() for sums in by_device.values()]
     return [math.sqrt(sum(x)) for x in zip(*totals, strict=True)] if totals else [0.0] * len(sets)
 
 
 def norm(p: Tensor, g: Tensor) -> Tensor:
-    """The norm of one gradient, over the whole mesh; nothing waits for it.
+    """The norm of one gradient, over the whole mesh, without synchronizing the device.
 
     Args:
         p: the parameter.
@@ -97,10 +102,10 @@ def norm(p: Tensor, g: Tensor) -> Tensor:
 
 
 def add_up(sums: Tensor, p: Tensor) -> Tensor:
-    """Add what every rank found in its part of a parameter.
+    """Add up sums that every rank has computed over its shard of a parameter.
 
     Args:
-        sums: of this rank, overwritten.
+        sums: partial sums of this rank, overwritten.
         p: the parameter.
 
     Returns:
@@ -113,7 +118,10 @@ def add_up(sums: Tensor, p: Tensor) -> Tensor:
 
 
 def scale_gradient(p: Tensor, factor: Tensor) -> None:
-    """Multiply `p.grad`; a copy where it may share memory with another gradient, as views of one sum do.
+    """Multiply `p.grad` by a factor.
+
+    Shards are scaled in place. A plain gradient is replaced by a scaled copy, since it may share memory with another
+    gradient, as views of one sum do.
 
     Args:
         p: the parameter.
@@ -126,27 +134,27 @@ def scale_gradient(p: Tensor, factor: Tensor) -> None:
 
 
 def is_replicated(p: Tensor) -> bool:
-    """Whether a tensor is whole on each of several ranks, and some other part is to make its gradients equal.
+    """Whether a tensor is whole on each of several ranks, so that DDP or the like has to reduce its gradients.
 
     Returns:
-        False for DTensors, and in a process that is alone.
+        False for DTensors, and in a single process.
     """
     return not isinstance(p, DTensor) and world_size() > 1
 
 
 def agree_times(seconds: Sequence[float], params: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[float]:
-    """Measured times that all ranks doing the same work share: the largest.
+    """Maximum of measured times over all ranks that do the same work, so that they decide alike.
 
     Args:
         seconds: measured on this rank.
-        params: the parameters concerned.
-        group: of replicas, for parameters that are whole on every rank.
+        params: the parameters whose ranks take part.
+        group: process group of the replicas, for parameters that are whole on every rank.
 
     Returns:
         The times, equal on every rank.
 
     Raises:
-        RuntimeError: replicas that may drift apart, because nothing says which ranks they are.
+        RuntimeError: parameters are replicated and no process group names the replicas, which could diverge.
     """
     if group is None and any(is_replicated(p) for p in params):
         raise RuntimeError(
@@ -168,13 +176,13 @@ def average_(tensors: Sequence[Tensor]) -> None:
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Number of processes that train together.
+    """Number of processes in a process group.
 
     Args:
-        group: those processes; all, if not given.
+        group: the process group; all processes by default.
 
     Returns:
-        1 for a process that is alone.
+        The size of the group; 1 where torch.distributed is not initialized.
     """
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
@@ -184,7 +192,7 @@ def sum_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> N
 
     Args:
         tensors: of the same shapes on every rank.
-        group: those ranks; all, if not given.
+        group: process group of those ranks; all ranks by default.
     """
     if world_size(group) > 1:
         for t in tensors:

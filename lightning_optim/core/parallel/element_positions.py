@@ -1,5 +1,4 @@
-"""Global indices of the elements of this rank's part of a parameter: stochastic rounding and blocks of scales use
-them."""
+"""Global indices of the elements of this rank's shard of a parameter, for stochastic rounding and blocks of scales."""
 
 from __future__ import annotations
 
@@ -12,18 +11,18 @@ from lightning_optim.core.parallel.sharding import local, local_bounds, placemen
 
 
 def first_element(p: Tensor) -> int | None:
-    """Global index of the first element of this rank's part, where the part is one contiguous run of elements.
+    """Global index of the first element of this rank's shard, where the shard is one contiguous range of elements.
 
     Returns:
-        The index in row-major order, or None where the part is not such a run (`element_index` then).
+        The index in row-major order, or None where the shard is no such range (use `element_index`).
     """
     if not local(p).is_contiguous():
         return None
-    if not placement_of(p) is not None:
+    if placement_of(p) is None:
         return 0
     if any(local(p).shape[d] != p.shape[d] for d in range(1, p.ndim)):
         return None
-    return _first(p)
+    return _first_index(p)
 
 
 def start_of(p: Tensor, name: str = "parameter") -> int:
@@ -37,30 +36,30 @@ def start_of(p: Tensor, name: str = "parameter") -> int:
         The index.
 
     Raises:
-        ValueError: the parameter is not cut by rows.
+        ValueError: the parameter is sharded along another dimension than its rows.
     """
-    cut = sharding_of(p, name)
-    if cut is not None and not cut.is_by_rows:
+    sharding = sharding_of(p, name)
+    if sharding is not None and not sharding.is_by_rows:
         raise ValueError(
-            f"{name}: state in 8 bits is cut by rows (dimension 0), the parameter is {cut.placements}; "
+            f"{name}: 8-bit state is sharded by rows (dimension 0), the parameter by {sharding.placements}; "
             "choose state_storage='bf16' or 'fp32' for it"
         )
-    return _first(p)
+    return _first_index(p)
 
 
-def _first(p: Tensor) -> int:
+def _first_index(p: Tensor) -> int:
     return local_bounds(p)[0][0] * math.prod(p.shape[1:]) if p.ndim else 0
 
 
 def element_index(p: Tensor) -> Tensor:
-    """Global row-major index of every element of this rank's part.
+    """Global row-major index of every element of this rank's shard.
 
     Returns:
-        int32 (wrapped around), shaped like the local part.
+        int32 (wrapped around), shaped like the local shard.
     """
-    part = local(p)
-    index = torch.zeros(part.shape, dtype=torch.int64, device=part.device)
+    shard = local(p)
+    index = torch.zeros(shard.shape, dtype=torch.int64, device=shard.device)
     for d, (start, _) in enumerate(local_bounds(p)):
-        steps = torch.arange(start, start + part.shape[d], device=part.device) * math.prod(p.shape[d + 1 :])
+        steps = torch.arange(start, start + shard.shape[d], device=shard.device) * math.prod(p.shape[d + 1 :])
         index += steps.view([-1 if k == d else 1 for k in range(p.ndim)])
     return index.to(torch.int32)

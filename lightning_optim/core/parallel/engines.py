@@ -1,6 +1,6 @@
-"""What the engine that a trainer is set up for (DeepSpeed, FSDP1) would do to an optimizer, from its settings.
+"""Checks that the engine a trainer is configured for (DeepSpeed, FSDP1) can run the rules of an optimizer.
 
-An engine is asked before it has done anything: DeepSpeed flattens the parameters of a finished optimizer, and with
+The configuration is read before the engine acts: DeepSpeed flattens the parameters of a finished optimizer, and with
 offload accelerate builds another optimizer out of its groups. accelerate, Transformers and DeepSpeed are never imported
 here: where they are not in use, there is nothing to refuse.
 """
@@ -16,61 +16,63 @@ from lightning_optim.core.rule import Rule
 
 
 def validate_engine(rules: Iterable[type[Rule]]) -> None:
-    """Check that the engine that accelerate or Transformers is set up for in this process can run rules.
+    """Check that the engine for which accelerate or Transformers is configured in this process can run rules.
 
     Args:
-        rules: of an optimizer.
+        rules: the rules of an optimizer, the main one first.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the engine would flatten matrices that a rule needs, or replace the optimizer.
     """
     rules = list(rules)
     config = _deepspeed_config()
     if config is not None:
         check_deepspeed(config, rules)
-    whole = _whole(rules)
-    if whole and _is_fsdp1():
-        raise ValueError(f"{whole} needs whole matrices, {HIDDEN}: accelerate's fsdp_version is 1; {REMEDY}")
+    matrix_rule = _matrix_rule(rules)
+    if matrix_rule and _is_fsdp1():
+        raise ValueError(f"{matrix_rule} needs whole matrices, {HIDDEN}: accelerate's fsdp_version is 1; {REMEDY}")
 
 
 def check_deepspeed(config: Mapping[str, Any], rules: Iterable[type[Rule]]) -> None:
     """Check that DeepSpeed can run rules.
 
     Args:
-        config: of DeepSpeed, as a dictionary.
-        rules: of an optimizer.
+        config: DeepSpeed's configuration as a dictionary.
+        rules: the rules of an optimizer, the main one first.
 
     Raises:
-        ValueError: DeepSpeed would put another optimizer in the place of ours, or flatten matrices that a rule needs.
+        ValueError: DeepSpeed would replace the optimizer by another one, or flatten matrices that a rule needs.
     """
     rules = list(rules)
-    name, whole = rules[0].name, _whole(rules)
+    name, matrix_rule = rules[0].name, _matrix_rule(rules)
     if "optimizer" in config:
         raise ValueError(
-            f"DeepSpeed's configuration has an 'optimizer' of its own, which would replace {name!r} without a word; "
+            f"DeepSpeed's configuration has an 'optimizer' of its own, which would replace {name!r} silently; "
             "remove that entry"
         )
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
     device = (zero.get("offload_optimizer") or {}).get("device", "none")
-    refused = f"ZeRO-{stage} refuses {whole}, which needs whole matrices; {REMEDY}" if whole and stage else ""
+    zero_error = (
+        f"ZeRO-{stage} refuses {matrix_rule}, which needs whole matrices; {REMEDY}" if matrix_rule and stage else ""
+    )
     if device not in ("none", "auto", None) and config.get("zero_force_ds_cpu_optimizer", True):
-        then = f". Even so, {refused}" if refused else f"; {name} then steps on the host"
+        consequence = f". Even so, {zero_error}" if zero_error else f"; {name} then steps on the host"
         raise ValueError(
             f"offload_optimizer.device={device!r} in DeepSpeed's configuration puts DeepSpeedCPUAdam in the place of "
-            f'{name!r}; add "zero_force_ds_cpu_optimizer": false, which keeps it{then}'
+            f'{name!r}; add "zero_force_ds_cpu_optimizer": false, which keeps it{consequence}'
         )
-    if refused:
-        raise ValueError(f"{whole} needs whole matrices, {HIDDEN}: DeepSpeed's ZeRO stage is {stage}; {REMEDY}")
+    if zero_error:
+        raise ValueError(f"{matrix_rule} needs whole matrices, {HIDDEN}: DeepSpeed's ZeRO stage is {stage}; {REMEDY}")
 
 
-def _whole(rules: Iterable[type[Rule]]) -> str:
-    """The first rule that cannot step a flat tensor, "" if there is none."""
+def _matrix_rule(rules: Iterable[type[Rule]]) -> str:
+    """The name of the first rule that cannot step a flat tensor; "" if there is none."""
     return next((rule.name for rule in rules if not rule.elementwise or rule.curvature_input), "")
 
 
 def _deepspeed_config() -> Mapping[str, Any] | None:
-    """DeepSpeed's configuration, if an `Accelerator` or `TrainingArguments` with one are the last that were made."""
+    """DeepSpeed's configuration, if the last `Accelerator` or `TrainingArguments` that was created has one."""
     state = _state()
     if state.get("distributed_type") != "DEEPSPEED":
         return None

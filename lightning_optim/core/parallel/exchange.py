@@ -1,9 +1,10 @@
-"""Who works on which matrix, and how matrices and directions travel.
+"""Communication between the shards of matrices and the ranks that own them.
 
-A matrix that is cut (`layout.Sharding`), or whole on several ranks that share out the work (`Replicas`), is worked on
-by one owner in a team of ranks. `Exchange` brings shards of many tensors to their owners and the results back,
-`Broadcast` does the same for replicas, which have everything but the results. Both begin to communicate; what they
-return waits.
+A rule that needs whole matrices steps each matrix on one rank, its owner. The team of a matrix is the group of ranks
+that share it: those that hold its shards (`Sharding`), or replicas that shard the optimizer work (`Replicas`).
+`Exchange` sends the shards of many tensors to their owners and the results back. `Broadcast` does the same for
+replicas, to which only the results need to be sent. Both start asynchronous communication and return a function that
+waits for it.
 """
 
 from __future__ import annotations
@@ -23,61 +24,61 @@ Team = Sharding | Replicas
 
 
 class Exchange:
-    """One uneven all-to-all that brings the shards of many tensors to their owners, and its mirror."""
+    """One uneven all-to-all that sends the shards of many tensors to their owners, and its inverse."""
 
-    def __init__(self, cuts: Sequence[Sharding], shapes: Sequence[Sequence[int]], owners: Sequence[int]):
-        """Lay out the flat buffers.
+    def __init__(self, shardings: Sequence[Sharding], shapes: Sequence[Sequence[int]], owners: Sequence[int]):
+        """Assign tensors to flat buffers.
 
         Args:
-            cuts: how each tensor is cut, all over one team.
-            shapes: of the whole tensors.
-            owners: the place in the team of the rank that works on each tensor.
+            shardings: sharding of each tensor, all over one team.
+            shapes: shapes of the whole tensors.
+            owners: index in the team of the rank that owns each tensor.
         """
-        self.cuts, self.shapes, self.owners = cuts, [tuple(s) for s in shapes], owners
-        self.team, self.rank = cuts[0], cuts[0].rank
+        self.shardings, self.shapes, self.owners = shardings, [tuple(s) for s in shapes], owners
+        self.team, self.rank = shardings[0], shardings[0].rank
         self.mine = [i for i, owner in enumerate(owners) if owner == self.rank]
 
-    def _box(self, i: int, rank: int) -> Bounds:
-        return self.cuts[i].shard_slices(self.shapes[i], rank)
+    def _bounds(self, i: int, rank: int) -> Bounds:
+        return self.shardings[i].shard_slices(self.shapes[i], rank)
 
     def _start(
-        self, pieces: list[list[Tensor]], sizes: list[int], like: Tensor, wire: torch.dtype | None
+        self, outgoing: list[list[Tensor]], sizes: list[int], like: Tensor, wire: torch.dtype | None
     ) -> Callable[[], Sequence[Tensor]]:
-        send = [sum(t.numel() for t in row) for row in pieces]
-        flat = [t.reshape(-1) for row in pieces for t in row]
-        outgoing = (torch.cat(flat) if flat else like.new_empty(0)).to(self.team.device, wire or like.dtype)
-        incoming = outgoing.new_empty(sum(sizes))
-        started = dist.all_to_all_single(incoming, outgoing, sizes, send, group=self.team.group, async_op=True)
+        send_sizes = [sum(t.numel() for t in row) for row in outgoing]
+        flat = [t.reshape(-1) for row in outgoing for t in row]
+        send_buffer = (torch.cat(flat) if flat else like.new_empty(0)).to(self.team.device, wire or like.dtype)
+        buffer = send_buffer.new_empty(sum(sizes))
+        handle = dist.all_to_all_single(buffer, send_buffer, sizes, send_sizes, group=self.team.group, async_op=True)
 
         def wait() -> Sequence[Tensor]:
-            cast("dist.Work", started).wait()
-            return incoming.to(like.device, like.dtype).split(sizes)
+            cast("dist.Work", handle).wait()
+            return buffer.to(like.device, like.dtype).split(sizes)
 
         return wait
 
-    def to_owners(self, parts: Sequence[Tensor], wire: torch.dtype | None = None) -> Callable[[], dict[int, Tensor]]:
-        """Begin to send every local part to the owner of its tensor.
+    def to_owners(self, shards: Sequence[Tensor], wire: torch.dtype | None = None) -> Callable[[], dict[int, Tensor]]:
+        """Start to send every local shard to the owner of its tensor.
 
         Args:
-            parts: this rank's part of each tensor, of one dtype.
-            wire: the dtype in which they travel, if another.
+            shards: this rank's shard of each tensor, all of one dtype.
+            wire: dtype of the communication; that of the tensors by default.
 
         Returns:
-            Waits, and gives index to whole tensor for the tensors owned here.
+            A function that waits and returns the whole tensors owned by this rank, by index.
         """
         ranks = range(self.team.size)
-        pieces: list[list[Tensor]] = [[] for _ in ranks]
-        for part, owner in zip(parts, self.owners, strict=True):
-            pieces[owner].append(part)
-        boxes = [[self._box(i, r) for i in self.mine] for r in ranks]
-        wait = self._start(pieces, [sum(map(_volume, row)) for row in boxes], parts[0], wire)
+        outgoing: list[list[Tensor]] = [[] for _ in ranks]
+        for shard, owner in zip(shards, self.owners, strict=True):
+            outgoing[owner].append(shard)
+        bounds = [[self._bounds(i, r) for i in self.mine] for r in ranks]
+        wait = self._start(outgoing, [sum(map(_volume, row)) for row in bounds], shards[0], wire)
 
         def finish() -> dict[int, Tensor]:
-            wholes = [parts[0].new_empty(self.shapes[i]) for i in self.mine]
-            for row, flat in zip(boxes, wait(), strict=True):
-                for whole, box, piece in zip(wholes, row, flat.split([_volume(box) for box in row]), strict=True):
-                    here = within(whole, box)
-                    here.copy_(piece.view(here.shape))
+            wholes = [shards[0].new_empty(self.shapes[i]) for i in self.mine]
+            for row, flat in zip(bounds, wait(), strict=True):
+                for whole, at, values in zip(wholes, row, flat.split([_volume(at) for at in row]), strict=True):
+                    target = within(whole, at)
+                    target.copy_(values.view(target.shape))
             return dict(zip(self.mine, wholes, strict=True))
 
         return finish
@@ -85,91 +86,91 @@ class Exchange:
     def from_owners(
         self, wholes: dict[int, Tensor], like: Tensor, wire: torch.dtype | None = None
     ) -> Callable[[], list[Tensor]]:
-        """Begin to send every rank its parts of the tensors owned here.
+        """Start to send every rank its shards of the tensors owned by this rank.
 
         Args:
-            wholes: index to whole tensor, for the tensors owned here.
-            like: gives dtype and device to a rank that owns nothing.
-            wire: the dtype in which they travel, if another.
+            wholes: the whole tensors owned by this rank, by index.
+            like: a tensor with the dtype and device to use on a rank that owns nothing.
+            wire: dtype of the communication; that of the tensors by default.
 
         Returns:
-            Waits, and gives this rank's part of each tensor.
+            A function that waits and returns this rank's shard of each tensor.
         """
-        pieces = [[within(wholes[i], self._box(i, r)) for i in self.mine] for r in range(self.team.size)]
+        outgoing = [[within(wholes[i], self._bounds(i, r)) for i in self.mine] for r in range(self.team.size)]
         theirs: list[list[int]] = [[] for _ in range(self.team.size)]
         for i, owner in enumerate(self.owners):
             theirs[owner].append(i)
-        boxes = [self._box(i, self.rank) for i in range(len(self.shapes))]
-        wait = self._start(pieces, [sum(_volume(boxes[i]) for i in row) for row in theirs], like, wire)
+        bounds = [self._bounds(i, self.rank) for i in range(len(self.shapes))]
+        wait = self._start(outgoing, [sum(_volume(bounds[i]) for i in row) for row in theirs], like, wire)
 
         def finish() -> list[Tensor]:
             out: dict[int, Tensor] = {}
             for row, flat in zip(theirs, wait(), strict=True):
-                parts = flat.split([_volume(boxes[i]) for i in row])
-                out.update({i: t.view([b - a for a, b in boxes[i]]) for i, t in zip(row, parts, strict=True)})
+                shards = flat.split([_volume(bounds[i]) for i in row])
+                out.update({i: t.view([b - a for a, b in bounds[i]]) for i, t in zip(row, shards, strict=True)})
             return [out[i] for i in range(len(self.shapes))]
 
         return finish
 
 
 class Broadcast:
-    """What replicas need instead of an `Exchange`: every owner sends its results to all; nothing goes to owners."""
+    """The counterpart of `Exchange` for replicas: every owner broadcasts its results, and nothing is sent to owners."""
 
     def __init__(self, team: Replicas, shapes: Sequence[Sequence[int]], owners: Sequence[int]):
-        """Lay out the flat buffers.
+        """Assign tensors to flat buffers.
 
         Args:
             team: the replicas.
-            shapes: of the tensors.
-            owners: the place in the team of the rank that works on each tensor.
+            shapes: shapes of the tensors.
+            owners: index in the team of the rank that owns each tensor.
         """
         self.team, self.shapes, self.owners = team, [tuple(s) for s in shapes], owners
         self.mine = [i for i, owner in enumerate(owners) if owner == team.rank]
 
-    def to_owners(self, parts: Sequence[Tensor], wire: torch.dtype | None = None) -> Callable[[], dict[int, Tensor]]:
-        """The tensors owned here.
+    def to_owners(self, shards: Sequence[Tensor], wire: torch.dtype | None = None) -> Callable[[], dict[int, Tensor]]:
+        """Select the tensors owned by this rank; nothing is communicated.
 
         Args:
-            parts: all tensors.
-            wire: of no use here.
+            shards: all tensors, each whole.
+            wire: unused.
 
         Returns:
-            Gives index to tensor.
+            A function that returns the tensors owned by this rank, by index.
         """
         del wire
-        return lambda: {i: parts[i] for i in self.mine}
+        return lambda: {i: shards[i] for i in self.mine}
 
     def from_owners(
         self, wholes: dict[int, Tensor], like: Tensor, wire: torch.dtype | None = None
     ) -> Callable[[], list[Tensor]]:
-        """Begin to send all ranks the tensors owned here.
+        """Start to broadcast the tensors owned by this rank.
 
         Args:
-            wholes: index to tensor, for the tensors owned here.
-            like: gives dtype and device.
-            wire: the dtype in which they travel, if another.
+            wholes: the tensors owned by this rank, by index.
+            like: a tensor with the dtype and device to use.
+            wire: dtype of the communication; that of the tensors by default.
 
         Returns:
-            Waits, and gives every tensor.
+            A function that waits and returns every tensor.
         """
-        started, flats = [], []
-        for place, source in enumerate(self.team.ranks):
-            theirs = [i for i, owner in enumerate(self.owners) if owner == place]
-            if place == self.team.rank:
+        handles, flats = [], []
+        for index, source in enumerate(self.team.ranks):
+            theirs = [i for i, owner in enumerate(self.owners) if owner == index]
+            if index == self.team.rank:
                 flat = torch.cat([like.new_empty(0), *(wholes[i].reshape(-1) for i in theirs)]).to(wire or like.dtype)
             else:
                 flat = like.new_empty(sum(math.prod(self.shapes[i]) for i in theirs), dtype=wire)
             if flat.numel():
-                started.append(dist.broadcast(flat, source, group=self.team.group, async_op=True))
+                handles.append(dist.broadcast(flat, source, group=self.team.group, async_op=True))
             flats.append((theirs, flat))
 
         def finish() -> list[Tensor]:
-            for work in started:
-                work.wait()
+            for handle in handles:
+                handle.wait()
             out: dict[int, Tensor] = {}
             for theirs, flat in flats:
-                parts = flat.to(like.dtype).split([math.prod(self.shapes[i]) for i in theirs])
-                out.update({i: t.view(self.shapes[i]) for i, t in zip(theirs, parts, strict=True)})
+                tensors = flat.to(like.dtype).split([math.prod(self.shapes[i]) for i in theirs])
+                out.update({i: t.view(self.shapes[i]) for i, t in zip(theirs, tensors, strict=True)})
             return [out[i] for i in range(len(self.shapes))]
 
         return finish
@@ -178,12 +179,12 @@ class Broadcast:
 def make_exchange(
     teams: Sequence[Team], shapes: Sequence[Sequence[int]], owners: Sequence[int]
 ) -> Exchange | Broadcast:
-    """What brings tensors to their owners and results back.
+    """Make the communication that sends tensors to their owners and results back.
 
     Args:
-        teams: of each tensor, all with the same ranks.
-        shapes: of the whole tensors.
-        owners: the place in the team of the rank that works on each tensor.
+        teams: team of each tensor, all with the same ranks.
+        shapes: shapes of the whole tensors.
+        owners: index in the team of the rank that owns each tensor.
 
     Returns:
         An exchange of shards, or broadcasts for replicas.
@@ -193,5 +194,5 @@ def make_exchange(
     return Exchange([team for team in teams if isinstance(team, Sharding)], shapes, owners)
 
 
-def _volume(box: Bounds) -> int:
-    return math.prod(end - first for first, end in box)
+def _volume(bounds: Bounds) -> int:
+    return math.prod(end - first for first, end in bounds)

@@ -1,4 +1,4 @@
-"""Parameters that FSDP1 or DeepSpeed ZeRO has flattened: what can step them, and what is refused."""
+"""Parameters that FSDP1 or DeepSpeed ZeRO has flattened, and the checks of rules and options that cannot step them."""
 
 from __future__ import annotations
 
@@ -21,53 +21,53 @@ def is_flat(p: Tensor) -> bool:
     """Whether FSDP1 (FlatParameter and its views) or DeepSpeed ZeRO-3 has flattened or emptied this parameter.
 
     Returns:
-        True for such a one.
+        True if it has.
     """
     return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id"))
 
 
 def check_unflattened(rule: type[Rule], named: Iterable[tuple[str, Tensor]]) -> None:
-    """Check that the parameters of a model have their shapes, by which roles are told.
+    """Check that the parameters of a model still have the shapes from which roles are derived.
 
     Args:
         rule: the main rule.
-        named: the model's parameters.
+        named: names and parameters of the model.
 
     Raises:
-        ValueError: FSDP1 or DeepSpeed's `zero.Init` has flattened or emptied a trainable one.
+        ValueError: FSDP1 or DeepSpeed's `zero.Init` has flattened or emptied a trainable parameter.
     """
     name = next((name for name, p in named if p.requires_grad and is_flat(p)), None)
     if name is not None:
         _check_shapeless(rule, name)
         raise ValueError(
-            f"{name}: FSDP1 or ZeRO-3 has flattened it, so roles (vectors are not decayed, say) cannot be told; "
+            f"{name}: FSDP1 or ZeRO-3 has flattened it, so roles (vectors are not decayed, say) cannot be derived; "
             f"{REMEDY}, or give the class of {rule.name} all parameters with the same settings"
         )
 
 
 def check_flat(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
-    """Check that a flat tensor, a run of elements of one or more parameters, can be stepped like the parameters.
+    """Check that a flat tensor, which holds elements of one or more parameters, can be stepped like the parameters.
 
-    That is so for an elementwise rule, unless an option of the group depends on the shapes of the parameters, on the
-    place of an element or on other ranks.
+    Elementwise rules can do so, unless an option of the group depends on the shapes of the parameters, on the position
+    of an element or on other ranks.
 
     Args:
-        rule: of the group.
-        name: of the parameter or the group, for the message.
+        rule: rule of the group.
+        name: name of the parameter or the group, for the message.
         p: the flat tensor.
-        group: its settings.
+        group: settings of the group.
 
     Raises:
-        ValueError: it is not so.
+        ValueError: the rule or an option needs the parameters themselves.
     """
     _check_shapeless(rule, name)
     defaults = OPTIONS | {"on_nonfinite": "off"}
     keys = ["clip_norm", "on_nonfinite", *(options.CONSTRAINTS if options.has_constraint(group) else ())]
     keys += ["state_storage"] if group["state_storage"] != "host" else []
-    instead = {key: f"{key}={defaults[key]!r}" for key in keys if group[key] != defaults[key]}
+    remedies = {key: f"{key}={defaults[key]!r}" for key in keys if group[key] != defaults[key]}
     if p.dtype == torch.bfloat16 and group["param_rounding"] == "stochastic":
-        instead["param_rounding"] = "param_rounding='nearest' or 'kahan'"
-    for key, allowed in instead.items():
+        remedies["param_rounding"] = "param_rounding='nearest' or 'kahan'"
+    for key, allowed in remedies.items():
         raise ValueError(f"{name}: {key}={group[key]!r} needs whole parameters, {HIDDEN}; give {allowed}, or {REMEDY}")
 
 
@@ -80,7 +80,7 @@ def _check_shapeless(rule: Rule | type[Rule], name: str) -> None:
 
 
 class KnownParameters:
-    """The parameters that each group was given, to recognize what an engine puts in their place."""
+    """The parameters with which each group was created, to recognize those by which an engine replaces them."""
 
     def __init__(self) -> None:
         self._groups: dict[str, list[tuple[int, torch.Size | None]]] = {}
@@ -89,33 +89,33 @@ class KnownParameters:
         return bool(self._groups)
 
     def remember(self, group: Mapping[str, Any]) -> None:
-        """Note the parameters of a group.
+        """Record the parameters of a group.
 
         Args:
-            group: of `param_groups`.
+            group: a member of `param_groups`.
         """
         self._groups[group["name"]] = [(id(p), None if is_lazy(p) else p.shape) for p in group["params"]]
 
     def rename(self, names: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> None:
-        """Follow groups whose names a checkpoint has changed.
+        """Record the new names of groups that a checkpoint has renamed.
 
         Args:
-            names: before.
-            groups: of `param_groups`, now.
+            names: names before the change.
+            groups: `param_groups` after it.
         """
         before = [self._groups.get(name, []) for name in names]
-        self._groups |= {group["name"]: known for group, known in zip(groups, before, strict=True)}
+        self._groups |= {group["name"]: params for group, params in zip(groups, before, strict=True)}
 
     def flat_tensors(self, group: Mapping[str, Any]) -> list[Tensor]:
-        """The flat tensors that an engine (DeepSpeed ZeRO) has put in the place of a group's parameters.
+        """The flat tensors by which an engine (DeepSpeed ZeRO) has replaced a group's parameters.
 
         A parameter may be replaced by a copy, or by a shard of the same shape (FSDP2); then the result is empty.
 
         Args:
-            group: of `param_groups`.
+            group: a member of `param_groups`.
 
         Returns:
-            One-dimensional tensors that the group was not given, where it was given other shapes or more parameters.
+            One-dimensional tensors with which the group was not created, where it had other shapes or more parameters.
         """
         before, params = self._groups.get(group["name"], []), group["params"]
         ids, out = {number for number, _ in before}, []
@@ -123,26 +123,26 @@ class KnownParameters:
             if id(p) in ids or p.ndim != 1:
                 continue
             shape = before[i][1] if i < len(before) else None
-            # a vector of the user's own may replace another; DeepSpeed's flat tensors are no Parameters
-            vector = shape is None or shape == p.shape or (len(shape) == 1 and isinstance(p, torch.nn.Parameter))
-            if len(params) < len(before) or not vector:
+            # users may replace one vector by another; DeepSpeed's flat tensors are no Parameters
+            is_vector = shape is None or shape == p.shape or (len(shape) == 1 and isinstance(p, torch.nn.Parameter))
+            if len(params) < len(before) or not is_vector:
                 out.append(p)
         return out
 
     def validate(self, rule: Rule, group: Mapping[str, Any], *, averaging: bool) -> None:
-        """Check that a rule and the group's options can step the flat tensors that an engine has put in a group.
+        """Check that a rule and the group's options can step the flat tensors that an engine has put into a group.
 
         Args:
-            rule: of the group.
-            group: of `param_groups`.
+            rule: rule of the group.
+            group: a member of `param_groups`.
             averaging: whether the optimizer has averaging methods.
 
         Raises:
-            ValueError: they cannot.
+            ValueError: the rule, an option or the averaging methods need the parameters themselves.
         """
         for p in self.flat_tensors(group):
             names = ", ".join([*group.get("param_names", ("parameters",))[:3], "..."])
-            where = f"group {group['name']!r} ({names}), which DeepSpeed (or a like engine) has made a flat tensor"
-            check_flat(rule, where, p, group)
+            label = f"group {group['name']!r} ({names}), which DeepSpeed (or a similar engine) has made a flat tensor"
+            check_flat(rule, label, p, group)
             if averaging:
-                raise ValueError(f"{where}: the averages of `with_averaging` would not reach the model; {REMEDY}")
+                raise ValueError(f"{label}: the averages of `with_averaging` would not reach the model; {REMEDY}")

@@ -1,4 +1,4 @@
-"""Which rank of a team owns a matrix: it keeps the matrix's state and steps it."""
+"""Assignment of matrices to the ranks of their team: the owner of a matrix has its state and computes its update."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_optim.core.parallel.exchange import Team
 
 
 def assign_owners(costs: Sequence[float], loads: list[float]) -> list[int]:
-    """Balance matrices over ranks: the costliest first, each to the rank with the least work.
+    """Balance matrices over ranks, in order of falling cost, each to the rank with the least load.
 
     Args:
-        costs: of each matrix.
-        loads: work each rank already has; increased.
+        costs: cost of a step of each matrix.
+        loads: load that each rank already has; increased in place.
 
     Returns:
         Rank of each matrix; equal on every rank that calls it with equal arguments.
@@ -34,7 +34,7 @@ def assign_owners(costs: Sequence[float], loads: list[float]) -> list[int]:
 
 
 class Owners:
-    """The owner of each parameter whose matrices are stepped by one rank, as its place in the team."""
+    """The owner of each parameter whose matrices are stepped by one rank, as its index in the team."""
 
     def __init__(self) -> None:
         # no weak references: `Module.to` could not swap a DTensor that has one
@@ -52,26 +52,27 @@ class Owners:
 
         Args:
             p: the parameter.
-            team: its ranks.
+            team: the ranks that share the parameter.
 
         Returns:
-            False if another rank does, or none yet.
+            False if another rank does, or if no owner has been assigned.
         """
         return self._owner.get(p) == team.rank
 
-    def assign(self, params: Sequence[tuple[Tensor, Team, float]], known: Iterable[Tensor]) -> None:
-        """Give every parameter that has no owner one; work is balanced over all of them together.
+    def assign(self, params: Sequence[tuple[Tensor, Team, float]], all_params: Iterable[Tensor]) -> None:
+        """Assign an owner to every parameter without one, balancing the load over all of them together.
 
         Args:
             params: parameters, their teams and the costs of their steps.
-            known: all parameters of the optimizer; owners of others are forgotten.
+            all_params: all parameters of the optimizer; owners of others are dropped.
         """
         new = [x for x in params if x[0] not in self._owner]
         if not new:
             return
-        ids = {id(p) for p in known}
+        ids = {id(p) for p in all_params}
         self._owner = {p: owner for p, owner in self._owner.items() if id(p) in ids}
-        for run in bucket(new, lambda x: x[1].ranks):
-            loads = self._loads.setdefault(run[0][1].ranks, [0.0] * run[0][1].size)
-            for (p, _, _), owner in zip(run, assign_owners([cost for *_, cost in run], loads), strict=True):
+        for same_team in bucket(new, lambda x: x[1].ranks):
+            loads = self._loads.setdefault(same_team[0][1].ranks, [0.0] * same_team[0][1].size)
+            owners = assign_owners([cost for *_, cost in same_team], loads)
+            for (p, _, _), owner in zip(same_team, owners, strict=True):
                 self._owner[p] = owner

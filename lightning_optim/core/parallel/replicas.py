@@ -1,4 +1,4 @@
-"""replicas."""
+"""Ranks that hold the same whole parameters: to shard optimizer work over (ZeRO-1), or to compress communication."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from lightning_optim.core.matrix_views import bucket
 
 @dataclass(frozen=True)
 class Replicas:
-    """Ranks that have the same whole tensors and share out the work on them."""
+    """Ranks that have the same whole tensors, and among which optimizer work and state are sharded."""
 
     group: dist.ProcessGroup
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The team, by global rank."""
+        """Global ranks of the team."""
         return tuple(dist.get_process_group_ranks(self.group))
 
     @property
     def rank(self) -> int:
-        """This process's place in the team."""
+        """Index of this process in the team."""
         return dist.get_rank(self.group)
 
     @property
@@ -51,32 +51,32 @@ class Replicas:
         return out.div_(self.size)
 
     def vote(self, x: Tensor) -> Tensor:
-        """The sign that most replicas have; one byte per element travels.
+        """Majority vote on signs, with one byte of communication per element.
 
         Args:
-            x: what has the signs.
+            x: the tensor whose signs count.
 
         Returns:
-            1, 0 or -1 like `x`, equal on every rank.
+            1, 0 or -1 in the dtype of `x`, equal on every rank.
         """
         signs = x.sign().to(torch.int8)
         dist.all_reduce(signs, group=self.group)
         return signs.sign_().to(x.dtype)
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their mean over the replicas, in one reduction for each dtype.
+        """Replace tensors by their mean over the replicas, by one reduction per dtype and device.
 
         Args:
             tensors: of the same shapes and dtypes on every rank.
         """
         for same in bucket(tensors, lambda t: (t.dtype, t.device)):
             mean = self.mean(torch.cat([t.reshape(-1) for t in same]))
-            for t, part in zip(same, mean.split([t.numel() for t in same]), strict=True):
-                t.copy_(part.view(t.shape))
+            for t, values in zip(same, mean.split([t.numel() for t in same]), strict=True):
+                t.copy_(values.view(t.shape))
 
 
 def leave_gradients(module: Any) -> Replicas:
-    """Have a DistributedDataParallel module leave the gradients of each rank as they are.
+    """Make a DistributedDataParallel module leave the gradients of each rank unreduced.
 
     Args:
         module: the module.
@@ -85,30 +85,30 @@ def leave_gradients(module: Any) -> Replicas:
         Its ranks.
 
     Raises:
-        ValueError: another module, or more ranks than one byte can count.
+        ValueError: the module is no DistributedDataParallel, or has more ranks than one byte can count.
     """
     if not isinstance(module, DistributedDataParallel):
         raise ValueError(f"compress needs the model in DistributedDataParallel, got {type(module).__name__}")
-    found = Replicas(cast("dist.ProcessGroup", module.process_group))
-    if found.size > 127:
-        raise ValueError(f"compress counts votes in a byte: at most 127 ranks, got {found.size}")
-    if module not in _left:
+    replicas = Replicas(cast("dist.ProcessGroup", module.process_group))
+    if replicas.size > 127:
+        raise ValueError(f"compress counts votes in a byte: at most 127 ranks, got {replicas.size}")
+    if module not in _unreduced:
         module.register_comm_hook(None, noop_hook)
-        _left.add(module)
-    return found
+        _unreduced.add(module)
+    return replicas
 
 
-_left: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
-"""Modules that leave gradients already; they take one hook."""
+_unreduced: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+"""Modules that leave gradients unreduced already; DDP accepts one hook per module."""
 
 
 def replicas_of(group: dist.ProcessGroup | None) -> Replicas | None:
     """The ranks of a process group, or all ranks.
 
     Returns:
-        None for a process that is alone.
+        None for a single process.
     """
     if not dist.is_available() or not dist.is_initialized():
         return None
-    found = Replicas(group or cast("dist.ProcessGroup", dist.group.WORLD))
-    return found if found.size > 1 else None
+    replicas = Replicas(group or cast("dist.ProcessGroup", dist.group.WORLD))
+    return replicas if replicas.size > 1 else None

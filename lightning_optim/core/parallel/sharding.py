@@ -1,14 +1,14 @@
-"""Where a parameter lies on a mesh, and what of it is on this rank.
+"""Placement of a parameter on a device mesh, and the shard of it on this rank.
 
-Plain tensors are whole: every rank that has one does all the work, unless replicas share it out. A DTensor cut along
-any of its dimensions, over one or several mesh dimensions (FSDP2, tensor parallelism, both; replicas of HSDP repeat the
-work), is worked on in one of three ways:
+Plain tensors are whole: every rank that has one does all the work, unless replicas shard it. A DTensor may be sharded
+along any of its dimensions, over one or several mesh dimensions (FSDP2, tensor parallelism, both; the replicas of HSDP
+repeat the work). Its step is computed in one of three ways:
 
-- elementwise rules take the local shard;
-- rules that only reduce get a DTensor around each stack (`StackLayout`), so torch.distributed adds the sums;
-- every other rule needs whole matrices: `core.travel` brings each to one owner and the directions back.
+- elementwise rules step the local shard;
+- rules that only reduce get a DTensor around each stack (`StackSharding`), so that torch.distributed adds up the sums;
+- every other rule needs whole matrices: `parallel.exchange` sends each to its owner and the directions back.
 
-Nothing outside this module asks whether a tensor is a DTensor.
+No module outside `core.parallel` checks whether a tensor is a DTensor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def local(t: Tensor) -> Tensor:
-    """The part of a tensor on this rank.
+    """The shard of a tensor on this rank.
 
     Returns:
         The shard of a DTensor (shared memory), or the tensor itself.
@@ -38,7 +38,7 @@ def local(t: Tensor) -> Tensor:
 
 
 def placement_of(p: Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]] | None:
-    """Where a parameter lies on a mesh.
+    """Device mesh and placements of a parameter.
 
     Returns:
         (mesh, placements) of a DTensor; None for a plain tensor.
@@ -64,33 +64,33 @@ Bounds = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Sharding:
-    """A DTensor cut along one or more dimensions over the ranks of a team: those that have one whole copy together."""
+    """Sharding of a DTensor along one or more dimensions, over a team: the ranks that hold one whole copy together."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
 
     @property
     def dims(self) -> list[int]:
-        """The mesh dimensions that cut."""
+        """Mesh dimensions along which the tensor is sharded."""
         return [d for d, x in enumerate(self.placements) if not isinstance(x, Replicate)]
 
     @property
     def sizes(self) -> list[int]:
-        """How many parts each of them makes."""
+        """Number of shards along each of these mesh dimensions."""
         return [self.mesh.size(d) for d in self.dims]
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The team, by global rank; a rank's place in it is that of its part."""
+        """Global ranks of the team, in the order of their shards."""
         return team_of(self.mesh, tuple(self.dims))
 
     @property
     def rank(self) -> int:
-        """This process's place in the team."""
-        at = 0
+        """Index of this process in the team."""
+        index = 0
         for d, size in zip(self.dims, self.sizes, strict=True):
-            at = at * size + self.mesh.get_local_rank(d)
-        return at
+            index = index * size + self.mesh.get_local_rank(d)
+        return index
 
     @property
     def size(self) -> int:
@@ -99,66 +99,67 @@ class Sharding:
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The team's process group; that of several mesh dimensions is made when first asked for, by the whole team."""
+        """Process group of the team; over several mesh dimensions it is created by its first use, a collective call."""
         return self.mesh.get_group(self.dims[0]) if len(self.dims) == 1 else _group_of(self.ranks)
 
     @property
     def device(self) -> torch.device:
-        """Where tensors must be to be sent; parameters may be offloaded to the CPU."""
+        """Device from which tensors can be sent; parameters may be offloaded to the CPU."""
         return torch.device(self.mesh.device_type)
 
     @property
     def by_rows(self) -> Sharding:
-        """The same team with the first dimension cut: how whole matrices rest in a checkpoint."""
+        """The same team, sharded along the first dimension: the placement of whole matrices in a checkpoint."""
         return replace(self, placements=tuple(x if isinstance(x, Replicate) else Shard(0) for x in self.placements))
 
     @property
     def is_by_rows(self) -> bool:
-        """Whether only the first dimension is cut, so that every part is one run of elements."""
+        """Whether only the first dimension is sharded, so that every shard is one contiguous range of elements."""
         return all(self._dim(d) == 0 for d in self.dims)
 
     @property
     def is_plain(self) -> bool:
-        """Whether every part is what `torch.chunk` gives, mesh dimension after mesh dimension."""
+        """Whether the shards are those of `torch.chunk`, applied mesh dimension by mesh dimension."""
         return all(isinstance(self.placements[d], Shard) for d in self.dims)
 
     def _dim(self, d: int) -> int:
         return cast("Shard", self.placements[d]).dim
 
     def shard_slices(self, shape: Sequence[int], rank: int) -> Bounds:
-        """The part of one rank: by `torch.chunk`'s rule along every cut dimension.
+        """Bounds of the shard of one rank, by `torch.chunk`'s rule along every sharded dimension.
 
-        FSDP2 cuts what tensor parallelism has cut before, which its placement notes as strided.
+        FSDP2 shards a dimension that tensor parallelism has sharded before; its placement is then `_StridedShard`.
 
         Args:
-            shape: of the whole tensor.
-            rank: its place in the team.
+            shape: shape of the whole tensor.
+            rank: index of the rank in the team.
 
         Returns:
-            Where the part lies.
+            First index and one past the last, along every dimension.
         """
-        at: dict[int, int] = {}
+        coordinates: dict[int, int] = {}
         for d, size in zip(reversed(self.dims), reversed(self.sizes), strict=True):
-            rank, at[d] = divmod(rank, size)
-        first = [d for d in self.dims if isinstance(self.placements[d], Shard)]
+            rank, coordinates[d] = divmod(rank, size)
+        unstrided = [d for d in self.dims if isinstance(self.placements[d], Shard)]
         bounds = [(0, n) for n in shape]
-        for d in [*first, *(d for d in reversed(self.dims) if d not in first)]:
+        for d in [*unstrided, *(d for d in reversed(self.dims) if d not in unstrided)]:
             start, end = bounds[self._dim(d)]
             step = -(-(end - start) // self.mesh.size(d))
-            bounds[self._dim(d)] = min(start + at[d] * step, end), min(start + (at[d] + 1) * step, end)
+            first = start + coordinates[d] * step
+            bounds[self._dim(d)] = min(first, end), min(first + step, end)
         return tuple(bounds)
 
-    def shard(self, whole_shape: Sequence[int], part: Tensor) -> Tensor:
-        """Wrap this rank's part of a tensor that is cut so.
+    def shard(self, whole_shape: Sequence[int], shard: Tensor) -> Tensor:
+        """Wrap this rank's shard of a tensor with this sharding.
 
         Returns:
             A DTensor of shape `whole_shape`.
         """
-        return wrap(self.mesh, self.placements, whole_shape, part)
+        return wrap(self.mesh, self.placements, whole_shape, shard)
 
 
-class _Line:
-    """A mesh of one dimension that does not exist yet."""
+class _HypotheticalMesh:
+    """Size of a one-dimensional mesh that need not exist."""
 
     ndim = 1
 
@@ -170,55 +171,56 @@ class _Line:
 
 
 def rows_over(ranks: int) -> Sharding:
-    """Rows over so many ranks, as `fully_shard` cuts them, to ask where parts will lie; there is nobody to send to.
+    """Sharding of rows over a number of ranks as by `fully_shard`, to compute the bounds of shards without a mesh.
 
     Returns:
-        A cut without process groups.
+        A sharding without process groups, which cannot communicate.
     """
-    return Sharding(cast("DeviceMesh", _Line(ranks)), (Shard(0),))
+    return Sharding(cast("DeviceMesh", _HypotheticalMesh(ranks)), (Shard(0),))
 
 
 @functools.lru_cache(maxsize=64)
 def team_of(mesh: DeviceMesh, dims: tuple[int, ...]) -> tuple[int, ...]:
-    """The global ranks along some mesh dimensions, through this process.
+    """Global ranks along some mesh dimensions, through the coordinates of this process.
 
     Returns:
         Ranks in the order of their coordinates.
     """
-    own = cast("list[int]", mesh.get_coordinate())
-    return tuple(mesh.mesh[tuple(slice(None) if d in dims else k for d, k in enumerate(own))].flatten().tolist())
+    coordinate = cast("list[int]", mesh.get_coordinate())
+    index = tuple(slice(None) if d in dims else k for d, k in enumerate(coordinate))
+    return tuple(mesh.mesh[index].flatten().tolist())
 
 
 _groups: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]]
 _groups = weakref.WeakKeyDictionary()
-"""Process groups of teams that are none of a mesh's own."""
+"""Process groups of teams over several mesh dimensions, which a mesh does not have itself."""
 
 
 def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    known = _groups.setdefault(cast("dist.ProcessGroup", dist.group.WORLD), {})
-    if ranks not in known:
-        known[ranks] = cast("dist.ProcessGroup", dist.new_group(list(ranks), use_local_synchronization=True))
-    return known[ranks]
+    groups = _groups.setdefault(cast("dist.ProcessGroup", dist.group.WORLD), {})
+    if ranks not in groups:
+        groups[ranks] = cast("dist.ProcessGroup", dist.new_group(list(ranks), use_local_synchronization=True))
+    return groups[ranks]
 
 
-def wrap(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], part: Tensor) -> DTensor:
-    """A DTensor around this rank's part of a tensor.
+def wrap(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], shard: Tensor) -> DTensor:
+    """A DTensor around this rank's shard of a tensor.
 
     Args:
         mesh: the device mesh.
         placements: one per mesh dimension.
-        shape: of the whole tensor.
-        part: this rank's part.
+        shape: shape of the whole tensor.
+        shard: this rank's shard.
 
     Returns:
-        The DTensor; it shares memory with the part.
+        The DTensor; it shares memory with the shard.
     """
     stride = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(stride))
 
 
 def sharding_of(p: Tensor, name: str = "parameter") -> Sharding | None:
-    """How a parameter is cut.
+    """The sharding of a parameter.
 
     Args:
         p: the parameter.
@@ -228,51 +230,54 @@ def sharding_of(p: Tensor, name: str = "parameter") -> Sharding | None:
         None for a tensor that is whole on this rank.
 
     Raises:
-        ValueError: a DTensor that is neither cut nor replicated along some mesh dimension.
+        ValueError: a DTensor is neither sharded nor replicated along some mesh dimension.
     """
     if not isinstance(p, DTensor) or all(isinstance(x, Replicate) for x in p.placements):
         return None
     if not all(isinstance(x, (Shard, _StridedShard, Replicate)) for x in p.placements):
-        raise ValueError(f"{name}: placements {p.placements} are neither shards nor replicas of a parameter")
+        raise ValueError(f"{name}: placements {p.placements} are neither Shard nor Replicate")
     return Sharding(p.device_mesh, tuple(p.placements))
 
 
 def local_bounds(p: Tensor) -> Bounds:
-    """Where this rank's part of a parameter lies.
+    """Bounds of this rank's shard of a parameter.
 
     Returns:
         First index and one past the last, along every dimension.
     """
-    cut = sharding_of(p)
-    return tuple((0, n) for n in p.shape) if cut is None else cut.shard_slices(p.shape, cut.rank)
+    sharding = sharding_of(p)
+    return tuple((0, n) for n in p.shape) if sharding is None else sharding.shard_slices(p.shape, sharding.rank)
 
 
-def within(t: Tensor, box: Bounds) -> Tensor:
-    """The part of a whole tensor.
+def within(t: Tensor, bounds: Bounds) -> Tensor:
+    """The part of a whole tensor within bounds.
 
     Returns:
         A view.
     """
-    return t[tuple(slice(*bounds) for bounds in box)]
+    return t[tuple(slice(first, end) for first, end in bounds)]
 
 
-def place(value: Tensor, cut: Sharding | None) -> Tensor:
-    """Bring a loaded state tensor into the placement in which it rests.
+def place(value: Tensor, sharding: Sharding | None) -> Tensor:
+    """Bring a loaded state tensor into the placement in which it is stored.
 
     Args:
         value: a whole tensor, equal on all ranks, or a DTensor.
-        cut: how it rests; None if it is whole on every rank.
+        sharding: how it is stored; None if it is whole on every rank.
 
     Returns:
-        A DTensor whose local part owns its storage, or a plain tensor.
+        A DTensor whose local shard has storage of its own, or a plain tensor.
     """
-    if cut is None:
+    if sharding is None:
         return value.full_tensor() if isinstance(value, DTensor) else value
-    if isinstance(value, DTensor) and value.placements != cut.placements:
-        plain = cut.is_plain and all(isinstance(x, (Shard, Replicate)) for x in value.placements)
-        value = value.redistribute(cut.mesh, cut.placements) if plain else value.full_tensor()
-    part = value.to_local() if isinstance(value, DTensor) else within(value, cut.shard_slices(value.shape, cut.rank))
-    return cut.shard(value.shape, part.clone(memory_format=torch.contiguous_format))
+    if isinstance(value, DTensor) and value.placements != sharding.placements:
+        is_plain = sharding.is_plain and all(isinstance(x, (Shard, Replicate)) for x in value.placements)
+        value = value.redistribute(sharding.mesh, sharding.placements) if is_plain else value.full_tensor()
+    if isinstance(value, DTensor):
+        shard = value.to_local()
+    else:
+        shard = within(value, sharding.shard_slices(value.shape, sharding.rank))
+    return sharding.shard(value.shape, shard.clone(memory_format=torch.contiguous_format))
 
 
 def place_like(value: Tensor, p: Tensor) -> Tensor:
@@ -285,38 +290,38 @@ def place_like(value: Tensor, p: Tensor) -> Tensor:
     return placed if isinstance(placed, DTensor) else wrapped_like(placed, p)
 
 
-def wrapped_like(part: Tensor, p: Tensor) -> Tensor:
-    """This rank's part of a tensor of a parameter's shape, in the parameter's placement.
+def wrapped_like(shard: Tensor, p: Tensor) -> Tensor:
+    """Wrap this rank's shard of a tensor of a parameter's shape in the parameter's placement.
 
     Returns:
-        A DTensor for a DTensor, else the part itself.
+        A DTensor for a DTensor, else the shard itself.
     """
-    return wrap(p.device_mesh, p.placements, p.shape, part) if isinstance(p, DTensor) else part
+    return wrap(p.device_mesh, p.placements, p.shape, shard) if isinstance(p, DTensor) else shard
 
 
 def num_shards(p: Tensor) -> int:
-    """Over how many ranks the elements of a parameter are spread.
+    """Number of ranks over which the elements of a parameter are sharded.
 
     Returns:
         1 for a tensor that is whole on this rank.
     """
-    cut = sharding_of(p)
-    return 1 if cut is None else cut.size
+    sharding = sharding_of(p)
+    return 1 if sharding is None else sharding.size
 
 
 def is_tensor_parallel(p: Tensor, model: torch.nn.Module) -> bool:
-    """Whether ranks that hold parts of a parameter see the same batches.
+    """Whether the ranks that hold shards of a parameter process the same batches.
 
     Args:
-        p: of the model.
+        p: a parameter of the model.
         model: the model.
 
     Returns:
-        True for a DTensor that is cut over more than the ranks of `fully_shard`.
+        True for a DTensor that is sharded over more mesh dimensions than that of `fully_shard`.
     """
     if not isinstance(p, DTensor):
         return False
     from torch.distributed.fsdp import FSDPModule  # only here, as it takes time to import
 
-    cut = sum(not isinstance(x, Replicate) for x in p.placements)
-    return cut > 1 or (cut == 1 and not any(isinstance(m, FSDPModule) for m in model.modules()))
+    count = sum(not isinstance(x, Replicate) for x in p.placements)
+    return count > 1 or (count == 1 and not any(isinstance(m, FSDPModule) for m in model.modules()))

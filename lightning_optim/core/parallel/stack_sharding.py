@@ -1,4 +1,9 @@
-"""stack_sharding."""
+"""Sharding of matrix stacks `[b, m, n]` for rules that only reduce: the shards of a parameter as shards of its stack.
+
+Such a rule gets a DTensor around each stack and each state tensor, so that its sums run over all ranks, and the
+parameter stays in its placement. Where a shard boundary does not fall on an axis of the stack, the whole matrices are
+exchanged instead (`parallel.exchange`).
+"""
 
 from __future__ import annotations
 
@@ -16,11 +21,11 @@ from lightning_optim.core.state.initial_values import initial_value
 
 
 def _axis(p: Tensor, d: int, dims: StackShape, transposed: bool) -> str:
-    """On which axis of the stack `[b, m, n]` a cut of dimension `d` of the parameter falls; "" for none."""
+    """The axis of the stack `[b, m, n]` along which sharding dimension `d` of the parameter shards; "" for none."""
     if p.ndim < 2:
         return "n"
-    turned = transposed and p.ndim <= 3
-    rows, columns = (p.ndim - 1, p.ndim - 2) if turned else (p.ndim - 2, p.ndim - 1)
+    is_transposed = transposed and p.ndim <= 3
+    rows, columns = (p.ndim - 1, p.ndim - 2) if is_transposed else (p.ndim - 2, p.ndim - 1)
     if p.ndim > 3 and dims[2] != p.shape[columns]:  # a convolution: all but the first dimension are columns
         return ("m" if dims[1] == p.shape[0] else "b") if d == 0 else ""
     if d == columns:
@@ -30,76 +35,78 @@ def _axis(p: Tensor, d: int, dims: StackShape, transposed: bool) -> str:
     return "b" if d == 0 or d == rows else ""
 
 
-def axes_of(p: Tensor, cut: Sharding, dims: StackShape, transposed: bool) -> tuple[str, ...] | None:
-    """Which axis of the stack `[b, m, n]` each mesh dimension cuts.
+def axes_of(p: Tensor, sharding: Sharding, dims: StackShape, transposed: bool) -> tuple[str, ...] | None:
+    """The axis of the stack `[b, m, n]` that each mesh dimension shards.
 
     Args:
         p: the parameter.
-        cut: how it is cut.
-        dims: of the whole parameter as a stack of matrices.
+        sharding: sharding of the parameter.
+        dims: shape of the whole parameter as a stack of matrices.
         transposed: whether the matrices are stored columns x rows.
 
     Returns:
-        "" for a mesh dimension that does not cut; None where sums cannot run over the shards.
+        "" for a mesh dimension that does not shard; None where sums cannot run over the shards.
     """
-    axes = tuple("" if d not in cut.dims else _axis(p, cut._dim(d), dims, transposed) for d in range(cut.mesh.ndim))
-    cutting = [axes[d] for d in cut.dims]
-    if not cut.is_plain or "" in cutting or len(set(cutting)) < len(cutting) or ("b" in cutting and len(cutting) > 1):
+    axes = tuple(
+        _axis(p, sharding._dim(d), dims, transposed) if d in sharding.dims else "" for d in range(sharding.mesh.ndim)
+    )
+    used = [axes[d] for d in sharding.dims]
+    if not sharding.is_plain or "" in used or len(set(used)) < len(used) or ("b" in used and len(used) > 1):
         return None
-    if cutting == ["b"]:
-        d, (_, m, n) = cut._dim(cut.dims[0]), dims
+    if used == ["b"]:
+        d, (_, m, n) = sharding._dim(sharding.dims[0]), dims
         unit = p.numel() // p.shape[d]
-        if any(cut.shard_slices(p.shape, r)[d][1] * unit % (m * n) for r in range(cut.size)):
+        if any(sharding.shard_slices(p.shape, r)[d][1] * unit % (m * n) for r in range(sharding.size)):
             return None  # blocks of rows that straddle shards
     return axes
 
 
-def stored_sharding(cut: Sharding | None, axes: Sequence[str], slot: StateSpec, ndim: int) -> Sharding | None:
-    """How a slot of a reducing rule is cut at rest.
+def stored_sharding(sharding: Sharding | None, axes: Sequence[str], spec: StateSpec, ndim: int) -> Sharding | None:
+    """The sharding of a stored state tensor of a reducing rule.
 
     Args:
-        cut: of the parameter.
-        axes: of the stack, that each mesh dimension cuts.
-        slot: its declaration.
-        ndim: the number of its dimensions at rest.
+        sharding: sharding of the parameter.
+        axes: axis of the stack that each mesh dimension shards.
+        spec: declaration of the state tensor.
+        ndim: number of dimensions of the stored tensor.
 
     Returns:
         None where it is whole on every rank.
     """
-    if cut is None or slot.letters == "mn":
-        return cut
-    at = {x: ndim - len(slot.letters) + k for k, x in enumerate(slot.letters)} | {"b": 0}
-    placements = tuple(Shard(at[x]) if x in at else Replicate() for x in axes)
-    return None if all(isinstance(x, Replicate) for x in placements) else replace(cut, placements=placements)
+    if sharding is None or spec.letters == "mn":
+        return sharding
+    dim_of = {x: ndim - len(spec.letters) + k for k, x in enumerate(spec.letters)} | {"b": 0}
+    placements = tuple(Shard(dim_of[x]) if x in dim_of else Replicate() for x in axes)
+    return None if all(isinstance(x, Replicate) for x in placements) else replace(sharding, placements=placements)
 
 
-def sums_on_shards(p: Tensor, parts: Sequence[MatrixBlock], transposed: bool) -> bool:
-    """Whether a rule that only needs sums can work on a parameter as it lies.
+def sums_on_shards(p: Tensor, blocks: Sequence[MatrixBlock], transposed: bool) -> bool:
+    """Whether a rule that only needs sums can step a parameter in its current placement.
 
     Args:
         p: the parameter.
-        parts: of the whole parameter.
+        blocks: matrices of the whole parameter.
         transposed: whether its matrices are stored columns x rows.
 
     Returns:
-        False where its matrices have to travel, as those of other rules do.
+        False where its matrices have to be exchanged, as for other rules.
     """
-    cut = sharding_of(p)
-    if cut is None:
+    sharding = sharding_of(p)
+    if sharding is None:
         return True
-    return parts[0].rows is None and len(parts) == 1 and axes_of(p, cut, parts[0].dims, transposed) is not None
+    return blocks[0].rows is None and len(blocks) == 1 and axes_of(p, sharding, blocks[0].dims, transposed) is not None
 
 
 class StackSharding:
-    """How the tensors of a reducing rule are cut: the identity for whole parameters, DTensors for shards."""
+    """Sharding of the stacks of a reducing rule: wraps shards as DTensors, and leaves whole parameters as they are."""
 
     def __init__(self, p: Tensor, dims: StackShape, name: str = "parameter", transposed: bool = False):
-        """Read the cut of a parameter, for which `sums_on_shards` is true.
+        """Read the sharding of a parameter for which `sums_on_shards` is true.
 
         Args:
             p: the parameter.
-            dims: of the whole parameter as a stack of matrices.
-            name: for error messages.
+            dims: shape of the whole parameter as a stack of matrices.
+            name: name of the parameter, for error messages.
             transposed: whether the matrices are stored columns x rows.
         """
         self.cut = sharding_of(p, name)
@@ -107,85 +114,82 @@ class StackSharding:
         self.axes: tuple[str, ...] = ()
         self.local_dims = dims
         self._bounds = dict(zip("bmn", ((0, k) for k in dims), strict=True))
-        """This rank's part of each axis."""
+        """This rank's range of each axis."""
         if self.cut is not None:
             self.axes = axes_of(p, self.cut, dims, transposed) or ()
-            box = self.cut.shard_slices(p.shape, self.cut.rank)
+            bounds = self.cut.shard_slices(p.shape, self.cut.rank)
             for d in self.cut.dims:
-                axis, bounds = self.axes[d], box[self.cut._dim(d)]
+                axis, (first, end) = self.axes[d], bounds[self.cut._dim(d)]
                 if axis == "b":
                     unit = p.numel() // p.shape[self.cut._dim(d)]
-                    bounds = bounds[0] * unit // (dims[1] * dims[2]), bounds[1] * unit // (dims[1] * dims[2])
-                self._bounds[axis] = bounds
+                    first, end = first * unit // (dims[1] * dims[2]), end * unit // (dims[1] * dims[2])
+                self._bounds[axis] = first, end
             b, m, n = (end - first for first, end in self._bounds.values())
             self.local_dims = b, m, n
 
     @property
     def stackable(self) -> bool:
-        """Whether parameters of one shape may share a stack."""
+        """Whether parameters of one shape can be batched into one stack."""
         return "b" not in self.axes
 
     def allocate(self, fmt: StateFormat) -> Tensor:
-        """A slot's tensor at its start value, cut like the parameter where its letters are.
+        """A state tensor with its start value, sharded like the parameter along the axes that both have.
 
         Returns:
-            A DTensor where the slot is cut, else a plain tensor that is equal on all ranks.
+            A DTensor where the state tensor is sharded, else a plain tensor that is equal on all ranks.
         """
-        cut, whole, part = (
-            stored_sharding(self.cut, self.axes, fmt.spec, len(fmt.shape)),
-            fmt.shape,
-            local(self.param),
-        )
-        if cut is None:
-            return initial_value(fmt, part, whole)
-        box = cut.shard_slices(whole, cut.rank)
-        return cut.shard(whole, initial_value(fmt, part, [end - first for first, end in box]))
+        sharding = stored_sharding(self.cut, self.axes, fmt.spec, len(fmt.shape))
+        weights = local(self.param)
+        if sharding is None:
+            return initial_value(fmt, weights, fmt.shape)
+        bounds = sharding.shard_slices(fmt.shape, sharding.rank)
+        return sharding.shard(fmt.shape, initial_value(fmt, weights, [end - first for first, end in bounds]))
 
-    def place(self, slot: StateSpec, value: Tensor) -> Tensor:
-        """Bring a loaded slot into the placement `allocate` would give it.
+    def place(self, spec: StateSpec, value: Tensor) -> Tensor:
+        """Bring a loaded state tensor into the placement that `allocate` gives it.
 
         Returns:
-            A DTensor where the slot is cut, else a plain tensor.
+            A DTensor where the state tensor is sharded, else a plain tensor.
         """
-        return place(value, stored_sharding(self.cut, self.axes, slot, value.ndim))
+        return place(value, stored_sharding(self.cut, self.axes, spec, value.ndim))
 
     def _placements(self, letters: str) -> tuple[Placement, ...]:
         return tuple(Shard(letters.index(x) + 1) if x and x in letters else Replicate() for x in self.axes)
 
-    def wrap(self, part: Tensor, letters: str = "mn") -> Tensor:
-        """A local stack as the rule sees it.
+    def wrap(self, stack: Tensor, letters: str = "mn") -> Tensor:
+        """Wrap a local stack for the rule.
 
         torch.distributed does not keep the shards of a dimension with fewer elements than ranks: it would replicate
-        the result, which an operation in place cannot. A single element broadcasts, which has the same end. Every rank
+        the result, which an in-place operation cannot do. A single element broadcasts, with the same result. Every rank
         gets such a stack whole.
 
         Returns:
-            The stack itself, the whole stack, or a DTensor around this rank's part whose sums run over all ranks.
+            The stack itself, the whole stack, or a DTensor around this rank's shard whose sums run over all ranks.
         """
         if self.cut is None or "b" in self.axes:
-            return part
+            return stack
         sizes = {x: self.dims["bmn".index(x)] for x in self.axes if x}
-        shape = [part.shape[0], *(sizes.get(x, k) for x, k in zip(letters, part.shape[1:], strict=True))]
-        wrapped = wrap(self.cut.mesh, self._placements(letters), shape, part)
-        few = any(sizes[x] < max(2, self.cut.mesh.size(d)) for d, x in enumerate(self.axes) if x)
-        return wrapped.full_tensor() if few else wrapped
+        shape = [stack.shape[0], *(sizes.get(x, k) for x, k in zip(letters, stack.shape[1:], strict=True))]
+        dtensor = wrap(self.cut.mesh, self._placements(letters), shape, stack)
+        is_small = any(sizes[x] < max(2, self.cut.mesh.size(d)) for d, x in enumerate(self.axes) if x)
+        return dtensor.full_tensor() if is_small else dtensor
 
     def part(self, whole: Tensor, letters: str) -> Tensor:
-        """This rank's part of a stack that every rank has whole.
+        """This rank's shard of a stack that every rank has whole.
 
         Returns:
             A plain tensor.
         """
         if "b" in self.axes:
             first, end = self._bounds["b"]
-            return whole.narrow(0, first, end - first)  # parameters cut between matrices share no stack
+            return whole.narrow(0, first, end - first)  # parameters sharded between matrices are not batched
         for x in set(self.axes) & set(letters):
             first, end = self._bounds[x]
             whole = whole.narrow(letters.index(x) + 1, first, end - first)
         return whole
 
     def unwrap(self, value: Tensor, letters: str = "mn") -> Tensor:
-        """The local part of what a rule returned.
+        """The local shard of a stack that a rule returned.
 
         Returns:
             A plain tensor.

@@ -1,12 +1,12 @@
-"""The contract between an algorithm (a rule) and the executor that runs it.
+"""The contract between an algorithm (a rule) and the optimizer that runs it.
 
 A rule is a frozen dataclass. Its fields are the hyperparameters, class constants declare what it needs, and
 `update` is the published algorithm on a stack of equal matrices `[b, m, n]` (`b` is often 1; a vector of length
-n is `[1, 1, n]`). Elementwise rules get flat blocks instead and must not look at the shape.
+n is `[1, 1, n]`). Elementwise rules get flat blocks instead and must not depend on the shape.
 
-From the declared state, and from nothing a gradient tells, the executor allocates, shards, checkpoints and prices
-every tensor. A rule never sees a param group, `p.grad`, a process group or a DTensor check, and never writes the
-gradient.
+The optimizer allocates, shards, checkpoints and predicts the size of every state tensor from its declaration alone,
+without a gradient. A rule never accesses a param group, `p.grad` or a process group, never checks for a DTensor, and
+never writes the gradient.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ ADAMW_RMS = 0.2
 """RMS of AdamW's direction per unit learning rate in language-model training (Liu et al. 2025, arXiv:2502.16982)."""
 
 CurvatureInput = Literal["gauss_newton", "hutchinson", "factors", "loss"]
-"""What a trainer can measure beside the gradient; `Rule.observe` says what each is, `GlobalStepRule` what `"loss"`
-is."""
+"""Curvature input beyond the gradient; see `Rule.update_curvature` for each kind, and `GlobalStepRule` for `"loss"`."""
 
 DirectionByRows = Callable[[slice], Tensor]
-"""Gives the direction of some rows of every matrix of a stack, `[b, rows, n]`."""
+"""A function from a slice of rows to the direction of those rows of every matrix of a stack, `[b, rows, n]`."""
 
 REGISTRY: dict[str, type[Rule]] = {}
-"""Every rule that has been imported, by name."""
+"""Every imported rule by its name."""
 
 
 class Rule:
@@ -49,57 +48,57 @@ class Rule:
 
     name: ClassVar[str]
     source: ClassVar[str]
-    """Author, year and address of the publication the rule follows."""
+    """Author, year and address of the publication that the rule implements."""
 
     state: ClassVar[Mapping[str, StateSpec]] = {}
     vector_state: ClassVar[Mapping[str, StateSpec] | None] = None
     """State of parameters with fewer than two dimensions, where it differs."""
 
     elementwise: ClassVar[bool] = False
-    """Every element is worked on alone: runs on shards as they lie."""
+    """Every element is updated independently, so the rule runs on shards in their current placement."""
     reduces: ClassVar[bool] = False
-    """Needs only row, column or whole sums: runs on DTensors as they lie."""
+    """The rule needs only sums over rows, columns or matrices, so it runs on DTensors in their current placement."""
     vectors: ClassVar[bool] = True
-    """Takes parameters with fewer than two dimensions."""
+    """The rule accepts parameters with fewer than two dimensions."""
     last_two: ClassVar[bool] = False
-    """Four and more dimensions are a stack over the last two, not one matrix (a convolution)."""
+    """Four and more dimensions are a stack of matrices over the last two, not one matrix (a convolution)."""
     reads_param: ClassVar[bool] = False
-    """`update` gets the parameter (before decay); None otherwise."""
+    """`update` gets the parameter (before decay) as `p`; None otherwise."""
     tracks_weights: ClassVar[bool] = False
-    """Its state says what the weights are, or how they came there, so that nothing else may move them between steps."""
+    """The state refers to current or past weights, so nothing else may change the weights between steps."""
     preconditioners: ClassVar[tuple[str, ...]] = ()
-    """Slots that `refresh_preconditioner` computes anew where `update` says `s.refresh(g)` and the policy in the field
-    `refresh` (`lightning_optim.refresh`) says that this step is due. Only for rules that need whole matrices."""
+    """State tensors that `refresh_preconditioner` recomputes when `update` calls `s.refresh(g)` in a step that is due
+    by the policy in the field `refresh` (`lightning_optim.refresh`). Only for rules that need whole matrices."""
     compresses: ClassVar[tuple[str, ...]] = ()
-    """Slots that differ between replicas where `RuleOptimizer.compress` leaves gradients unreduced: `update` reduces
-    what is smaller itself, by `s.mean` or `s.vote`. Their mean over the replicas is as good, which is what a checkpoint
-    has."""
+    """State tensors that differ between replicas where `RuleOptimizer.compress` leaves gradients unreduced; `update`
+    then reduces smaller tensors itself, by `s.mean` or `s.vote`. A checkpoint holds the mean over the replicas, which
+    serves as well."""
     votes: ClassVar[bool] = False
-    """Whether `update` calls `s.vote`, so that replicas may vote on signs."""
+    """`update` calls `s.vote`, so that replicas can vote on signs."""
     curvature_input: ClassVar[CurvatureInput | None] = None
-    """What a trainer measures beside the gradient and hands to `observe` (`lightning_optim.curvature`)."""
+    """Kind of curvature estimate that `update_curvature` needs (`lightning_optim.curvature`)."""
     curvature_schedule: ClassVar[str] = "refresh"
-    """The field with the policy that says at which steps. One measurement serves all parameters, so it goes by the
-    number of the step alone."""
+    """Field with the policy that decides in which steps curvature is estimated. One estimate serves all parameters,
+    so the policy may depend on the step number only."""
 
     unmeasurable_reason: ClassVar[str] = ""
-    """Why `staleness` cannot be asked, where there is costly state and `measures_staleness` is False; ends an error
-    message."""
+    """Why preconditioners have no `staleness`, where `measures_staleness` is False; the end of an error message."""
     needs_all_gradients: ClassVar[bool] = False
-    """`prepare` sees the gradients of all parameters of the rule at once. Only for parameters that are whole."""
+    """`precondition_jointly` gets the gradients of all parameters of the rule at once, which must be whole."""
 
     decay: ClassVar[Literal["before", "after", "coupled", "own"]] = "before"
-    """Weight decay multiplies the weight before or after the step, is added to the gradient (L2), or is in `update`."""
+    """Weight decay multiplies the weight before or after the step, is added to the gradient (`"coupled"`, L2), or is
+    done by `update` (`"own"`)."""
     adamw_settings: ClassVar[Mapping[str, Any]] = {}
     """Hyperparameters that `lr_convention="adamw"` sets so that `rms` is known."""
     head_settings: ClassVar[Mapping[str, Any]] = {}
-    """Hyperparameters of queries and keys, which `build_optimizer` then cuts into heads, and their other rows into rows
-    where they lie in one parameter with the values. Empty for rules to which a head is nothing in particular."""
+    """Hyperparameters for queries and keys, which `build_optimizer` then splits by head. In a fused parameter the
+    values are split into rows. Empty for rules that do not treat heads separately."""
     signed: ClassVar[frozenset[str]] = frozenset()
     """Hyperparameters that may be negative."""
     search: ClassVar[dict[str, tuple[Any, ...]]] = {"lr": (1.0, 2.0, 0.5, 4.0, 0.25, 8.0, 0.125)}
-    """What `python -m lightning_optim bench` tries, likeliest first: under `lr` factors of AdamW's tuned learning rate
-    (of the default of `lr`, where `rms` gives no scale), and at most one more hyperparameter."""
+    """Values that `python -m lightning_optim bench` tries, likeliest first: for `lr`, factors of AdamW's tuned learning
+    rate (of the default of `lr`, where `rms` is None), and values of at most one more hyperparameter."""
 
     def __init_subclass__(cls, *, abstract: bool = False) -> None:
         """Register the rule under its name.
@@ -123,27 +122,27 @@ class Rule:
             )
         if name in REGISTRY and REGISTRY[name].__module__ != cls.__module__:
             raise TypeError(f"two rules are named {name!r}: {REGISTRY[name].__module__} and {cls.__module__}")
-        if cls.elementwise and any(slot.letters != "mn" for slot in cls.state.values()):
+        if cls.elementwise and any(spec.letters != "mn" for spec in cls.state.values()):
             raise TypeError(f"{name}: an elementwise rule works on flat blocks; all its state must be 'mn'")
         if cls.preconditioners and (cls.elementwise or cls.reduces):
-            raise TypeError(f"{name}: a rule with costly state works on whole matrices")
+            raise TypeError(f"{name}: a rule with preconditioners works on whole matrices")
         REGISTRY[name] = cls
 
     def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:
-        """The state this rule keeps for a parameter, a pure function of its hyperparameters and the shape.
+        """Declare the state of a parameter, as a pure function of the hyperparameters and the shape.
 
         Args:
-            m: rows of its matrices; elementwise rules must not look at it.
+            m: rows of its matrices; elementwise rules must not depend on it.
             n: columns.
             vector: whether the parameter has fewer than two dimensions.
 
         Returns:
-            Slot declarations by name.
+            Specs of the state tensors by name.
         """
         return self.vector_state if vector and self.vector_state is not None else self.state
 
     def state_specs(self, m: int, n: int, *, vector: bool = False) -> dict[str, StateSpec]:
-        """`declare_state`, with the rank filled in: the field `rank`, at most the shorter side.
+        """The specs of `declare_state` with the rank filled in: the field `rank`, at most the shorter side.
 
         Args:
             m: rows.
@@ -151,80 +150,81 @@ class Rule:
             vector: whether the parameter has fewer than two dimensions.
 
         Returns:
-            Slot declarations by name.
+            Specs of the state tensors by name.
         """
         rank = min(getattr(self, "rank", 1), m, n)
-        slots = dict(self.declare_state(m, n, vector=vector))
-        if any(key in slots for key in self.preconditioners):
-            slots["refreshed"] = zeros(f"1{len(RECORD)}")
-        return {k: dataclasses.replace(s, rank=rank) if "r" in s.letters else s for k, s in slots.items()}
+        specs = dict(self.declare_state(m, n, vector=vector))
+        if any(key in specs for key in self.preconditioners):
+            specs["refreshed"] = zeros(f"1{len(RECORD)}")
+        return {k: dataclasses.replace(spec, rank=rank) if "r" in spec.letters else spec for k, spec in specs.items()}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor | DirectionByRows:
         """The direction d of `p <- p - lr d`, and the new state.
 
         Args:
             g: gradients `[b, m, n]` (a flat block for elementwise rules), never written.
-            s: state by slot name; mutate in place or assign. In a stack also `s.vector`, whether these parameters have
-                fewer than two dimensions or the role `vector`. For whole matrices also `s.refresh(g)`, which calls
-                `refresh_preconditioner` if this step is due, and `s.noise("nr", stream=0)`: standard normal numbers
+            s: state tensors by name; mutate in place or assign. In a stack also `s.vector`, whether these parameters
+                have fewer than two dimensions or the role `vector`. For whole matrices also `s.refresh(g)`, which calls
+                `refresh_preconditioner` if this step is due, `s.noise("nr", stream=0)`, standard normal numbers
                 `[b, n, r]` that depend on the seed, the step and the matrix only, and `s.mean(x)`, the mean over
-                replicas that have gradients of their own (`x` itself, where there are none). For single elements also
-                `s.vote(x)`: the sign that most replicas have (the sign of `x`, where there are none).
+                replicas whose gradients are unreduced (`x` itself otherwise). For elementwise rules also `s.vote(x)`,
+                the majority sign over such replicas (the sign of `x` otherwise).
             p: parameters like `g`, before decay, if `reads_param`; else None.
             t: number of this step for these parameters, from 1.
 
         Returns:
             The direction, shaped like `g`, finite for a zero gradient; ignored where the rule `skips_update`. A rule
-            that reduces may give it by `DirectionByRows`, which may read `g`, `p` and the state it left: each run of
-            rows (`ops.runs`) is asked for once, before its parameters are written.
+            that reduces may return a `DirectionByRows`, which may read `g`, `p` and the updated state. It is called
+            once for each chunk of rows (`ops.row_chunks`), before the parameters of that chunk are written.
         """
         raise NotImplementedError
 
     def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:
-        """Compute the costly state anew.
+        """Recompute the preconditioners.
 
         Args:
-            g: what `update` gave to `s.refresh`, `[b, m, n]`.
-            s: state by slot name; mutate in place or assign.
+            g: the argument of `s.refresh` in `update`, `[b, m, n]`.
+            s: state tensors by name; mutate in place or assign.
             t: number of this step for these parameters; at 1 there is no earlier state.
         """
         raise NotImplementedError
 
-    def update_curvature(self, seen: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:
-        """Take in what was measured of one parameter, before the step it is due in.
+    def update_curvature(self, estimate: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:
+        """Update the state by a curvature estimate of one parameter, before the step in which it is due.
 
         Args:
-            seen: `t`, the number of the coming step, and what was measured, in float32 or wider.
+            estimate: `t`, the number of the coming step, and the estimate, in float32 or wider.
+
 
                 `"gauss_newton"`: `value`, shaped like the parameter, the gradient of the mean loss under labels drawn
-                from the model's own predictions, and `count`, over how many labels that mean was. `"hutchinson"`:
+                from the model's own predictions, and `count`, the number of labels in that mean. `"hutchinson"`:
                 `value`, an estimate of the Hessian's diagonal, and `count`. `"factors"`: `inputs` and `outputs`, the
-                mean outer products of a layer's inputs, with a one if its bias has the same rule, and of the gradients
-                by its outputs.
-            s: state by slot name, as it rests on this rank; mutate in place or assign.
+                mean outer products of a layer's inputs, with a one appended if its bias has the same rule, and of the
+                gradients by its outputs.
+            s: state tensors by name, those of this rank; mutate in place or assign.
 
         Returns:
-            Numbers to be logged: tensors whose mean over the elements of all parameters tells something.
+            Metrics to be logged: tensors, of which the mean over the elements of all parameters is logged.
         """
         raise NotImplementedError
 
-    def precondition_jointly(self, members: Sequence[SimpleNamespace]) -> None:
-        """Replace the gradients of all parameters of a rule with `joint`, before `update` sees each.
+    def precondition_jointly(self, params: Sequence[SimpleNamespace]) -> None:
+        """Replace the gradients of all parameters of a rule with `needs_all_gradients`, before each `update`.
 
         Args:
-            members: one per parameter with a gradient: `g` `[b, m, n]`, to be assigned and never written; `s`, its
-                state as in `update`; `rule`, with the settings of its group; `lr`; `t`; `mated`, whether the bias of
-                this layer is measured with it; and `mate`, the member of that bias, None without a gradient.
+            params: one per parameter with a gradient: `g` `[b, m, n]`, to be assigned and never written in place; `s`,
+                its state as in `update`; `rule`, with the settings of its group; `lr`; `t`; `has_bias`, whether the
+                bias of this layer is measured with it; and `bias`, the record of that bias, None without a gradient.
         """
         raise NotImplementedError
 
     def staleness(self, g: Tensor, s: SimpleNamespace, t: int) -> Tensor:
-        """How far the costly state is from what `refresh_preconditioner` would give, before `update`.
+        """Distance of the preconditioners from what `refresh_preconditioner` would compute, measured before `update`.
 
         Args:
             g: gradients `[b, m, n]`.
-            s: state by slot name, not written.
-            t: number of this step for these parameters; a measure that samples looks elsewhere at each.
+            s: state tensors by name, not written.
+            t: number of this step for these parameters, by which a measure that samples varies its sample.
 
         Returns:
             `[b]`, in [0, 1].
@@ -232,26 +232,26 @@ class Rule:
         raise NotImplementedError
 
     def measures_staleness(self) -> bool:
-        """Whether `staleness` can be asked.
+        """Whether the rule implements `staleness`.
 
         Returns:
-            False for rules without it, and where costly state does not depend on the gradient.
+            False for rules without it, and where the preconditioners do not depend on the gradient.
         """
         return type(self).staleness is not Rule.staleness
 
     def refresh_cost(self, m: int, n: int, *, vector: bool = False) -> float:
-        """Work of one `refresh_preconditioner` of an `m x n` matrix, in multiply-adds up to a constant.
+        """Cost of one `refresh_preconditioner` of an `m x n` matrix, in multiply-adds up to a constant factor.
 
         Returns:
-            The cost; 0 where there is no costly state.
+            The cost; 0 without preconditioners.
         """
-        declared = self.state_specs(m, n, vector=vector)
-        shapes = [declared[key].shape(m, n) for key in self.preconditioners if key in declared]
+        specs = self.state_specs(m, n, vector=vector)
+        shapes = [specs[key].shape(m, n) for key in self.preconditioners if key in specs]
         return float(sum(a * b * max(a, b) for a, b in shapes))
 
     @classmethod
     def translate(cls, group: dict[str, Any]) -> dict[str, Any]:
-        """Settings of a checkpoint of torch's optimizer of this name, as this rule's.
+        """Translate the settings of a checkpoint of torch's optimizer of this name into those of this rule.
 
         Args:
             group: a saved param group without `rule`.
@@ -260,39 +260,39 @@ class Rule:
             The group, with the names and values of this rule.
 
         Raises:
-            ValueError: a setting that this rule cannot honour.
+            ValueError: a setting that this rule cannot honor.
         """
         if group.get("maximize"):
             raise ValueError(f"the checkpoint was saved with maximize=True, which {cls.name} does not do")
         return group
 
     def skips_update(self, t: int) -> bool:
-        """Whether step t only updates state and leaves the parameters alone, decay included.
+        """Whether step t updates only the state and leaves the parameters unchanged, without decay.
 
         Returns:
-            True for, say, a first step that only initialises a preconditioner.
+            True for, say, a first step that only initializes a preconditioner.
         """
         return False
 
     def kernel(self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int) -> Literal[True] | None:
-        """Do the whole step, decay included, with a kernel of torch's, for tensors of equal dtype and strides.
+        """Take the whole step, decay included, by a fused kernel of torch, for tensors of equal dtype and strides.
 
         Args:
             p: parameters, written.
             g: gradients.
-            s: state tensors by slot, one per parameter.
+            s: state tensors by name, one per parameter.
             t: number of this step for these parameters, from 1.
 
         Returns:
-            True if it was done; None where there is no such kernel, and `update` is called.
+            True if the step was taken; None where there is no such kernel, so that `update` is called.
         """
         return None
 
     def rms(self, m: int, n: int) -> float | None:
-        """The root mean square of the direction for an `m x n` matrix, or None where it has no fixed scale.
+        """The root mean square of the direction for an `m x n` matrix.
 
         Returns:
-            RMS per unit learning rate; `ADAMW_RMS` for the Adam family.
+            RMS per unit learning rate, `ADAMW_RMS` for the Adam family; None where the direction has no fixed scale.
         """
         return None
 
@@ -314,8 +314,8 @@ class Rule:
             policy = parse(getattr(self, self.curvature_schedule))
             if policy.reads or policy.timed:
                 raise ValueError(
-                    f"{self.name}: {self.curvature_schedule}={policy} looks at single matrices; one measurement is "
-                    "for all: fixed, warmup_dense, or any, all and until of these"
+                    f"{self.name}: {self.curvature_schedule}={policy} decides for single matrices, but one "
+                    "measurement is for all: use fixed, warmup_dense, or any, all and until of these"
                 )
         betas = getattr(self, "betas", ())
         if any(beta >= 1 for beta in betas):
@@ -329,7 +329,7 @@ def lookup(name: str) -> type[Rule]:
         The rule class.
 
     Raises:
-        ValueError: no rule has this name; the message gives the nearest ones.
+        ValueError: no rule has this name; the message suggests similar ones.
     """
     if name not in REGISTRY:
         raise ValueError(f"unknown optimizer {name!r}; {nearest(name, list(REGISTRY))}")

@@ -1,4 +1,4 @@
-"""line_search."""
+"""The contract of rules that compute one step for all their parameters from the loss at other weights (L-BFGS, ...)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lightning_optim.core.rule.base import CurvatureInput, Rule
 
 
 class Objective(Protocol):
-    """The loss of a step's batches around the present weights, which are one vector `[N]` here.
+    """The loss of a step's batches as a function of all weights, which are one vector `[N]` here.
 
-    Weight decay is part of it: 1/2 wd |x|^2. It is taken without dropout where a feed computes it.
+    It includes weight decay: 1/2 wd |x|^2. Where a curvature estimator computes it, it is evaluated without dropout.
     """
 
     x: Tensor
-    """The present weights; float32 or wider, as are all vectors."""
+    """The current weights; float32 or wider, as are all vectors."""
     value: float
-    """The loss there."""
+    """The loss at the current weights."""
     gradient: Tensor
-    """Its gradient there."""
+    """The gradient at the current weights."""
 
     def at(self, x: Tensor) -> tuple[float, Tensor]:
         """The loss and its gradient at other weights.
@@ -35,7 +35,7 @@ class Objective(Protocol):
         ...
 
     def product(self, v: Tensor) -> Tensor:
-        """The Gauss-Newton matrix at the present weights times a vector.
+        """The Gauss-Newton matrix at the current weights times a vector.
 
         Args:
             v: `[N]`.
@@ -44,16 +44,17 @@ class Objective(Protocol):
             `[N]`.
 
         Raises:
-            RuntimeError: only a curvature feed can tell, and there is none.
+            RuntimeError: there is no curvature estimator, which alone can compute it.
         """
         ...
 
 
 class GlobalStepRule(Rule, abstract=True):
-    """Base of rules that look for the step of all their parameters at once, by the loss of the batch at other weights.
+    """Base of rules that compute one step for all their parameters at once, from the batch loss at other weights.
 
-    They implement `find`. A slot `"mn"` is one vector `[N]` there, any other is one row of numbers that belongs to
-    all parameters. The loss comes from a curvature feed or, in a loop of one's own, from the closure given to `step`.
+    They implement `direction`, in which a state tensor `"mn"` is one vector `[N]` and any other one row of numbers that
+    belongs to all parameters. The loss comes from a curvature estimator or, in your own loop, from the closure given to
+    `step`.
     """
 
     curvature_input: ClassVar[CurvatureInput | None] = "loss"
@@ -64,8 +65,8 @@ class GlobalStepRule(Rule, abstract=True):
         """The direction d of x <- x - lr d, and the new state.
 
         Args:
-            at: the loss.
-            s: state by slot name; mutate in place or assign.
+            at: the loss, with its gradient and curvature.
+            s: state tensors by name; mutate in place or assign.
 
         Returns:
             `[N]`. Not called while lr is 0.

@@ -1,4 +1,4 @@
-"""momentum."""
+"""Running means of gradients for rules with momentum: one exponential moving average, or a weighted sum of several."""
 
 from __future__ import annotations
 
@@ -18,51 +18,51 @@ from lightning_optim.ops.row_chunks import take_rows
 
 @dataclass(frozen=True, kw_only=True)
 class MomentumRule(Rule, abstract=True):
-    """Base of rules with a running mean M of gradients, which may be several: M = sum_k w_k M_k.
+    """Base of rules with a running mean M of gradients, which may be a weighted sum of several: M = sum_k w_k M_k.
 
         M_k <- beta_k M_k + (1 - beta_k) x
 
-    `momentum_kernel` is ((beta, weight), ...), from step `kernel_steps[0]` + 1 on: up to there M is the one mean of the
-    rule's own momentum or betas[0], where all M_k then start. With ((beta, weight, last weight), ...) the weights
-    go linearly from the one to the other between the two `kernel_steps`. `ops.moments` has the published kernels.
-    A mean of its own for every beta after the first: `exp_avg_1`, ..., shaped like `exp_avg`.
+    `momentum_kernel` is ((beta, weight), ...) and applies from step `kernel_steps[0]` + 1 on. Before that, M is a
+    single mean with the rule's momentum or betas[0], from which all M_k then start. With ((beta, weight, last weight),
+    ...) the weights change linearly from the first to the last between the two `kernel_steps`. `ops.moments` has the
+    published kernels. Every beta after the first has its own state tensor: `exp_avg_1`, ..., shaped like `exp_avg`.
     """
 
     momentum_kernel: tuple[tuple[float, ...], ...] | None = None
     kernel_steps: tuple[int, int] = (0, 0)
 
     first_moment: ClassVar[str] = "exp_avg"
-    """The slot of M."""
+    """State tensor of M."""
 
     def validate(self) -> None:
         """Check the hyperparameters.
 
         Raises:
-            ValueError: a kernel that is none, or what `Rule.validate` raises.
+            ValueError: an invalid kernel, or another invalid hyperparameter (see `Rule.validate`).
         """
         super().validate()
         kernel, (first, last) = self.momentum_kernel, self.kernel_steps
         if kernel is None:
             return
-        what = f"{self.name}: momentum_kernel must be ((beta, weight), ...) or ((beta, weight, last weight), ...)"
+        message = f"{self.name}: momentum_kernel must be ((beta, weight), ...) or ((beta, weight, last weight), ...)"
         if not kernel or {len(k) for k in kernel} not in ({2}, {3}):
-            raise ValueError(f"{what}, got {kernel!r}")
+            raise ValueError(f"{message}, got {kernel!r}")
         sums = [math.fsum(weights) for weights in list(zip(*kernel, strict=True))[1:]]
         if max(k[0] for k in kernel) >= 1 or any(abs(total - 1) > 1e-4 for total in sums):
-            raise ValueError(f"{what} with betas below 1 and weights that add up to 1, got {kernel!r}")
+            raise ValueError(f"{message} with betas below 1 and weights that add up to 1, got {kernel!r}")
         if len(kernel[0]) == 3 and first >= last:
             raise ValueError(
-                f"{self.name}: kernel_steps must say from when to when weights change, got {(first, last)}"
+                f"{self.name}: kernel_steps must be the steps between which weights change, got {(first, last)}"
             )
 
     def state_specs(self, m: int, n: int, *, vector: bool = False) -> dict[str, StateSpec]:  # noqa: D102
-        slots = super().state_specs(m, n, vector=vector)
-        if self.first_moment not in slots:
-            return slots
-        return slots | {name: slots[self.first_moment] for name in self.ema_names()[1:]}
+        specs = super().state_specs(m, n, vector=vector)
+        if self.first_moment not in specs:
+            return specs
+        return specs | {name: specs[self.first_moment] for name in self.ema_names()[1:]}
 
     def ema_names(self) -> list[str]:
-        """The slots of the means.
+        """Names of the state tensors of the means.
 
         Returns:
             One name per beta of the kernel.
@@ -74,65 +74,65 @@ class MomentumRule(Rule, abstract=True):
         """The means in the state.
 
         Returns:
-            In the order of `means`.
+            The means, in the order of `ema_names`.
         """
         return [getattr(s, name) for name in self.ema_names()]
 
-    def ema_state(self, means: Sequence[Tensor], run: slice | None = None) -> SimpleNamespace:
-        """A state of nothing but means.
+    def ema_state(self, means: Sequence[Tensor], rows: slice | None = None) -> SimpleNamespace:
+        """A state that consists of the means only.
 
         Args:
-            means: as `held` gives them, or the same rows of each.
-            run: take only these rows of them.
+            means: the means in the order of `ema_names`, or the same rows of each.
+            rows: rows of the means to take; all by default.
 
         Returns:
-            What `update_ema` and `ema` take for the state.
+            A namespace that `update_ema` and `ema` accept as the state.
         """
-        views = means if run is None else [take_rows(x, run) for x in means]
+        views = means if rows is None else [take_rows(x, rows) for x in means]
         return SimpleNamespace(**dict(zip(self.ema_names(), views, strict=True)))
 
     def update_ema(self, s: SimpleNamespace, x: Tensor, beta: float, t: int) -> Tensor:
-        """Take a gradient into the means.
+        """Add a gradient to the means.
 
         Args:
-            s: state, written.
-            x: shaped like M.
-            beta: of the one mean.
-            t: how often it was done, this time included.
+            s: state, written in place.
+            x: the gradient, shaped like M.
+            beta: decay of the mean where it is a single one.
+            t: number of gradients, this one included.
 
         Returns:
-            M: the state itself where it is one mean.
+            M: the state tensor itself where it is a single mean.
         """
         mean, kernel, first = getattr(s, self.first_moment), self.momentum_kernel, self.kernel_steps[0]
         if kernel is None or t <= first:
             return mean.lerp_(x, 1 - beta)
         start = mean.clone() if t == first + 1 and first else None
-        for name, (own, *_) in zip(self.ema_names(), kernel, strict=True):
-            part = getattr(s, name)
+        for name, (beta_k, *_) in zip(self.ema_names(), kernel, strict=True):
+            mean_k = getattr(s, name)
             if start is not None:
-                part.copy_(start)
-            part.lerp_(x, 1 - own)
+                mean_k.copy_(start)
+            mean_k.lerp_(x, 1 - beta_k)
         return self.ema(s, t)
 
     def ema(self, s: SimpleNamespace, t: int) -> Tensor:
         """M after t gradients.
 
         Returns:
-            The state itself where it is one mean.
+            The state tensor itself where it is a single mean.
         """
         if self.momentum_kernel is None or t <= self.kernel_steps[0]:
             return getattr(s, self.first_moment)
         return weighted_sum([getattr(s, name) for name in self.ema_names()], self._weights(t))
 
     def bias_correction(self, beta: float, t: int) -> float:
-        """The weight of all gradients in M after t of them: what M is divided by to correct its bias.
+        """Total weight of all gradients in M after t of them, by which M is divided to correct its bias.
 
         Args:
-            beta: of the one mean.
+            beta: decay of the mean where it is a single one.
             t: number of gradients.
 
         Returns:
-            1 - beta^t for one mean.
+            The weight; 1 - beta^t for a single mean.
         """
         first = self.kernel_steps[0]
         if self.momentum_kernel is None or t <= first:
@@ -142,5 +142,5 @@ class MomentumRule(Rule, abstract=True):
 
     def _weights(self, t: int) -> list[float]:
         first, last = self.kernel_steps
-        done = min((t - first) / max(last - first, 1), 1.0)
-        return [k[1] + done * (k[-1] - k[1]) for k in self.momentum_kernel or ()]
+        fraction = min((t - first) / max(last - first, 1), 1.0)
+        return [k[1] + fraction * (k[-1] - k[1]) for k in self.momentum_kernel or ()]

@@ -1,4 +1,4 @@
-"""validation."""
+"""Checks of settings against their type annotations, with messages that name the setting and suggest similar names."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ def check_value(what: str, value: Any, hint: Any, *, signed: bool = False) -> No
     """Check a setting against its annotation.
 
     Args:
-        what: names the setting in the message.
+        what: name of the setting, for the message.
         value: its value.
-        hint: float, int, bool, str, Literal, tuple of these, or a union.
+        hint: its annotation: float, int, bool, str, Literal, tuple of these, or a union.
         signed: whether numbers may be negative.
 
     Raises:
         ValueError: the value has another type, is not finite, or is negative.
     """
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in inner:
+        if value is None and type(None) in args:
             return
-        fitting = [x for x in inner if _fits(value, x)] or [x for x in inner if x is not type(None)][:1]
-        check_value(what, value, next((x for x in fitting if _holds(value, x)), fitting[0]), signed=signed)
+        candidates = [x for x in args if _fits(value, x)] or [x for x in args if x is not type(None)][:1]
+        check_value(what, value, next((x for x in candidates if _fits_items(value, x)), candidates[0]), signed=signed)
     elif origin is Literal:
-        if value not in inner:
-            raise ValueError(f"{what}: unknown value {value!r}; {nearest(str(value), [str(x) for x in inner])}")
+        if value not in args:
+            raise ValueError(f"{what}: unknown value {value!r}; {nearest(str(value), [str(x) for x in args])}")
     elif origin is tuple:
-        if inner[1:] == (Ellipsis,) and isinstance(value, (tuple, list)):
-            inner = inner[:1] * len(value)
-        if not isinstance(value, (tuple, list)) or len(value) != len(inner):
-            raise ValueError(f"{what} must be {len(inner)} numbers, got {value!r}")
-        for x, part in zip(value, inner, strict=True):
-            check_value(what, x, part, signed=signed)
+        if args[1:] == (Ellipsis,) and isinstance(value, (tuple, list)):
+            args = args[:1] * len(value)
+        if not isinstance(value, (tuple, list)) or len(value) != len(args):
+            raise ValueError(f"{what} must be {len(args)} numbers, got {value!r}")
+        for x, item_hint in zip(value, args, strict=True):
+            check_value(what, x, item_hint, signed=signed)
     elif not _fits(value, hint):
         names = {float: "a number", int: "an integer", bool: "True or False", str: "a name"}
         raise ValueError(f"{what} must be {names.get(hint, hint)}, got {value!r}")
@@ -47,27 +47,27 @@ def check_value(what: str, value: Any, hint: Any, *, signed: bool = False) -> No
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    kinds = {float: numbers.Real, int: numbers.Integral}
+    abstract_types = {float: numbers.Real, int: numbers.Integral}
     if typing.get_origin(hint) is tuple:
         return isinstance(value, (tuple, list))
     if typing.get_origin(hint) is Literal:
         return isinstance(value, str)
-    if hint in kinds:
-        return isinstance(value, kinds[hint]) and not isinstance(value, bool)
+    if hint in abstract_types:
+        return isinstance(value, abstract_types[hint]) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 
-def _holds(value: Any, hint: Any) -> bool:
-    """Whether the values in a tuple of any length fit, too."""
-    inner = typing.get_args(hint)
-    return inner[1:] != (Ellipsis,) or all(_fits(x, inner[0]) for x in value)
+def _fits_items(value: Any, hint: Any) -> bool:
+    """Whether the items of a tuple of any length fit its annotation."""
+    args = typing.get_args(hint)
+    return args[1:] != (Ellipsis,) or all(_fits(x, args[0]) for x in value)
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, names: Sequence[str]) -> str:
     """The end of an error message about an unknown name.
 
     Returns:
-        The closest known names, or all of them.
+        The most similar names, or all of them.
     """
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(sorted(known))}"
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(sorted(names))}"

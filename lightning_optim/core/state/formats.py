@@ -1,9 +1,9 @@
-"""How state is kept between steps: allocation from a rule's declaration, reading into a stack, writing back.
+"""Storage format of each state tensor between steps: shape, dtype, quantization and bytes.
 
-`state[p][slot]` is an ordinary tensor and the only store. An `m x n` slot has the parameter's shape; every other slot
-rests as one matrix, or as a stack of them for a parameter that is one. A group's `state_storage` says what a slot rests
-as (`StateFormat`): the values themselves, bfloat16, 8-bit codes beside `state[p][slot + "_scale"]`, or values in host
-memory.
+`state[p][key]` is an ordinary tensor and the only copy. An `m x n` state tensor has the parameter's shape; any other is
+stored as one matrix, or as a stack of matrices where the parameter is a stack. A group's `state_storage` selects the
+format (`StateFormat`): the values themselves, bfloat16, 8-bit quantized values with `state[p][key + "_scale"]`, or
+values in host memory.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lightning_optim.ops import quantize
 Storage = Literal["fp32", "bf16", "int8", "int8_grid", "fp8", "host"]
 
 COMPENSATION = "compensation"
-"""The state entry that holds what rounding left of a narrow weight, under `param_rounding="kahan"`."""
+"""Key of the rounding errors of low-precision weights, under `param_rounding="kahan"`."""
 RADIUS = "radius"
-"""The state entry that holds the norms of narrow matrices under `"hyperball"`, which rounding would raise."""
+"""Key of the norms of low-precision matrices under `"hyperball"`, which rounding would increase."""
 TRAINED = "train_weight"
-"""The state entry that holds the training weights while the parameter has averaged ones."""
+"""Key of the training weights while the parameter holds averaged weights."""
 CODES = {"int8": torch.uint8, "int8_grid": torch.uint8, "fp8": torch.int8}
-"""Dtype of the codes at rest; e4m3 as its bit patterns, which every collective can move."""
+"""Dtype in which quantized values are stored; e4m3 as bit patterns, which every collective supports."""
 
 
 @functools.cache
@@ -42,81 +42,81 @@ def compute_dtype_of(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def stored_shape(slot: StateSpec, shape: Sequence[int], dims: StackShape) -> tuple[int, ...]:
-    """The shape in which a slot rests in `state[p]`.
+def stored_shape(spec: StateSpec, shape: Sequence[int], dims: StackShape) -> tuple[int, ...]:
+    """The shape in which a state tensor is stored in `state[p]`.
 
-    The matrices of a stack stay apart along the leading dimensions, so that a cut of the parameter's first dimension
-    by `torch.chunk`'s rule cuts the slot between the same matrices.
+    The matrices of a stack stay separate along the leading dimensions, so that sharding the parameter's first dimension
+    by `torch.chunk`'s rule shards the state tensor between the same matrices.
 
     Args:
-        slot: its declaration.
-        shape: of the parameter.
-        dims: of the parameter as a stack of matrices, unless the slot says which it is for.
+        spec: declaration of the state tensor.
+        shape: shape of the parameter.
+        dims: shape of the parameter as a stack of matrices, used where the spec has no `dims`.
 
     Returns:
-        The parameter's shape for an `m x n` slot, else ([leading dimensions, blocks,] rows, columns).
+        The parameter's shape for an `m x n` state tensor, else ([leading dimensions, blocks,] rows, columns).
     """
-    if slot.letters == "mn":
+    if spec.letters == "mn":
         return tuple(shape)
-    b, m, n = slot.dims or dims
+    b, m, n = spec.dims or dims
     leading = tuple(shape[:-2]) if len(shape) > 2 and b % math.prod(shape[:-2]) == 0 else ()
     blocks = b // math.prod(leading)
-    return (*leading, *((blocks,) if blocks > 1 else ()), *slot.shape(m, n))
+    return (*leading, *((blocks,) if blocks > 1 else ()), *spec.shape(m, n))
 
 
 @dataclass(frozen=True)
 class StateFormat:
-    """How one slot of one parameter rests."""
+    """Storage format of one state tensor of one parameter."""
 
     spec: StateSpec
     shape: tuple[int, ...]
-    """Of the whole slot at rest."""
+    """Shape of the whole stored tensor."""
     name: Storage
     dtype: torch.dtype
-    """Of `state[p][slot]`."""
+    """Dtype of `state[p][key]`."""
     compute_dtype: torch.dtype
-    """Of the values a rule sees."""
+    """Dtype of the values that a rule gets."""
     block: int
-    """Elements per scale."""
+    """Number of elements per scale."""
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it rests as codes and scales."""
+        """Whether it is stored as quantized values and scales."""
         return self.name in CODES
 
     @property
     def scales(self) -> int:
-        """Number of scales of the whole slot."""
+        """Number of scales of the whole state tensor."""
         return quantize.blocks_of(math.prod(self.shape), self.block) if self.is_quantized else 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole slot."""
+        """Bytes of the whole state tensor, with its scales."""
         return math.prod(self.shape) * self.dtype.itemsize + 4 * self.scales
 
     def is_compute_format(self, device: torch.device) -> bool:
-        """Whether a rule works on the resting tensor itself.
+        """Whether a rule can update the stored tensor in place.
 
         Args:
-            device: of the parameter.
+            device: device of the parameter.
 
         Returns:
-            False where values are to be made of it first.
+            False where the stored tensor must be converted first.
         """
         return self.name == "fp32" or (self.name == "host" and device.type == "cpu")
 
 
 def scale_key(key: str) -> str:
-    """The state entry with the scales of a quantised slot.
+    """The key of the scales of a quantized state tensor.
 
     Returns:
-        Its key.
+        The key.
     """
     return f"{key}_scale"
 
 
 def format_of(
-    slot: StateSpec,
+    spec: StateSpec,
     shape: Sequence[int],
     dims: StackShape,
     dtype: torch.dtype,
@@ -124,59 +124,59 @@ def format_of(
     *,
     sums: bool = False,
 ) -> StateFormat:
-    """How a slot rests under the settings of a group.
+    """The storage format of a state tensor under the settings of a group.
 
-    Values of a declared dtype, start values of an identity, square and `exact` slots (factors, bases), those with one
-    row or column per matrix, and those with fewer than `storage_min` elements are not narrowed.
+    State tensors with a declared dtype, an identity as start value, square or `exact` ones (factors, bases), those with
+    one row or column per matrix, and those with fewer than `storage_min` elements keep full precision.
 
     Args:
-        slot: its declaration.
-        shape: of the parameter.
-        dims: of the parameter as a stack of matrices.
-        dtype: of the parameter.
-        group: gives `state_storage`, `storage_block` and `storage_min`.
-        sums: whether the rule reduces; only its `m x n` slots are narrowed then, which are cut like the parameter.
+        spec: declaration of the state tensor.
+        shape: shape of the parameter.
+        dims: shape of the parameter as a stack of matrices.
+        dtype: dtype of the parameter.
+        group: settings, of which `state_storage`, `storage_block` and `storage_min` are used.
+        sums: whether the rule reduces. Only its `m x n` state tensors, which are sharded like the parameter, are then
+            stored in low precision.
 
     Returns:
-        The form.
+        The format.
     """
-    kind, wide, rest = group["state_storage"], slot.dtype or compute_dtype_of(dtype), stored_shape(slot, shape, dims)
-    block = group["storage_block"]
-    plain = StateFormat(slot, rest, "fp32", wide, wide, block)
-    if kind == "fp32" or math.prod(rest) < group["storage_min"]:
-        return plain
-    if kind == "host":
-        return StateFormat(slot, rest, kind, wide, wide, block)
-    letters = slot.letters
-    square, statistic = letters[0] == letters[1], any(x.isdigit() for x in letters)
-    if slot.dtype or slot.exact or square or statistic or (sums and letters != "mn"):
-        return plain
-    if kind == "bf16":
-        return StateFormat(slot, rest, kind, torch.bfloat16, wide, block)
-    return StateFormat(slot, rest, kind, CODES[kind], wide, block)
+    storage, block = group["state_storage"], group["storage_block"]
+    compute_dtype, storage_shape = spec.dtype or compute_dtype_of(dtype), stored_shape(spec, shape, dims)
+    full_precision = StateFormat(spec, storage_shape, "fp32", compute_dtype, compute_dtype, block)
+    if storage == "fp32" or math.prod(storage_shape) < group["storage_min"]:
+        return full_precision
+    if storage == "host":
+        return StateFormat(spec, storage_shape, storage, compute_dtype, compute_dtype, block)
+    letters = spec.letters
+    is_square, is_statistic = letters[0] == letters[1], any(x.isdigit() for x in letters)
+    if spec.dtype or spec.exact or is_square or is_statistic or (sums and letters != "mn"):
+        return full_precision
+    stored_dtype = torch.bfloat16 if storage == "bf16" else CODES[storage]
+    return StateFormat(spec, storage_shape, storage, stored_dtype, compute_dtype, block)
 
 
 def compensated(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
-    """Whether what rounding leaves of a weight is kept in `state[p]["compensation"]`.
+    """Whether the rounding error of a weight is stored in `state[p]["compensation"]`.
 
     Args:
-        dtype: of the parameter.
-        group: gives `param_rounding`.
+        dtype: dtype of the parameter.
+        group: settings, of which `param_rounding` is used.
 
     Returns:
-        True for narrow weights under `"kahan"`.
+        True for low-precision weights under `"kahan"`.
     """
     return group["param_rounding"] == "kahan" and dtype != compute_dtype_of(dtype)
 
 
 def keeps_radius(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
-    """Whether the norms of a parameter's matrices are kept in `state[p]["radius"]`.
+    """Whether the norms of a parameter's matrices are stored in `state[p]["radius"]`.
 
     Args:
-        dtype: of the parameter.
-        group: gives `constraint` and `param_rounding`.
+        dtype: dtype of the parameter.
+        group: settings, of which `constraint` and `param_rounding` are used.
 
     Returns:
-        True for narrow weights under `"hyperball"`, unless what rounding leaves of them is kept.
+        True for low-precision weights under `"hyperball"`, unless their rounding error is stored.
     """
     return group["constraint"] == "hyperball" and dtype != compute_dtype_of(dtype) and not compensated(dtype, group)

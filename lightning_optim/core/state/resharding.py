@@ -1,12 +1,11 @@
-"""Conversion of state between its fmt in training and its fmt in a checkpoint.
+"""Conversion of state between its layout in training and its layout in a checkpoint.
 
 In training, the owner of a matrix has its whole state; a checkpoint has row shards. In training, quantized state has
 one scale per block of consecutive elements; a checkpoint has a table with one row per row of the state tensor, which
 holds the scales of the blocks that the row touches. Sharding by rows therefore shards the table, whatever the number of
 ranks. Rows of whole blocks keep their bits on any mesh; a block that a shard boundary divides has a scale on each side,
-and is requantized where its parts meet again. Rows shorter than a block repeat its scale, which costs 4 bytes per row
-(of a
-vector: per element) in the checkpoint only.
+and is requantized when both sides are on one rank again. Rows shorter than a block repeat its scale, which costs 4
+bytes per row (of a vector: per element) in the checkpoint only.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Entry:
     owner: int
 
 
-def _runs(entries: Sequence[Entry]) -> list[list[Entry]]:
+def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
     return bucket(entries, lambda e: (e.team.ranks, e.dtype))
 
 
@@ -48,42 +47,43 @@ def scatter(entries: Sequence[Entry], whole: Callable[[Entry], Tensor]) -> list[
 
     Args:
         entries: the same on every rank of their teams.
-        whole: gives the tensor of an entry this rank owns.
+        whole: returns the tensor of an entry that this rank owns.
 
     Returns:
-        Every entry with a DTensor whose local part owns its storage, or a plain tensor.
+        Every entry, with a DTensor whose local shard has storage of its own, or a plain tensor.
     """
     out: list[tuple[Entry, Tensor]] = []
-    for run in _runs(entries):
-        exchange = make_exchange([e.team for e in run], [e.shape for e in run], [e.owner for e in run])
-        like = torch.empty((), dtype=run[0].dtype, device=local(run[0].param).device)
-        parts = exchange.from_owners({i: whole(run[i]) for i in exchange.mine}, like)()
-        for e, part in zip(run, parts, strict=True):
-            out.append((e, e.team.shard(e.shape, part.clone()) if isinstance(e.team, Sharding) else part.clone()))
+    for batch in _batches(entries):
+        exchange = make_exchange([e.team for e in batch], [e.shape for e in batch], [e.owner for e in batch])
+        like = torch.empty((), dtype=batch[0].dtype, device=local(batch[0].param).device)
+        shards = exchange.from_owners({i: whole(batch[i]) for i in exchange.mine}, like)()
+        for e, shard in zip(batch, shards, strict=True):
+            out.append((e, e.team.shard(e.shape, shard.clone()) if isinstance(e.team, Sharding) else shard.clone()))
     return out
 
 
 def collect(entries: Sequence[Entry], loaded: Callable[[Entry], Tensor]) -> list[tuple[Entry, Tensor]]:
-    """Bring loaded state tensors whole to their owners. A collective call.
+    """Send loaded state tensors to their owners, which get them whole. A collective call.
 
     Args:
         entries: the same on every rank of their teams.
-        loaded: gives the loaded tensor of an entry, sharded or whole.
+        loaded: returns the loaded tensor of an entry, sharded or whole.
 
     Returns:
-        The entries this rank owns, with whole tensors.
+        The entries that this rank owns, with whole tensors.
     """
     out: list[tuple[Entry, Tensor]] = []
-    for run in _runs(entries):
-        exchange = make_exchange([e.team for e in run], [e.shape for e in run], [e.owner for e in run])
-        cuts = [e.team if isinstance(e.team, Sharding) else None for e in run]
-        parts = [local(place(loaded(e), cut)).to(e.param.device, e.dtype) for e, cut in zip(run, cuts, strict=True)]
-        out += [(run[i], t.clone()) for i, t in exchange.to_owners(parts)().items()]
+    for batch in _batches(entries):
+        exchange = make_exchange([e.team for e in batch], [e.shape for e in batch], [e.owner for e in batch])
+        shardings = [e.team if isinstance(e.team, Sharding) else None for e in batch]
+        tensors = [place(loaded(e), sharding) for e, sharding in zip(batch, shardings, strict=True)]
+        shards = [local(t).to(e.param.device, e.dtype) for e, t in zip(batch, tensors, strict=True)]
+        out += [(batch[i], t.clone()) for i, t in exchange.to_owners(shards)().items()]
     return out
 
 
 def table_shape(fmt: StateFormat) -> tuple[int, int]:
-    """The shape of a quantised slot's table of scales: rows of the slot, most blocks that a row touches.
+    """The shape of the table of scales of a quantized state tensor: its rows x the most blocks that a row touches.
 
     Returns:
         (rows, columns).
@@ -92,57 +92,57 @@ def table_shape(fmt: StateFormat) -> tuple[int, int]:
     return fmt.shape[0], -(-(fmt.block - math.gcd(row, fmt.block) + row) // fmt.block)
 
 
-def _touched(fmt: StateFormat, rows: int, start: int, device: torch.device) -> Tensor:
-    """For every entry of the table of some rows, the block it belongs to; a row's last block repeats."""
+def _block_index(fmt: StateFormat, rows: int, start: int, device: torch.device) -> Tensor:
+    """The block index of every entry of the table of some rows; the last block of a row repeats."""
     row, block = math.prod(fmt.shape[1:]), fmt.block
     first = start % block + row * torch.arange(rows, device=device)
-    at = (first // block).unsqueeze(1) + torch.arange(table_shape(fmt)[1], device=device)
-    return torch.minimum(at, ((first + row - 1) // block).unsqueeze(1))
+    blocks = (first // block).unsqueeze(1) + torch.arange(table_shape(fmt)[1], device=device)
+    return torch.minimum(blocks, ((first + row - 1) // block).unsqueeze(1))
 
 
 def table_of(fmt: StateFormat, scale: Tensor, rows: int, start: int) -> Tensor:
-    """The table of a run of rows.
+    """The table of scales of consecutive rows.
 
     Args:
-        fmt: of the slot.
-        scale: of the blocks the rows touch.
-        rows: how many rows.
-        start: index of the first element.
+        fmt: format of the state tensor.
+        scale: scales of the blocks that the rows touch.
+        rows: number of rows.
+        start: global index of the first element.
 
     Returns:
         float32 `[rows, columns]`, see `table_shape`.
     """
-    return scale[_touched(fmt, rows, start, scale.device)]
+    return scale[_block_index(fmt, rows, start, scale.device)]
 
 
 def scales_of(fmt: StateFormat, table: Tensor, codes: Tensor, start: int) -> Tensor:
-    """The scales behind the table of a run of rows.
+    """The scales of consecutive rows, from their table.
 
     Args:
-        fmt: of the slot.
-        table: its table.
-        codes: of the rows; those of blocks that were apart when the table was made, and had other scales, are
-            quantised anew.
-        start: index of the first element.
+        fmt: format of the state tensor.
+        table: table of scales of the rows.
+        codes: quantized values of the rows. A block that was divided between shards with different scales when the
+            table was made is requantized in place.
+        start: global index of the first element.
 
     Returns:
-        float32, one per block the rows touch.
+        float32, one per block that the rows touch.
     """
     scale = initial_scale(fmt, codes, start)
     if not codes.numel():
         return scale
-    at = _touched(fmt, codes.shape[0], start, codes.device)
-    scale.scatter_reduce_(0, at.view(-1), table.reshape(-1), "amax", include_self=False)
-    low = torch.empty_like(scale).scatter_reduce_(0, at.view(-1), table.reshape(-1), "amin", include_self=False)
-    mixed = scale != low
-    if mixed.any():
+    index = _block_index(fmt, codes.shape[0], start, codes.device)
+    scale.scatter_reduce_(0, index.view(-1), table.reshape(-1), "amax", include_self=False)
+    smallest = torch.empty_like(scale).scatter_reduce_(0, index.view(-1), table.reshape(-1), "amin", include_self=False)
+    is_mixed = scale != smallest
+    if is_mixed.any():
         block = (start % fmt.block + torch.arange(codes.numel(), device=codes.device)) // fmt.block
         row = torch.arange(codes.numel(), device=codes.device) // math.prod(fmt.shape[1:])
-        own = table[row, block - at[row, 0]]
-        one = torch.ones_like(scale)
-        wide = dequantize(fmt, codes, one, start, codes.device).view(-1) * own
-        fresh, fresh_scale = torch.empty_like(codes), torch.empty_like(scale)
-        quantize(fmt, fresh, fresh_scale, start, wide, lambda: block, 0)
-        codes.view(-1).copy_(torch.where(mixed[block], fresh.view(-1), codes.view(-1)))
-        scale = torch.where(mixed, fresh_scale, scale)
+        element_scale = table[row, block - index[row, 0]]
+        ones = torch.ones_like(scale)
+        values = dequantize(fmt, codes, ones, start, codes.device).view(-1) * element_scale
+        new_codes, new_scale = torch.empty_like(codes), torch.empty_like(scale)
+        quantize(fmt, new_codes, new_scale, start, values, lambda: block, 0)
+        codes.view(-1).copy_(torch.where(is_mixed[block], new_codes.view(-1), codes.view(-1)))
+        scale = torch.where(is_mixed, new_scale, scale)
     return scale

@@ -1,6 +1,6 @@
-"""The step within the backward pass: every gradient is used as soon as it is there, then freed.
+"""Steps within the backward pass: every gradient is applied as soon as it is computed, then freed.
 
-A hook on each parameter hands the optimizer the step of this one parameter; what happens then is an ordinary step.
+A hook on each parameter takes an ordinary step of this one parameter.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.ops.lapack import failures
 
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Who steps a parameter within the backward pass, and the hook by which it does: (weak reference, handle)."""
+"""Owner and hook of each parameter that is stepped in the backward pass: (weak `FusedBackward` reference, handle)."""
 
 PREVIOUS = "previous_norm"
-"""Key of a param group that clips: the norm of its gradients in the step before."""
+"""Key in a param group with clipping: the norm of its gradients in the previous step."""
 
 
 class SteppedOptimizer(Protocol):
-    """What a fused backward pass needs of an optimizer."""
+    """The part of an optimizer that a fused backward pass uses."""
 
     param_groups: list[dict[str, Any]]
     fused: FusedBackward | None
@@ -54,70 +54,70 @@ class FusedBackward:
 
         optimizer.fuse_backward()
         loss.backward()      # steps; every gradient is None afterwards
-        optimizer.step()     # ends the pass; schedulers step after it, as ever
+        optimizer.step()     # ends the pass; schedulers step after it, as usual
 
-    Without clipping the weights are those of ordinary steps, bit for bit. Exactly one backward pass belongs to each
-    `step()`: gradients that are gone cannot be accumulated, and a second pass raises. `step()` itself steps parameters
-    whose gradient came otherwise: assigned, or of a parameter that was frozen or replaced since the last step.
+    Without clipping the weights are bitwise those of ordinary steps. Exactly one backward pass belongs to each
+    `step()`: freed gradients cannot be accumulated, and a second pass raises an error. `step()` itself steps parameters
+    whose gradient was assigned, or that were frozen or replaced since the last step.
 
     The norm of a group (`clip_norm`) is not known before its last gradient. Each gradient is clipped by the larger of
-    the norm in the step before, which is saved with the group, and its own; or by the group's own norm, as published
-    by Lv et al. 2023 (arXiv:2306.09782), at the price of a second backward pass:
+    its own norm and the group's norm in the previous step, which is saved with the group; or by the group's current
+    norm, as published by Lv et al. 2023 (arXiv:2306.09782), at the cost of a second backward pass:
 
         with optimizer.fuse_backward().norm_pass():
             loss.backward(retain_graph=True)
         loss.backward()
         optimizer.step()
 
-    `on_nonfinite="raise"` looks at each gradient before its parameter is written; parameters that came before it in the
-    pass have moved. After a norm pass nothing has. To continue after an error call `zero_grad()` and `step()`.
+    `on_nonfinite="raise"` checks each gradient before its parameter is written; parameters earlier in the pass have
+    then been updated. After a norm pass nothing has. To continue after an error call `zero_grad()` and `step()`.
 
-    Refused: rules with preconditioners, which are refreshed in turns over all parameters, or with `curvature_input`;
-    rules for whole matrices whose parameters are sharded, for they are exchanged together; `on_nonfinite="skip"`;
+    Refused: rules with preconditioners, whose refreshes are staggered over all parameters, or with `curvature_input`;
+    rules for whole matrices whose parameters are sharded, since these are exchanged together; `on_nonfinite="skip"`;
     parameters that are whole on several ranks (DDP, FSDP1), whose gradients are not reduced yet when the hook runs; a
-    `GradScaler`. FSDP2 works.
+    `GradScaler`. FSDP2 is supported.
 
     Args:
-        optimizer: whose parameters are stepped so until `close`. A parameter obeys the last such optimizer. Copies and
-            unpickled optimizers take ordinary steps.
+        optimizer: optimizer whose parameters are stepped in the backward pass until `close`. A parameter is stepped by
+            the optimizer that was fused last. Copies and unpickled optimizers take ordinary steps.
 
     Raises:
-        ValueError: something of the above.
+        ValueError: a rule, option or parameter that is refused.
     """
 
     def __init__(self, optimizer: SteppedOptimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._steps: dict[int, GroupStep] = {}
-        """Of this pass, one per parameter; empty between passes."""
+        """Steps of this pass, one per parameter, by its id; empty between passes."""
         self._done: set[int] = set()
         self._only_norms = False
         self._squares: dict[str, Tensor] = {}
-        """By group, of the gradients of this pass."""
+        """Squared norm of the gradients of this pass, by group."""
         self._norms: dict[str, float] = {}
-        """By group, from a norm pass."""
+        """Norm from a norm pass, by group."""
         for group in optimizer.group_steps():
             validate_fusion(group.rule, group.group, group.params)
-        optimizer._step_supports_amp_scaling = True  # GradScaler then leaves it to `finish` to refuse
+        optimizer._step_supports_amp_scaling = True  # so that GradScaler calls `step`, and `finish` can refuse it
         self.watch()
 
     @property
     def optimizer(self) -> SteppedOptimizer:
-        """Whose parameters these are."""
+        """The optimizer whose parameters are stepped."""
         optimizer = self._optimizer()
         assert optimizer is not None
         return optimizer
 
     def watch(self) -> None:
-        """Hook every trainable parameter that is not hooked yet."""
+        """Register the hook on every trainable parameter that does not have it yet."""
         for p in (p for group in self.optimizer.param_groups for p in group["params"]):
             owner, handle = _hooks.get(p) or (None, None)
             if p.requires_grad and p.is_leaf and (owner is None or owner() is not self):
                 if handle is not None:
                     handle.remove()
-                _hooks[p] = weakref.ref(self), _hooked(p, weakref.ref(self))
+                _hooks[p] = weakref.ref(self), _register_hook(p, weakref.ref(self))
 
     def close(self) -> None:
-        """Go back to ordinary steps."""
+        """Remove the hooks, so that the optimizer takes ordinary steps."""
         for p in (p for group in self.optimizer.param_groups for p in group["params"]):
             owner, handle = _hooks.get(p) or (None, None)
             if owner is not None and handle is not None and owner() is self:
@@ -130,13 +130,13 @@ class FusedBackward:
 
     @contextmanager
     def norm_pass(self) -> Iterator[dict[str, float]]:
-        """Take the norms in a backward pass of its own, which steps nothing.
+        """Measure the norms in a separate backward pass, which steps nothing.
 
         Yields:
-            A dictionary that holds the norm of every group by its name when the block has ended.
+            A dictionary that has the norm of every group by its name once the block has ended.
 
         Raises:
-            FloatingPointError: a gradient is not finite and its group asks to raise; nothing was written.
+            FloatingPointError: a gradient is not finite under `on_nonfinite="raise"`; nothing was written.
             RuntimeError: a backward pass has begun to step.
         """
         if self._steps:
@@ -156,48 +156,49 @@ class FusedBackward:
 
     @torch.no_grad()
     def use(self, p: Tensor) -> None:
-        """Step a parameter whose gradient has just come, and free the gradient.
+        """Step a parameter whose gradient has just been computed, and free the gradient.
 
         Args:
             p: the parameter.
 
         Raises:
-            FloatingPointError: the gradient is not finite and its group asks to raise.
+            FloatingPointError: the gradient is not finite under `on_nonfinite="raise"`.
             RuntimeError: a second gradient before `step()`, or one that is not reduced yet.
         """
         if not self._steps:
             self._begin(self.optimizer.group_steps())
         step = self._steps.get(id(p))
         if step is None:
-            return  # it left its group
+            return  # it was removed from its group
         if id(p) in self._done:
             raise RuntimeError(
-                f"{step.params[0].plan.name}: a second gradient before step(). A fused backward pass uses each gradient at "
-                "once and cannot accumulate: call step() after every backward pass (gradient_accumulation_steps=1, "
-                "accumulate_grad_batches=1, no reentrant checkpointing), or do without fused_backward"
+                f"{step.params[0].plan.name}: a second gradient before step(). A fused backward pass applies each "
+                "gradient at once and cannot accumulate: call step() after every backward pass "
+                "(gradient_accumulation_steps=1, accumulate_grad_batches=1, no reentrant checkpointing), or remove "
+                "fused_backward"
             )
         self._step(step)
         self._done.add(id(p))
 
     def finish(self, groups: Sequence[GroupStep]) -> None:
-        """End the pass: step parameters that still have a gradient, and keep the norms.
+        """End the pass: step parameters that still have a gradient, and save the norms.
 
         Args:
-            groups: of this step.
+            groups: groups of this step.
 
         Raises:
-            RuntimeError: a GradScaler makes the call.
+            RuntimeError: a GradScaler calls the step.
         """
         optimizer = self.optimizer
         if hasattr(optimizer, "found_inf"):
             raise RuntimeError(
-                "a fused backward pass has used gradients of a scaled loss: no GradScaler (precision 16-mixed, --fp16) "
-                "with fused_backward; train in bfloat16, or without fused_backward. The weights have moved too far"
+                "a fused backward pass has applied gradients of a scaled loss, so the weights are wrong: no GradScaler "
+                "(precision 16-mixed, --fp16) with fused_backward; train in bfloat16, or without fused_backward"
             )
-        left = [group.only([s]) for group in groups for s in group.params if s.grad is not None]
-        if left and not self._steps:
+        remaining = [group.only([s]) for group in groups for s in group.params if s.grad is not None]
+        if remaining and not self._steps:
             self._begin(groups)
-        for step in left:
+        for step in remaining:
             self._step(step)
         for group in optimizer.param_groups:
             if group["clip_norm"] is not None and group["name"] in self._squares:
@@ -214,8 +215,8 @@ class FusedBackward:
                 if collectives.is_replicated(s.plan.param):
                     raise RuntimeError(
                         f"{s.plan.name}: every rank has this parameter whole, so DDP, FSDP1 or ZeRO reduces its "
-                        "gradient after a fused backward pass has used it; nothing was updated. Use FSDP2 "
-                        "(fully_shard) or do without fused_backward"
+                        "gradient after a fused backward pass has applied it; nothing was updated. Use FSDP2 "
+                        "(fully_shard) or remove fused_backward"
                     )
         self._steps = {id(s.plan.param): group.only([s]) for group in groups for s in group.params}
 
@@ -242,29 +243,32 @@ class FusedBackward:
                 failures.depth -= 1
                 if failures.named or failures.unnamed:
                     failures.warn()
-        s.plan.param.grad = s.grad = None
+        s.plan.param.grad = s.grad = None  # `s` is kept until the pass ends
 
     def _measure(self, step: ParamStep, group: dict[str, Any]) -> Tensor:
         norm = collectives.norm(step.plan.param, step.gradient())
-        before = self._squares.get(group["name"])
+        total = self._squares.get(group["name"])
         square = norm.square()
-        self._squares[group["name"]] = square if before is None else before + square.to(before.device)
+        self._squares[group["name"]] = square if total is None else total + square.to(total.device)
         return norm
 
     def _clip(self, groups: Sequence[GroupStep]) -> None:
-        """Clip `p.grad`, which nobody sees again; the factor stays on the device."""
+        """Clip `p.grad`, which is freed after the step; the factor stays on the device."""
         for group in groups:
             settings, s = group.group, group.params[0]
             if settings["clip_norm"] is not None:
                 norm = self._measure(s, settings)
-                whole = self._norms.get(settings["name"])
-                norm = norm.clamp(min=settings.get(PREVIOUS, 0.0)) if whole is None else torch.full_like(norm, whole)
+                group_norm = self._norms.get(settings["name"])
+                if group_norm is None:
+                    norm = norm.clamp(min=settings.get(PREVIOUS, 0.0))
+                else:
+                    norm = torch.full_like(norm, group_norm)
                 scale = (settings["clip_norm"] / (norm + 1e-6)).clamp(max=1.0)
                 collectives.scale_gradient(s.plan.param, scale)
                 s.grad = sharding.local_gradient(s.plan.param)
 
 
-def _hooked(p: Tensor, fused: weakref.ref[FusedBackward]) -> RemovableHandle:
+def _register_hook(p: Tensor, fused: weakref.ref[FusedBackward]) -> RemovableHandle:
     def hook(p: Tensor) -> None:
         if (owner := fused()) is not None:
             owner.use(p)
@@ -276,20 +280,20 @@ def validate_fusion(rule: Rule, group: dict[str, Any], steps: Sequence[ParamStep
     """Check that a group can be stepped within the backward pass.
 
     Args:
-        rule: of the group.
-        group: its settings.
-        steps: its parameters.
+        rule: rule of the group.
+        group: settings of the group.
+        steps: parameters of the group.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the rule, an option or a parameter does not allow it.
     """
     label = f"group {group['name']!r}: fused_backward"
     if rule.preconditioners:
-        raise ValueError(f"{label} is not for {rule.name}, whose refreshes are spread over all parameters of a step")
+        raise ValueError(f"{label} is not for {rule.name}, whose refreshes are staggered over all parameters")
     if rule.curvature_input:
-        raise ValueError(f"{label} is not for {rule.name}, which is shown the curvature before a step")
+        raise ValueError(f"{label} is not for {rule.name}, which needs a curvature estimate before a step")
     if group["on_nonfinite"] == "skip":
-        raise ValueError(f'{label} cannot leave out a step that has begun (on_nonfinite="skip"); "raise" can stop it')
+        raise ValueError(f'{label} cannot skip a step that has begun (on_nonfinite="skip"); "raise" can stop it')
     for s in steps:
         if is_flat(s.plan.param):
             raise ValueError(f"{s.plan.name}: fused_backward needs FSDP2, not FSDP1 or ZeRO")

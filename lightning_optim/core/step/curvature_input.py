@@ -1,4 +1,4 @@
-"""Curvature that rules need beside gradients: when it is due, and how it becomes part of their state."""
+"""Curvature estimates for rules that need more than gradients: when they are due, and how they update the state."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_optim.core.step.stacks import copy_aliased, quantized_views, with
 from lightning_optim.refresh import Clock, View, parse
 
 Estimate = SimpleNamespace
-"""What was estimated of one parameter; `Rule.update_curvature` lists the fields."""
+"""Curvature estimate of one parameter; `Rule.update_curvature` lists the fields."""
 
 
 def pending(groups: Iterable[GroupStep]) -> dict[str, list[Tensor]]:
-    """What is to be estimated before the next step.
+    """The parameters whose curvature must be estimated before the next step.
 
     Args:
-        groups: of the step.
+        groups: groups of the step.
 
     Returns:
         Parameters by the `curvature_input` of their rules.
@@ -42,11 +42,11 @@ def pending(groups: Iterable[GroupStep]) -> dict[str, list[Tensor]]:
 
 
 def measured(groups: Iterable[GroupStep], estimates: Mapping[Tensor, Estimate]) -> list[GroupStep]:
-    """The groups of the parameters that were estimated.
+    """Restrict groups to the parameters with an estimate.
 
     Args:
-        groups: of the step.
-        estimates: by parameter.
+        groups: groups of the step.
+        estimates: estimates by parameter.
 
     Returns:
         Groups with those parameters only.
@@ -57,16 +57,16 @@ def measured(groups: Iterable[GroupStep], estimates: Mapping[Tensor, Estimate]) 
     out = [group.only([s for s in group.params if s.plan.param in estimates]) for group in groups]
     for group in out:
         if group.params and group.rule.curvature_input in (None, "loss"):
-            raise ValueError(f"{group.params[0].plan.name}: {group.rule.name} observes nothing but the gradient")
+            raise ValueError(f"{group.params[0].plan.name}: {group.rule.name} uses no curvature estimate")
     return [group for group in out if group.params]
 
 
 def update_curvature(groups: Sequence[GroupStep], estimates: Mapping[Tensor, Estimate]) -> dict[str, float]:
-    """Hand estimates to the rules; the state of the parameters is complete.
+    """Update the state of rules by their estimates.
 
     Args:
-        groups: with the parameters that were estimated.
-        estimates: by parameter.
+        groups: groups with the parameters that have an estimate, whose state is allocated.
+        estimates: estimates by parameter.
 
     Returns:
         The rules' metrics, averaged over all elements.
@@ -82,14 +82,14 @@ def update_curvature(groups: Sequence[GroupStep], estimates: Mapping[Tensor, Est
 
 
 def _update(group: GroupStep, step: ParamStep, estimate: Estimate) -> Mapping[str, Tensor]:
-    """Hand the estimate of one parameter to its rule; the rule's metrics."""
-    step.t = ~int(step.state["step"])  # rounds by other random numbers than the step
+    """Update the state of one parameter by its estimate; returns the rule's metrics."""
+    step.t = ~int(step.state["step"])  # draws other random numbers for rounding than the step itself
     views = quantized_views(group, step)
     loaded = with_values(step, views)
     values = {k: loaded.local_state(k) for k in step.plan.formats}
     s = SimpleNamespace(**values)
-    here = {k: sharding.local(x) if isinstance(x, Tensor) else x for k, x in vars(estimate).items()}
-    metrics = group.rule.update_curvature(SimpleNamespace(**here, t=-step.t), s)
+    local_estimate = {k: sharding.local(x) if isinstance(x, Tensor) else x for k, x in vars(estimate).items()}
+    metrics = group.rule.update_curvature(SimpleNamespace(**local_estimate, t=-step.t), s)
     for key, value in copy_aliased(values, {k: getattr(s, k) for k in values}).items():
         if value is not values[key]:
             values[key].copy_(value)
@@ -99,31 +99,31 @@ def _update(group: GroupStep, step: ParamStep, estimate: Estimate) -> Mapping[st
 
 
 def require_curvature(groups: Sequence[GroupStep], has_curvature: bool, *, has_oracle: bool) -> None:
-    """Check that no rule needs what nobody estimates.
+    """Check that rules with `curvature_input` get it.
 
     Args:
-        groups: of this step.
-        has_curvature: whether there is a curvature estimator.
-        has_oracle: whether the loss of this step can be asked for.
+        groups: groups of this step.
+        has_curvature: whether a curvature estimator is attached.
+        has_oracle: whether the loss can be evaluated at other weights in this step.
 
     Raises:
-        RuntimeError: one does; the message says what to add.
+        RuntimeError: a rule needs curvature or the loss, and nothing provides it; the message names the remedy.
     """
     for group in groups:
         rule = group.rule
         available = has_oracle if rule.curvature_input == "loss" else has_curvature
         if not rule.curvature_input or available or not any(s.grad is not None for s in group.params):
             continue
-        loss = rule.curvature_input == "loss"
-        what = "the loss of the batch at other weights" if loss else "more than gradients"
+        needs_loss = rule.curvature_input == "loss"
+        need = "the loss of the batch at other weights" if needs_loss else "more than gradients"
         if has_curvature:
             raise RuntimeError(
-                f"group {group.group['name']!r}: {rule.name} needs {what}: call estimate() of the curvature estimator "
+                f"group {group.group['name']!r}: {rule.name} needs {need}: call estimate() of the curvature estimator "
                 "before step()"
             )
         raise RuntimeError(
-            f"group {group.group['name']!r}: {rule.name} needs {what}, and nobody measures it; nothing was updated. "
-            "Add a curvature estimator: Trainer(callbacks=[CurvatureCallback()]) with "
+            f"group {group.group['name']!r}: {rule.name} needs {need}, but no curvature estimator is attached; "
+            "nothing was updated. Add one: Trainer(callbacks=[CurvatureCallback()]) with "
             "hf_integration.CurvatureCallback or lightning_optim.callbacks.CurvatureCallback; in your own loop, "
-            f"lightning_optim.curvature.CurvatureEstimator{', or step(closure)' if loss else ''}"
+            f"lightning_optim.curvature.CurvatureEstimator{', or step(closure)' if needs_loss else ''}"
         )

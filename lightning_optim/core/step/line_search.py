@@ -1,4 +1,4 @@
-"""Rules that look for their step by the loss at other weights: all their parameters are one vector."""
+"""The step of rules that evaluate the loss at other weights (`GlobalStepRule`): all their parameters are one vector."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_optim.core.step.stacks import copy_aliased, quantized_views, with
 
 
 class LossOracle(Protocol):
-    """Where the loss comes from."""
+    """Source of the loss and its derivatives."""
 
     def gradient(self, params: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-        """The loss at the present values of parameters, and its gradients.
+        """The loss at the current values of parameters, and its gradients.
 
         Args:
-            params: of the optimizer.
+            params: parameters of the optimizer.
 
         Returns:
             (loss, one tensor per parameter), the same on every rank.
@@ -32,25 +32,25 @@ class LossOracle(Protocol):
         ...
 
     def product(self, params: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
-        """The Gauss-Newton matrix at their present values times a vector.
+        """The Gauss-Newton matrix at the current values of parameters times a vector.
 
         Args:
-            params: of the optimizer.
+            params: parameters of the optimizer.
             v: one tensor per parameter.
 
         Returns:
-            Likewise.
+            One tensor per parameter, the same on every rank.
         """
         ...
 
 
 class ClosureOracle:
-    """The loss by the closure of a training loop of one's own, which sets the gradients.
+    """The loss by the closure of the user's training loop, which sets the gradients.
 
     Args:
-        closure: of `step`, called once.
-        value: what it returned.
-        name: of the rule, for messages.
+        closure: argument of `step`, which has been called once already.
+        value: the loss that this call returned.
+        name: name of the rule, for messages.
     """
 
     def __init__(self, closure: Callable[[], Any], value: Any, name: str) -> None:
@@ -58,8 +58,8 @@ class ClosureOracle:
             raise ValueError(f"{name}: the closure must return the loss")
         if collectives.world_size() > 1:
             raise RuntimeError(
-                f"{name}: the closure of each process knows the loss of its own batch only; nothing was updated. Add a "
-                "curvature estimator, which averages it"
+                f"{name}: each process's closure computes the loss of its own batch only; nothing was updated. Add "
+                "a curvature estimator, which averages it"
             )
         self.closure, self.name, self.first = closure, name, _number(value)
         self.is_first = True
@@ -90,7 +90,7 @@ def _number(value: Any) -> float:
 
 
 class FlatObjective:
-    """What a rule sees of the loss (`core.rule.Objective`); it moves the weights, and puts them back bitwise."""
+    """The loss as a function of one vector (`core.rule.Objective`); changes the weights and restores them bitwise."""
 
     def __init__(self, steps: Sequence[ParamStep], decays: Sequence[float], oracle: LossOracle) -> None:
         self.params, self.oracle = [s.plan.param for s in steps], oracle
@@ -100,7 +100,7 @@ class FlatObjective:
         sizes = torch.tensor([p.numel() for p in self.params], device=self.x.device)
         self.decay = torch.tensor(decays, dtype=self.dtype, device=self.x.device).repeat_interleave(sizes)
         self.is_moved = False
-        self.value, self.gradient = self._measured(self.x)
+        self.value, self.gradient = self._evaluate(self.x)
 
     @torch.no_grad()
     def at(self, x: Tensor) -> tuple[float, Tensor]:
@@ -108,9 +108,9 @@ class FlatObjective:
         if torch.equal(x, self.x):
             return self.value, self.gradient.clone()
         self.is_moved = True
-        for p, part in zip(self.params, self.parts(x), strict=True):
-            p.copy_(part)
-        return self._measured(x)
+        for p, values in zip(self.params, self.parts(x), strict=True):
+            p.copy_(values)
+        return self._evaluate(x)
 
     def product(self, v: Tensor) -> Tensor:
         """See `Objective`."""
@@ -118,51 +118,51 @@ class FlatObjective:
         return self.vector(self.oracle.product(self.params, self.parts(v))) + self.decay * v
 
     def restore(self) -> None:
-        """Put the present weights back if they were moved: autograd graphs mind writes."""
+        """Restore the weights if they were changed; writing them without need would invalidate autograd graphs."""
         for p, start in zip(self.params, self.start, strict=True) if self.is_moved else ():
             p.copy_(start)
         self.is_moved = False
 
     def vector(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One vector of tensors like the parameters."""
+        """Concatenate tensors that are shaped like the parameters."""
         return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])
 
     def parts(self, x: Tensor) -> list[Tensor]:
-        """Tensors like the parameters of a vector."""
-        pieces = x.split([p.numel() for p in self.params])
-        return [part.view(p.shape) for p, part in zip(self.params, pieces, strict=True)]
+        """Split a vector into tensors that are shaped like the parameters."""
+        flat = x.split([p.numel() for p in self.params])
+        return [values.view(p.shape) for p, values in zip(self.params, flat, strict=True)]
 
-    def _measured(self, x: Tensor) -> tuple[float, Tensor]:
+    def _evaluate(self, x: Tensor) -> tuple[float, Tensor]:
         value, gradients = self.oracle.gradient(self.params)
         penalty = 0.5 * float((self.decay * x).dot(x))
         return value + penalty, self.vector(gradients).addcmul_(self.decay, x)
 
 
 def search(groups: Sequence[GroupStep], oracle: LossOracle) -> None:
-    """Let every rule that searches replace the gradients of its parameters by the direction it finds.
+    """Replace the gradients of every `GlobalStepRule` by the direction it computes.
 
-    State is stored when all of them have found one. A closure leaves the gradients of its last call, as with
-    torch.optim.LBFGS; a curvature estimator touches none.
+    State is stored once all such rules have a direction. A closure leaves the gradients of its last call, as with
+    torch.optim.LBFGS; a curvature estimator leaves them unchanged.
 
     Args:
-        groups: of this step.
-        oracle: gives the loss.
+        groups: groups of this step.
+        oracle: source of the loss.
 
     Raises:
         ValueError: groups of one such rule whose settings differ.
         FloatingPointError: the direction is not finite; weights and state are as before.
     """
     stores: list[Callable[[], None]] = []
-    for kind in dict.fromkeys(type(group.rule) for group in groups if isinstance(group.rule, GlobalStepRule)):
-        mine = [(group, s) for group in groups if type(group.rule) is kind for s in group.params if s.grad is not None]
-        if mine:
-            stores.append(_search([group for group, _ in mine], [s for _, s in mine], oracle))
+    for cls in dict.fromkeys(type(group.rule) for group in groups if isinstance(group.rule, GlobalStepRule)):
+        steps = [(group, s) for group in groups if type(group.rule) is cls for s in group.params if s.grad is not None]
+        if steps:
+            stores.append(_search([group for group, _ in steps], [s for _, s in steps], oracle))
     for store in stores:
         store()
 
 
 def _search(groups: Sequence[GroupStep], steps: Sequence[ParamStep], oracle: LossOracle) -> Callable[[], None]:
-    """Find a direction; what stores it, and the state that goes with it."""
+    """Compute a direction; returns a function that stores it and the new state."""
     rules = [cast("GlobalStepRule", group.rule) for group in groups]
     for group in groups:
         if replace(cast("Any", group.rule), weight_decay=0.0) != replace(cast("Any", rules[0]), weight_decay=0.0):
@@ -173,9 +173,9 @@ def _search(groups: Sequence[GroupStep], steps: Sequence[ParamStep], oracle: Los
     if len({s.plan.param.device for s in steps}) > 1:
         raise ValueError(f"{rules[0].name}: all parameters must be on one device, as they are one vector")
     views = [quantized_views(group, s) for group, s in zip(groups, steps, strict=True)]
-    loaded = [with_values(s, of) for s, of in zip(steps, views, strict=True)]
+    loaded = [with_values(s, s_views) for s, s_views in zip(steps, views, strict=True)]
     counts, specs = [int(s.state["step"]) for s in steps], steps[0].plan.specs
-    oldest = counts.index(max(counts))  # a parameter that joined late knows less
+    oldest = counts.index(max(counts))  # a parameter that was added later has less history
     at: FlatObjective | None = None
     before: dict[str, Tensor] = {}
     after: Mapping[str, Tensor] = {}
@@ -203,9 +203,9 @@ def _search(groups: Sequence[GroupStep], steps: Sequence[ParamStep], oracle: Los
     def store() -> None:
         if at is not None:
             _store(loaded, at, specs, after)
-        for s, d, of, values in zip(steps, directions, views, loaded, strict=True):
+        for s, d, s_views, values in zip(steps, directions, views, loaded, strict=True):
             s.grad, s.clip = d, 1.0
-            for key, view in of.items():
+            for key, view in s_views.items():
                 view.store_all(values.state[key])
 
     return store
@@ -216,7 +216,7 @@ def _store(
 ) -> None:
     """Store vectors over all parameters, and rows that belong to all of them."""
     for key, value in after.items():
-        parts = at.parts(value) if specs[key].letters == "mn" else [value] * len(steps)
-        for s, part in zip(steps, parts, strict=True):
+        values = at.parts(value) if specs[key].letters == "mn" else [value] * len(steps)
+        for s, new in zip(steps, values, strict=True):
             stored = s.state[key]
-            stored.copy_(part if part.shape == stored.shape else part.expand(stored.shape))
+            stored.copy_(new if new.shape == stored.shape else new.expand(stored.shape))

@@ -1,11 +1,11 @@
-"""Averaging around the steps of any rule: look-ahead, averages to evaluate with, an outer optimizer.
+"""Weight averaging around the steps of any rule: look-ahead, averages for evaluation, an outer optimizer.
 
     optimizer.with_averaging(EMANesterov(0.3), TailEMA(start=2400))
     optimizer.eval()     # averaged weights, to validate and to save
-    optimizer.train()    # training weights, bit for bit as they were
+    optimizer.train()    # training weights, bitwise as before
 
-The state is in `state[p]`, the counters are in the groups: checkpoints hold both, whichever weights the model's hold.
-The integrations with Lightning and Transformers make the two calls.
+The state is in `state[p]`, the counters are in the groups, so checkpoints hold both, whether the model currently has
+training or averaged weights. The integrations with Lightning and Transformers make the two calls.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from lightning_optim.core.step.averaging_methods import COUNTERS, AveragingMetho
 
 
 class AveragedOptimizer(Protocol):
-    """What averaging needs of an optimizer."""
+    """The part of an optimizer that averaging uses."""
 
     param_groups: list[dict[str, Any]]
     state: Any
 
     @property
     def total_steps(self) -> int | None:
-        """The length of the run, if known."""
+        """The number of steps of the run, if known."""
         ...
 
 
-class _Place(NamedTuple):
-    """One trained parameter, and what is kept for it."""
+class _ParamState(NamedTuple):
+    """A parameter with the state of its averaging methods."""
 
     param: Tensor
     x: Tensor
-    """This rank's part."""
-    slots: dict[str, Tensor]
-    """This rank's parts."""
+    """This rank's shard of the parameter."""
+    averages: dict[str, Tensor]
+    """This rank's shards of the methods' state tensors."""
     state: dict[str, Tensor]
     role: str
 
 
 class Averages:
-    """What an optimizer is wrapped in; made by `RuleOptimizer.with_averaging`.
+    """The averaging methods of an optimizer; made by `RuleOptimizer.with_averaging`.
 
     Args:
-        optimizer: whose steps these are.
-        members: what to do; each once.
+        optimizer: the optimizer to wrap.
+        members: averaging methods, each at most once.
 
     Raises:
-        ValueError: two that do not go together, or weights that are too narrow.
+        ValueError: two methods that exclude each other, or weights of too low precision.
     """
 
     def __init__(self, optimizer: AveragedOptimizer, members: tuple[AveragingMethod, ...]) -> None:
@@ -68,19 +68,19 @@ class Averages:
             self.join(group)
 
     def join(self, group: dict[str, Any]) -> None:
-        """Take a group in.
+        """Check a group and add the counters to it.
 
         Args:
-            group: of the optimizer, or to be.
+            group: a param group of the optimizer, or one to be added.
 
         Raises:
-            ValueError: its weights are too narrow, or its rule does not let others move them.
+            ValueError: its weights have too low precision, or its rule does not allow other changes of the weights.
         """
-        moving = [m.name for m in self.members if not m.narrow]
-        if moving and lookup(group["rule"]).tracks_weights:
+        weight_changing = [m.name for m in self.members if not m.narrow]
+        if weight_changing and lookup(group["rule"]).tracks_weights:
             raise ValueError(
-                f"group {group['name']!r}: {group['rule']} keeps in its state where its own steps have led, and "
-                f"{', '.join(moving)} puts the weights elsewhere; give it tail_ema only, or take another rule"
+                f"group {group['name']!r}: {group['rule']} keeps in its state where its own steps have led, but "
+                f"{', '.join(weight_changing)} changes the weights; give it tail_ema only, or use another rule"
             )
         for i, p in enumerate(group["params"]):
             label, p = p if isinstance(p, tuple) else (f"parameter {i} of group {group['name']!r}", p)
@@ -95,106 +95,108 @@ class Averages:
 
     @property
     def needs_total(self) -> bool:
-        """Whether a setting is a share of the run."""
+        """Whether a setting is a fraction of the run."""
         return any(isinstance(getattr(m, key, None), float) for m in self.members for key in ("start", "stop"))
 
     def check_total(self, optimizer: AveragedOptimizer) -> None:
-        """Check, before anything is written, that shares of the run can be told.
+        """Check, before anything is written, that the length of the run is known where a setting is a fraction of it.
 
         Args:
-            optimizer: whose step it is.
+            optimizer: the wrapped optimizer.
 
         Raises:
-            RuntimeError: its length is not known.
+            RuntimeError: the length is not known.
         """
         if self.needs_total and optimizer.total_steps is None:
             raise RuntimeError(
-                "averaging: start or stop is a share of the run, whose length is not known: set optimizer.total_steps, give "
-                "Schedule total_steps, or the trainer the callback AveragedWeights() (Lightning) or KeepSchedule() "
-                "(Transformers)"
+                "averaging: start or stop is a fraction of the run, whose length is unknown: set optimizer.total_steps, "
+                "give ScheduleLR total_steps, or add the callback AveragedWeights() (Lightning) or KeepSchedule() "
+                "(Transformers) to the trainer"
             )
 
     def check_loaded(self, groups: Sequence[Mapping[str, Any]], states: Iterable[Mapping[str, Any]]) -> None:
-        """Check that a checkpoint has the weights to train.
+        """Check that a checkpoint has the training weights.
 
         Args:
-            groups: of the checkpoint.
-            states: of its parameters.
+            groups: param groups of the checkpoint.
+            states: states of its parameters.
 
         Raises:
-            ValueError: it was made after `eval()`, and only the weights to evaluate are in it.
+            ValueError: it was made after `eval()`, and has the averaged weights only.
         """
-        shown = [g for g in groups if not g.get("train_mode", True)]
+        eval_groups = [g for g in groups if not g.get("train_mode", True)]
         averaged = [s for s in states if any(key in s for key in self.keys) and float(s.get("step", 1)) > 0]
-        if any(g["average_count"] or g["average_shift"] for g in shown) and not all(TRAINED in s for s in averaged):
+        if any(g["average_count"] or g["average_shift"] for g in eval_groups) and not all(
+            TRAINED in s for s in averaged
+        ):
             raise ValueError(
                 "the checkpoint was made after optimizer.eval(), by torch.distributed.checkpoint, say, which leaves "
-                "out weights to train; call optimizer.train() before such a checkpoint is made"
+                "out the training weights; call optimizer.train() before such a checkpoint is made"
             )
 
     @property
     def keys(self) -> list[str]:
-        """Of their state."""
+        """Keys of the state tensors of all methods."""
         return [key for m in self.members for key in m.slots]
 
     def allocate(self, p: Tensor, state: dict[str, Tensor]) -> None:
-        """Make the state of a parameter that has none.
+        """Allocate the missing state tensors of a parameter.
 
         Args:
             p: the parameter, before a step.
-            state: of it.
+            state: its state, extended in place.
         """
         for m in self.members:
             for key in m.slots:
                 if key not in state:
                     state[key] = sharding.wrapped_like(m.init(key, sharding.local(p).detach()), p)
 
-    def _each(self, optimizer: AveragedOptimizer) -> Iterator[_Place]:
+    def _each(self, optimizer: AveragedOptimizer) -> Iterator[_ParamState]:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 state = optimizer.state[p] if p in optimizer.state else {}
                 if all(key in state for key in self.keys):
-                    slots = {key: sharding.local(state[key]) for key in self.keys}
-                    yield _Place(p, sharding.local(p).detach(), slots, state, group.get("role", ""))
+                    averages = {key: sharding.local(state[key]) for key in self.keys}
+                    yield _ParamState(p, sharding.local(p).detach(), averages, state, group.get("role", ""))
 
-    def _rest(self, at: _Place) -> None:
-        """Put a parameter that was frozen ahead back, once."""
+    def _undo_look_ahead(self, s: _ParamState) -> None:
+        """Restore a parameter that was frozen while extrapolated; later calls do nothing."""
         if self.ahead:
-            at.x.copy_(torch.where(at.slots["lookahead"] != 0, at.slots["anchor"], at.x))
-            at.slots["lookahead"].zero_()
+            s.x.copy_(torch.where(s.averages["lookahead"] != 0, s.averages["anchor"], s.x))
+            s.averages["lookahead"].zero_()
 
-    def _note(self, optimizer: AveragedOptimizer, **counters: Any) -> None:
+    def _set_counters(self, optimizer: AveragedOptimizer, **counters: Any) -> None:
         for group in optimizer.param_groups:
             group.update(counters)
 
-    def _shift(self, optimizer: AveragedOptimizer, by: float) -> None:
-        """Put the weights ahead of the anchor, or back on it."""
-        if by != optimizer.param_groups[0]["average_shift"]:
-            for at in self._each(optimizer):
-                if not at.param.requires_grad:
-                    self._rest(at)
+    def _shift(self, optimizer: AveragedOptimizer, factor: float) -> None:
+        """Set the weights to the anchor plus `factor` times the look-ahead."""
+        if factor != optimizer.param_groups[0]["average_shift"]:
+            for s in self._each(optimizer):
+                if not s.param.requires_grad:
+                    self._undo_look_ahead(s)
                     continue
-                at.x.copy_(at.slots["anchor"])
-                if by:
-                    at.x.add_(at.slots["lookahead"], alpha=by)
-            self._note(optimizer, average_shift=by)
+                s.x.copy_(s.averages["anchor"])
+                if factor:
+                    s.x.add_(s.averages["lookahead"], alpha=factor)
+            self._set_counters(optimizer, average_shift=factor)
 
-    def _wanted(self, optimizer: AveragedOptimizer) -> float:
-        """How far ahead the next gradient is to be taken."""
+    def _next_shift(self, optimizer: AveragedOptimizer) -> float:
+        """Factor of the look-ahead for the next gradient."""
         group = optimizer.param_groups[0]
-        first = float(group.get("initial_lr", self.lr))
-        ratio = float(group["lr"]) / first if first else 1.0
+        initial_lr = float(group.get("initial_lr", self.lr))
+        ratio = float(group["lr"]) / initial_lr if initial_lr else 1.0
         return self.ahead.ahead(group["average_step"], optimizer.total_steps, ratio) if self.ahead else 0.0
 
     def begin(self, optimizer: AveragedOptimizer, *, closure: bool) -> None:
-        """Before a step, and before its closure computes the gradients.
+        """Prepare a step, before its closure computes the gradients.
 
         Args:
-            optimizer: whose step it is.
-            closure: whether there is one.
+            optimizer: the wrapped optimizer.
+            closure: whether the step has a closure.
 
         Raises:
-            RuntimeError: the weights are those to evaluate.
+            RuntimeError: the model has the averaged weights.
         """
         if not optimizer.param_groups[0]["train_mode"]:
             raise RuntimeError("after optimizer.eval() call optimizer.train() before the gradients of a step are taken")
@@ -202,74 +204,74 @@ class Averages:
             self.look_ahead(optimizer)
 
     def look_ahead(self, optimizer: AveragedOptimizer) -> None:
-        """Put the weights where the next gradient is to be taken; for gradients that a closure takes only in part.
+        """Extrapolate the weights for the next gradient, where not all gradients are computed in a closure.
 
         Args:
-            optimizer: whose weights they are.
+            optimizer: the wrapped optimizer.
         """
-        self._shift(optimizer, self._wanted(optimizer))
+        self._shift(optimizer, self._next_shift(optimizer))
 
     def end(self, optimizer: AveragedOptimizer, *, taken: bool, closure: bool) -> None:
-        """After a step.
+        """Apply the methods after a step.
 
         Args:
-            optimizer: whose step it was.
-            taken: False for one that was left out, or ended in an error.
-            closure: whether there was one; without, the weights go ahead for the gradients to come.
+            optimizer: the wrapped optimizer.
+            taken: False for a step that was skipped, or ended in an error.
+            closure: whether the step had a closure. Without one, the weights are extrapolated for the next gradients.
         """
         if taken:
             t, count = (optimizer.param_groups[0][key] for key in ("average_step", "average_count"))
-            busy = [m for m in self.members if m.is_active(t, optimizer.total_steps)]
-            for at in self._each(optimizer):
-                if not at.param.requires_grad:
-                    self._rest(at)
+            active = [m for m in self.members if m.is_active(t, optimizer.total_steps)]
+            for s in self._each(optimizer):
+                if not s.param.requires_grad:
+                    self._undo_look_ahead(s)
                     continue
-                for m in busy:
-                    m.after_step(at.x, at.slots, t, count)
-            counted = count + any(isinstance(m, TailEMA) for m in busy)
-            self._note(optimizer, average_step=t + 1, average_count=counted, average_shift=0.0)
+                for m in active:
+                    m.after_step(s.x, s.averages, t, count)
+            count += any(isinstance(m, TailEMA) for m in active)
+            self._set_counters(optimizer, average_step=t + 1, average_count=count, average_shift=0.0)
         if closure or taken:
-            self._shift(optimizer, 0.0 if closure else self._wanted(optimizer))
+            self._shift(optimizer, 0.0 if closure else self._next_shift(optimizer))
 
     def eval(self, optimizer: AveragedOptimizer) -> None:
-        """Put the weights to evaluate in the place of those to train.
+        """Replace the training weights by the averaged weights.
 
         Args:
-            optimizer: whose weights they are.
+            optimizer: the wrapped optimizer.
         """
         group = optimizer.param_groups[0]
         if not group["train_mode"]:
             return
         tail = [m for m in self.members if isinstance(m, TailEMA) and group["average_count"]]
         if tail or group["average_shift"]:
-            for at in self._each(optimizer):
-                if frozen := not at.param.requires_grad:
-                    self._rest(at)
-                at.state[TRAINED] = sharding.wrapped_like(at.x.clone(), at.param)
-                shown = at.slots["anchor"] if self.ahead and not frozen else at.x
-                for m in tail if at.role != "embedding" and not frozen else ():
-                    shown = m.eval_weights(shown, at.slots)
-                at.x.copy_(shown)
-        self._note(optimizer, train_mode=False)
+            for s in self._each(optimizer):
+                if is_frozen := not s.param.requires_grad:
+                    self._undo_look_ahead(s)
+                s.state[TRAINED] = sharding.wrapped_like(s.x.clone(), s.param)
+                weights = s.averages["anchor"] if self.ahead and not is_frozen else s.x
+                for m in tail if s.role != "embedding" and not is_frozen else ():
+                    weights = m.eval_weights(weights, s.averages)
+                s.x.copy_(weights)
+        self._set_counters(optimizer, train_mode=False)
 
     def train(self, optimizer: AveragedOptimizer) -> None:
-        """Put the weights to train back.
+        """Restore the training weights.
 
         Args:
-            optimizer: whose weights they are.
+            optimizer: the wrapped optimizer.
         """
         if not optimizer.param_groups[0]["train_mode"]:
-            for at in self._each(optimizer):
-                if TRAINED in at.state:
-                    at.x.copy_(sharding.local(at.state.pop(TRAINED)))
-            self._note(optimizer, train_mode=True)
+            for s in self._each(optimizer):
+                if TRAINED in s.state:
+                    s.x.copy_(sharding.local(s.state.pop(TRAINED)))
+            self._set_counters(optimizer, train_mode=True)
 
     def replaced(self, optimizer: AveragedOptimizer) -> None:
-        """Take the weights for those to evaluate as they are, since others than the run's were loaded.
+        """Treat the current weights as the averaged ones, since weights from elsewhere were loaded into the model.
 
         Args:
-            optimizer: whose weights they are.
+            optimizer: the wrapped optimizer.
         """
-        for slots in optimizer.state.values():
-            slots.pop(TRAINED, None)
-        self._note(optimizer, train_mode=False, average_shift=0.0)
+        for state in optimizer.state.values():
+            state.pop(TRAINED, None)
+        self._set_counters(optimizer, train_mode=False, average_shift=0.0)
