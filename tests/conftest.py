@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.pool import Pool, opened
+from tests.helpers.pool import Pool, opened
 
 torch.set_num_threads(1)  # pytest-xdist runs one process per core
 
@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Make tensors there."""
     if config.getoption("--device") == "card":
-        from tests.card import Card
+        from tests.helpers.card import Card
 
         Card().__enter__()
     if config.getoption("--device") != "cpu":

@@ -198,10 +198,20 @@ def step(p, g, state, t, h):
 def test_a_new_rule_is_one_file_and_one_reference(tmp_path: Path) -> None:
     tree = copied(tmp_path)
     (tree / "lightning_optim" / "rules" / "toy.py").write_text(TOY)
-    contract = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_contract.py", "-k", "toy")
+    contract = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/contract/test_contract.py",
+        "-k",
+        "toy",
+    )
     done = subprocess.run(contract, cwd=tree, text=True, capture_output=True, check=False)
     assert done.returncode == 1
-    assert "rule 'toy' has no reference: write tests/references/toy.py" in done.stdout
+    assert "rule 'toy' has no reference: write tests/contract/references/toy.py" in done.stdout
     (tree / "tests" / "references" / "toy.py").write_text(REFERENCE)
     assert "passed" in run(*contract, cwd=tree)
     done = subprocess.run((sys.executable, "-m", "lightning_optim.docs", "--check"), cwd=tree, capture_output=True)
@@ -243,7 +253,7 @@ TOY_RUNS = """
 from pathlib import Path
 import hf_integration
 from lightning_optim import callbacks
-from tests.test_callbacks import Module, fit, hf_folder, hf_run, llama, scalars
+from tests.callbacks.test_probes import Module, fit, hf_folder, hf_run, llama, scalars
 
 assert "ToyLogger" in callbacks.__all__ and "ToyLogger" in hf_integration.__all__
 assert [type(c).__name__ for c in callbacks.diagnostics("cheap")][0] == "ToyLogger"

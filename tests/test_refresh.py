@@ -19,9 +19,9 @@ from lightning_optim.core.step.records import Refresh
 from lightning_optim.ops.eigenbasis import eigenbasis, off_diagonal, overlap, unaligned
 from lightning_optim.ops.noise import normal
 from lightning_optim.refresh import RECORD, Clock, View, parse, phases
-from tests import jobs
-from tests.pool import Pool
-from tests.rules import assert_equal, give, gradient, make
+from tests.helpers import jobs
+from tests.helpers.pool import Pool
+from tests.helpers.rules import assert_equal, give, gradient, make
 
 ADAPTIVE = ["off_diagonal:0.1:5", "lazy:2:0.4:2", "any(staggered:5, off_diagonal:0.2)", "clamp(lazy:2, 3, 4)"]
 
@@ -355,7 +355,7 @@ TIMED = ["time_budget:0.2", "time_budget:0.2:4", "clamp(time_budget:0.2, 2, 6)",
 def test_ranks_decide_alike(pool: Pool, layout: str) -> None:
     """Replicas refresh the same matrices in the same steps, whatever their clocks say; else only the owner does."""
     expected = jobs.decided(0, 1, "ddp", UNTIMED, 12)
-    first, second = pool.run("tests.jobs:decided", 2, layout=layout, policies=[*UNTIMED, *TIMED], steps=12)
+    first, second = pool.run("tests.helpers.jobs:decided", 2, layout=layout, policies=[*UNTIMED, *TIMED], steps=12)
     for policy in (*UNTIMED, *TIMED):
         (mine, a), (theirs, b) = first[policy], second[policy]
         assert all(torch.equal(a[k], b[k]) for k in a), f"{policy}: the replicas have different weights"
@@ -378,4 +378,4 @@ def test_ranks_decide_alike(pool: Pool, layout: str) -> None:
 @pytest.mark.dist
 def test_a_time_budget_needs_to_know_the_replicas(pool: Pool) -> None:
     with pytest.raises(RuntimeError, match="set optimizer.process_group to the group of the replicas"):
-        pool.run("tests.jobs:decided", 2, layout="ddp", policies=TIMED[:1], steps=2, told=False)
+        pool.run("tests.helpers.jobs:decided", 2, layout="ddp", policies=TIMED[:1], steps=2, told=False)

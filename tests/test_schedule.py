@@ -17,7 +17,7 @@ import lightning_optim
 from lightning_optim import RuleOptimizer, ScheduleConfig, ScheduleLR, build_optimizer
 from lightning_optim.core.momentum_alias import momentum_of
 from lightning_optim.optimizers import CLASSES
-from tests.rules import give, make, params
+from tests.helpers.rules import give, make, params
 
 ROLES: Any = [("embedding", None, {"cooldown": 3, "min_lr_ratio": 0.1, "lr": 0.5})]
 
