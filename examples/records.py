@@ -186,7 +186,7 @@ def pack(samples: Iterable[Row], length: int) -> Iterator[Row]:
         length: tokens per row at most.
 
     Yields:
-        Rows with `position_ids` that begin anew with every sample: Transformers' models then attend inside each only.
+        Rows with `position_ids` that begin again with every sample: Transformers' models then attend inside each only.
     """
     rows: list[list[Row]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted

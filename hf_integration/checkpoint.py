@@ -64,7 +64,7 @@ class KeepSchedule(TrainerCallback):
     * The schedule of a checkpoint of Transformers' AdamW, which has two groups, is fitted to the groups of our
       optimizer, which takes AdamW's `optimizer.pt` by itself; this is for `scheduler.pt`.
     * An optimizer built with `schedule=` or a preset follows that, whatever `--lr_scheduler_type` says.
-    * A wrapped optimizer shows the weights to evaluate to what is saved, and at the end of the run; a resumed run has
+    * A wrapped optimizer shows the averaged weights to what is saved, and at the end of the run; a resumed run has
       those to train, bit for bit. (The Trainer itself does so for evaluations.) Under FSDP2 checkpoints have those to
       train.
 
@@ -126,7 +126,7 @@ class KeepSchedule(TrainerCallback):
         self.on_step_end(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the weights to evaluate behind, but for those that `load_best_model_at_end` has just loaded."""
+        """Leave the averaged weights behind, but for those that `load_best_model_at_end` has just loaded."""
         optimizer = _ours(kwargs["optimizer"])
         if optimizer is None:
             return
@@ -224,7 +224,7 @@ def _translated(optimizer: RuleOptimizer, saved: Mapping[str, Any], numbers: Map
             for i, name in zip(groups[-1]["params"], group["param_names"], strict=True):
                 slots = saved["state"].get(numbers.get(name), {})
                 state |= {i: {k: v for k, v in slots.items() if k in kept}} if slots else {}
-    afresh = sorted({group["rule"] for group in groups} - set(ADAM))
-    fresh = f"; {', '.join(afresh)} begins afresh" if afresh else ""
+    again = sorted({group["rule"] for group in groups} - set(ADAM))
+    fresh = f"; {', '.join(again)} starts from scratch" if again else ""
     _log.warning("from AdamW's checkpoint: moments of %s of %s parameters%s", len(state), len(numbers), fresh)
     return {**saved, "state": state, "param_groups": groups}

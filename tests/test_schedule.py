@@ -1,4 +1,4 @@
-"""Power cooldown, roles with a cooldown of their own, momentum at both ends: alone, in Lightning's and in HF's door."""
+"""Power cooldown, roles with a cooldown of their own, momentum at both ends: alone, in Lightning, in Transformers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The frontier's rules, presets and pieces beside tuned AdamW: how many steps each needs to AdamW's last loss.
 
-    python examples/benchmark/frontier.py --minutes 9          # the same command goes on where the last one stopped
+    python examples/benchmark/frontier.py --minutes 9          # the same command continues where the last one stopped
     python examples/benchmark/frontier.py --tables             # frontier.md from frontier.jsonl
 
 As on the NanoGPT optimization benchmark, a number of steps is that of a run whose schedule ends there, not a point on
@@ -456,7 +456,7 @@ def main() -> None:
         args.record.with_suffix(".md").write_text(page_of(record), encoding="utf-8")
     else:
         k, n = map(int, args.shard.split("/"))
-        print("all runs are done" if record.run((k, n)) else "time is up; the same command goes on")
+        print("all runs are done" if record.run((k, n)) else "time is up; the same command continues")
 
 
 if __name__ == "__main__":

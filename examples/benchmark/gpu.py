@@ -3,11 +3,11 @@
     python examples/benchmark/gpu.py --jsonl gpu.jsonl
     python examples/benchmark/gpu.py --parts newton_schulz steps --jsonl gpu.jsonl
     python examples/benchmark/gpu.py --device cpu --small        # only shows that it runs
-    pytest --device cuda tests/contract/test_golden.py tests/contract/test_contract.py tests/diagnostics/test_diagnostics.py
+    pytest --device cuda tests/contract/test_golden.py tests/contract/test_contract.py tests/diagnostics
     python examples/benchmark/gpu.py --table2 runs/table2 --minutes 10
 
 The last one trains the preset 60m with the optimizers of Table 2 of Gong et al. 2025 (arXiv:2502.07752) and others, by
-`lightning_optim.bench`, and goes on where it stopped.
+`lightning_optim.bench`, and continues where it stopped.
 
 A step is timed twice. "alone": from an idle device to an idle device, launches and Python included. "queued": by
 events, behind work that keeps the device busy while the host launches; that is what a step costs after a backward pass,

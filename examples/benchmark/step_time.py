@@ -4,7 +4,7 @@
     python examples/benchmark/step_time.py --optim soap shampoo --shapes llama60m-layer --jsonl step_time.jsonl --again
     python examples/benchmark/step_time.py --jsonl step_time.jsonl --tables [--readme README.md]
 
-Contenders share parameters and gradients and take turns, step by step; gradients are copied afresh before every step,
+Contenders share parameters and gradients and take turns, step by step; gradients are copied again before every step,
 so that caches are cold for all. Every row is written to the JSONL file as soon as it is measured and is not measured
 again in the next run, unless `--again` asks for it; `--tables` prints what the file holds. The clock is the main
 thread's CPU time, which other processes do not lengthen (but for what they do to caches and memory); with more than one

@@ -1,4 +1,4 @@
-"""The whole benchmark on a CPU, stage by stage; the same command goes on where the last one stopped.
+"""The whole benchmark on a CPU, stage by stage; the same command continues where the last one stopped.
 
     python examples/benchmark/suite.py --minutes 40
     python -m lightning_optim bench report --out examples/benchmark/cpu

@@ -158,13 +158,11 @@ def which(compared: Sequence[Study]) -> list[Block]:
     head = [
         "regime",
         "lowest loss",
-        "not told from it",
-        "first at AdamW's last loss",
+        "statistically tied",
+        "time to AdamW's final loss",
         "least state, no worse than AdamW",
     ]
-    text = (
-        "At this scale, and by the mean over the seeds there are. Not told from it: less than two standard errors away."
-    )
+    text = "At this scale, and by the mean over the seeds there are. Statistically tied: within two standard errors."
     return [Heading("Which one"), Text(text), Table(head, rows)]
 
 

@@ -75,7 +75,7 @@ def build_optimizer(
         lr_convention: `"adamw"`, if not given, scales every direction to AdamW's RMS; `"native"` takes `lr` as
             published.
         overrides: ordered (pattern or role, rule or None, settings); the first match wins. Settings are hyperparameters
-            and options of the executor, `lr_factor`, which multiplies the learning rate and survives schedulers, as
+            and options of the group, `lr_factor`, which multiplies the learning rate and survives schedulers, as
             they multiply every group's first one, `lr_per_rms`, a learning rate per root mean square of the weights as
             they are now (how large an embedding starts differs from model to model), `blocks`, which may be `"heads"`,
             too, and `cooldown` and `min_lr_ratio`, which the group then has in place of the schedule's.

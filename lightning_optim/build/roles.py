@@ -62,7 +62,7 @@ class ParamRole:
     transposed: bool = False
     """Stored as inputs x outputs."""
     blocks: Blocks = None
-    """How the outputs are cut into matrices of their own, as the option `blocks` of the executor."""
+    """How the outputs are cut into matrices of their own, as the option `blocks` of a group."""
     heads: int | None = None
     """Equal blocks of outputs that are attention heads."""
     by_head: Blocks = None

@@ -20,7 +20,7 @@ class CurvatureCallback(Callback):
     """Measures what some rules need beside gradients; see `lightning_optim.curvature.CurvatureEstimator`.
 
     `configure_optimizers` and `HybridOptimizer` add it to the trainer by themselves; add one of your own,
-    `Trainer(callbacks=[CurvatureFeed(share=0.25)])`, for other settings, or for an optimizer made otherwise. It logs
+    `Trainer(callbacks=[CurvatureCallback(share=0.25)])`, for other settings, or for an optimizer made otherwise. It logs
     `curvature/win_rate` (Sophia: the share of coordinates that are not clipped, best between 0.1 and 0.5) and
     `curvature/seconds`.
 
@@ -44,11 +44,11 @@ class CurvatureCallback(Callback):
         curvature.check_settings(share, method)
         self._settings: dict[str, Any] = {"share": share, "method": method}
         self._loss = loss
-        self.feed: curvature.CurvatureEstimator | None = None
+        self.estimator: curvature.CurvatureEstimator | None = None
         self._first: FirstBatch | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the feed, if the optimizer needs one.
+        """Make the estimator, if the optimizer needs one.
 
         Args:
             trainer: the trainer.
@@ -62,7 +62,8 @@ class CurvatureCallback(Callback):
             return
         if self._loss is None and not pl_module.automatic_optimization:
             raise ValueError(
-                "CurvatureFeed: training_step of manual optimization steps the optimizer; give CurvatureFeed(loss=...)"
+                "CurvatureCallback: training_step of manual optimization steps the optimizer; give "
+                "CurvatureCallback(loss=...)"
             )
 
         def loss(batch: Any) -> Tensor:
@@ -70,11 +71,11 @@ class CurvatureCallback(Callback):
                 return training_loss(pl_module, batch) if self._loss is None else self._loss(pl_module, batch)
 
         settings = self._settings | {"loss_scale": loss_scale(trainer), "rank": trainer.global_rank}
-        self.feed = curvature.CurvatureEstimator(pl_module, optimizer, loss, **settings)
+        self.estimator = curvature.CurvatureEstimator(pl_module, optimizer, loss, **settings)
         self._first = None if self._loss is None else FirstBatch(trainer, pl_module, loss)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Show the feed a batch.
+        """Record a batch.
 
         Args:
             trainer: the trainer.
@@ -84,8 +85,8 @@ class CurvatureCallback(Callback):
         """
         if self._first is not None:
             self._first.begin(batch)
-        if self.feed is not None:
-            self.feed.record_batch(batch)
+        if self.estimator is not None:
+            self.estimator.record_batch(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note what the first batch is trained by.
@@ -109,12 +110,12 @@ class CurvatureCallback(Callback):
         if self._first is not None:
             self._first.compare()
             self._first = None
-        metrics = self.feed.estimate() if self.feed is not None else {}
+        metrics = self.estimator.estimate() if self.estimator is not None else {}
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the feed.
+        """Close the estimator.
 
         Args:
             trainer: the trainer.
@@ -123,7 +124,7 @@ class CurvatureCallback(Callback):
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the feed.
+        """Close the estimator.
 
         Args:
             trainer: the trainer.
@@ -133,9 +134,9 @@ class CurvatureCallback(Callback):
         self._close()
 
     def _close(self) -> None:
-        if self.feed is not None:
-            self.feed.close()
-        self.feed = self._first = None
+        if self.estimator is not None:
+            self.estimator.close()
+        self.estimator = self._first = None
 
 
 class FirstBatch:

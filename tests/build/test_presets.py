@@ -270,7 +270,7 @@ def test_two_ranks_equal_one_process(pool: Pool, name: str, how: str) -> None:
 
 
 def on_ranks(rank: int, world: int, name: str, how: str) -> dict[str, Tensor]:
-    """The same run on two ranks; the weights to evaluate."""
+    """The same run on two ranks; the averaged weights."""
     model: Any = nn.parallel.DistributedDataParallel(jobs.Deep()) if how == "ddp" else jobs._deep(world)
     optimizer, scheduler = started(name, model)
     train(model, optimizer, scheduler, range(8))

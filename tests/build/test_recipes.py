@@ -1,4 +1,4 @@
-"""Published settings by name, through every door."""
+"""Published settings by name, through every entry point."""
 
 from __future__ import annotations
 

@@ -470,7 +470,7 @@ def test_a_probe_that_raises_is_one_warning(tmp_path: Path, framework: str, monk
         assert_same(found, expected)
         (text,) = messages(said)
         assert text.startswith(f"{kind.__name__} stops measuring, and training continues") and "broken" in text
-        assert "ZeroDivisionError" in text and "test_callbacks.py" in text and own.probe.stopped
+        assert "ZeroDivisionError" in text and "test_probes.py" in text and own.probe.stopped
         assert not own.probe._handles
 
 

@@ -198,11 +198,11 @@ def test_shared_work_is_collected_before_one_rank_saves(pool: Pool, name: str) -
 
 
 @pytest.mark.parametrize(("layout", "world", "share"), [("fsdp2", 2, 0.5), ("shared", 2, 0.5)])
-def test_narrow_traffic(pool: Pool, layout: str, world: int, share: float) -> None:
+def test_narrow_communication(pool: Pool, layout: str, world: int, share: float) -> None:
     """Half the bytes; what bfloat16 rounds of a gradient, 2^-9, grows by the matrix's condition (measured: 2 %)."""
     cases = [("muon", {}, torch.float32)]
     exact = [sent for [(_, _, sent, _)] in pool.run("tests.helpers.jobs:priced", world, layout=layout, cases=cases)]
-    results = pool.run("tests.helpers.jobs:narrow_traffic", world, layout=layout)
+    results = pool.run("tests.helpers.jobs:narrow_communication", world, layout=layout)
     expected = straight("muon", 4)
     start = jobs.Model("muon")
     for (found, sent), full in zip(results, exact, strict=True):

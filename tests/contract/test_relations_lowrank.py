@@ -111,7 +111,7 @@ def test_flora_without_momentum_is_adafactor() -> None:
 
 
 def test_flora_keeps_its_momentum_on_average() -> None:
-    """Over many seeds, and over a projection that is drawn anew: P C is the momentum of steps that are all alike."""
+    """Over many seeds, and over a projection that is drawn again: P C is the momentum of steps that are all alike."""
     g = matrices(1, 8, 12)[0].sign()  # a gradient whose step is itself
     settings = {"lr": 1.0, "rank": 4, "refresh": "fixed:2", "clip_threshold": 1e9}
     before, after = [], []

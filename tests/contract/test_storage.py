@@ -452,7 +452,7 @@ def test_checkpoints_on_other_numbers_of_ranks(pool: Pool, name: str, storage: s
     for found in (*saved, *other, jobs.weights(model)):
         near(name, found, expected, limit)
     for found in again:
-        assert all(torch.equal(found[k], v) for k, v in saved[0].items()), "the same mesh goes on with the same bits"
+        assert all(torch.equal(found[k], v) for k, v in saved[0].items()), "the same mesh continues with the same bits"
 
 
 @pytest.mark.dist

@@ -1,4 +1,4 @@
-"""What the executor does for every rule: block views, stacks, rounding, groups of several rules."""
+"""What `RuleOptimizer` does for every rule: block views, stacks, rounding, groups of several rules."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def test_loading_another_optimizers_checkpoint_is_refused() -> None:
     ],
 )
 def test_checkpoints_of_torch_load(old_class: Any, new_class: Any, settings: dict[str, Any]) -> None:
-    """Same slots, same names: training goes on where torch's stopped, bitwise where the kernel is torch's."""
+    """Same slots, same names: training continues where torch's stopped, bitwise where the kernel is torch's."""
     ours, theirs = Parameter(torch.arange(12.0).view(4, 3)), Parameter(torch.arange(12.0).view(4, 3))
     old = old_class([theirs], **settings)
     for t in range(1, 4):

@@ -1,4 +1,4 @@
-"""The curvature feed: what it measures, that training does not notice, and that every door installs it."""
+"""The curvature estimator: what it measures, that training is not affected, and that every entry point installs it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def batches(count: int = 1, rows: int = 4) -> list[Tensor]:
 
 
 def caught(optimizer: RuleOptimizer) -> list[dict[Tensor, Any]]:
-    """What a feed hands over, instead of handing it over."""
+    """What an estimator hands over, instead of handing it over."""
     seen: list[dict[Tensor, Any]] = []
     optimizer.update_curvature = lambda found: seen.append(dict(found)) or {}  # pyright: ignore
     return seen
@@ -80,10 +80,10 @@ def caught(optimizer: RuleOptimizer) -> list[dict[Tensor, Any]]:
 def measured(model: Small, name: str, some: list[Tensor], **settings: Any) -> dict[Tensor, Any]:
     optimizer = build_optimizer(model, name, lr=1e-3)
     seen = caught(optimizer)
-    feed = CurvatureEstimator(model, optimizer, model.loss, share=1.0, **settings)
+    estimator = CurvatureEstimator(model, optimizer, model.loss, share=1.0, **settings)
     for batch in some:
-        feed.record_batch(batch)
-    feed.estimate()
+        estimator.record_batch(batch)
+    estimator.estimate()
     return seen[0]
 
 
@@ -190,11 +190,11 @@ def test_a_share_of_the_rows() -> None:
     assert first_rows(batch, 1) is batch
 
 
-# -- training does not notice -----------------------------------------------------------------------------------------
+# -- training is not affected -----------------------------------------------------------------------------------------
 
 
 def unused(optimizer: RuleOptimizer) -> list[dict[str, list[Tensor]]]:
-    """Have a feed measure everything in every step, and use nothing of it."""
+    """Have an estimator measure everything in every step, and use nothing of it."""
     params = [p for g in optimizer.param_groups for p in g["params"]]
     calls: list[dict[str, list[Tensor]]] = []
     optimizer.update_curvature = lambda seen: calls.append(seen) or {}  # pyright: ignore
@@ -210,14 +210,14 @@ def test_a_plain_loop_with_dropout(measure: bool) -> None:
     model.head.register_forward_pre_hook(lambda m, x: (norm(x[0].transpose(1, 2)).transpose(1, 2),))
     optimizer = build_optimizer(model, "adamw", lr=1e-2)
     calls = unused(optimizer)
-    feed = CurvatureEstimator(model, optimizer, model.loss)
+    estimator = CurvatureEstimator(model, optimizer, model.loss)
     torch.manual_seed(3)
     for batch in batches(3):
         if measure:
-            feed.record_batch(batch)
+            estimator.record_batch(batch)
         model.loss(batch).backward()
         grads = [p.grad for p in model.parameters()]
-        feed.estimate() if measure else None
+        estimator.estimate() if measure else None
         assert all(a is b for a, b in zip(grads, [p.grad for p in model.parameters()], strict=True))
         assert all(m.training for m in model.modules())
         optimizer.step()
@@ -299,7 +299,7 @@ def test_transformers_with_clipping_and_accumulation(tmp_path: Path) -> None:
     test_hf.assert_same(*out)
 
 
-# -- doors ------------------------------------------------------------------------------------------------------------
+# -- entry points ------------------------------------------------------------------------------------------------------
 
 
 class Keep(L.Callback):
@@ -397,7 +397,7 @@ def per_item(out: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor
 
 
 class Compared(TrainerCallback):
-    """Compares the gradient that a feed measures with the one that the trainer took."""
+    """Compares the gradient that an estimator measures with the one that the trainer took."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -498,9 +498,9 @@ def test_a_copy_of_a_watched_trainer_has_its_own_method() -> None:
 def test_transformers_refuses_another_loss_than_the_trainers(tmp_path: Path, name: str) -> None:
     model = test_hf.llama()
     before = test_hf.weights(model)
-    feed = hf_integration.CurvatureCallback(loss=lambda model, batch: model(**batch).loss)
+    estimator = hf_integration.CurvatureCallback(loss=lambda model, batch: model(**batch).loss)
     args = test_hf.arguments(tmp_path)
-    run = hf_integration.attach(Popping(model, args, train_dataset=Ragged(), callbacks=[feed]), name)
+    run = hf_integration.attach(Popping(model, args, train_dataset=Ragged(), callbacks=[estimator]), name)
     with pytest.raises(ValueError, match=r"loss=\.\.\.\) is not the loss that is trained: .*is \d.*trainer's is \d"):
         run.train()
     test_hf.assert_same(test_hf.weights(model), before)
@@ -545,12 +545,12 @@ def test_without_a_feed_the_error_says_what_to_add(tmp_path: Path) -> None:
     optimizer = build_optimizer(model, "sophia_g", lr=1e-3)
     model.loss(batches()[0]).backward()
     before = weights(model)
-    with pytest.raises(RuntimeError, match=r"sophia_g needs more than gradients.*CurvatureFeed\(\)"):
+    with pytest.raises(RuntimeError, match=r"sophia_g needs more than gradients.*CurvatureCallback\(\)"):
         optimizer.step()
     assert_same(before, weights(model))
     assert not optimizer.state
     run = test_hf.trainer_of(test_hf.llama(), test_hf.arguments(tmp_path, optim="sophia_g"))
-    with pytest.raises(RuntimeError, match=r"callbacks=\[CurvatureFeed\(\)\]"):
+    with pytest.raises(RuntimeError, match=r"callbacks=\[CurvatureCallback\(\)\]"):
         run.train()
 
 
@@ -592,18 +592,18 @@ def test_a_loss_without_labels() -> None:
     model = Small()
     optimizer = build_optimizer(model, "sophia_g", lr=1e-3)
     seen = caught(optimizer)
-    feed = CurvatureEstimator(model, optimizer, lambda batch: model(batch).square().mean(), share=1.0)
-    feed.record_batch(batches()[0])
+    estimator = CurvatureEstimator(model, optimizer, lambda batch: model(batch).square().mean(), share=1.0)
+    estimator.record_batch(batches()[0])
     with pytest.warns(UserWarning, match="sophia_g: .*cross_entropy.*Hutchinson's estimate") as said:
-        feed.estimate()
-    feed.record_batch(batches()[0])
-    feed.estimate()  # says it once
+        estimator.estimate()
+    estimator.record_batch(batches()[0])
+    estimator.estimate()  # says it once
     assert len(said) == 1 and len(seen) == 2
     other = build_optimizer(model, "sophia_h", lr=1e-3)
     expected = caught(other)
-    feed = CurvatureEstimator(model, other, lambda batch: model(batch).square().mean(), share=1.0)
-    feed.record_batch(batches()[0])
-    feed.estimate()
+    estimator = CurvatureEstimator(model, other, lambda batch: model(batch).square().mean(), share=1.0)
+    estimator.record_batch(batches()[0])
+    estimator.estimate()
     for a, b, c in zip(seen[0].values(), seen[1].values(), expected[0].values(), strict=True):
         assert a.diagonal and torch.equal(a.value, c.value) and torch.equal(b.value, c.value)
     with pytest.raises(ValueError, match="share"):
@@ -617,9 +617,9 @@ def test_a_loss_without_labels() -> None:
 def test_a_loss_scale_that_is_too_large_leaves_the_state() -> None:
     model = Small()
     optimizer = build_optimizer(model, "sophia_g", lr=1e-3)
-    feed = CurvatureEstimator(model, optimizer, lambda batch: model.loss(batch), loss_scale=lambda: float("inf"))
-    feed.record_batch(batches()[0])
-    assert set(feed.estimate()) == {"curvature/seconds"}
+    estimator = CurvatureEstimator(model, optimizer, lambda batch: model.loss(batch), loss_scale=lambda: float("inf"))
+    estimator.record_batch(batches()[0])
+    assert set(estimator.estimate()) == {"curvature/seconds"}
     assert not optimizer.state
 
 
@@ -629,14 +629,14 @@ def test_a_step_that_is_refused_leaves_no_trace(name: str) -> None:
     for tries in (0, 2):
         model = Small(dtype=torch.float32)
         optimizer = build_optimizer(model, name, lr=1e-2, on_nonfinite="skip")
-        feed = CurvatureEstimator(model, optimizer, model.loss)
+        estimator = CurvatureEstimator(model, optimizer, model.loss)
         for refused in (*[True] * tries, False):
-            feed.record_batch(batches()[0])
+            estimator.record_batch(batches()[0])
             model.loss(batches()[0]).backward()
             if refused:
                 assert model.hidden.weight.grad is not None
                 model.hidden.weight.grad.fill_(float("nan"))
-            feed.estimate()
+            estimator.estimate()
             optimizer.step()
             optimizer.zero_grad()
             assert bool(optimizer.state) is not refused
@@ -678,12 +678,12 @@ def train(rank: int, world: int, name: str, kind: str) -> dict[str, Tensor]:
         return F.cross_entropy(through(batch[:, :-1]).transpose(1, 2), batch[:, 1:])
 
     try:
-        feed = CurvatureEstimator(model, optimizer, loss, share=1.0, rank=rank, group=group)
+        estimator = CurvatureEstimator(model, optimizer, loss, share=1.0, rank=rank, group=group)
         for batch in batches(3, rows=4):
             mine = batch.roll(pair, 1).chunk(world)[rank]
-            feed.record_batch(mine)
+            estimator.record_batch(mine)
             loss(mine, outer).backward()
-            feed.estimate()
+            estimator.estimate()
             optimizer.step()
             optimizer.zero_grad()
     except ValueError as error:

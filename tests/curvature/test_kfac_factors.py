@@ -126,16 +126,16 @@ def own(model: Layers, **settings: Any) -> RuleOptimizer:
 
 
 def factors(model: Layers, some: list[Tensor], sequence: Any = "expand", scale: float = 1.0) -> dict[str, Any]:
-    """What the feed shows for batches that are accumulated."""
+    """What the estimator shows for batches that are accumulated."""
     optimizer = own(model, sequence=sequence)
     seen: dict[Tensor, Any] = {}
     optimizer.update_curvature = lambda found: seen.update(found) or {}  # pyright: ignore
-    feed = CurvatureEstimator(model, optimizer, model.loss, loss_scale=lambda: scale)
+    estimator = CurvatureEstimator(model, optimizer, model.loss, loss_scale=lambda: scale)
     for batch in some:
-        feed.record_batch(batch)
+        estimator.record_batch(batch)
         (model.loss(batch) * scale * len(batch) / sum(map(len, some))).backward()
-    feed.estimate()
-    feed.close()
+    estimator.estimate()
+    estimator.close()
     return {name: seen[p] for name, p in model.named_parameters() if p in seen}
 
 
@@ -211,27 +211,27 @@ def test_modes_and_keywords_change_nothing() -> None:
 
 def test_layers_that_are_not_called_are_an_error() -> None:
     layer = nn.Linear(3, 2)
-    feed = CurvatureEstimator(layer, KFAC(layer.named_parameters()), lambda batch: layer(batch).sum())
+    estimator = CurvatureEstimator(layer, KFAC(layer.named_parameters()), lambda batch: layer(batch).sum())
     x = torch.ones(4, 3)
-    feed.record_batch(x)
+    estimator.record_batch(x)
     F.linear(x, layer.weight, layer.bias).sum().backward()
     with pytest.raises(RuntimeError, match="saw no pass through the layers it measures"):
-        feed.estimate()
+        estimator.estimate()
 
 
 def test_a_bias_frozen_after_the_bases_were_made() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(6, 5, dtype=torch.float64)
     optimizer = KFAC(layer.named_parameters(), momentum=0.0, kl_clip=None, factors="fixed:1", refresh="fixed:100")
-    feed = CurvatureEstimator(layer, optimizer, lambda batch: layer(batch).square().mean())
+    estimator = CurvatureEstimator(layer, optimizer, lambda batch: layer(batch).square().mean())
     x = torch.randn(16, 6, dtype=torch.float64)
     g = torch.empty(0)
     for frozen in (False, True):
         layer.bias.requires_grad_(not frozen)
         layer.bias.grad = layer.weight.grad = None
-        feed.record_batch(x)
+        estimator.record_batch(x)
         layer(x).square().mean().backward()
-        feed.estimate()
+        estimator.estimate()
         assert layer.weight.grad is not None
         g = torch.cat([layer.weight.grad, torch.zeros(5, 1)], 1)
         optimizer.step()
@@ -248,11 +248,11 @@ def test_only_layers_of_a_group_that_is_due_are_shown() -> None:
     shown: list[set[int]] = []
     take = optimizer.update_curvature
     optimizer.update_curvature = lambda found: shown.append(set(map(id, found))) or take(found)  # pyright: ignore
-    feed = CurvatureEstimator(model, optimizer, model.loss)
+    estimator = CurvatureEstimator(model, optimizer, model.loss)
     for _ in range(3):
-        feed.record_batch(data())
+        estimator.record_batch(data())
         model.loss(data()).backward()
-        feed.estimate()
+        estimator.estimate()
         optimizer.step()
         optimizer.zero_grad()
     turned = id(model.turned.weight)
@@ -271,7 +271,7 @@ def test_layers_that_have_no_factors_are_named() -> None:
         KFAC([nn.Parameter(torch.ones(2, 2))], damping=0.0)
 
 
-# -- doors ------------------------------------------------------------------------------------------------------------
+# -- entry points ------------------------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, Any] = {"factors": "fixed:2", "refresh": "fixed:4"}
 
@@ -321,7 +321,7 @@ def train(rank: int, world: int, kind: str) -> dict[str, Tensor]:
         fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
     try:
         optimizer = build_optimizer(model, "kfac", lr=1e-2, **SETTINGS)
-        feed = CurvatureEstimator(model, optimizer, model.loss, rank=rank)
+        estimator = CurvatureEstimator(model, optimizer, model.loss, rank=rank)
     except ValueError as error:
         return {"error": torch.tensor(list(str(error).encode()))}
     finally:
@@ -329,9 +329,9 @@ def train(rank: int, world: int, kind: str) -> dict[str, Tensor]:
     outer: Any = nn.parallel.DistributedDataParallel(model) if kind == "ddp" else model
     for _ in range(3):
         mine = data().chunk(world)[rank]
-        feed.record_batch(mine)
+        estimator.record_batch(mine)
         outer(mine).square().mean().backward()
-        feed.estimate()
+        estimator.estimate()
         optimizer.step()
         optimizer.zero_grad()
     return weights(model)
@@ -364,13 +364,13 @@ def route(rank: int, world: int) -> dict[str, Tensor]:
     rules.feeding = False
     model = Routed()
     optimizer = KFAC(model.named_parameters(), lr=1e-2)
-    feed = CurvatureEstimator(model, optimizer, lambda batch: model(batch, 0).sum(), rank=rank)
+    estimator = CurvatureEstimator(model, optimizer, lambda batch: model(batch, 0).sum(), rank=rank)
     outer: Any = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world > 1 else model
     halves = torch.randn(10, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64).split([6, 4])
     for i in range(2) if world == 1 else [rank]:
-        feed.record_batch(halves[i])
+        estimator.record_batch(halves[i])
         (outer(halves[i], i).square().mean() * world / 2).backward()
-    feed.estimate()
+    estimator.estimate()
     optimizer.step()
     rules.feeding = True
     weights_of: dict[str, Any] = {f"{i}": layer.weight for i, layer in enumerate(model.experts)}

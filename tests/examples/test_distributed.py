@@ -1,4 +1,4 @@
-"""The examples on two processes give the losses of one, and a run killed on two goes on where there is one."""
+"""The examples on two processes give the losses of one, and a run killed on two continues where there is one."""
 
 from __future__ import annotations
 

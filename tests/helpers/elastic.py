@@ -1,4 +1,4 @@
-"""Run by torchrun: training that is killed in mid-step, then while it saves, and that goes on from what is complete.
+"""Run by torchrun: training that is killed in mid-step, then while it saves, and that continues from what is complete.
 
 python -m torch.distributed.run --standalone --nproc_per_node 2 --max_restarts 4 -m tests.helpers.elastic FOLDER
 

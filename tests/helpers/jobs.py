@@ -368,7 +368,7 @@ def consolidated(rank: int, world: int, name: str) -> Any:
     return (message, stale), held, weights(model)
 
 
-def narrow_traffic(rank: int, world: int, layout: str) -> Any:
+def narrow_communication(rank: int, world: int, layout: str) -> Any:
     """Whole weights after steps whose gradients and directions travel in bfloat16, and bytes sent in the last."""
     model = lay_out(Model("muon"), layout, world)
     optimizer = make("muon", model.parameters(), comm_dtype="bf16")
@@ -565,7 +565,7 @@ def lonely_state_dict(rank: int, world: int, name: str) -> Any:
 
 
 def frozen(rank: int, world: int, name: str) -> Any:
-    """A matrix frozen in mid-run keeps its state through a state dict, and goes on where it was."""
+    """A matrix frozen in mid-run keeps its state through a state dict, and continues where it was."""
     model = sharded(name, world)
     optimizer = make(name, model.parameters())
     take_steps(model, optimizer, range(1, 3))
@@ -673,7 +673,7 @@ def refused_in_fused_backward(rank: int, world: int) -> list[str]:
 
 
 def averaged(rank: int, world: int, name: str, folder: str, members: Any) -> dict[str, Tensor]:
-    """Train a wrapped optimizer under FSDP2, save in between; the weights to evaluate."""
+    """Train a wrapped optimizer under FSDP2, save in between; the averaged weights."""
     model = sharded(name, world)
     optimizer = make(name, model.parameters()).with_averaging(*members)
     get_optimizer_state_dict(model, optimizer)

@@ -1,4 +1,4 @@
-"""The doors of `hf_integration` beside its `TrainingArguments`: the stock Trainer and TRL's on tiny random models."""
+"""The entry points of `hf_integration` beside its `TrainingArguments`: the stock Trainer and TRL's, tiny models."""
 
 import json
 import shutil
@@ -383,21 +383,21 @@ SPACES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("door", ["attach", "HybridOptimizer", "OptimizerFactory", "TrainingArguments"])
-def test_every_trial_of_a_search_trains_with_its_own_flags(tmp_path: Path, door: str):
+@pytest.mark.parametrize("entry", ["attach", "HybridOptimizer", "OptimizerFactory", "TrainingArguments"])
+def test_every_trial_of_a_search_trains_with_its_own_flags(tmp_path: Path, entry: str):
     first = First()
     given: dict[str, Any] = {"callbacks": [first], "train_dataset": Tokens(), "model_init": lambda: llama()}
     settings: dict[str, Any] = {"max_steps": 1, "lr_scheduler_type": "constant"}
     args: Any = stock(tmp_path, **settings)
-    if door == "HybridOptimizer":
+    if entry == "HybridOptimizer":
         given["callbacks"].append(HybridOptimizer("muon"))
-    if door == "OptimizerFactory":
+    if entry == "OptimizerFactory":
         given["optimizer_cls_and_kwargs"] = (OptimizerFactory, {"name": "muon", "args": args})
-    if door == "TrainingArguments":
+    if entry == "TrainingArguments":
         args = arguments(tmp_path, report_to="none", **settings)
         given["optimizer_cls_and_kwargs"] = args.optimizer_cls_and_kwargs()
     trainer = Trainer(args=args, **given)
-    if door == "attach":
+    if entry == "attach":
         attach(trainer, "muon")
     trainer.hp_search_backend = HPSearchBackend.WANDB
     for flags in SPACES:
@@ -475,14 +475,14 @@ class Change(TrainerCallback):
             model.model.register_parameter("late", nn.Parameter(torch.zeros(3)))
 
 
-@pytest.mark.parametrize("door", ["callback", "attach"])
-def test_the_table_of_roles_is_kept_true(tmp_path: Path, door: str):
+@pytest.mark.parametrize("entry", ["callback", "attach"])
+def test_the_table_of_roles_is_kept_true(tmp_path: Path, entry: str):
     model, change = llama(), Change(tmp_path)
     model.get_submodule("model.layers.0.mlp.down_proj").requires_grad_(False)
-    own = HybridOptimizer("muon", momentum=0.9) if door == "callback" else RoleTable()
+    own = HybridOptimizer("muon", momentum=0.9) if entry == "callback" else RoleTable()
     args = stock(tmp_path, max_steps=6, report_to="tensorboard", save_strategy="steps", save_steps=6)
     trainer = Trainer(model, args, train_dataset=Tokens(), callbacks=[change, own])
-    if door == "attach":
+    if entry == "attach":
         attach(trainer, "muon", momentum=0.9)
     trainer.train()
     assert groups_of(trainer)["muon/hidden"]["momentum"] == 0.9 and (tmp_path / "checkpoint-6").is_dir()

@@ -554,7 +554,7 @@ def test_adamw_goes_on_from_adamw(tmp_path: Path, make: Callable[[], PreTrainedM
 
 
 def test_muon_goes_on_from_adamw(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """What AdamW still owns keeps its moments, the matrices begin afresh, and the schedule goes on."""
+    """What AdamW still owns keeps its moments, the matrices begin again, and the schedule continues."""
     stopped_adamw(tmp_path, llama())
     checkpoint = tmp_path / "checkpoint-4"
     saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
@@ -580,7 +580,7 @@ def test_muon_goes_on_from_adamw(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     ]
     assert look.groups[1]["betas"] == (0.9, 0.95)  # settings are this run's
     assert logged(trainer, "learning_rate")[4:] == pytest.approx([1e-2 * (8 - t) / 6 for t in range(4, 8)])
-    assert "moments of 6 of 20 parameters; muon begins afresh" in caplog.text
+    assert "moments of 6 of 20 parameters; muon starts from scratch" in caplog.text
     state = cast("RuleOptimizer", trainer.optimizer).state
     for name, group in groups_of(trainer).items():
         assert {float(state[p]["step"]) for p in group["params"]} == {4.0 if name == "muon/hidden" else 8.0}

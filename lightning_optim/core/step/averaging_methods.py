@@ -71,7 +71,7 @@ class AveragingMethod:
         return True
 
     def eval_weights(self, x: Tensor, s: Mapping[str, Tensor]) -> Tensor:
-        """The weights to evaluate.
+        """The averaged weights.
 
         Args:
             x: training weights without a look-ahead.

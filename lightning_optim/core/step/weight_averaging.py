@@ -109,9 +109,9 @@ class Averages:
         """
         if self.needs_total and optimizer.total_steps is None:
             raise RuntimeError(
-                "averaging: start or stop is a fraction of the run, whose length is unknown: set optimizer.total_steps, "
-                "give ScheduleLR total_steps, or add the callback AveragedWeights() (Lightning) or KeepSchedule() "
-                "(Transformers) to the trainer"
+                "averaging: start or stop is a fraction of the run, whose length is unknown: set "
+                "optimizer.total_steps, give ScheduleLR total_steps, or add the callback AveragedWeights() (Lightning) "
+                "or KeepSchedule() (Transformers) to the trainer"
             )
 
     def check_loaded(self, groups: Sequence[Mapping[str, Any]], states: Iterable[Mapping[str, Any]]) -> None:

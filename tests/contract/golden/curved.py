@@ -27,7 +27,8 @@ def _sophia_paper(params: Params, h: dict[str, Any], case: Case) -> RuleOptimize
 
 
 def _kfac(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
-    """Of kfac-pytorch and torch's SGD. The feed needs the passes through a module, so they are taken in the step."""
+    """Of kfac-pytorch and torch's SGD. The estimator needs the passes through a module, so they are taken in the
+    step."""
     given, sgd = dict(h["kfac"]), dict(h["sgd"])
     optimizer = KFAC(
         params.items(),
@@ -48,13 +49,13 @@ def _kfac(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
     def loss(batch: Any) -> Tensor:
         return 0.5 * (model(x) - y).square().sum(1).mean()
 
-    feed, step = CurvatureEstimator(model, optimizer, loss), optimizer.step
+    estimator, step = CurvatureEstimator(model, optimizer, loss), optimizer.step
 
     def passing(closure: Any = None) -> Any:
         optimizer.zero_grad()
-        feed.record_batch(x)
+        estimator.record_batch(x)
         loss(x).backward()
-        feed.estimate()
+        estimator.estimate()
         return step(closure)
 
     optimizer.step = passing

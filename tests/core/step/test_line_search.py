@@ -477,14 +477,14 @@ def least_squares() -> tuple[nn.Linear, Callable[[Any], Tensor], Any, Tensor]:
 def test_hessian_free_solves_linear_least_squares_in_one_step(method: Any) -> None:
     model, loss, batch, best = least_squares()
     optimizer = build_optimizer(model, "hessian_free", lr=1.0, damping=0.0, tolerance=0.0)
-    feed = CurvatureEstimator(model, optimizer, loss, method=method)
-    feed.record_batch(batch)
+    estimator = CurvatureEstimator(model, optimizer, loss, method=method)
+    estimator.record_batch(batch)
     loss(batch).backward()
-    feed.estimate()
+    estimator.estimate()
     optimizer.step()
     found = torch.cat([model.weight, model.bias[:, None]], 1)
     torch.testing.assert_close(found, best, rtol=1e-10, atol=1e-10)
-    assert feed.seconds > 0
+    assert estimator.seconds > 0
 
 
 def test_conjugate_gradients_take_as_many_iterations_as_there_are_eigenvalues() -> None:
@@ -535,10 +535,10 @@ def test_products_are_those_of_the_gauss_newton_matrix(method: Any) -> None:
     expected = [torch.einsum("bc,bcp->p", turned, j).view(p.shape) for j, p in zip(jacobians, v.values(), strict=True)]
     model.train()
     optimizer = build_optimizer(model, "hessian_free", lr=1.0)
-    feed = CurvatureEstimator(model, optimizer, model.loss, method=method)
+    estimator = CurvatureEstimator(model, optimizer, model.loss, method=method)
     for batch in some:
-        feed.record_batch(batch)
-    feed.estimate()
+        estimator.record_batch(batch)
+    estimator.estimate()
     assert optimizer.loss_oracle is not None
     found = optimizer.loss_oracle.product(list(params.values()), list(v.values()))
     for a, b in zip(found, expected, strict=True):
@@ -552,10 +552,10 @@ def test_damping_follows_the_ratio() -> None:
     model, loss, batch, _ = least_squares()
     for wrong, expected in ((False, 2 / 3), (True, 1.5)):
         optimizer = build_optimizer(model, "hessian_free", lr=1.0, damping=1e-3)
-        feed = CurvatureEstimator(model, optimizer, loss)
-        feed.record_batch(batch)
+        estimator = CurvatureEstimator(model, optimizer, loss)
+        estimator.record_batch(batch)
         loss(batch).backward()
-        feed.estimate()
+        estimator.estimate()
         look: Any = optimizer.loss_oracle
         if wrong:
             product = look.product
@@ -574,15 +574,15 @@ def fed(name: str, some: list[list[Tensor]], **settings: Any) -> dict[str, Tenso
     """Weights after a step on each list of micro-batches."""
     model = Small(dropout=0.3).train()
     optimizer = build_optimizer(model, name, lr=1.0, **SEARCHING[name])
-    feed = CurvatureEstimator(model, optimizer, model.loss, **settings)
+    estimator = CurvatureEstimator(model, optimizer, model.loss, **settings)
     for group in some:
         for batch in group:
-            feed.record_batch(batch)
+            estimator.record_batch(batch)
             (model.loss(batch) * len(batch) / sum(map(len, group))).backward()
         grads = {p: p.grad for p in model.parameters()}
         copies = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
         numbers = torch.get_rng_state()
-        feed.estimate()
+        estimator.estimate()
         optimizer.step()
         assert all(p.grad is g and torch.equal(g, copies[p]) for p, g in grads.items() if g is not None)
         assert torch.equal(numbers, torch.get_rng_state()) and all(m.training for m in model.modules())
@@ -607,13 +607,13 @@ def test_steps_lower_the_loss_of_their_batch(name: str) -> None:
     model, batch = Small(), batches(1, 8)[0]
     lr = 0.2 if name == "olbfgs" else 1.0  # it does not look whether its step does
     optimizer = build_optimizer(model, name, lr=lr, **SEARCHING[name])
-    feed, losses = CurvatureEstimator(model, optimizer, model.loss), []
+    estimator, losses = CurvatureEstimator(model, optimizer, model.loss), []
     for _ in range(6):
-        feed.record_batch(batch)
+        estimator.record_batch(batch)
         loss = model.loss(batch)
         losses.append(loss.item())
         loss.backward()
-        feed.estimate()
+        estimator.estimate()
         optimizer.step()
         optimizer.zero_grad()
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.95 * losses[0], losses
@@ -669,18 +669,18 @@ def test_transformers_attach_installs_the_feed_and_resumes_bitwise(tmp_path: Pat
 
 
 def searched(name: str, steps: int, member: Any = None) -> tuple[nn.Module, RuleOptimizer, Callable[[], None]]:
-    """A linear model after steps with a feed, its optimizer, and what takes one more."""
+    """A linear model after steps with an estimator, its optimizer, and what takes one more."""
     torch.manual_seed(0)
     model, loss, batch, _ = least_squares()
     optimizer = build_optimizer(model, name, lr=0.5, **SEARCHING[name])
     optimizer = optimizer if member is None else optimizer.with_averaging(member)
-    feed = CurvatureEstimator(model, optimizer, loss)
+    estimator = CurvatureEstimator(model, optimizer, loss)
 
     def step() -> None:
         optimizer.zero_grad()
-        feed.record_batch(batch)
+        estimator.record_batch(batch)
         loss(batch).backward()
-        feed.estimate()
+        estimator.estimate()
         optimizer.step()
 
     for _ in range(steps):
@@ -808,10 +808,10 @@ def test_a_kernel_without_a_second_derivative() -> None:
         model = Small()
         model.head.register_forward_pre_hook(lambda m, x: (Once.apply(x[0]),))
         optimizer = build_optimizer(model, "hessian_free", lr=1.0, cg_iter=2)
-        feed = CurvatureEstimator(model, optimizer, model.loss, **settings)
-        feed.record_batch(batches()[0])
+        estimator = CurvatureEstimator(model, optimizer, model.loss, **settings)
+        estimator.record_batch(batches()[0])
         model.loss(batches()[0]).backward()
-        feed.estimate()
+        estimator.estimate()
         optimizer.step()
         return optimizer
 
@@ -844,15 +844,15 @@ def train(rank: int, world: int, name: str, kind: str) -> dict[str, Tensor]:
     rules.feeding = False
     try:
         optimizer = build_optimizer(model, name, lr=1.0, **SEARCHING[name])
-        feed = CurvatureEstimator(model, optimizer, model.loss, rank=rank) if kind != "closure" else None
+        estimator = CurvatureEstimator(model, optimizer, model.loss, rank=rank) if kind != "closure" else None
         for batch in batches(2):
             mine = batch.chunk(world)[rank]
             F.cross_entropy(outer(mine[:, :-1]).transpose(1, 2), mine[:, 1:]).backward()
-            if feed is None:
+            if estimator is None:
                 optimizer.step(lambda: torch.zeros(()))
             else:
-                feed.record_batch(mine)
-                feed.estimate()
+                estimator.record_batch(mine)
+                estimator.estimate()
                 optimizer.step()
             optimizer.zero_grad()
     except (RuntimeError, ValueError) as error:

@@ -347,7 +347,7 @@ def test_two_ranks_and_a_checkpoint_of_theirs_on_one(pool: Pool, name: str, tmp_
 
 
 def saved_by_one(rank: int, world: int) -> list[dict[str, Tensor]]:
-    """Shared work, collected before the weights to evaluate are there: the weights to train, and those loaded."""
+    """Shared work, collected before the averaged weights are there: the training weights, and those loaded."""
     model = jobs.Model("muon")
     optimizer, fresh = (make("muon", model.parameters()).with_averaging(TailEMA(start=0)) for _ in range(2))
     optimizer.shard_work()
