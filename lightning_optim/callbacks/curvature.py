@@ -20,8 +20,8 @@ class CurvatureCallback(Callback):
     """Measures what some rules need beside gradients; see `lightning_optim.curvature.CurvatureEstimator`.
 
     `configure_optimizers` and `HybridOptimizer` add it to the trainer by themselves; add one of your own,
-    `Trainer(callbacks=[CurvatureCallback(share=0.25)])`, for other settings, or for an optimizer made otherwise. It logs
-    `curvature/win_rate` (Sophia: the share of coordinates that are not clipped, best between 0.1 and 0.5) and
+    `Trainer(callbacks=[CurvatureCallback(share=0.25)])`, for other settings, or for an optimizer made otherwise. It
+    logs `curvature/win_rate` (Sophia: the share of coordinates that are not clipped, best between 0.1 and 0.5) and
     `curvature/seconds`.
 
     Args:

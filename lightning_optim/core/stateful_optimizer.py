@@ -177,8 +177,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             RuntimeError: in a collective call, when some rank does not make it; a parameter whose shape is no longer
                 that of its state.
         """
-        known = {id(p) for group in self.param_groups for p in group["params"]}
-        for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in known]:
+        live = {id(p) for group in self.param_groups for p in group["params"]}
+        for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in live]:
             del self.state[p]
         state = self.state
         self.state = self._state_to_save() if state else state
@@ -218,7 +218,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups, rules or shapes do not fit; nothing is changed then.
         """
-        found: dict[int, Mapping[str, Any]] = {}
+        loaded_of: dict[int, Mapping[str, Any]] = {}
         names = [group["name"] for group in self.param_groups]
         params = [p for group in self.param_groups for p in group["params"]]
         averages = [] if self.averages is None else [*self.averages.keys, TRAINED]
@@ -234,17 +234,21 @@ class StatefulOptimizer(torch.optim.Optimizer):
             )
             if self.averages is not None:
                 self.averages.check_loaded(groups, loaded.values())
-            found.update({id(p): loaded[i] for i, p in zip(ids, params, strict=False) if i in loaded})
+            loaded_of.update({id(p): loaded[i] for i, p in zip(ids, params, strict=False) if i in loaded})
             if len(ids) == len(params) and len(groups) == len(present):  # torch names the group that differs
-                checkpoint.validate_state(present, groups, found, averages)
+                checkpoint.validate_state(present, groups, loaded_of, averages)
             return {**saved, "state": {}, "param_groups": groups}
 
         def install(_: torch.optim.Optimizer) -> None:
             self._gathered, self._is_averaged = {}, False
             self._plans.clear()
-            groups = [g.only([s for s in g.params if id(s.plan.param) in found]) for g in self.group_steps(frozen=True)]
+            groups = [
+                g.only([s for s in g.params if id(s.plan.param) in loaded_of]) for g in self.group_steps(frozen=True)
+            ]
             allocate.assign_owners(groups, self._owners, params)
-            checkpoint.install_state(groups, found, self.state, self._owners, self._guard, self._content(), averages)
+            checkpoint.install_state(
+                groups, loaded_of, self.state, self._owners, self._guard, self._content(), averages
+            )
 
         handles = [self.register_load_state_dict_pre_hook(take)]
         handles.append(self.register_load_state_dict_post_hook(install, prepend=True))

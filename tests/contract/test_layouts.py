@@ -130,14 +130,14 @@ def test_a_checkpoint_goes_on_under_another_strategy(
     compare(name, jobs.weights(model), expected)
 
 
-CODES: dict[str, Any] = {"state_storage": "int8", "storage_min": 1, "storage_block": 16}
+QUANTIZED_DTYPES: dict[str, Any] = {"state_storage": "int8", "storage_min": 1, "storage_block": 16}
 PRICED: list[tuple[str, dict[str, Any]]] = [
     ("muon", {}),
     ("soap", {}),
     ("shampoo", {"weight_decay": 0.1}),
     ("muon", {"comm_dtype": "bf16"}),
-    ("lion", CODES),
-    ("muon", CODES),
+    ("lion", QUANTIZED_DTYPES),
+    ("muon", QUANTIZED_DTYPES),
     ("adafactor", {}),
     ("adam_mini", {}),
     ("lion", {"param_rounding": "kahan"}),
@@ -217,7 +217,7 @@ def test_offloaded_parameters_and_another_dtype_of_sums(
     pool: Pool, offload: bool, reduce_dtype: torch.dtype | None
 ) -> None:
     model = jobs.Deep()
-    optimizer = jobs.build_optimizer(model, "muon", lr=1e-2)
+    optimizer = jobs.build_optimizer(model, "muon", lr=1e-2, ns_dtype="float32")
     for t in range(4):
         model(jobs.batch(t)).square().mean().backward()
         optimizer.step()

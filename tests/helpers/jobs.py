@@ -387,7 +387,7 @@ def trained_by_loss(rank: int, world: int, offload: bool, reduce_dtype: torch.dt
     where = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
     for part in (*model.layers, model):
         fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=where)
-    optimizer = build_optimizer(model, "muon", lr=1e-2)
+    optimizer = build_optimizer(model, "muon", lr=1e-2, ns_dtype="float32")
     for t in range(4):
         model(batch(t).chunk(world)[rank]).square().mean().backward()
         optimizer.step()

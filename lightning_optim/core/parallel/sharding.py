@@ -155,7 +155,7 @@ class Sharding:
         Returns:
             A DTensor of shape `whole_shape`.
         """
-        return wrap(self.mesh, self.placements, whole_shape, shard)
+        return to_dtensor(self.mesh, self.placements, whole_shape, shard)
 
 
 class _HypotheticalMesh:
@@ -203,7 +203,7 @@ def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     return groups[ranks]
 
 
-def wrap(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], shard: Tensor) -> DTensor:
+def to_dtensor(mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], shard: Tensor) -> DTensor:
     """A DTensor around this rank's shard of a tensor.
 
     Args:
@@ -287,16 +287,16 @@ def place_like(value: Tensor, p: Tensor) -> Tensor:
         A DTensor for a DTensor, else a plain tensor.
     """
     placed = place(value, sharding_of(p))
-    return placed if isinstance(placed, DTensor) else wrapped_like(placed, p)
+    return placed if isinstance(placed, DTensor) else placed_like(placed, p)
 
 
-def wrapped_like(shard: Tensor, p: Tensor) -> Tensor:
+def placed_like(shard: Tensor, p: Tensor) -> Tensor:
     """Wrap this rank's shard of a tensor of a parameter's shape in the parameter's placement.
 
     Returns:
         A DTensor for a DTensor, else the shard itself.
     """
-    return wrap(p.device_mesh, p.placements, p.shape, shard) if isinstance(p, DTensor) else shard
+    return to_dtensor(p.device_mesh, p.placements, p.shape, shard) if isinstance(p, DTensor) else shard
 
 
 def num_shards(p: Tensor) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from lightning_optim.core.matrix_views import MatrixBlock, StackShape
-from lightning_optim.core.parallel.sharding import Sharding, local, place, sharding_of, wrap
+from lightning_optim.core.parallel.sharding import Sharding, local, place, sharding_of, to_dtensor
 from lightning_optim.core.rule import StateSpec
 from lightning_optim.core.state.formats import StateFormat
 from lightning_optim.core.state.initial_values import initial_value
@@ -156,7 +156,7 @@ class StackSharding:
     def _placements(self, letters: str) -> tuple[Placement, ...]:
         return tuple(Shard(letters.index(x) + 1) if x and x in letters else Replicate() for x in self.axes)
 
-    def wrap(self, stack: Tensor, letters: str = "mn") -> Tensor:
+    def to_dtensor(self, stack: Tensor, letters: str = "mn") -> Tensor:
         """Wrap a local stack for the rule.
 
         torch.distributed does not keep the shards of a dimension with fewer elements than ranks: it would replicate
@@ -170,7 +170,7 @@ class StackSharding:
             return stack
         sizes = {x: self.dims["bmn".index(x)] for x in self.axes if x}
         shape = [stack.shape[0], *(sizes.get(x, k) for x, k in zip(letters, stack.shape[1:], strict=True))]
-        dtensor = wrap(self.cut.mesh, self._placements(letters), shape, stack)
+        dtensor = to_dtensor(self.cut.mesh, self._placements(letters), shape, stack)
         is_small = any(sizes[x] < max(2, self.cut.mesh.size(d)) for d, x in enumerate(self.axes) if x)
         return dtensor.full_tensor() if is_small else dtensor
 
@@ -188,7 +188,7 @@ class StackSharding:
             whole = whole.narrow(letters.index(x) + 1, first, end - first)
         return whole
 
-    def unwrap(self, value: Tensor, letters: str = "mn") -> Tensor:
+    def to_local(self, value: Tensor, letters: str = "mn") -> Tensor:
         """The local shard of a stack that a rule returned.
 
         Returns:

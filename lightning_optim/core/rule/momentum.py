@@ -78,17 +78,17 @@ class MomentumRule(Rule, abstract=True):
         """
         return [getattr(s, name) for name in self.ema_names()]
 
-    def ema_state(self, means: Sequence[Tensor], rows: slice | None = None) -> SimpleNamespace:
+    def ema_state(self, emas: Sequence[Tensor], rows: slice | None = None) -> SimpleNamespace:
         """A state that consists of the means only.
 
         Args:
-            means: the means in the order of `ema_names`, or the same rows of each.
+            emas: the means in the order of `ema_names`, or the same rows of each.
             rows: rows of the means to take; all by default.
 
         Returns:
             A namespace that `update_ema` and `ema` accept as the state.
         """
-        views = means if rows is None else [take_rows(x, rows) for x in means]
+        views = emas if rows is None else [take_rows(x, rows) for x in emas]
         return SimpleNamespace(**dict(zip(self.ema_names(), views, strict=True)))
 
     def update_ema(self, s: SimpleNamespace, x: Tensor, beta: float, t: int) -> Tensor:

@@ -22,16 +22,16 @@ from lightning_optim.core.step.stacks import first_index
 States = Mapping[Tensor, dict[str, Tensor]]
 
 
-def assign_owners(groups: Iterable[GroupStep], owners: Owners, known: Iterable[Tensor]) -> None:
+def assign_owners(groups: Iterable[GroupStep], owners: Owners, all_params: Iterable[Tensor]) -> None:
     """Give every parameter that is stepped by one rank an owner.
 
     Args:
         groups: of this step.
         owners: of the optimizer.
-        known: all parameters of the optimizer.
+        all_params: all parameters of the optimizer.
     """
     steps = [s for group in groups for s in group.params if s.plan.team is not None]
-    owners.assign([(s.plan.param, s.plan.team, step_cost(s.plan.blocks)) for s in steps if s.plan.team], known)
+    owners.assign([(s.plan.param, s.plan.team, step_cost(s.plan.blocks)) for s in steps if s.plan.team], all_params)
 
 
 def allocate_state(
@@ -96,7 +96,7 @@ def _allocate(rule: Rule, step: ParamStep, key: str, fmt: StateFormat, owners: O
         new = initial_value(fmt, plan.param, fmt.shape)
     else:
         new = initial_value(fmt, part, part.shape if rule.elementwise else fmt.shape)
-        new = sharding.wrapped_like(new, plan.param) if rule.elementwise else new
+        new = sharding.placed_like(new, plan.param) if rule.elementwise else new
     old, old_scale = step.state.get(key), step.state.get(scale_key(key))
     start = first_index(rule, plan, fmt)
     scale = initial_scale(fmt, sharding.local(new), start) if fmt.is_quantized else None

@@ -117,8 +117,8 @@ def _scale_tables(
             plan, tensors = s.plan, state.get(s.plan.param) or {}
             for key, fmt in plan.formats.items() if tensors else ():
                 if fmt.is_quantized:
-                    codes, start = sharding.local(tensors[key]), first_index(group.rule, plan, fmt)
-                    table = resharding.table_of(fmt, tensors[scale_key(key)], codes.shape[0], start)
+                    quantized, start = sharding.local(tensors[key]), first_index(group.rule, plan, fmt)
+                    table = resharding.table_of(fmt, tensors[scale_key(key)], quantized.shape[0], start)
                     cut = sharding.sharding_of(plan.param, plan.name) if plan.team is None else None
                     table = table if cut is None else cut.shard(resharding.table_shape(fmt), table)
                     out.append((plan.param, scale_key(key), table))
@@ -195,7 +195,7 @@ def _translated(group: Mapping[str, Any]) -> dict[str, Any]:
 def validate_state(
     groups: Sequence[GroupStep],
     saved: Sequence[dict[str, Any]],
-    found: Mapping[int, Mapping[str, Any]],
+    loaded_of: Mapping[int, Mapping[str, Any]],
     averages: Iterable[str],
 ) -> None:
     """Check that every loaded state is that of its parameter under the loaded settings.
@@ -203,7 +203,7 @@ def validate_state(
     Args:
         groups: with all parameters.
         saved: the completed groups of the checkpoint.
-        found: loaded state by the identity of its parameter.
+        loaded_of: loaded state by the identity of its parameter.
         averages: keys of the state of averaging methods.
 
     Raises:
@@ -212,7 +212,7 @@ def validate_state(
     for group, settings in zip(groups, saved, strict=True):
         rule = rule_of(settings)
         for s in group.params:
-            loaded, p, name = found.get(id(s.plan.param), {}), s.plan.param, s.plan.name
+            loaded, p, name = loaded_of.get(id(s.plan.param), {}), s.plan.param, s.plan.name
             blocks, _ = blocks_of(rule, settings, p.shape)
             for key, shape in _expected(state_formats(rule, settings, p, blocks), loaded) if loaded else ():
                 value = loaded.get(key)
@@ -237,7 +237,7 @@ def _expected(fmts: Mapping[str, StateFormat], loaded: Mapping[str, Any]) -> Ite
 
 def install_state(
     groups: Sequence[GroupStep],
-    found: Mapping[int, Mapping[str, Any]],
+    loaded_of: Mapping[int, Mapping[str, Any]],
     state: Mapping[Tensor, dict[str, Tensor]],
     owners: Owners,
     guard: CollectiveGuard,
@@ -248,7 +248,7 @@ def install_state(
 
     Args:
         groups: with the parameters that have loaded state, under the loaded settings; their owners are assigned.
-        found: loaded state by the identity of its parameter.
+        loaded_of: loaded state by the identity of its parameter.
         state: of the optimizer, written; it makes entries that are missing.
         owners: of its matrices.
         guard: waits for the other ranks.
@@ -257,12 +257,12 @@ def install_state(
     """
     for group in groups:
         for s in group.params:
-            _place(group.rule, s, state[s.plan.param], found[id(s.plan.param)], averages)
-    entries = _entries(groups, owners, lambda p, key: key in found[id(p)])
+            _place(group.rule, s, state[s.plan.param], loaded_of[id(s.plan.param)], averages)
+    entries = _entries(groups, owners, lambda p, key: key in loaded_of[id(p)])
     described = [(e.key, e.shape, str(e.dtype), e.owner) for e in entries]
     sharded = [e for e in entries if not isinstance(e.team, Replicas)]  # replicas load alone
     _wait_for_ranks(guard, sharded, "load_state_dict()", f"{content} {described}")
-    for e, whole in resharding.collect(entries, lambda e: found[id(e.param)][e.key]):
+    for e, whole in resharding.collect(entries, lambda e: loaded_of[id(e.param)][e.key]):
         state[e.param][e.key] = whole
     for group in groups:
         for s in group.params:
@@ -316,7 +316,7 @@ def _restore_scales(rule: Rule, step: ParamStep, tensors: dict[str, Tensor]) -> 
     device = step.local().device
     for key, fmt in step.plan.formats.items():
         if fmt.is_quantized and scale_key(key) in tensors:
-            codes, start = sharding.local(tensors[key]), first_index(rule, step.plan, fmt)
-            tensors[scale_key(key)] = resharding.scales_of(fmt, tensors[scale_key(key)], codes, start)
+            quantized, start = sharding.local(tensors[key]), first_index(rule, step.plan, fmt)
+            tensors[scale_key(key)] = resharding.scales_of(fmt, tensors[scale_key(key)], quantized, start)
         elif key in tensors and fmt.name == "host" and not fmt.is_compute_format(device):
             tensors[key] = to_storage_device(fmt, tensors[key])

@@ -69,8 +69,8 @@ def _check(rule: Rule, step: ParamStep, averages: Sequence[str]) -> None:
 
 def _check_scales(rule: Rule, step: ParamStep, key: str) -> None:
     """Check that the scales of a quantized state tensor belong to its values."""
-    fmt, codes, scale = step.plan.formats[key], sharding.local(step.state[key]), step.state.get(scale_key(key))
-    count = num_scales(fmt, codes, first_index(rule, step.plan, fmt))
+    fmt, quantized, scale = step.plan.formats[key], sharding.local(step.state[key]), step.state.get(scale_key(key))
+    count = num_scales(fmt, quantized, first_index(rule, step.plan, fmt))
     if scale is not None and sharding.local(scale).numel() != count:
         raise RuntimeError(f"{step.plan.name}: storage_block was changed while there is {key!r}; set it as it was")
 
@@ -78,8 +78,8 @@ def _check_scales(rule: Rule, step: ParamStep, key: str) -> None:
 def _foreign(step: ParamStep, averages: Sequence[str]) -> list[str]:
     """State tensors of a parameter that its rule would not declare for the present shape."""
     fmts = step.plan.formats
-    known = {"step", COMPENSATION, RADIUS, TRAINED, *fmts, *map(scale_key, fmts), *averages}
-    return [key for key, stored in step.state.items() if key not in known and isinstance(stored, Tensor)]
+    declared = {"step", COMPENSATION, RADIUS, TRAINED, *fmts, *map(scale_key, fmts), *averages}
+    return [key for key, stored in step.state.items() if key not in declared and isinstance(stored, Tensor)]
 
 
 def _refuse_resized(

@@ -28,7 +28,7 @@ RADIUS = "radius"
 """Key of the norms of low-precision matrices under `"hyperball"`, which rounding would increase."""
 TRAINED = "train_weight"
 """Key of the training weights while the parameter holds averaged weights."""
-CODES = {"int8": torch.uint8, "int8_grid": torch.uint8, "fp8": torch.int8}
+QUANTIZED_DTYPES = {"int8": torch.uint8, "int8_grid": torch.uint8, "fp8": torch.int8}
 """Dtype in which quantized values are stored; e4m3 as bit patterns, which every collective supports."""
 
 
@@ -82,7 +82,7 @@ class StateFormat:
     @property
     def is_quantized(self) -> bool:
         """Whether it is stored as quantized values and scales."""
-        return self.name in CODES
+        return self.name in QUANTIZED_DTYPES
 
     @property
     def scales(self) -> int:
@@ -152,7 +152,7 @@ def format_of(
     is_square, is_statistic = letters[0] == letters[1], any(x.isdigit() for x in letters)
     if spec.dtype or spec.exact or is_square or is_statistic or (sums and letters != "mn"):
         return full_precision
-    stored_dtype = torch.bfloat16 if storage == "bf16" else CODES[storage]
+    stored_dtype = torch.bfloat16 if storage == "bf16" else QUANTIZED_DTYPES[storage]
     return StateFormat(spec, storage_shape, storage, stored_dtype, compute_dtype, block)
 
 

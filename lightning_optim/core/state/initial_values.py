@@ -51,24 +51,24 @@ def to_storage_device(fmt: StateFormat, value: Tensor) -> Tensor:
     return value.cpu().pin_memory() if fmt.name == "host" else value
 
 
-def initial_scale(fmt: StateFormat, codes: Tensor, start: int) -> Tensor:
+def initial_scale(fmt: StateFormat, quantized: Tensor, start: int) -> Tensor:
     """The scales of a quantized state tensor at its start value.
 
     Args:
         fmt: its format.
-        codes: quantized values of this rank's part.
+        quantized: quantized values of this rank's part.
         start: index of its first element.
 
     Returns:
         float32, one per block that this rank's part touches.
     """
-    size, fill = num_scales(fmt, codes, start), _quantized_fill(fmt)[1]
-    return torch.full((size,), fill, dtype=torch.float32, device=codes.device)
+    size, fill = num_scales(fmt, quantized, start), _quantized_fill(fmt)[1]
+    return torch.full((size,), fill, dtype=torch.float32, device=quantized.device)
 
 
 def _quantized_fill(fmt: StateFormat) -> tuple[int, float]:
     """Quantized value and scale of the start value."""
     value = torch.full((1,), float(cast("float", fmt.spec.fill)))
-    codes, scale = torch.empty(1, dtype=fmt.dtype), torch.empty(1)
-    encode(fmt, value, codes, scale, 0)
-    return int(codes), float(scale)
+    quantized, scale = torch.empty(1, dtype=fmt.dtype), torch.empty(1)
+    encode(fmt, value, quantized, scale, 0)
+    return int(quantized), float(scale)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_optim.core import matrix_views
 from lightning_optim.core.parallel import element_positions
-from lightning_optim.core.state.formats import CODES, StateFormat, Storage
+from lightning_optim.core.state.formats import QUANTIZED_DTYPES, StateFormat, Storage
 from lightning_optim.ops import quantize as codec
 from lightning_optim.ops.rounding import indices, stochastic_round
 
@@ -66,18 +66,18 @@ def quantize(
         part.copy_(value)
 
 
-def encode(fmt: StateFormat, value: Tensor, codes: Tensor, scale: Tensor, start: int) -> None:
+def encode(fmt: StateFormat, value: Tensor, quantized: Tensor, scale: Tensor, start: int) -> None:
     """Quantize values.
 
     Args:
         fmt: the format.
         value: flat values.
-        codes: written.
+        quantized: written.
         scale: of the blocks that `codes` touches; written.
         start: index of the first element.
     """
     name, signless = cast("codec.Format", fmt.name), fmt.spec.nonnegative
-    codec.encode(value.float(), codes, scale, name, nonnegative=signless, block=fmt.block, start=start)
+    codec.encode(value.float(), quantized, scale, name, nonnegative=signless, block=fmt.block, start=start)
 
 
 def convert(
@@ -96,7 +96,7 @@ def convert(
     Raises:
         RuntimeError: the scales do not belong to the quantized values.
     """
-    name = next((k for k, dtype in CODES.items() if dtype == old.dtype), "fp32")
+    name = next((k for k, dtype in QUANTIZED_DTYPES.items() if dtype == old.dtype), "fp32")
     before = replace(fmt, name=cast("Storage", name), dtype=old.dtype)
     if before.is_quantized and (old_scale is None or old_scale.numel() != num_scales(fmt, old, start)):
         raise RuntimeError("state was quantized in other blocks than storage_block says; set it as it was")
@@ -107,13 +107,13 @@ def convert(
         encode(fmt, value.reshape(-1), new.view(-1), new_scale, start)
 
 
-def num_scales(fmt: StateFormat, codes: Tensor, start: int) -> int:
+def num_scales(fmt: StateFormat, quantized: Tensor, start: int) -> int:
     """How many scales this rank's part of a quantized state tensor has.
 
     Returns:
         The number of blocks that the part touches.
     """
-    return codec.blocks_of(codes.numel(), fmt.block, start)
+    return codec.blocks_of(quantized.numel(), fmt.block, start)
 
 
 def scales_at(fmt: StateFormat, scale: Tensor | None, start: int, at: int, count: int) -> Tensor | None:

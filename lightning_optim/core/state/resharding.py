@@ -115,34 +115,34 @@ def table_of(fmt: StateFormat, scale: Tensor, rows: int, start: int) -> Tensor:
     return scale[_block_index(fmt, rows, start, scale.device)]
 
 
-def scales_of(fmt: StateFormat, table: Tensor, codes: Tensor, start: int) -> Tensor:
+def scales_of(fmt: StateFormat, table: Tensor, quantized: Tensor, start: int) -> Tensor:
     """The scales of consecutive rows, from their table.
 
     Args:
         fmt: format of the state tensor.
         table: table of scales of the rows.
-        codes: quantized values of the rows. A block that was divided between shards with different scales when the
+        quantized: quantized values of the rows. A block that was divided between shards with different scales when the
             table was made is requantized in place.
         start: global index of the first element.
 
     Returns:
         float32, one per block that the rows touch.
     """
-    scale = initial_scale(fmt, codes, start)
-    if not codes.numel():
+    scale = initial_scale(fmt, quantized, start)
+    if not quantized.numel():
         return scale
-    index = _block_index(fmt, codes.shape[0], start, codes.device)
+    index = _block_index(fmt, quantized.shape[0], start, quantized.device)
     scale.scatter_reduce_(0, index.view(-1), table.reshape(-1), "amax", include_self=False)
     smallest = torch.empty_like(scale).scatter_reduce_(0, index.view(-1), table.reshape(-1), "amin", include_self=False)
     is_mixed = scale != smallest
     if is_mixed.any():
-        block = (start % fmt.block + torch.arange(codes.numel(), device=codes.device)) // fmt.block
-        row = torch.arange(codes.numel(), device=codes.device) // math.prod(fmt.shape[1:])
+        block = (start % fmt.block + torch.arange(quantized.numel(), device=quantized.device)) // fmt.block
+        row = torch.arange(quantized.numel(), device=quantized.device) // math.prod(fmt.shape[1:])
         element_scale = table[row, block - index[row, 0]]
         ones = torch.ones_like(scale)
-        values = dequantize(fmt, codes, ones, start, codes.device).view(-1) * element_scale
-        new_codes, new_scale = torch.empty_like(codes), torch.empty_like(scale)
+        values = dequantize(fmt, quantized, ones, start, quantized.device).view(-1) * element_scale
+        new_codes, new_scale = torch.empty_like(quantized), torch.empty_like(scale)
         quantize(fmt, new_codes, new_scale, start, values, lambda: block, 0)
-        codes.view(-1).copy_(torch.where(is_mixed[block], new_codes.view(-1), codes.view(-1)))
+        quantized.view(-1).copy_(torch.where(is_mixed[block], new_codes.view(-1), quantized.view(-1)))
         scale = torch.where(is_mixed, new_scale, scale)
     return scale

@@ -60,12 +60,12 @@ def apply_direction(group: GroupStep, step: ParamStep, d: Tensor) -> None:
         write(p, d, rows=rows)
         return
     where = ElementIndex(p, step.plan.param) if write.is_stochastic else None
-    spread = [t.expand(p.shape) for t in rows or ()]
-    tensors = [p, d, *spread, *write.compensation, *(where.tensors if where else [])]
+    expanded = [t.expand(p.shape) for t in rows or ()]
+    tensors = [p, d, *expanded, *write.compensation, *(where.tensors if where else [])]
     for (pb, db, *rest), cut in cache_blocks(tensors):
-        at, rest = rest[: len(spread)], rest[len(spread) :]
-        compensation, known = rest[: len(write.compensation)], rest[len(write.compensation) :]
-        index = no_index if where is None else functools.partial(where, pb, cut, known)
+        at, rest = rest[: len(expanded)], rest[len(expanded) :]
+        compensation, block_index = rest[: len(write.compensation)], rest[len(write.compensation) :]
+        index = no_index if where is None else functools.partial(where, pb, cut, block_index)
         write(pb, db, index, *compensation, rows=Factors(*at) if at else None)
 
 

@@ -24,9 +24,9 @@ class AveragingMethod:
     """Base of the methods by which an optimizer can be wrapped."""
 
     name: ClassVar[str]
-    slots: ClassVar[tuple[str, ...]]
+    keys: ClassVar[tuple[str, ...]]
     """Keys of its state tensors in `state[p]`, shaped like the parameter."""
-    narrow: ClassVar[bool] = False
+    takes_low_precision: ClassVar[bool] = False
     """Whether the method supports bfloat16 and float16 weights."""
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class EMANesterov(AveragingMethod):
     stop: int | float | None = None
 
     name: ClassVar = "ema_nesterov"
-    slots: ClassVar = ("lookahead", "anchor")
+    keys: ClassVar = ("lookahead", "anchor")
 
     def init(self, key: str, x: Tensor) -> Tensor:  # noqa: D102
         return torch.zeros_like(x) if key == "lookahead" else x.clone()
@@ -146,8 +146,8 @@ class TailEMA(AveragingMethod):
     weight: float = 0.6
 
     name: ClassVar = "tail_ema"
-    slots: ClassVar = ("tail",)
-    narrow: ClassVar = True
+    keys: ClassVar = ("tail",)
+    takes_low_precision: ClassVar = True
 
     def is_active(self, t: int, total: int | None) -> bool:  # noqa: D102
         start = _resolve_step(self.start, total)
@@ -180,7 +180,7 @@ class MuLoCo(AveragingMethod):
     momentum: float = 0.5
 
     name: ClassVar = "muloco"
-    slots: ClassVar = ("outer_momentum", "outer_anchor")
+    keys: ClassVar = ("outer_momentum", "outer_anchor")
 
     def init(self, key: str, x: Tensor) -> Tensor:  # noqa: D102
         return torch.zeros_like(x) if key == "outer_momentum" else x.clone()

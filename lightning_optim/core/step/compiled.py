@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_optim.core import matrix_views, options
 from lightning_optim.core.rule import Rule
 from lightning_optim.core.state import formats
-from lightning_optim.core.state.formats import CODES, StateFormat, Storage, scale_key
+from lightning_optim.core.state.formats import QUANTIZED_DTYPES, StateFormat, Storage, scale_key
 from lightning_optim.core.state.quantized_view import num_scales
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.stacks import first_index
@@ -77,7 +77,7 @@ def refusal(rule: Rule, group: Mapping[str, Any]) -> str | None:
     if options.has_constraint(group) or group["cautious_decay"]:
         keys = [*options.CONSTRAINTS, "cautious_decay"]
         return f"is given one of {', '.join(keys)}, which need a whole direction; leave them or compile out"
-    if group["state_storage"] == "bf16" or (rule.reduces and group["state_storage"] in CODES):
+    if group["state_storage"] == "bf16" or (rule.reduces and group["state_storage"] in QUANTIZED_DTYPES):
         return f"stores its state as {group['state_storage']!r}; state_storage='fp32' or compile=False"
     return None
 
@@ -139,7 +139,7 @@ def kind_of(
     if not is_large or p.numel() >= MAX_ELEMENTS or p.dtype not in (torch.float32, torch.float64):
         return None
     if rule.elementwise:
-        storage = _storage(rule, group, p, fmts) if group["state_storage"] in CODES else ()
+        storage = _storage(rule, group, p, fmts) if group["state_storage"] in QUANTIZED_DTYPES else ()
         if storage and p.dtype != torch.float32:
             return None
         return Kind(p.dtype, str(p.device), storage=storage, block=group["storage_block"] if storage else 0)
@@ -272,13 +272,17 @@ def _graph(rule: Rule, kind: Kind, threads: int) -> Compiled:
         )
     b, m, n = (EXAMPLE[0] if kind.stacked else 1, *EXAMPLE[1:])
     specs = rule.state_specs(m, n)
-    names = {k: name for k, name in zip(specs, kind.storage, strict=False) if name in CODES}
+    names = {k: name for k, name in zip(specs, kind.storage, strict=False) if name in QUANTIZED_DTYPES}
     quantizers: dict[str, tuple[quantize.Format, bool]]
     quantizers = {k: (cast("quantize.Format", name), specs[k].nonnegative) for k, name in names.items()}
     shapes = [(b, m, n), (b, m, n), *((b, *spec.shape(m, n)) for spec in specs.values())]
     if rule.elementwise:
         shapes = [(m * n // kind.block, kind.block) if quantizers else (m * n,)] * len(shapes)
-    dtypes = [kind.dtype, kind.dtype, *(CODES[quantizers[k][0]] if k in quantizers else kind.dtype for k in specs)]
+    dtypes = [
+        kind.dtype,
+        kind.dtype,
+        *(QUANTIZED_DTYPES[quantizers[k][0]] if k in quantizers else kind.dtype for k in specs),
+    ]
     examples = [torch.empty(s, dtype=d, device=kind.device) for s, d in zip(shapes, dtypes, strict=True)]
     if kind.is_transposed:
         examples = [x.mT.contiguous().mT if x.shape == examples[0].shape else x for x in examples]

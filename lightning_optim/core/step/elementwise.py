@@ -48,14 +48,14 @@ def _step_by_kernel(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes
     """Step what a fused kernel of torch's can take; return the rest."""
     rule, keys = group.rule, group.plan.kernel_state
     rest: list[ParamStep] = []
-    runs: dict[tuple[int, int], list[ParamStep]] = {}
+    batches: dict[tuple[int, int], list[ParamStep]] = {}
     for s in steps:
         if s.plan.has_kernel and s.plan.is_compute_format:
-            runs.setdefault((s.t, s.plan.kernel_id), []).append(s)
+            batches.setdefault((s.t, s.plan.kernel_id), []).append(s)
         else:
             rest.append(s)
-    for run in runs.values():
-        for portion in portions(run, max_temp_bytes):
+    for batch in batches.values():
+        for portion in portions(batch, max_temp_bytes):
             taken: list[ParamStep] = []
             columns: list[list[Tensor]] = [[] for _ in range(2 + len(keys))]
             for s in portion:
@@ -122,8 +122,8 @@ def _walk(group: GroupStep, step: ParamStep, part: slice | None) -> None:
         stored, beside = dict(zip(plan.formats, rest, strict=False)), rest[count : count + aside]
         at = first + offset(pb, cut)
         values = {k: views[k].load(x, at) if k in views else x for k, x in stored.items()}
-        known = rest[count + aside :]
-        index = no_index if where is None else functools.cache(functools.partial(where, pb, cut, known))
+        block_index = rest[count + aside :]
+        index = no_index if where is None else functools.cache(functools.partial(where, pb, cut, block_index))
         gb = gb.to(plan.compute_dtype) if step.clip == 1 else gb.to(plan.compute_dtype) * step.clip
         if not (views and plan.has_kernel and _kernel(rule, pb, gb, values, step.t)):
             d = _update_block(group, step, pb, gb, values)

@@ -174,8 +174,8 @@ def _search(groups: Sequence[GroupStep], steps: Sequence[ParamStep], oracle: Los
         raise ValueError(f"{rules[0].name}: all parameters must be on one device, as they are one vector")
     views = [quantized_views(group, s) for group, s in zip(groups, steps, strict=True)]
     loaded = [with_values(s, s_views) for s, s_views in zip(steps, views, strict=True)]
-    counts, specs = [int(s.state["step"]) for s in steps], steps[0].plan.specs
-    oldest = counts.index(max(counts))  # a parameter that was added later has less history
+    ages, specs = [int(s.state["step"]) for s in steps], steps[0].plan.specs
+    oldest = ages.index(max(ages))  # a parameter that was added later has less history
     at: FlatObjective | None = None
     before: dict[str, Tensor] = {}
     after: Mapping[str, Tensor] = {}

@@ -225,9 +225,9 @@ class PlanCache:
         rule = rule_of(group)
         constraint, skips = has_constraint(group), kind.skips_update is not Rule.skips_update
         kernel = kind.kernel is not Rule.kernel and not group["cautious_decay"] and not constraint
-        slots = list(rule.state_specs(1, 1)) if kernel else []
+        keys = list(rule.state_specs(1, 1)) if kernel else []
         params: list[ParamPlan | None] = [None] * len(group["params"])
-        plan = GroupPlan(rule, values, settings, params, constraint, skips, kernel, slots, self._ids)
+        plan = GroupPlan(rule, values, settings, params, constraint, skips, kernel, keys, self._ids)
         self._groups[i : i + 1] = [plan]
         return plan
 

@@ -50,15 +50,15 @@ def chunks(steps: Sequence[ParamStep], max_temp_bytes: int) -> Iterator[Sequence
     Yields:
         Parameters of one stack.
     """
-    runs: dict[tuple[int, int, bool], list[ParamStep]] = {}
+    batches: dict[tuple[int, int, bool], list[ParamStep]] = {}
     for s in steps:
-        runs.setdefault((s.plan.stack_id, s.t, s.due != ""), []).append(s)
-    for run in runs.values():
-        plan = run[0].plan
-        if len(run) == 1:
-            yield run
+        batches.setdefault((s.plan.stack_id, s.t, s.due != ""), []).append(s)
+    for batch in batches.values():
+        plan = batch[0].plan
+        if len(batch) == 1:
+            yield batch
         else:
-            yield from stacks(run, plan.param.numel(), max_temp_bytes, plan.elements_beside)
+            yield from stacks(batch, plan.param.numel(), max_temp_bytes, plan.elements_beside)
 
 
 def step_whole(group: GroupStep, steps: Sequence[ParamStep], refreshes: RefreshScheduler, max_temp_bytes: int) -> None:
@@ -84,14 +84,14 @@ def step_reducing(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: 
         steps: parameters with a gradient.
         max_temp_bytes: bound for a stack and the temporaries of its update.
     """
-    runs: dict[Any, list[ParamStep]] = {}
+    batches: dict[Any, list[ParamStep]] = {}
     frames = {id(s): StackSharding(s.plan.param, s.plan.dims, s.plan.name, s.plan.transposed) for s in steps}
     for s in steps:
-        runs.setdefault((s.plan.stack_id, s.t, frames[id(s)].cut), []).append(s)
-    for run in runs.values():
-        frame = frames[id(run[0])]
-        elements = run[0].local().numel() if frame.stackable else STACK_LIMIT + 1
-        for chunk in stacks(run, elements, max_temp_bytes):
+        batches.setdefault((s.plan.stack_id, s.t, frames[id(s)].cut), []).append(s)
+    for batch in batches.values():
+        frame = frames[id(batch[0])]
+        elements = batch[0].local().numel() if frame.stackable else STACK_LIMIT + 1
+        for chunk in stacks(batch, elements, max_temp_bytes):
             update_stack(group, chunk, [s.local() for s in chunk], [s.gradient() for s in chunk], frame)
 
 
@@ -196,8 +196,8 @@ def _directions(
         p = p if rule.reads_param else None
     s = SimpleNamespace(**before)
     if frame is not None:
-        s = SimpleNamespace(**{k: frame.wrap(x, specs[k].letters) for k, x in before.items()})
-        g, p = frame.wrap(g), None if p is None else frame.wrap(p)
+        s = SimpleNamespace(**{k: frame.to_dtensor(x, specs[k].letters) for k, x in before.items()})
+        g, p = frame.to_dtensor(g), None if p is None else frame.to_dtensor(p)
     s.vector = plan.is_vector or group.group.get("role") == "vector"
     s.noise = functools.partial(_noise, group, chunk, frame)
     s.mean = _identity if plan.replicas is None else plan.replicas.mean
@@ -214,11 +214,11 @@ def _directions(
         age.copy_(torch.ones_like(age) if first.due else age + 1)
     _store_stacks(s, specs, entries, before, versions, frame)
     if isinstance(d, Tensor):
-        return (d if frame is None else frame.unwrap(d)).split(dims[0])
+        return (d if frame is None else frame.to_local(d)).split(dims[0])
     if by_rows:
         return [d]
     whole = d(slice(0, g.shape[-2]))
-    return (whole if frame is None else frame.unwrap(whole)).split(dims[0])
+    return (whole if frame is None else frame.to_local(whole)).split(dims[0])
 
 
 def _store_stacks(
@@ -232,7 +232,7 @@ def _store_stacks(
     """Store the state that a rule left."""
     after = {k: getattr(s, k) for k in specs}
     if frame is not None:
-        after = {k: frame.unwrap(x, specs[k].letters) for k, x in after.items()}
+        after = {k: frame.to_local(x, specs[k].letters) for k, x in after.items()}
     sharded = frame is not None and frame.cut is not None  # torch does not count what a DTensor writes to its part
     for k, x in copy_aliased(before, after).items():
         if sharded or x is not before[k] or versions[k] is None or x._version != versions[k]:
@@ -271,7 +271,7 @@ def _noise(
     whole = StateSpec(letters, rank=min(getattr(group.rule, "rank", 1), *dims[1:])).shape(*dims[1:])
     numbers = [_normal(group.group["seed"], s, stream, (dims[0], *whole)) for s in chunk]
     out = torch.cat(numbers).to(plan.compute_dtype)
-    return out if frame is None else frame.wrap(frame.part(out, letters), letters)
+    return out if frame is None else frame.to_dtensor(frame.part(out, letters), letters)
 
 
 def _normal(seed: int, step: ParamStep, stream: int, shape: StackShape) -> Tensor:

@@ -76,7 +76,7 @@ class Averages:
         Raises:
             ValueError: its weights have too low precision, or its rule does not allow other changes of the weights.
         """
-        weight_changing = [m.name for m in self.members if not m.narrow]
+        weight_changing = [m.name for m in self.members if not m.takes_low_precision]
         if weight_changing and lookup(group["rule"]).tracks_weights:
             raise ValueError(
                 f"group {group['name']!r}: {group['rule']} keeps in its state where its own steps have led, but "
@@ -85,7 +85,7 @@ class Averages:
         for i, p in enumerate(group["params"]):
             label, p = p if isinstance(p, tuple) else (f"parameter {i} of group {group['name']!r}", p)
             for m in self.members:
-                if not m.narrow and p.dtype != compute_dtype_of(p.dtype):
+                if not m.takes_low_precision and p.dtype != compute_dtype_of(p.dtype):
                     raise ValueError(
                         f"{label}: {m.name} moves weights by less than {p.dtype} can hold; keep them in float32 "
                         "(precision bf16-mixed, --bf16)"
@@ -125,9 +125,9 @@ class Averages:
             ValueError: it was made after `eval()`, and has the averaged weights only.
         """
         eval_groups = [g for g in groups if not g.get("train_mode", True)]
-        averaged = [s for s in states if any(key in s for key in self.keys) and float(s.get("step", 1)) > 0]
+        with_averages = [s for s in states if any(key in s for key in self.keys) and float(s.get("step", 1)) > 0]
         if any(g["average_count"] or g["average_shift"] for g in eval_groups) and not all(
-            TRAINED in s for s in averaged
+            TRAINED in s for s in with_averages
         ):
             raise ValueError(
                 "the checkpoint was made after optimizer.eval(), by torch.distributed.checkpoint, say, which leaves "
@@ -137,7 +137,7 @@ class Averages:
     @property
     def keys(self) -> list[str]:
         """Keys of the state tensors of all methods."""
-        return [key for m in self.members for key in m.slots]
+        return [key for m in self.members for key in m.keys]
 
     def allocate(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """Allocate the missing state tensors of a parameter.
@@ -147,9 +147,9 @@ class Averages:
             state: its state, extended in place.
         """
         for m in self.members:
-            for key in m.slots:
+            for key in m.keys:
                 if key not in state:
-                    state[key] = sharding.wrapped_like(m.init(key, sharding.local(p).detach()), p)
+                    state[key] = sharding.placed_like(m.init(key, sharding.local(p).detach()), p)
 
     def _each(self, optimizer: AveragedOptimizer) -> Iterator[_ParamState]:
         for group in optimizer.param_groups:
@@ -247,7 +247,7 @@ class Averages:
             for s in self._each(optimizer):
                 if is_frozen := not s.param.requires_grad:
                     self._undo_look_ahead(s)
-                s.state[TRAINED] = sharding.wrapped_like(s.x.clone(), s.param)
+                s.state[TRAINED] = sharding.placed_like(s.x.clone(), s.param)
                 weights = s.averages["anchor"] if self.ahead and not is_frozen else s.x
                 for m in tail if s.role != "embedding" and not is_frozen else ():
                     weights = m.eval_weights(weights, s.averages)

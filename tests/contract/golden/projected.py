@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ class Recorded(RuleOptimizer):
 
         if not isinstance(group.rule, Subspace):
             return group
-        recorded = type("Recorded", (kind,), {"refresh_preconditioner": refresh_preconditioner})
+        methods = {"refresh_preconditioner": refresh_preconditioner}
+        recorded: Any = types.new_class("Recorded", (kind,), {"abstract": True}, lambda body: body.update(methods))
         return group._replace(rule=recorded(**vars(group.rule)))
 
 

@@ -181,7 +181,7 @@ def test_a_share_of_the_run_needs_its_length() -> None:
     p, target = problem()
     optimizer = make("sgd", [p], lr=0.1).with_averaging(TailEMA(start=0.5, tau=2.0))
     p.grad, before = p.detach() - target, p.detach().clone()
-    with pytest.raises(RuntimeError, match=r"set optimizer\.total_steps, give Schedule total_steps"):
+    with pytest.raises(RuntimeError, match=r"set optimizer\.total_steps, give ScheduleLR total_steps"):
         optimizer.step()
     assert torch.equal(before, p)
     optimizer.total_steps = 8
