@@ -143,8 +143,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Arguments, TrainingArgumen
     """
     parser = HfArgumentParser((Arguments, TrainingArguments), description=__doc__)  # pyright: ignore[reportArgumentType]
     parser.set_defaults(**DEFAULTS)
-    given = parser.parse_known_args(argv)[0]
-    parser.set_defaults(output_dir=default_folder(given.optim, given.resume_from_checkpoint not in (None, "false")))
+    settings = parser.parse_known_args(argv)[0]
+    parser.set_defaults(
+        output_dir=default_folder(settings.optim, settings.resume_from_checkpoint not in (None, "false"))
+    )
     try:
         ours, training = parser.parse_args_into_dataclasses(argv)
     except ValueError as e:

@@ -149,8 +149,8 @@ class StepCheckpoint(ModelCheckpoint):
 
 def newest(directory: Path) -> Path | None:
     """The last checkpoint that was written to its end, where a zip file has its table of contents."""
-    found = sorted(directory.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
-    return next((path for path in reversed(found) if zipfile.is_zipfile(path)), None)
+    actual = sorted(directory.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    return next((path for path in reversed(actual) if zipfile.is_zipfile(path)), None)
 
 
 def arguments() -> argparse.Namespace:

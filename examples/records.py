@@ -35,19 +35,19 @@ def read_records(paths: Iterable[Path]) -> list[Record]:
     Raises:
         ValueError: a line is not a JSON object.
     """
-    found: list[Record] = []
+    actual: list[Record] = []
     for path in paths:
         if path.is_dir():
             from datasets import DatasetDict, load_from_disk  # only these need the library
 
             loaded = load_from_disk(path)
-            found += cast("list[Record]", loaded["train"] if isinstance(loaded, DatasetDict) else loaded)
+            actual += cast("list[Record]", loaded["train"] if isinstance(loaded, DatasetDict) else loaded)
         elif path.suffix == ".jsonl":
             for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                found += [_parsed(line, f"{path}:{i}")] if line.strip() else []
+                actual += [_parsed(line, f"{path}:{i}")] if line.strip() else []
         elif (text := path.read_text(encoding="utf-8", errors="replace")).strip():
-            found.append({"text": text})
-    return found
+            actual.append({"text": text})
+    return actual
 
 
 def _parsed(line: str, where: str) -> Record:
@@ -124,10 +124,10 @@ def samples(tokenizer: PreTrainedTokenizerBase, records: Iterable[Record], lengt
     Returns:
         Rows of different lengths.
     """
-    found = [sample(tokenizer, record, length) for record in records]
-    rows = [row for row in found if row is not None]
-    if len(rows) < len(found):
-        print(f"{len(found) - len(rows)} records left out: nothing in their first {length} tokens is to be learned")
+    actual = [sample(tokenizer, record, length) for record in records]
+    rows = [row for row in actual if row is not None]
+    if len(rows) < len(actual):
+        print(f"{len(actual) - len(rows)} records left out: nothing in their first {length} tokens is to be learned")
     return rows
 
 
@@ -139,9 +139,9 @@ def _labelled(
     tokenizer: PreTrainedTokenizerBase, text: str, learned: Sequence[tuple[int, int]], *, special: bool | None
 ) -> tuple[list[int], list[int]]:
     """Token ids, and labels of tokens that begin in a span of characters; an end token unless `special` is None."""
-    found: Any = tokenizer(text, add_special_tokens=bool(special), return_offsets_mapping=True, verbose=False)
-    ids: list[int] = found["input_ids"]
-    inside = [a < b and any(start <= a < stop for start, stop in learned) for a, b in found["offset_mapping"]]
+    actual: Any = tokenizer(text, add_special_tokens=bool(special), return_offsets_mapping=True, verbose=False)
+    ids: list[int] = actual["input_ids"]
+    inside = [a < b and any(start <= a < stop for start, stop in learned) for a, b in actual["offset_mapping"]]
     labels = [token if yes else IGNORE for token, yes in zip(ids, inside, strict=True)]
     if special is None:
         return ids, labels
@@ -155,18 +155,20 @@ def _chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Record], first: int, tools: Any
 ) -> tuple[list[int], list[int]]:
     """A conversation, in which what the assistant says from message `first` on is learned."""
-    said = [{k: v for k, v in message.items() if v is not None} for message in messages]  # Arrow fills with None
+    warned_record = [
+        {k: v for k, v in message.items() if v is not None} for message in messages
+    ]  # Arrow fills with None
 
     def render(count: int, **options: Any) -> Any:
-        return tokenizer.apply_chat_template(said[:count], tools=tools, **options)
+        return tokenizer.apply_chat_template(warned_record[:count], tools=tools, **options)
 
-    text: str = render(len(said), tokenize=False)
-    turns = [i for i, message in enumerate(said) if i >= first and message["role"] == "assistant"]
+    text: str = render(len(warned_record), tokenize=False)
+    turns = [i for i, message in enumerate(warned_record) if i >= first and message["role"] == "assistant"]
     if re.search(r"\{%-?\s*generation", cast("str", tokenizer.get_chat_template())):
-        found = render(len(said), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        actual = render(len(warned_record), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         before = len(render(first, tokenize=True, return_dict=True)["input_ids"]) if first else 0
-        ids: list[int] = found["input_ids"]
-        learned = [i >= before and mask for i, mask in enumerate(found["assistant_masks"])]
+        ids: list[int] = actual["input_ids"]
+        learned = [i >= before and mask for i, mask in enumerate(actual["assistant_masks"])]
         return ids, [token if yes else IGNORE for token, yes in zip(ids, learned, strict=True)]
     spans = []
     for i in turns:

@@ -73,11 +73,11 @@ class TrainingArguments(transformers.TrainingArguments):
         self.optimizer_settings()  # raises here, before there is a model, what can be known here
         return OptimizerFactory, FactoryArguments(args=self)
 
-    def optimizer_settings(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def optimizer_settings(self, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What the flags say of the optimizer now.
 
         Args:
-            given: arguments of `build_optimizer` that win over the flags.
+            settings: arguments of `build_optimizer` that win over the flags.
 
         Returns:
             Its name, and arguments of `build_optimizer`.
@@ -98,7 +98,7 @@ class TrainingArguments(transformers.TrainingArguments):
             "lr_convention": self.lr_convention,
         }
         engines.validate_engine([lookup(name)])
-        chosen = literals(self.optim_args) | dict(given or {})
+        chosen = literals(self.optim_args) | dict(settings or {})
         if chosen.get("recipe") or chosen.get("preset"):  # what is not set by a flag is the recipe's
             settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}
         return with_flags(self, name, settings | chosen)

@@ -216,14 +216,14 @@ def _translated(optimizer: RuleOptimizer, saved: Mapping[str, Any], numbers: Map
     state: dict[int, Any] = {}
     for group in optimizer.param_groups:
         start = sum(len(g["params"]) for g in groups)
-        own = {k: v for k, v in group.items() if k != "params"}
-        own |= {"lr": own["initial_lr"] * factor} if "initial_lr" in own else {}
-        groups.append({**own, "params": list(range(start, start + len(group["params"])))})
+        settings = {k: v for k, v in group.items() if k != "params"}
+        settings |= {"lr": settings["initial_lr"] * factor} if "initial_lr" in settings else {}
+        groups.append({**settings, "params": list(range(start, start + len(group["params"])))})
         if group["rule"] in ADAM:
-            kept = ("step", *MOMENTS[: 3 if group["amsgrad"] else 2])
+            keys = ("step", *MOMENTS[: 3 if group["amsgrad"] else 2])
             for i, name in zip(groups[-1]["params"], group["param_names"], strict=True):
                 slots = saved["state"].get(numbers.get(name), {})
-                state |= {i: {k: v for k, v in slots.items() if k in kept}} if slots else {}
+                state |= {i: {k: v for k, v in slots.items() if k in keys}} if slots else {}
     again = sorted({group["rule"] for group in groups} - set(ADAM))
     fresh = f"; {', '.join(again)} starts from scratch" if again else ""
     _log.warning("from AdamW's checkpoint: moments of %s of %s parameters%s", len(state), len(numbers), fresh)

@@ -381,8 +381,8 @@ def parse(text: str) -> Policy:
         return _combined(call[1], _split(call[2]), text)
     name, *numbers = text.split(":")
     if name not in POLICIES:
-        known = ", ".join([*POLICIES, *(f"{c}(...)" for c in COMBINATORS)])
-        raise ValueError(f"refresh: no policy {text!r}; known: {known}")
+        names = ", ".join([*POLICIES, *(f"{c}(...)" for c in COMBINATORS)])
+        raise ValueError(f"refresh: no policy {text!r}; known: {names}")
     cls = POLICIES[name]
     hints = typing.get_type_hints(cls)
     names = [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]

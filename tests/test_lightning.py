@@ -180,8 +180,8 @@ def test_automatic_optimization_equals_a_plain_loop(
 
 @pytest.mark.parametrize("run", [{"max_steps": STEPS}, {"max_epochs": 2}, {"max_epochs": 2, "total_steps": STEPS}])
 def test_schedule_has_exact_learning_rates(tmp_path: Path, run: dict[str, int]) -> None:
-    given = {"total_steps": run.pop("total_steps")} if "total_steps" in run else {}
-    net = Net("muon", rest_lr=5e-3, schedule={"schedule": "cosine", "warmup_steps": 3, "min_lr_ratio": 0.1, **given})
+    case = {"total_steps": run.pop("total_steps")} if "total_steps" in run else {}
+    net = Net("muon", rest_lr=5e-3, schedule={"schedule": "cosine", "warmup_steps": 3, "min_lr_ratio": 0.1, **case})
     trainer(tmp_path, **run).fit(net, Rows(STEPS if "max_steps" in run else STEPS // 2))
     main, *rest = zip(*net.lrs, strict=True)
     factors = [cosine(step, 3, STEPS, least=0.1) for step in range(STEPS)]
@@ -220,8 +220,8 @@ def test_momentum_warm_up_is_linear_and_of_the_main_rule(tmp_path: Path) -> None
     assert ours == pytest.approx(WARM, rel=1e-14)
     assert other == pytest.approx([0.85 + 0.05 * min(1, k / 4) for k in range(STEPS)], rel=1e-14)
     assert {betas for group in rest for betas in group} == {(0.9, 0.999)}
-    found = scalars(tmp_path)
-    logged = [found["lr-Muon/muon/hidden-momentum", step][0] for step in range(STEPS)]
+    actual = scalars(tmp_path)
+    logged = [actual["lr-Muon/muon/hidden-momentum", step][0] for step in range(STEPS)]
     assert logged == pytest.approx(WARM, rel=1e-6)
 
     adamw = Net("adamw", schedule={"momentum_warmup_steps": 2, "momentum_start": 0.5}, betas=(0.9, 0.95))
@@ -385,13 +385,13 @@ def test_learning_rate_monitor_names_every_group(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="")
     settings = {"logger": logger, "callbacks": [LearningRateMonitor()], "log_every_n_steps": 1}
     trainer(tmp_path, max_steps=3, **settings).fit(Net("muon", schedule={"warmup_steps": 2}), Rows(3))
-    found = scalars(tmp_path)
+    actual = scalars(tmp_path)
     tags = [f"lr-Muon/{group}" for group in ("muon/hidden", "adamw/embedding", "adamw/head", "adamw/vector")]
-    assert sorted({tag for tag, _ in found if tag.startswith("lr-")}) == sorted(tags)
+    assert sorted({tag for tag, _ in actual if tag.startswith("lr-")}) == sorted(tags)
     expected = {0: 0.5e-2, 1: 1e-2, 2: 1e-2}
     for tag in tags:
         for step, lr in expected.items():
-            assert found[tag, step] == [pytest.approx(lr, rel=1e-6)], (tag, step)  # TensorBoard keeps float32
+            assert actual[tag, step] == [pytest.approx(lr, rel=1e-6)], (tag, step)  # TensorBoard keeps float32
 
 
 @pytest.mark.parametrize("run", [{"max_steps": STEPS}, {"max_epochs": 1}])
@@ -454,12 +454,12 @@ def test_presets_have_the_published_sizes(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(ROOT / "examples")
     import pretrain_lightning as example
 
-    found = {}
+    actual = {}
     for name, preset in example.PRESETS.items():
         with torch.device("meta"):
             model = example.build_model(preset.vocabulary, preset)
-        found[name] = sum(p.numel() for p in model.parameters())
-    assert found == {
+        actual[name] = sum(p.numel() for p in model.parameters())
+    assert actual == {
         "micro": 166_208,
         "tiny": 533_120,
         "small": 12_415_872,
@@ -472,15 +472,15 @@ def test_presets_have_the_published_sizes(monkeypatch: pytest.MonkeyPatch) -> No
     # Table 3 of arXiv:2502.07752: GiB of bfloat16 weights and both moments of Adam
     published = {"60m": 0.32, "130m": 0.75, "350m": 2.05, "1b": 7.48}
     for name, size in published.items():
-        assert found[name] * 3 * 2 / 2**30 == pytest.approx(size, abs=0.01), name
+        assert actual[name] * 3 * 2 / 2**30 == pytest.approx(size, abs=0.01), name
 
 
 def test_optim_args_of_the_example_reach_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     import pretrain_lightning as example
 
-    given = ["--optim", "alice", "--optim_args", "rank=8, leading=4, refresh=fixed:5, switch=False"]
-    monkeypatch.setattr(sys, "argv", ["pretrain_lightning.py", *given])
+    case = ["--optim", "alice", "--optim_args", "rank=8, leading=4, refresh=fixed:5, switch=False"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_lightning.py", *case])
     module = example.Pretraining(example.build_model(64, example.PRESETS["tiny"]), example.arguments())
     groups = module.configure_optimizers()["optimizer"].param_groups
     (matrices,) = [g for g in groups if g["rule"] == "alice"]
@@ -494,13 +494,13 @@ def test_optim_args_of_the_example_reach_the_rule(monkeypatch: pytest.MonkeyPatc
 
 def scalars(directory: Path) -> dict[tuple[str, int], list[float]]:
     """Values of every event file under a directory by tag and step; what a resumed run repeats is there twice."""
-    found = defaultdict(list)
+    actual = defaultdict(list)
     for file in sorted(directory.rglob("events.out.tfevents.*")):
         events = EventAccumulator(str(file)).Reload()
         for tag in events.Tags()["scalars"]:
             for event in events.Scalars(tag):
-                found[tag, event.step].append(event.value)
-    return found
+                actual[tag, event.step].append(event.value)
+    return actual
 
 
 def start(output: Path, *flags: str) -> subprocess.Popen[str]:
@@ -520,22 +520,22 @@ def start(output: Path, *flags: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> str:
     """Its output; it must have succeeded."""
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    return said
+    record, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, record
+    return record
 
 
 def kill_at(process: subprocess.Popen[str], output: Path, step: int) -> Path:
     """End it without warning once a checkpoint is there; returns the checkpoint."""
     deadline = time.monotonic() + 120
-    while not (found := list(output.rglob(f"step={step}.ckpt"))):
+    while not (actual := list(output.rglob(f"step={step}.ckpt"))):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it was faster than its killer: give it more steps"
-    return found[0]
+    return actual[0]
 
 
 def test_example_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
@@ -544,10 +544,10 @@ def test_example_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None
     kill_at(start(broken, "--resume"), broken, 10)
     checkpoint = kill_at(start(broken, "--resume"), broken, 20)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])  # as if killed while writing
-    said, resumed = finish(uninterrupted), finish(start(broken, "--resume"))
+    record, resumed = finish(uninterrupted), finish(start(broken, "--resume"))
     assert "step=10.ckpt" in resumed  # Lightning says what it restores
 
-    expected, found = scalars(straight), scalars(broken)
+    expected, actual = scalars(straight), scalars(broken)
     for tag, steps in {
         "train_loss": range(40),
         "val_loss": (9, 19, 29, 39, 40),
@@ -556,10 +556,10 @@ def test_example_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None
         assert [step for name, step in sorted(expected) if name == tag] == list(steps)
         for step in steps:
             assert len(expected[tag, step]) == 1
-            assert set(found[tag, step]) == set(expected[tag, step]), (tag, step)
+            assert set(actual[tag, step]) == set(expected[tag, step]), (tag, step)
     assert expected["val_loss", 39] == expected["val_loss", 40]  # the last one in training, and the final one
     assert expected["val_loss", 40][0] < expected["val_loss", 9][0]
-    (printed,) = re.findall(r"validation loss: (\d+\.\d{4}) nat", said)
+    (printed,) = re.findall(r"validation loss: (\d+\.\d{4}) nat", record)
     assert float(printed) == pytest.approx(expected["val_loss", 40][0], abs=1e-4)
 
     a, b = (AutoModelForCausalLM.from_pretrained(run / "model") for run in (straight, broken))

@@ -31,14 +31,14 @@ def run(*args: str, cwd: Path = ROOT, **environment: str) -> str:
 
 def imported(path: Path) -> set[str]:
     """Absolute names a file imports, at any depth of its code."""
-    found: set[str] = set()
+    actual: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            actual |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in {path}"
-            found |= {f"{node.module}.{a.name}" for a in node.names} | {str(node.module)}
-    return found
+            actual |= {f"{node.module}.{a.name}" for a in node.names} | {str(node.module)}
+    return actual
 
 
 ALLOWED = {

@@ -64,19 +64,19 @@ def test_fixed_is_the_published_schedule() -> None:
 
 def test_staggered_spreads_the_cost_over_the_steps() -> None:
     costs = (8.0, 1.0, 1.0, 4.0, 4.0, 1.0, 1.0, 8.0)
-    found = dates("staggered:4", 17, costs=costs)
-    for days in found:
+    actual = dates("staggered:4", 17, costs=costs)
+    for days in actual:
         assert {b - a for a, b in zip(days, days[1:], strict=False)} == {4}
     paid = Counter({t: 0.0 for t in range(6, 10)})
-    for cost, days in zip(costs, found, strict=True):
+    for cost, days in zip(costs, actual, strict=True):
         paid.update({t: cost for t in days if 6 <= t < 10})
     assert max(paid.values()) <= max(sum(costs) / 4, *costs)
 
 
 @pytest.mark.parametrize(("count", "interval"), [(7, 3), (12, 4), (3, 10)])
 def test_equal_matrices_are_staggered_as_evenly_as_can_be(count: int, interval: int) -> None:
-    found = dates(f"staggered:{interval}", 1 + 3 * interval, costs=(1.0,) * count)
-    at = Counter(t for days in found for t in days)
+    actual = dates(f"staggered:{interval}", 1 + 3 * interval, costs=(1.0,) * count)
+    at = Counter(t for days in actual for t in days)
     assert max(at.values()) == -(-count // interval) and sum(at.values()) == 3 * count
 
 
@@ -104,10 +104,10 @@ def test_lazy_intervals_grow_where_little_changes_and_shrink_where_much_does() -
 
 def test_time_budget_spends_its_share() -> None:
     steps, share = 400, 0.25
-    found = dates(f"time_budget:{share}:10000", steps, costs=(1.0, 2.0, 1.0), ageing=0.01)
-    spent = sum(c * len(days) for c, days in zip((1.0, 2.0, 1.0), found, strict=True))
+    actual = dates(f"time_budget:{share}:10000", steps, costs=(1.0, 2.0, 1.0), ageing=0.01)
+    spent = sum(c * len(days) for c, days in zip((1.0, 2.0, 1.0), actual, strict=True))
     assert share * steps - 6 <= spent <= share * steps + 1e-9
-    assert all(found)
+    assert all(actual)
 
 
 def test_combinators() -> None:
@@ -185,8 +185,8 @@ def test_staleness_of_a_followed_subspace_is_that_of_the_dense_matrix(name: str)
     b = (whole.T @ a @ whole)[:, :2]  # rank of cosmos, leading columns of alice
     expected = ((b.square().sum() - b.diagonal().square().sum()) / b.square().sum()).sqrt()
     slots = SimpleNamespace(**{k: v[None] for k, v in state.items() if v.ndim == 2})
-    (found,) = rule_of(optimizer.param_groups[0]).staleness(g[None], slots, 6)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    (actual,) = rule_of(optimizer.param_groups[0]).staleness(g[None], slots, 6)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -361,18 +361,18 @@ def test_ranks_decide_alike(pool: Pool, layout: str) -> None:
         assert all(torch.equal(a[k], b[k]) for k in a), f"{policy}: the replicas have different weights"
         if layout == "ddp":
             assert mine == theirs, policy
-            found = mine
+            actual = mine
         else:
             owned = [{name for name, *_ in events} for events in (mine, theirs)]
             assert all(owned) and not owned[0] & owned[1], policy
-            found = mine + theirs
+            actual = mine + theirs
         if policy in UNTIMED and not parse(policy).compares:  # the overlap of a first basis hangs on the last bit
-            assert sorted(found) == sorted(expected[policy][0]), policy
-        days = [t for _, t, reason in found if t > 1]
-        matrices = len({name for name, *_ in found})
+            assert sorted(actual) == sorted(expected[policy][0]), policy
+        days = [t for _, t, reason in actual if t > 1]
+        matrices = len({name for name, *_ in actual})
         assert matrices == 6 and 0 < len(days) < 11 * matrices, f"{policy} does not decide"
         if policy in TIMED:
-            assert "budget" in {reason for *_, reason in found}, policy
+            assert "budget" in {reason for *_, reason in actual}, policy
 
 
 @pytest.mark.dist

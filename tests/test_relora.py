@@ -113,10 +113,10 @@ def test_a_share_of_the_state_stays(by: Any, ours: bool) -> None:
     relora.merge()
     for p in trained:
         state = optimizer.state[p]
-        kept = state["exp_avg_sq"] != 0
-        assert kept.sum() == p.numel() // 4 and torch.equal(kept, state["exp_avg"] != 0) and state["step"] == 3
-        assert torch.equal(state["exp_avg"][kept], old[p]["exp_avg"][kept])
-        least, most = old[p]["exp_avg"][kept].abs().min(), old[p]["exp_avg"][~kept].abs().max()
+        snapshot = state["exp_avg_sq"] != 0
+        assert snapshot.sum() == p.numel() // 4 and torch.equal(snapshot, state["exp_avg"] != 0) and state["step"] == 3
+        assert torch.equal(state["exp_avg"][snapshot], old[p]["exp_avg"][snapshot])
+        least, most = old[p]["exp_avg"][snapshot].abs().min(), old[p]["exp_avg"][~snapshot].abs().max()
         assert (least >= most) == (by == "magnitude")
     train(model, optimizer, range(3, 5))
 

@@ -44,8 +44,8 @@ def test_power_cooldown_is_its_formula_in_every_role() -> None:
     curve = {"schedule": "power", "horizon": 12, "cooldown": 8, "power": 1.2}
     optimizer = build_optimizer(model(), "muon", lr=0.1, schedule=curve, overrides=ROLES)
     names = [g["name"] for g in optimizer.param_groups]
-    found = rates(optimizer, ScheduleLR(optimizer), 10)
-    for t, lrs in enumerate(found):
+    actual = rates(optimizer, ScheduleLR(optimizer), 10)
+    for t, lrs in enumerate(actual):
         common = 0.1 * power(t, 12, 8, 1.2)
         expected = {"muon/hidden": common, "adamw/vector": common, "adamw/head": common}
         expected["adamw/embedding"] = 0.5 * power(t, 12, 3, 1.2, 0.1)
@@ -76,13 +76,13 @@ def test_power_one_is_the_linear_cooldown() -> None:
 def test_momentum_rises_and_falls() -> None:
     settings = {"momentum_warmup_steps": 4, "momentum_cooldown_steps": 2, "horizon": 10, "schedule": "power"}
     optimizer = build_optimizer(model(), "muon", lr=0.1, schedule=settings)
-    scheduler, found = ScheduleLR(optimizer), []
+    scheduler, actual = ScheduleLR(optimizer), []
     for _ in range(12):
-        found.append(optimizer.param_groups[0]["momentum"])
+        actual.append(optimizer.param_groups[0]["momentum"])
         optimizer.step()
         scheduler.step()
     rise = [0.85 + 0.1 * k / 4 for k in range(4)]
-    assert found == pytest.approx([*rise, 0.95, 0.95, 0.95, 0.95, 0.95, 0.9, 0.85, 0.85])
+    assert actual == pytest.approx([*rise, 0.95, 0.95, 0.95, 0.95, 0.95, 0.9, 0.85, 0.85])
     assert optimizer.param_groups[1]["betas"] == (0.9, 0.999)
     torch.save(scheduler.state_dict(), buffer := __import__("io").BytesIO())
     buffer.seek(0)
@@ -108,10 +108,10 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "said"), ERRORS, ids=str)
-def test_what_a_schedule_cannot_be(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        build_optimizer(model(), "adamw", lr=0.1, schedule=given)
+@pytest.mark.parametrize(("case", "record"), ERRORS, ids=str)
+def test_what_a_schedule_cannot_be(case: dict[str, Any], record: str) -> None:
+    with pytest.raises(ValueError, match=record):
+        build_optimizer(model(), "adamw", lr=0.1, schedule=case)
 
 
 def test_a_schedule_needs_a_curve_and_a_length() -> None:
@@ -191,9 +191,9 @@ def test_the_momentum_of_every_group_cycles(name: str, settings: dict[str, Any],
     has_none = [momentum_of(g) is None for g in optimizer.param_groups]
     keys = [set(g) for g in optimizer.param_groups]
     words = [g.get("momentum") for g in optimizer.param_groups if g["rule"] == "cosmos"]
-    found = cycled(optimizer, cycle, prepare=train(net))
+    actual = cycled(optimizer, cycle, prepare=train(net))
     for t, [(lr, momentum)] in enumerate(of_torch(cycle)):
-        assert found[t] == [(lr, None if none else momentum) for none in has_none]
+        assert actual[t] == [(lr, None if none else momentum) for none in has_none]
     scheduled = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
     assert [set(g) - scheduled for g in optimizer.param_groups] == keys  # no dead setting beside the rule's own
     assert [g.get("momentum") for g in optimizer.param_groups if g["rule"] == "cosmos"] == words
@@ -244,13 +244,13 @@ def test_defaults_of_one_rule_are_not_anothers() -> None:
 
 def test_a_momentum_under_the_other_name_is_refused_in_a_new_group() -> None:
     p = Parameter(torch.zeros(3, 3))
-    for rule, given, said in (
+    for rule, case, record in (
         ("adamw", {"momentum": 0.5}, "adamw has no setting 'momentum'; its momentum is the first of 'betas'"),
         ("muon", {"betas": (0.5, 0.9)}, "muon has no setting 'betas'; its momentum is 'momentum'"),
         ("racs", {"momentum": 0.5}, "racs has no setting 'momentum'; it has no momentum"),
     ):
-        with pytest.raises(ValueError, match=said):
-            RuleOptimizer([{"params": [p], "rule": rule, **given}])
+        with pytest.raises(ValueError, match=record):
+            RuleOptimizer([{"params": [p], "rule": rule, **case}])
 
 
 def test_a_dead_momentum_of_an_old_checkpoint_is_left_out() -> None:

@@ -23,7 +23,7 @@ def modules() -> dict[str, Path]:
     return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
 
 
-def imports(path: Path, known: dict[str, Path]) -> set[str]:
+def imports(path: Path, reference_names: dict[str, Path]) -> set[str]:
     """The modules that a file imports, at any depth of its code and for types alone as well."""
     out: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -31,13 +31,13 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
             out |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             inner = [f"{node.module}.{a.name}" for a in node.names]
-            out |= {name if name in known else str(node.module) for name in inner}
-    return {name for name in out if name in known}
+            out |= {name if name in reference_names else str(node.module) for name in inner}
+    return {name for name in out if name in reference_names}
 
 
 def test_no_import_circle() -> None:
-    known = modules()
-    graph = {name: imports(path, known) - {name} for name, path in known.items()}
+    reference_names = modules()
+    graph = {name: imports(path, reference_names) - {name} for name, path in reference_names.items()}
     assert len(graph) > 150
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 

@@ -85,12 +85,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=22, help="of each optimizer (default %(default)s)")
     args = parser.parse_args()
     names = ("adamw", "sophia_g", "sophia_h", "kfac")
-    found = {name: run(name, args.preset, args.rows, args.steps) for name in names}
-    base = found["adamw"].plain
+    actual = {name: run(name, args.preset, args.rows, args.steps) for name in names}
+    base = actual["adamw"].plain
     print(f"{args.preset}, {args.rows} rows, {torch.get_num_threads()} threads; measured every 10 steps")
     print("| optimizer | plain step | measurement | decomposition | mean step | over AdamW | share of measurements |")
     print("|---|---|---|---|---|---|---|")
-    for name, c in found.items():
+    for name, c in actual.items():
         mean = c.plain + c.measured / 10 + c.decomposed / 100
         share = c.measurement / 10 / mean
         print(

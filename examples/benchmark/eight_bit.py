@@ -104,16 +104,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=8, help="default %(default)s")
     args = parser.parse_args()
-    found, (exact, *rest) = contenders(), contenders()
+    actual, (exact, *rest) = contenders(), contenders()
     print("| workload | " + " | ".join(rest) + " |")
     print("|---" * (len(rest) + 1) + "|")
     size: dict[str, float] = {}
     for workload, (gradient, steps) in WORKLOADS.items():
         errors: dict[str, list[float]] = {name: [] for name in rest}
         for seed in range(args.seeds):
-            truth, _ = displaced(found[exact], gradient, steps, seed)
+            truth, _ = displaced(actual[exact], gradient, steps, seed)
             for name in rest:
-                moved, size[name] = displaced(found[name], gradient, steps, seed)
+                moved, size[name] = displaced(actual[name], gradient, steps, seed)
                 errors[name].append(((moved - truth).norm() / truth.norm()).item())
         means = [torch.tensor(errors[name]) for name in rest]
         print(f"| {workload} | " + " | ".join(f"{x.mean():.4f} ± {x.std():.4f}" for x in means) + " |")

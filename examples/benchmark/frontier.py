@@ -143,9 +143,12 @@ def preset(name: str, rule: str, lr: float, adds: str) -> tuple[Entry, Entry]:
             out["averaging"] |= {"tail_ema": tail_ema(steps)} if name == "record46" else {}
         return out
 
-    said, base = "its numbers of steps in proportion, the embedding's rate that of all others", rule.removeprefix("kl_")
+    warned_record, base = (
+        "its numbers of steps in proportion, the embedding's rate that of all others",
+        rule.removeprefix("kl_"),
+    )
     return (
-        Entry(f"fitted {name}", said, rule, lr, fitted, base),
+        Entry(f"fitted {name}", warned_record, rule, lr, fitted, base),
         Entry(f"preset {name}", adds, rule, lr, always(preset=name), base),
     )
 
@@ -242,18 +245,18 @@ class Frontier:
         if not self.ledger.done(wanted, label):
             if time.monotonic() > self.end:
                 return None
-            found = execute(wanted, self.workspace)
-            self.ledger.append({key: found[key] for key in KEPT} | {"why": [label]})
+            actual = execute(wanted, self.workspace)
+            self.ledger.append({key: actual[key] for key in KEPT} | {"why": [label]})
         return self.ledger.lines[wanted.key]
 
     def loss(self, entry: Entry, lr: float, at: float, seed: int) -> float | None:
         """Its last loss; infinite where it diverged."""
-        known = wanted if (wanted := trial(entry, lr, at, seed)) in self.ledger else None
+        names = wanted if (wanted := trial(entry, lr, at, seed)) in self.ledger else None
         line = self.line(wanted, entry.label)
         if line is None:
             return None
         loss = line["final"]["loss"] if line["final"] else math.inf
-        if known is None:
+        if names is None:
             print(f"{entry.label:32} lr {lr:<9.3g} steps {line['steps']:<4} seed {seed}: {loss:.4f}", flush=True)
         return loss
 
@@ -270,13 +273,13 @@ class Frontier:
 
     def target(self) -> tuple[Entry, float, list[float]] | None:
         """The best AdamW, its rate, and its last loss on every seed."""
-        found = []
+        actual = []
         for entry in ADAMW:
             if (losses := self.rates(entry, 1.0)) is None:
                 return None
             rate = best_of(losses)
-            found.append((losses[rate], entry, rate))
-        _, entry, rate = min(found, key=lambda x: x[0])
+            actual.append((losses[rate], entry, rate))
+        _, entry, rate = min(actual, key=lambda x: x[0])
         over = [self.loss(entry, rate, 1.0, seed) for seed in SEEDS]
         return None if None in over else (entry, rate, [x for x in over if x is not None])
 
@@ -303,7 +306,7 @@ class Frontier:
         Returns:
             False if the time was up.
         """
-        if (found := self.target()) is None:
+        if (actual := self.target()) is None:
             return False
         (k, n), places = shard, {label: i for i, label in enumerate(FIRST)}
         order = sorted(ENTRIES[len(ADAMW) :], key=lambda entry: places.get(entry.label, len(FIRST)))
@@ -313,7 +316,7 @@ class Frontier:
                 best = best_of(losses) if losses else 0.0
                 over = [self.loss(entry, best, TUNED_AT, seed) for seed in SEEDS] if losses else [None]
                 whole = again or entry.label in FIRST[:3]
-                if None in over or (whole and self.lengths(entry, best, found[2]) is None):
+                if None in over or (whole and self.lengths(entry, best, actual[2]) is None):
                     return False
         return True
 
@@ -351,22 +354,22 @@ class Row:
         if len(self.lengths) == 1 and like is not self:
             pairs = zip(target, self.lengths[TUNED_AT], like.lengths[TUNED_AT], strict=True)
             return like.steps_to([y - (mine - its) for y, mine, its in pairs], like)[0], False
-        known, out = sorted(self.lengths), []
+        names, out = sorted(self.lengths), []
         for i, y in enumerate(target):
-            below = [k for k, at in enumerate(known) if self.lengths[at][i] <= y]
-            k = max(1, below[0] if below else len(known) - 1)
-            short, long = known[k - 1], known[k]
+            below = [k for k, at in enumerate(names) if self.lengths[at][i] <= y]
+            k = max(1, below[0] if below else len(names) - 1)
+            short, long = names[k - 1], names[k]
             a, b = self.lengths[short][i], self.lengths[long][i]
             out.append(short * (long / short) ** ((a - y) / (a - b)))
-        return out, all(known[0] <= x <= known[-1] for x in out)
+        return out, all(names[0] <= x <= names[-1] for x in out)
 
 
 def take_rows(record: Frontier) -> tuple[list[float], list[Row]]:
     """AdamW's last losses, and all entries that ran on all seeds, AdamW first."""
-    found = record.target()
-    if found is None:
+    actual = record.target()
+    if actual is None:
         return [], []
-    baseline, _, target = found
+    baseline, _, target = actual
     rows = [Row(baseline, record.rates(baseline, 1.0) or {}, {1.0: target})]
     for entry in ENTRIES[len(ADAMW) :]:
         rates = record.rates(entry, TUNED_AT)
@@ -396,12 +399,12 @@ def page_of(record: Frontier) -> str:
     like = by_label.get("soap_muon")
     if like is None or len(like.lengths) < 2:
         return "not measured: soap_muon over lengths\n"
-    found = {label: row.steps_to(target, like) for label, row in by_label.items()}
-    found["adamw"] = [1.0] * len(SEEDS), True
+    actual = {label: row.steps_to(target, like) for label, row in by_label.items()}
+    actual["adamw"] = [1.0] * len(SEEDS), True
     cells = []
     for row in rows[1:]:
-        ratios, inside = found[row.entry.label]
-        base = found.get(row.entry.base)
+        ratios, inside = actual[row.entry.label]
+        base = actual.get(row.entry.base)
         saved = verdict([a - b for a, b in zip(ratios, base[0], strict=True)]) if base else "-"
         cells.append([
             row.entry.label,
@@ -414,7 +417,7 @@ def page_of(record: Frontier) -> str:
     lines = [line for line in record.ledger if "time" in line]
     hours = sum(line["time"]["cpu_seconds"] for line in lines) / 3600
     tried = {entry: record.rates(entry, 1.0) or {} for entry in ADAMW}
-    left = [entry.label for entry in ENTRIES[len(ADAMW) :] if entry.label not in found]
+    left = [entry.label for entry in ENTRIES[len(ADAMW) :] if entry.label not in actual]
     head = ["entry", "what it is or adds", "lr", f"loss after {round(TUNED_AT * STEPS)} steps"]
     return markdown([
         Heading("Steps to AdamW's loss: rules, presets and pieces of the frontier", 1),

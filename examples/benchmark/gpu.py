@@ -199,15 +199,15 @@ def newton_schulz(bench: Bench) -> Iterator[Row]:
                 calls[f"symmetric, tiles {t}"] = lambda x=x, t=t: symmetric.iterate(x, 5, orthogonal.QUINTIC, t)
         plain = calls["ours"]()
         for form, (alone, queued) in bench.turns(calls).items():
-            found = calls[form]()
+            actual = calls[form]()
             operations = b * PRODUCTS["muon"][0].operations(s, long, 0)
             yield {
                 "stack": f"{b} x {s} x {long}",
                 "form": form,
                 "share of products": operations / queued / rate,
                 "alone / queued": alone / queued,
-                "error": float((found[:1].double() - exact).norm() / exact.norm()),
-                "equals ours": torch.equal(found, plain),
+                "error": float((actual[:1].double() - exact).norm() / exact.norm()),
+                "equals ours": torch.equal(actual, plain),
             }
 
 
@@ -284,11 +284,11 @@ def steps(bench: Bench) -> Iterator[Row]:
             optimizer.step()
         spent[name] = statistics.fmean(bench.time(optimizer.step)[1] for _ in range(2 * INTERVAL))
         del optimizer
-    for name, own in spent.items():
-        row: Row = {"optimizer": name, "step / AdamW's": own / spent["adamw"]}
+    for name, mine in spent.items():
+        row: Row = {"optimizer": name, "step / AdamW's": mine / spent["adamw"]}
         for paper, tokens in BATCHES.items():
-            row[f"share at {tokens} tokens ({paper})"] = own / (own + token * tokens)
-            row[f"throughput at {tokens}"] = (spent["adamw"] + token * tokens) / (own + token * tokens)
+            row[f"share at {tokens} tokens ({paper})"] = mine / (mine + token * tokens)
+            row[f"throughput at {tokens}"] = (spent["adamw"] + token * tokens) / (mine + token * tokens)
         if name == "muon":
             row["T m / B (Jordan et al. 2024)"] = 5 * preset.width / BATCHES["Muon"]
         yield row
@@ -322,14 +322,14 @@ def memory(bench: Bench) -> Iterator[Row]:
         bench.sync()
         before = torch.cuda.memory_allocated()
         optimizer.step()
-        kept = torch.cuda.memory_allocated() - before
+        snapshot = torch.cuda.memory_allocated() - before
         torch.cuda.reset_peak_memory_stats()
         optimizer.step()
         predicted = predicted_state(optimizer) or 0
-        temporary = torch.cuda.max_memory_allocated() - before - kept
+        temporary = torch.cuda.max_memory_allocated() - before - snapshot
         yield {
             "optimizer": name,
-            "kept / predicted": kept / predicted if predicted else math.nan,
+            "kept / predicted": snapshot / predicted if predicted else math.nan,
             "temporary MiB": temporary / 2**20,
         }
 

@@ -43,8 +43,8 @@ def _beside_adamw(package: str, name: str, interval: str = "", **settings: Any) 
     """One optimizer over the matrices, torch's fused AdamW over the rest."""
 
     def build(matrices: list[Parameter], rest: list[Parameter], every: int) -> Optimizers:
-        given = {**settings, **({interval: every} if interval else {})}
-        out = [getattr(_package(package), name)(matrices, lr=LR, **given)]
+        case = {**settings, **({interval: every} if interval else {})}
+        out = [getattr(_package(package), name)(matrices, lr=LR, **case)]
         return [*out, torch.optim.AdamW(rest, lr=LR, fused=True)] if rest else out
 
     return build
@@ -64,8 +64,8 @@ def _flagged(name: str) -> Build:
     """An optimizer of pytorch_optimizer that has an AdamW inside and is told by groups which matrices are its own."""
 
     def build(matrices: list[Parameter], rest: list[Parameter], _: int) -> Optimizers:
-        own = [getattr(_package("pytorch_optimizer"), name)([{"params": matrices, "use_muon": True}], lr=LR)]
-        return [*own, torch.optim.AdamW(rest, lr=LR, fused=True)] if rest else own
+        ours = [getattr(_package("pytorch_optimizer"), name)([{"params": matrices, "use_muon": True}], lr=LR)]
+        return [*ours, torch.optim.AdamW(rest, lr=LR, fused=True)] if rest else ours
 
     return build
 
@@ -163,15 +163,15 @@ def peers(name: str) -> dict[str, Build]:
     Returns:
         Builders by package.
     """
-    found = {}
+    actual = {}
     for package, build in known(name).items():
         module = package.split()[0]
         try:
             _package({"torch": "torch.optim"}.get(module, module))
         except ImportError:
             continue
-        found[package] = build
-    return found
+        actual[package] = build
+    return actual
 
 
 def known(name: str) -> dict[str, Build]:

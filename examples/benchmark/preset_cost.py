@@ -66,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     s = parser.parse_args(argv)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    known = {name: preset.rule for name, preset in PRESETS.items() if preset.rule in REGISTRY}
+    names = {name: preset.rule for name, preset in PRESETS.items() if preset.rule in REGISTRY}
     made: dict[str, tuple[nn.Module, RuleOptimizer]] = {}
-    for label in ("muon", "soap", "soap, every step", *known):
+    for label in ("muon", "soap", "soap, every step", *names):
         model = blocks(s.width, s.layers, s.vocabulary, s.device)
-        if label in known:
+        if label in names:
             averages = {k: {**v, "start": 0} for k, v in PRESETS[label].settings.get("averaging", {}).items()}
-            optimizer = build_optimizer(model, known[label], preset=label, averaging=averages)
+            optimizer = build_optimizer(model, names[label], preset=label, averaging=averages)
             optimizer.total_steps = 1000  # all averages are at work in the first steps of so many
         else:
             settings: dict[str, Any] = {"refresh": "fixed:1"} if "," in label else {}
@@ -88,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{s.layers} layers of width {s.width}, vocabulary {s.vocabulary}, {s.device}")
     print("| optimizer | step / muon | state bytes per weight |\n|---|---|---|")
     for label, (model, optimizer) in made.items():
-        held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+        content = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
         size = sum(p.numel() for p in model.parameters())
-        print(f"| {label} | {statistics.median(times[label]) / base:.2f} | {held / size:.2f} |")
+        print(f"| {label} | {statistics.median(times[label]) / base:.2f} | {content / size:.2f} |")
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def floor(name: str, rule: Rule, matrices: Shapes, rest: Shapes, fused: float, r
         shaped = rule.state_specs(*shape)
         moved = 12 + 2 * sum(4 * math.prod(x.shape(*shape)) for x in shaped.values()) / math.prod(shape)
     moved = 16 if VARIANTS.get(name, {}).get("state_storage") in NARROW else moved
-    seconds, said = fused * moved * sum(map(math.prod, matrices)), f"{moved:.0f} B"
+    seconds, record = fused * moved * sum(map(math.prod, matrices)), f"{moved:.0f} B"
     if rule.name in PRODUCTS:
         rank, products, parts = getattr(rule, "rank", 0), 0.0, []
         for dtype, operations, formula in PRODUCTS[rule.name]:
@@ -211,8 +211,8 @@ def floor(name: str, rule: Rule, matrices: Shapes, rest: Shapes, fused: float, r
             products += done / (rates.bfloat16 if dtype == torch.bfloat16 else rates.float32)
             parts.append(f"{done / 1e9:.3g} GFLOP: {formula}, {str(dtype).removeprefix('torch.')}")
         if products > seconds:
-            seconds, said = products, " + ".join(parts)
-    return seconds + fused * 28 * sum(map(math.prod, rest)), said + (" + AdamW of the rest" if rest else "")
+            seconds, record = products, " + ".join(parts)
+    return seconds + fused * 28 * sum(map(math.prod, rest)), record + (" + AdamW of the rest" if rest else "")
 
 
 # -- contenders -------------------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ def ours(name: str, matrices: list[Parameter], rest: list[Parameter], **settings
     Returns:
         The optimizer.
     """
-    given = {"rule": name.partition("-")[0], "lr": LR, **VARIANTS.get(name, {}), **settings}
-    groups = [{"params": matrices, **given}, {"params": rest, "rule": "adamw", "lr": LR}]
+    case = {"rule": name.partition("-")[0], "lr": LR, **VARIANTS.get(name, {}), **settings}
+    groups = [{"params": matrices, **case}, {"params": rest, "rule": "adamw", "lr": LR}]
     return RuleOptimizer([group for group in groups if group["params"]])
 
 
@@ -311,8 +311,8 @@ def temporary_bytes(optimizer: torch.optim.Optimizer) -> int:
         optimizer.step()
     inner = profile.profiler
     assert inner is not None and inner.kineto_results is not None
-    found: list[Any] = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
-    events = sorted((e.start_ns(), e.nbytes()) for e in found)
+    actual: list[Any] = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
+    events = sorted((e.start_ns(), e.nbytes()) for e in actual)
     level = highest = 0
     for _, change in events:
         level += change
@@ -345,18 +345,18 @@ def measure(name: str, shapes: str, threads: int, rounds: int, *, alone: bool = 
         show(optimizer, plain, matrices, grads)
     contenders: dict[str, Sequence[torch.optim.Optimizer]] = {f"ours {p}".strip(): [x] for p, x in made.items()}
     contenders["fused AdamW"] = [torch.optim.AdamW(params, lr=LR, fused=True)]
-    found = {} if alone else peers(name)
-    for package, build in found.items():
+    actual = {} if alone else peers(name)
+    for package, build in actual.items():
         contenders[package] = build(matrices, rest, INTERVAL)
     steps = 1 + 2 * INTERVAL if plain.preconditioners else 2 + rounds
     taken, failed = take_turns(contenders, params, grads, steps, clock_of(threads))
     optimizer = made[policies[0]]
     count, mine = sum(p.numel() for p in params), sum(p.numel() for p in matrices)
-    kept = sum(t.nbytes for p in matrices for t in optimizer.state[p].values())
+    snapshot = sum(t.nbytes for p in matrices for t in optimizer.state[p].values())
     rates = Rates(matmul_rate(torch.bfloat16), matmul_rate(torch.float32))
     fused = statistics.median(taken["fused AdamW"][2:])
-    own, left = ([tuple(p.shape) for p in part] for part in (matrices, rest))
-    seconds, said = floor(name, plain, own, left, fused / (28 * count), rates)
+    this, left = ([tuple(p.shape) for p in part] for part in (matrices, rest))
+    seconds, record = floor(name, plain, this, left, fused / (28 * count), rates)
     return {
         "optim": name,
         "shapes": shapes,
@@ -364,11 +364,11 @@ def measure(name: str, shapes: str, threads: int, rounds: int, *, alone: bool = 
         "torch": torch.__version__,
         "parameters": count,
         "floor": seconds,
-        "counted": said,
-        "state": kept / mine,
+        "counted": record,
+        "state": snapshot / mine,
         "temporary": temporary_bytes(optimizer),
         "rates": rates._asdict(),
-        "missing": [] if alone else [package for package in known(name) if package not in found],
+        "missing": [] if alone else [package for package in known(name) if package not in actual],
         "failed": failed,
         "seconds": taken,
     }

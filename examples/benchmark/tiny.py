@@ -57,8 +57,8 @@ def main() -> None:
     args = parser.parse_args()
     for optim in args.optim:
         with tempfile.TemporaryDirectory() as directory:
-            found = run(optim, args.optim_args, args.learning_rate, directory)
-        line = json.dumps(found)
+            actual = run(optim, args.optim_args, args.learning_rate, directory)
+        line = json.dumps(actual)
         print(line, flush=True)
         with args.output.open("a") as file:
             file.write(line + "\n")

@@ -50,9 +50,9 @@ def steps(rank: int, world: int, store: str, args: argparse.Namespace, results: 
         sent: list[int] = []
         exchange = dist.all_to_all_single
 
-        def counting(output: Tensor, given: Tensor, into: Any, out: list[int], **kwargs: Any) -> Any:
-            sent.append((given.numel() - out[rank]) * given.itemsize)  # noqa: B023
-            return exchange(output, given, into, out, **kwargs)  # noqa: B023
+        def counting(output: Tensor, settings: Tensor, into: Any, out: list[int], **kwargs: Any) -> Any:
+            sent.append((settings.numel() - out[rank]) * settings.itemsize)  # noqa: B023
+            return exchange(output, settings, into, out, **kwargs)  # noqa: B023
 
         dist.all_to_all_single = counting
         seconds = []
@@ -97,8 +97,8 @@ def main() -> None:
             one = results[name, 1, 0][0]
             two = max(results[name, 2, r][0] for r in range(2))
             sent, price = zip(*(results[name, 2, r][1:] for r in range(2)), strict=True)
-            said = "equal" if sent == price else "different"
-            row = f"{1e3 * one:.0f} | {1e3 * two:.0f} | {two / one:.2f} | {max(sent):,} | {max(price):,} | {said} |"
+            record = "equal" if sent == price else "different"
+            row = f"{1e3 * one:.0f} | {1e3 * two:.0f} | {two / one:.2f} | {max(sent):,} | {max(price):,} | {record} |"
             print(f"| {name} | {row}")
 
 

@@ -115,7 +115,7 @@ def blocks(
 
 def measure(model: LlamaForCausalLM, batch: Tensor, v: dict[str, Tensor] | None, seed: int) -> dict[str, Any]:
     """Shares of every matrix, by kind; and tau and r of neurons where v is known."""
-    found: dict[str, Any] = {"shares": defaultdict(list), "blocks": defaultdict(list)}
+    actual: dict[str, Any] = {"shares": defaultdict(list), "blocks": defaultdict(list)}
     made = torch.Generator().manual_seed(seed)
     heads = model.config.num_attention_heads
 
@@ -126,13 +126,13 @@ def measure(model: LlamaForCausalLM, batch: Tensor, v: dict[str, Tensor] | None,
         for name, p in model.named_parameters():
             kind = name.split(".")[-2]
             if kind in KINDS:
-                found["shares"][kind].append(shares(p, loss, heads if kind in HEADS else None, made))
+                actual["shares"][kind].append(shares(p, loss, heads if kind in HEADS else None, made))
         model.double()  # condition numbers of 1e6 and more
         for name, p in model.named_parameters():
             kind = name.split(".")[-2]
             if kind in KINDS and v is not None:
-                found["blocks"][kind] += blocks(p, v[name], loss, made)
-    return found
+                actual["blocks"][kind] += blocks(p, v[name], loss, made)
+    return actual
 
 
 def quadratics(seed: int, d: int = 50, kappa: float = 500.0, samples: int = 200) -> list[tuple[float, float]]:
@@ -157,9 +157,9 @@ def spearman(pairs: Sequence[Sequence[float]]) -> float:
 
 def scatter(points: dict[str, list[tuple[float, float]]], title: str) -> figures.Picture:
     """The log10 of r over tau."""
-    x = sorted({p[0] for own in points.values() for p in own})
+    x = sorted({p[0] for ours in points.values() for p in ours})
     nan = float("nan")
-    ys = {k: [dict((p[0], p[1]) for p in own).get(t, nan) for t in x] for k, own in points.items()}
+    ys = {k: [dict((p[0], p[1]) for p in ours).get(t, nan) for t in x] for k, ours in points.items()}
     return figures.curves(x, ys, title, across="tau: dominance of the diagonal", up="r", scale="log", joined=False)
 
 
@@ -184,22 +184,22 @@ def report(results: list[dict[str, Any]], output: Path) -> None:
         picture = figures.heat_map(rows, title, rows=KINDS, columns=columns, **settings)
         Image.fromarray(picture).save(output / f"blocks_{when}.png", optimize=True)
     points = {k: [b for r in results for b in r["end"]["blocks"][k]] for k in KINDS}
-    everything = [b for own in points.values() for b in own]
-    for k, own in [*points.items(), ("all", everything)]:
-        means = [sum(p[i] for p in own) / len(own) for i in (0, 3)]
-        helped = sum(p[1] < 1 for p in own) / len(own)
-        kappa, r = (sorted(p[i] for p in own)[len(own) // 2] for i in (2, 1))
+    everything = [b for ours in points.values() for b in ours]
+    for k, ours in [*points.items(), ("all", everything)]:
+        means = [sum(p[i] for p in ours) / len(ours) for i in (0, 3)]
+        helped = sum(p[1] < 1 for p in ours) / len(ours)
+        kappa, r = (sorted(p[i] for p in ours)[len(ours) // 2] for i in (2, 1))
         text += [
-            f"{k}: {len(own)} neurons, tau {means[0]:.3f}, median kappa {kappa:.3g}, median r {r:.3g}, "
-            f"r < 1 in {helped:.0%}, {means[1]:.0%} negative eigenvalues, rank correlation {spearman(own):.2f}"
+            f"{k}: {len(ours)} neurons, tau {means[0]:.3f}, median kappa {kappa:.3g}, median r {r:.3g}, "
+            f"r < 1 in {helped:.0%}, {means[1]:.0%} negative eigenvalues, rank correlation {spearman(ours):.2f}"
         ]
-    each = [spearman([b for own in r["end"]["blocks"].values() for b in own]) for r in results]
+    each = [spearman([b for ours in r["end"]["blocks"].values() for b in ours]) for r in results]
     text += [f"rank correlation of r and tau by seed: {', '.join(f'{x:.2f}' for x in each)}"]
     title = "Adam's effect on the condition number, single neurons of trained models"
-    Image.fromarray(scatter({k: [p[:2] for p in own] for k, own in points.items()}, title)).save(output / "r_tau.png")
+    Image.fromarray(scatter({k: [p[:2] for p in ours] for k, ours in points.items()}, title)).save(output / "r_tau.png")
     synthetic = {f"seed {r['seed']}": quadratics(r["seed"]) for r in results}
-    own = ", ".join(f"{spearman(x):.2f}" for x in synthetic.values())
-    text += [f"random quadratics: rank correlation by seed {own}"]
+    ours = ", ".join(f"{spearman(x):.2f}" for x in synthetic.values())
+    text += [f"random quadratics: rank correlation by seed {ours}"]
     title = "Adam's effect on the condition number, random quadratics (d = 50, kappa = 500)"
     Image.fromarray(scatter(synthetic, title)).save(output / "r_tau_quadratics.png")
     (output / "structure.txt").write_text("\n".join(text) + "\n")
@@ -225,10 +225,10 @@ def main() -> None:
         torch.manual_seed(seed)
         start = measure(build_model(len(tokenizer), preset), batch, None, seed)
         end = measure(LlamaForCausalLM.from_pretrained(output / "model"), batch, second_moments(output), seed)
-        found = {"seed": seed, "start": start, "end": end}
-        (output / "structure.json").write_text(json.dumps(found))
-    found = sorted(args.output_dir.glob("*/structure.json"))
-    report([json.loads(path.read_text()) for path in found], args.output_dir)
+        actual = {"seed": seed, "start": start, "end": end}
+        (output / "structure.json").write_text(json.dumps(actual))
+    actual = sorted(args.output_dir.glob("*/structure.json"))
+    report([json.loads(path.read_text()) for path in actual], args.output_dir)
 
 
 if __name__ == "__main__":

@@ -40,11 +40,11 @@ def main() -> None:
     for path in sorted(log.glob("rank-*.npz")):
         with np.load(path) as arrays:
             table, columns = arrays["values"], [str(c) for c in arrays["columns"]]
-        known = table[~np.isnan(table[:, columns.index("cosine@1")])]
-        if len(known):
+        names = table[~np.isnan(table[:, columns.index("cosine@1")])]
+        if len(names):
             steps.append(int(path.stem.split("-")[1]) + 1)
-            cosines.append([np.nanmean(known[:, i]) for i, c in enumerate(columns) if c.startswith("cosine@")])
-            overlaps.append(known[:, columns.index("overlap")])
+            cosines.append([np.nanmean(names[:, i]) for i, c in enumerate(columns) if c.startswith("cosine@")])
+            overlaps.append(names[:, columns.index("overlap")])
     title = f"SOAP: |cosine| of an eigenvector with itself one measurement before, mean of {len(overlaps[0])} matrices"
     picture = figures.heat_map(
         np.array(cosines).T,

@@ -110,10 +110,10 @@ def _speed_up(name: str) -> Measure:
         study = _pretraining(studies, name, BASELINE)
         if study is None:
             return None
-        found = study.to_target(name, "tokens")
-        reached = [1 / x for x in found if x]
-        if len(reached) < len(found):
-            return f"AdamW's last loss is not reached on {len(found) - len(reached)} of {len(found)} seeds"
+        entries = study.to_target(name, "tokens")
+        reached = [1 / x for x in entries if x]
+        if len(reached) < len(entries):
+            return f"AdamW's last loss is not reached on {len(entries) - len(reached)} of {len(entries)} seeds"
         return f"{mean_with_error(reached)} times fewer tokens to AdamW's last loss, over {len(reached)} seed(s)"
 
     return measure
@@ -135,13 +135,13 @@ def _losses(*names: str) -> Measure:
 def _ablation(name: str, *optimizers: str) -> Measure:
     def measure(studies: Sequence[Study], variants: Sequence[Variant]) -> str | None:
         del studies
-        found: dict[tuple[Setup, str], list[Variant]] = {}
+        entries: dict[tuple[Setup, str], list[Variant]] = {}
         for v in variants:
             if v.ablation == name and v.optimizer in optimizers and v.loss:
-                found.setdefault((v.setup, v.optimizer), []).append(v)
+                entries.setdefault((v.setup, v.optimizer), []).append(v)
         told = [
             f"{optimizer}: " + ", ".join(f"{v.label} {math.exp(v.loss.mean):.2f}" for v in forms if v.loss)
-            for (_, optimizer), forms in found.items()
+            for (_, optimizer), forms in entries.items()
         ]
         return "; ".join(told) or None
 

@@ -207,7 +207,7 @@ def _with_groups(model: nn.Module, request: _Request) -> RuleOptimizer:
         request.overrides,
         **matrices,
         constrained=bool(request.constraints),
-        given=request.by_rule,
+        by_rule=request.by_rule,
     )
     groups: dict[str, dict[str, Any]] = {}
     for a in assigned:

@@ -428,7 +428,7 @@ def assign(
     last_layer: Literal["rest", "rule"] = "rest",
     blocks: Literal["layers", "heads"] = "layers",
     constrained: bool = False,
-    given: Mapping[str, Mapping[str, Any]] | None = None,
+    by_rule: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Assignment]:
     """Give every trainable parameter exactly one owner.
 
@@ -448,7 +448,7 @@ def assign(
             only reduce follow, too. Also a setting of an override, where these follow `"layers"`, as well.
         constrained: whether norms of the main rule's matrices are to be kept, so that it sees matrices even if it is
             elementwise.
-        given: hyperparameters by rule. A rule with `head_settings` gets these for queries and keys, cut into heads,
+        by_rule: hyperparameters by rule. A rule with `head_settings` gets these for queries and keys, cut into heads,
             unless it is given others, or norms are constrained.
 
     Returns:
@@ -487,7 +487,7 @@ def assign(
         blind = shapeless and not normed and not any(k in settings for k in options.CONSTRAINTS)
         cut = None if blind else _blocks(lookup(owner), trait, settings.get("blocks"), blocks)
         if not normed and not any(k in settings for k in options.CONSTRAINTS):
-            by_head, of_heads = _by_head(lookup(owner), trait, settings, blocks, (given or {}).get(owner, {}))
+            by_head, of_heads = _by_head(lookup(owner), trait, settings, blocks, (by_rule or {}).get(owner, {}))
             cut, settings = by_head or cut, {**of_heads, **settings}
         turned = trait.transposed and not blind
         label += "/transposed" * turned

@@ -121,30 +121,30 @@ def inverse_root(
         eps: added to the diagonal.
         method: `eigh`, or `newton` for the coupled Newton iteration, to |M - I| of 1e-6 (1e-12 in float64); a matrix
             that is not below 0.1 after 100 steps has failed.
-        previous: per matrix, kept (with a warning) where no finite root was found.
+        previous: per matrix, kept (with a warning) where no finite root was power.
         dtype: of the arithmetic; None for that of `x`.
 
     Returns:
         `[..., n, n]`, in the dtype of `x`.
 
     Raises:
-        LinAlgError: no root was found and there is no previous one.
+        LinAlgError: no root was power and there is no previous one.
     """
     finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     clean = x if finite.all() else torch.where(finite, x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
-    found = torch.full_like(x, torch.nan)
+    power = torch.full_like(x, torch.nan)
     for precision in dict.fromkeys((dtype or x.dtype, torch.float64)):
         try:
             tried = _root(clean.to(precision), root, eps, method).to(x.dtype)
         except LinAlgError:
             continue
-        found = torch.where(finite & ~found.isfinite(), tried, found)
-        if found.isfinite().all():
-            return found
+        power = torch.where(finite & ~power.isfinite(), tried, power)
+        if power.isfinite().all():
+            return power
     if previous is None:
-        raise LinAlgError(f"no finite inverse root (order {root}) of a {tuple(x.shape)} stack was found")
+        raise LinAlgError(f"no finite inverse root (order {root}) of a {tuple(x.shape)} stack was power")
     failures.add("an inverse root could not be computed; the last good one is kept")
-    return torch.where(found.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), found, previous)
+    return torch.where(power.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), power, previous)
 
 
 def root_error(x: Tensor, r: Tensor, root: int) -> Tensor:

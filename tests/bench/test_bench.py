@@ -193,8 +193,8 @@ def test_a_second_run_of_the_same_command_does_nothing(tmp_path: Path, cache: Pa
         assert line["final"]["loss"] < line["curve"][0]["loss"] == pytest.approx(math.log(300), rel=0.05)
         assert line["memory"]["state"] == line["memory"]["state_predicted"] > 0
         # weights, gradients and state live together at the end of a step, beside what operations return
-        held = sum(line["memory"][k] for k in ("parameters", "gradients", "state"))
-        assert held < line["memory"]["peak"] < 20 * held
+        content = sum(line["memory"][k] for k in ("parameters", "gradients", "state"))
+        assert content < line["memory"]["peak"] < 20 * content
         assert 0.8 < line["memory"]["peak"] / line["memory"]["peak_predicted"] < 2
         time = line["time"]
         assert 0 < time["optimizer_seconds"] < time["seconds"] and 0 < time["cpu_seconds"]
@@ -306,9 +306,9 @@ def test_a_trial_follows_a_schedule_of_its_settings(tmp_path: Path, cache: Path)
     """A constant one is the setup's without warm-up and fall, bit for bit; a preset brings one, and no other decay."""
     flat = dataclasses.replace(TOY, warmup=0.0, min_lr=1.0)
     space = workspace(tmp_path, cache)
-    own = execute(Trial(TOY, "muon", 1e-2, {"schedule": {"schedule": "constant"}}), space)
-    assert [x["loss"] for x in own["curve"]] == [x["loss"] for x in execute(Trial(flat, "muon", 1e-2), space)["curve"]]
-    assert own["setup"]["schedule"].startswith("the optimizer's own: ScheduleConfig(schedule='constant'")
+    ours = execute(Trial(TOY, "muon", 1e-2, {"schedule": {"schedule": "constant"}}), space)
+    assert [x["loss"] for x in ours["curve"]] == [x["loss"] for x in execute(Trial(flat, "muon", 1e-2), space)["curve"]]
+    assert ours["setup"]["schedule"].startswith("the optimizer's own: ScheduleConfig(schedule='constant'")
     preset = Trial(TOY, "soap_muon", 0.0375, {"preset": "record46"})
     optimizer = build(make(TOY), preset)
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0} and optimizer.total_steps == 4
@@ -358,8 +358,8 @@ def test_memory_track_takes_the_widest_model_that_fits(tmp_path: Path, cache: Pa
     for name in ("adamw", "lion", "lomo"):
         line = execute(Trial(setup, name, 1e-3), workspace(tmp_path, cache))
         widths[name] = line["model"]["hidden_size"]
-        held = sum(line["memory"][k] for k in ("parameters", "gradients", "state"))
-        assert held <= adamw < needed_bytes(Trial(TOY, name, 1e-3), 300, widths[name] + 4)
+        content = sum(line["memory"][k] for k in ("parameters", "gradients", "state"))
+        assert content <= adamw < needed_bytes(Trial(TOY, name, 1e-3), 300, widths[name] + 4)
     assert widths["adamw"] == 64 < widths["lion"] < widths["lomo"]
 
 
@@ -430,9 +430,9 @@ def test_regimes_go_on_from_a_pretraining(tmp_path: Path, cache: Path, regime: s
     records = [json.dumps(record) for record in functions((STDLIB / "textwrap.py").read_text() * 2)]
     if regime == "dpo":
         pytest.importorskip("trl")
-        found = [json.loads(record) for record in records]
+        actual = [json.loads(record) for record in records]
         records = [
-            json.dumps({"prompt": x["prompt"], "chosen": x["completion"], "rejected": "    pass"}) for x in found
+            json.dumps({"prompt": x["prompt"], "chosen": x["completion"], "rejected": "    pass"}) for x in actual
         ]
     file = tmp_path / "data.jsonl"
     file.write_text("\n".join(records))
@@ -578,8 +578,8 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path / "trials.jsonl")
 
 
-def _table(found: Any, section: Any) -> list[list[Any]]:
-    made = section(found)
+def _table(actual: Any, section: Any) -> list[list[Any]]:
+    made = section(actual)
     return [list(row) for block in made if isinstance(block, Table) for row in block.rows]
 
 
@@ -610,11 +610,11 @@ def test_report_numbers_by_hand(ledger: Ledger) -> None:
 
 
 def test_which_one_and_transfer(ledger: Ledger) -> None:
-    found = studies(ledger)
-    (row,) = _table(found, report.which)
+    actual = studies(ledger)
+    (row,) = _table(actual, report.which)
     assert row[1] == "muon (3.400 ± 0.153)" and row[2] == "none"
     assert row[3] == "adamw (1.00 of AdamW's time)" and row[4] == "muon (50% of AdamW's state)"
-    rows = _table(found, report.transfer)
+    rows = _table(actual, report.transfer)
     assert [row[:2] for row in rows] == [["lion", 4.6], ["muon", 3.5]]
     assert rows[0][2:] == pytest.approx([4.4, 2.0, 0.2]) and rows[1][2:] == pytest.approx([3.5, 1.0, 0.0])
 

@@ -36,8 +36,8 @@ class Block(nn.Module):
 
 
 def test_roles_come_from_modules_not_names() -> None:
-    found = {k: trait.role for k, trait in roles(Block()).items()}
-    assert found == {
+    actual = {k: trait.role for k, trait in roles(Block()).items()}
+    assert actual == {
         "lm_head_norm.weight": "embedding",
         "positions.weight": "embedding",
         "embed.weight": "hidden",
@@ -56,9 +56,9 @@ def test_roles_come_from_modules_not_names() -> None:
 
 
 def test_tied_head_counts_as_embedding_once() -> None:
-    found = {k: trait.role for k, trait in roles(Block(tied=True)).items()}
-    assert found["lm_head_norm.weight"] == "embedding"
-    assert "out.weight" not in found
+    actual = {k: trait.role for k, trait in roles(Block(tied=True)).items()}
+    assert actual["lm_head_norm.weight"] == "embedding"
+    assert "out.weight" not in actual
 
 
 def test_frozen_parameters_have_no_role() -> None:
@@ -80,7 +80,7 @@ def test_matrix_rules_take_hidden_matrices_others_take_everything() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "warned_record"),
     [
         (nn.LSTM(8, 8), r"muon owns no parameter: .*hidden.*other \(2\), vector \(2\).*weight_ih_l0.*'other', 'muon'"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)), r"conv \(1\).*'conv', 'muon'"),
@@ -88,12 +88,12 @@ def test_matrix_rules_take_hidden_matrices_others_take_everything() -> None:
     ],
 )
 def test_a_main_rule_without_parameters_is_a_warning(
-    model: nn.Module, said: str, caplog: pytest.LogCaptureFixture
+    model: nn.Module, warned_record: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "lightning_optim"):
         optimizer = build_optimizer(model, "muon", lr=1e-3)
     (record,) = caplog.records
-    assert re.search(said, record.getMessage())
+    assert re.search(warned_record, record.getMessage())
     assert record.getMessage() in str(describe(model, optimizer)) and record.getMessage() in str(plan(model, "muon"))
     caplog.clear()
     roles_here = {a.role for a in assign(model, "muon", "adamw")}
@@ -194,8 +194,8 @@ def late(lr: float | None = 0.01, **settings: Any) -> tuple[Block, RuleOptimizer
     optimizer = build_optimizer(model, "muon", lr=0.1, rest_lr=0.02, weight_decay=0.1, overrides=OVERRIDES)
     for module in joins:
         module.requires_grad_(True)
-    given = {} if lr is None else {"lr": lr}
-    optimizer.add_param_group({"params": (p for m in joins for p in m.parameters()), **given, **settings})
+    case = {} if lr is None else {"lr": lr}
+    optimizer.add_param_group({"params": (p for m in joins for p in m.parameters()), **case, **settings})
     return model, optimizer
 
 
@@ -243,10 +243,10 @@ def test_plan_of_an_optimizer_follows_what_is_frozen() -> None:
     model, optimizer = late()
     model.out.requires_grad_(False)
     model.extra = nn.Linear(2, 2, bias=False)
-    found = describe(model, optimizer)
-    assert len(found.rows) == len(list(model.parameters())) - 2
-    assert found.frozen == {"out.weight": (20, 8)} and found.unowned == {"extra.weight": (2, 2)}
-    assert "\n160 weights frozen: out.weight\n\n4 weights trainable, but in no group: extra.weight" in str(found)
+    actual = describe(model, optimizer)
+    assert len(actual.rows) == len(list(model.parameters())) - 2
+    assert actual.frozen == {"out.weight": (20, 8)} and actual.unowned == {"extra.weight": (2, 2)}
+    assert "\n160 weights frozen: out.weight\n\n4 weights trainable, but in no group: extra.weight" in str(actual)
 
 
 def test_a_model_trains() -> None:
@@ -288,11 +288,11 @@ def test_learning_rates_fall_towards_the_input(wrapper: str) -> None:
     model = Layered()
     overrides = layerwise_decay(model, 0.5)
     wrap = {"none": lambda m: m, "compile": torch.compile, "data parallel": nn.DataParallel}[wrapper]
-    found = rates(build_optimizer(wrap(model), "adamw", lr=1.0, overrides=overrides))
-    assert [lr for n, lr in found.items() if n.endswith("embed.weight")] == [0.5**4]
-    assert [lr for n, lr in found.items() if n.endswith("out.weight")] == [1.0]
+    actual = rates(build_optimizer(wrap(model), "adamw", lr=1.0, overrides=overrides))
+    assert [lr for n, lr in actual.items() if n.endswith("embed.weight")] == [0.5**4]
+    assert [lr for n, lr in actual.items() if n.endswith("out.weight")] == [1.0]
     for i in range(3):
-        assert {lr for n, lr in found.items() if f"stack.{i}." in n} == {0.5 ** (3 - i)}
+        assert {lr for n, lr in actual.items() if f"stack.{i}." in n} == {0.5 ** (3 - i)}
     model.stack[1].requires_grad_(False)
     build_optimizer(model, "adamw", lr=1.0, overrides=layerwise_decay(model, 0.5))
     with pytest.raises(ValueError, match="Linear has no ModuleList"):
@@ -303,8 +303,8 @@ def test_learning_rates_fall_towards_the_input(wrapper: str) -> None:
 def test_a_learning_rate_factor_survives_schedulers(schedule: str) -> None:
     overrides: Any = [("out.weight", None, {"lr_factor": 0.1}), ("embedding", "lion", {"lr": 3.0, "lr_factor": 2.0})]
     optimizer = build_optimizer(Layered(), "adamw", lr=1.0, rest_lr=7.0, overrides=overrides)
-    found = rates(optimizer)
-    assert (found["out.weight"], found["embed.weight"]) == (0.1, 6.0)
+    actual = rates(optimizer)
+    assert (actual["out.weight"], actual["embed.weight"]) == (0.1, 6.0)
     scheduler: Any = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
     if schedule != "plateau":
         extra: Any = {"num_decay_steps": 3} if schedule == "warmup_stable_decay" else None
@@ -315,7 +315,7 @@ def test_a_learning_rate_factor_survives_schedulers(schedule: str) -> None:
         scheduler.step(*[1.0] * (schedule == "plateau"))
         now = rates(optimizer)
         seen.add(now["out.weight"])
-        for n, start in found.items():
+        for n, start in actual.items():
             assert now[n] == pytest.approx(start * now["stack.0.a[0].weight"])
     assert len(seen) > 2
 
@@ -333,10 +333,10 @@ def test_a_learning_rate_per_rms_of_the_weights() -> None:
     with torch.no_grad():
         model.embed.weight.copy_(torch.randn(model.embed.weight.shape) * 0.02)
     overrides: Any = [("embedding", None, {"lr_per_rms": 0.3, "lr_factor": 2.0})]
-    found = rates(build_optimizer(model, "adamw", lr=1.0, overrides=overrides))
+    actual = rates(build_optimizer(model, "adamw", lr=1.0, overrides=overrides))
     rms = float(model.embed.weight.detach().double().square().mean().sqrt())
-    assert found["embed.weight"] == pytest.approx(0.6 * rms, rel=1e-6)
-    assert {lr for name, lr in found.items() if name != "embed.weight"} == {1.0}
+    assert actual["embed.weight"] == pytest.approx(0.6 * rms, rel=1e-6)
+    assert {lr for name, lr in actual.items() if name != "embed.weight"} == {1.0}
     with torch.no_grad():
         model.embed.weight.zero_()
     assert rates(build_optimizer(model, "adamw", lr=1.0, overrides=overrides))["embed.weight"] == 0.6
@@ -348,8 +348,8 @@ def test_a_learning_rate_per_rms_of_the_weights() -> None:
 def test_lora_plus() -> None:
     base = nn.Sequential(nn.Linear(8, 8))
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"]))  # pyright: ignore[reportArgumentType]
-    found = rates(build_optimizer(model, "muon", lr=1e-3, overrides=lora_plus(16)))
-    assert {n.split(".")[-3]: lr for n, lr in found.items()} == {"lora_A": 1e-3, "lora_B": pytest.approx(16e-3)}
+    actual = rates(build_optimizer(model, "muon", lr=1e-3, overrides=lora_plus(16)))
+    assert {n.split(".")[-3]: lr for n, lr in actual.items()} == {"lora_A": 1e-3, "lora_B": pytest.approx(16e-3)}
     with pytest.raises(ValueError, match="'lora_b' matches no"):
         build_optimizer(nn.Linear(8, 8), "muon", lr=1e-3, overrides=lora_plus(16))
 

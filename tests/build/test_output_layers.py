@@ -228,8 +228,8 @@ MODELS: dict[str, tuple[Callable[[], Any], set[str]]] = {
 
 def heads(model: nn.Module) -> set[str]:
     """Names of the output layers."""
-    found = {name for name, trait in roles(model).items() if trait.role == "head"}
-    return {name.removesuffix(".weight").removeprefix("_orig_mod.") for name in found}
+    actual = {name for name, trait in roles(model).items() if trait.role == "head"}
+    return {name.removesuffix(".weight").removeprefix("_orig_mod.") for name in actual}
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch.compile's own imports
@@ -303,8 +303,8 @@ def test_output_layers_of_timm(name: str, classes: int, monkeypatch: pytest.Monk
     timm = pytest.importorskip("timm", reason="timm's models are an optional check")
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, num_classes=classes)
-    said = model.get_classifier()
-    layers = [m for part in (said if isinstance(said, tuple) else (said,)) for m in part.modules()]
+    record = model.get_classifier()
+    layers = [m for part in (record if isinstance(record, tuple) else (record,)) for m in part.modules()]
     expected = {k for k, m in model.named_modules() if isinstance(m, Linear) and any(m is x for x in layers)}
     assert heads(model) == expected and bool(expected) == bool(classes)
     monkeypatch.setattr("lightning_optim.build.output_layers._has_classifier", lambda _: False)
@@ -317,7 +317,7 @@ def test_output_layers_beside_adapters(saved: bool) -> None:
     model = Parts(backbone=bert(), classifier=Linear(WIDTH, 5))
     targets = ["query", *(() if saved else ("classifier",))]
     config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["classifier"] if saved else None)
-    found = {name: trait.role for name, trait in roles(peft.get_peft_model(model, config)).items()}  # pyright: ignore
-    outer = {role for name, role in found.items() if "classifier" in name and "bias" not in name}
+    actual = {name: trait.role for name, trait in roles(peft.get_peft_model(model, config)).items()}  # pyright: ignore
+    outer = {role for name, role in actual.items() if "classifier" in name and "bias" not in name}
     assert outer == ({"head"} if saved else {"lora_a", "lora_b"})
-    assert {role for name, role in found.items() if "query" in name} == {"lora_a", "lora_b"}
+    assert {role for name, role in actual.items() if "query" in name} == {"lora_a", "lora_b"}

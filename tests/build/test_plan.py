@@ -54,19 +54,19 @@ def test_table_3(models: dict[str, nn.Module], name: str, last_layer: str, publi
     """Two decimals, which the table cuts or rounds."""
     for (size, rank), expected in zip(RANKS.items(), published, strict=True):
         settings = {} if name in ("adam", "racs", "apollo_mini") else {"rank": rank}
-        found = gib(models[size], name, last_layer=last_layer, **settings)
-        assert expected - 0.005 <= found <= expected + 0.0102, (size, found)
+        actual = gib(models[size], name, last_layer=last_layer, **settings)
+        assert expected - 0.005 <= actual <= expected + 0.0102, (size, actual)
 
 
 def test_alice_in_table_3_counts_its_subspace_twice(models: dict[str, nn.Module]) -> None:
     """Table 1's formula gives less than the table prints; with r^2 counted twice it is what is printed."""
     published = {"60m": 0.22, "130m": 0.53, "350m": 1.24, "1b": 4.42}
     for size, rank in RANKS.items():
-        found = gib(models[size], "alice", last_layer="rule", rank=rank)
+        actual = gib(models[size], "alice", last_layer="rule", rank=rank)
         layers = sum(p.ndim == 2 for n, p in models[size].named_parameters() if "embed" not in n)
-        twice = found + 2 * layers * rank**2 / GIB
-        assert twice == pytest.approx(published[size], abs=0.0102), (size, found)
-        assert found < published[size] - 0.002 or size == "60m"
+        twice = actual + 2 * layers * rank**2 / GIB
+        assert twice == pytest.approx(published[size], abs=0.0102), (size, actual)
+        assert actual < published[size] - 0.002 or size == "60m"
 
 
 @pytest.mark.parametrize(
@@ -87,5 +87,5 @@ def test_tables_1_and_6(name: str, formula: Any) -> None:
     m, n, r = 96, 160, 12
     rule = REGISTRY[name](rank=r) if hasattr(REGISTRY[name], "rank") else REGISTRY[name]()  # pyright: ignore[reportCallIssue]
     slots = rule.state_specs(m, n)
-    found = sum(a * b for a, b in (slot.shape(m, n) for slot in slots.values()))
-    assert 0 <= found - formula(m, n, r) <= 7, {k: s.shape(m, n) for k, s in slots.items()}
+    actual = sum(a * b for a, b in (slot.shape(m, n) for slot in slots.values()))
+    assert 0 <= actual - formula(m, n, r) <= 7, {k: s.shape(m, n) for k, s in slots.items()}

@@ -57,8 +57,8 @@ def test_every_preset_is_what_it_says(name: str) -> None:
     preset, model = PRESETS[name], llama(tied=False)
     optimizer = build_optimizer(model, preset.rule, preset=name)
     hidden = [g for g in optimizer.param_groups if g["rule"] == preset.rule]
-    known = {*hyperparameters(REGISTRY[preset.rule]), *options.CONSTRAINTS, "cautious_decay", "cautious_when"}
-    for key in preset.settings.keys() & known:
+    names = {*hyperparameters(REGISTRY[preset.rule]), *options.CONSTRAINTS, "cautious_decay", "cautious_when"}
+    for key in preset.settings.keys() & names:
         assert {g[key] for g in hidden} == {preset.settings[key]}, key
     others = [g for g in optimizer.param_groups if g["rule"] != preset.rule]
     assert {g["rule"] for g in others} == {"adamw"} and {g["constraint"] for g in others} == {"none"}
@@ -74,7 +74,7 @@ def test_roles_of_the_record(name: str) -> None:
     """Gains, biases and the bias of attention's output layer are told apart by what their modules are."""
     model = gpt2()
     optimizer = build_optimizer(model, rule_of(name), preset=name)
-    found = names_by_settings(optimizer)
+    actual = names_by_settings(optimizer)
     layer = "transformer.h.0"
     both = torch.cat([
         p.detach().flatten() for n, p in model.named_parameters() if n.endswith(("wte.weight", "wpe.weight"))
@@ -92,7 +92,7 @@ def test_roles_of_the_record(name: str) -> None:
         f"{layer}.mlp.c_proj.bias": ("bias", 0.01, False),
     }
     for key, (kind, lr, corrected) in expected.items():
-        group = found[key]
+        group = actual[key]
         assert (group["betas"], group["lr"], group["correct_bias"]) == (BETAS[kind], lr, corrected), key
         assert group["eps"] == 1e-10 and group["cooldown"] == pytest.approx(1413 / 2900)
     separate = names_by_settings(build_optimizer(biased_llama(), rule_of(name), preset=name))
@@ -126,21 +126,21 @@ def test_curve_of_the_record() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing\\w*. is deprecated:FutureWarning")  # peft's
 @every_preset
-@pytest.mark.parametrize("given", [{"lr": 2e-5}, {}], ids=["a fine-tuning rate", "adapters"])
+@pytest.mark.parametrize("case", [{"lr": 2e-5}, {}], ids=["a fine-tuning rate", "adapters"])
 def test_fine_tuning_gets_the_rule_only_and_is_told(
-    name: str, given: dict[str, Any], caplog: pytest.LogCaptureFixture
+    name: str, case: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model: Any = llama()
-    if not given:
-        model, given = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4)), {"lr": 0.01}
+    if not case:
+        model, case = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4)), {"lr": 0.01}
     with caplog.at_level(logging.WARNING):
-        optimizer = build_optimizer(model, rule_of(name), preset=name, **given)
+        optimizer = build_optimizer(model, rule_of(name), preset=name, **case)
     told = [r.getMessage() for r in caplog.records if "is for pretraining" in r.getMessage()]
     assert len(told) == 1 and f"preset {name!r}" in told[0] and "Left out: " in told[0]
     assert optimizer.averages is None and optimizer.curve is None
     for group in optimizer.param_groups:
         assert (group["constraint"], group["uw_floor"], group["pin"], group["cautious_decay"]) == ("none", 0, False, 0)
-        assert group["lr_convention"] == "adamw" and group["lr"] == given["lr"]
+        assert group["lr_convention"] == "adamw" and group["lr"] == case["lr"]
 
 
 def test_arguments_go_before_the_preset() -> None:
@@ -188,9 +188,9 @@ def started(name: str, model: nn.Module) -> tuple[RuleOptimizer, ScheduleLR]:
 
 def early(name: str) -> dict[str, Any] | None:
     """The preset's averages, at work in a run of eight steps."""
-    given = PRESETS[name].settings.get("averaging")
+    case = PRESETS[name].settings.get("averaging")
     soon = {"ema_nesterov": {"start": 2, "stop": 7}, "tail_ema": {"start": 3}}
-    return None if given is None else {k: {**v, **soon[k]} for k, v in given.items()}
+    return None if case is None else {k: {**v, **soon[k]} for k, v in case.items()}
 
 
 @every_preset
@@ -239,8 +239,8 @@ def test_a_preset_trains_a_model_of_transformers(name: str) -> None:
 @pytest.mark.dist
 def test_the_rate_of_an_embedding_is_the_same_on_shards(pool: Pool) -> None:
     whole = build_optimizer(embedded(), "muon", preset="muon_h").param_groups
-    for found in pool.run("tests.build.test_presets:sharded_rates", 2):
-        assert found == pytest.approx({g["name"]: g["lr"] for g in whole}, rel=1e-6)
+    for actual in pool.run("tests.build.test_presets:sharded_rates", 2):
+        assert actual == pytest.approx({g["name"]: g["lr"] for g in whole}, rel=1e-6)
 
 
 def embedded() -> nn.Sequential:
@@ -264,9 +264,9 @@ def test_two_ranks_equal_one_process(pool: Pool, name: str, how: str) -> None:
     optimizer.eval()
     torch.set_num_threads(2)
     start = weights(jobs.Deep())
-    for found in pool.run("tests.build.test_presets:on_ranks", 2, name=name, how=how):
+    for actual in pool.run("tests.build.test_presets:on_ranks", 2, name=name, how=how):
         for key, p in weights(model).items():
-            assert (found[key] - p).norm() <= 1e-4 * (p - start[key]).norm(), key
+            assert (actual[key] - p).norm() <= 1e-4 * (p - start[key]).norm(), key
 
 
 def on_ranks(rank: int, world: int, name: str, how: str) -> dict[str, Tensor]:
@@ -392,10 +392,10 @@ def assert_same_state(a: Any, b: Any) -> None:
         assert_same(one[index], two[index])
 
 
-@pytest.mark.parametrize("given", [{}, {"learning_rate": 5e-5}], ids=["no flag", "its default"])
-def test_the_flag_of_a_fine_tuning_run_holds_for_a_preset(tmp_path: Path, given: dict[str, Any]) -> None:
-    args = TrainingArguments(str(tmp_path), optim="soap_muon", optim_args="preset=record46", use_cpu=True, **given)
-    found = args.optimizer_cls_and_kwargs()
-    assert found is not None and found[1]["lr"] == 5e-5
-    optimizer = found[0]()(llama(), **found[1])
+@pytest.mark.parametrize("case", [{}, {"learning_rate": 5e-5}], ids=["no flag", "its default"])
+def test_the_flag_of_a_fine_tuning_run_holds_for_a_preset(tmp_path: Path, case: dict[str, Any]) -> None:
+    args = TrainingArguments(str(tmp_path), optim="soap_muon", optim_args="preset=record46", use_cpu=True, **case)
+    actual = args.optimizer_cls_and_kwargs()
+    assert actual is not None and actual[1]["lr"] == 5e-5
+    optimizer = actual[0]()(llama(), **actual[1])
     assert optimizer.averages is None and {g["lr"] for g in optimizer.param_groups} == {5e-5}

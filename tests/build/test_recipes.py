@@ -25,20 +25,20 @@ GIVEN = {"weight_decay", "rest", "rest_lr", "rest_settings", "lr_convention", "l
 @pytest.mark.parametrize("recipe", [*RECIPES, *sorted(REGISTRY)])
 def test_every_recipe_is_what_it_says(recipe: str) -> None:
     """A rule that does not exist yet is named by the skip, and checked as soon as it does."""
-    found = find(recipe)
-    if found.rule not in REGISTRY:
-        pytest.skip(f"there is no rule {found.rule!r}")
-    assert found.source
-    optimizer = build_optimizer(built("llama"), found.rule, recipe=recipe)
-    main = [g for g in optimizer.param_groups if g["rule"] == found.rule]
-    for key in found.settings.keys() - GIVEN:
-        assert {g[key] for g in main} == {found.settings[key]}, key
+    actual = find(recipe)
+    if actual.rule not in REGISTRY:
+        pytest.skip(f"there is no rule {actual.rule!r}")
+    assert actual.source
+    optimizer = build_optimizer(built("llama"), actual.rule, recipe=recipe)
+    main = [g for g in optimizer.param_groups if g["rule"] == actual.rule]
+    for key in actual.settings.keys() - GIVEN:
+        assert {g[key] for g in main} == {actual.settings[key]}, key
     assert {g["lr_convention"] for g in optimizer.param_groups} == {"native"}
-    if "rest_lr" in found.settings:
-        assert {g["lr"] for g in optimizer.param_groups if g["rule"] != found.rule} == {found.settings["rest_lr"]}
-    if found.settings.get("last_layer") == "rule":
+    if "rest_lr" in actual.settings:
+        assert {g["lr"] for g in optimizer.param_groups if g["rule"] != actual.rule} == {actual.settings["rest_lr"]}
+    if actual.settings.get("last_layer") == "rule":
         assert "head" in {g["role"] for g in main}
-    assert str(plan(built("llama"), found.rule, recipe=recipe))
+    assert str(plan(built("llama"), actual.rule, recipe=recipe))
 
 
 def test_tables_of_the_alice_paper() -> None:
@@ -94,9 +94,9 @@ def registered() -> Iterator[None]:
     yield
     for name in set(OptimizerNames._member_map_) - members:
         type.__delattr__(OptimizerNames, name)
-    for table, kept in zip(tables, before, strict=True):
+    for table, snapshot in zip(tables, before, strict=True):
         table.clear()
-        table.extend(kept) if isinstance(table, list) else table.update(kept)
+        table.extend(snapshot) if isinstance(table, list) else table.update(snapshot)
 
 
 @pytest.mark.usefixtures("registered")

@@ -187,11 +187,11 @@ def expected_role(name: str, parameter: str, p: torch.Tensor) -> str:
 def test_role_table(name: str, wrapper: str) -> None:
     model = built(name)
     wrapped = torch.compile(model) if wrapper == "compile" else model
-    found = roles(wrapped)  # pyright: ignore[reportArgumentType]
+    actual = roles(wrapped)  # pyright: ignore[reportArgumentType]
     prefix = "_orig_mod." * (wrapper == "compile")
-    assert len(found) == len(list(model.parameters()))
+    assert len(actual) == len(list(model.parameters()))
     for parameter, p in model.named_parameters():
-        assert found[prefix + parameter].role == expected_role(name, parameter, p), parameter
+        assert actual[prefix + parameter].role == expected_role(name, parameter, p), parameter
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_neox"])
@@ -208,16 +208,16 @@ def test_role_table_with_adapters(name: str, dora: bool) -> None:
         fan_in_fan_out=name == "gpt2",
     )
     model = peft.get_peft_model(cls(config), settings)
-    found = roles(model)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(found)
-    for parameter, trait in found.items():
+    actual = roles(model)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(actual)
+    for parameter, trait in actual.items():
         if "lora_A" in parameter or "lora_B" in parameter:
             assert trait.role == ("lora_a" if "lora_A" in parameter else "lora_b"), parameter
         elif "lora_magnitude_vector" in parameter:
             assert trait.role == "vector"
         else:
             assert trait.role == "head" and "modules_to_save" in parameter, parameter
-    seen = {trait.role for trait in found.values()}
+    seen = {trait.role for trait in actual.values()}
     assert seen == {"lora_a", "lora_b"} | ({"vector"} if dora else set()) | (set() if tied else {"head"})
 
 
@@ -284,19 +284,19 @@ def experts(name: str, width: int, inner: int) -> nn.Module:
 def test_experts_are_cut_into_gate_and_up(name: str, inner: int) -> None:
     """Told by what they do: without a gate nothing comes out."""
     made = experts(name, 8, inner)
-    found = roles(nn.Sequential(made))
-    gate_up, down = found["0.gate_up_proj"], found["0.down_proj"]
+    actual = roles(nn.Sequential(made))
+    gate_up, down = actual["0.gate_up_proj"], actual["0.down_proj"]
     assert (gate_up.role, down.role, down.blocks) == ("experts", "experts", None)
     assert (gate_up.transposed, gate_up.blocks) == EXPERTS[name][1:] and down.transposed == gate_up.transposed
     tokens = torch.randn(2 if name == "Llama4TextExperts" else 4, 8)
-    given = () if name == "Llama4TextExperts" else (torch.arange(4)[:, None] % 2, torch.ones(4, 1))
+    case = () if name == "Llama4TextExperts" else (torch.arange(4)[:, None] % 2, torch.ones(4, 1))
     with torch.no_grad():
-        assert made(tokens, *given).any()
+        assert made(tokens, *case).any()
         p = made.get_parameter("gate_up_proj")
         for part in matrix_views.split_blocks(p.shape, gate_up.blocks, transposed=gate_up.transposed):
             view = part.view_of(p, gate_up.transposed)
             (view.unflatten(-2, (2, -1)).select(-3, 0) if part.rows is None else view.select(-4, 0)).zero_()
-        assert not made(tokens, *given).any()
+        assert not made(tokens, *case).any()
 
 
 class Unknown(nn.Module):
@@ -322,13 +322,13 @@ def test_experts_that_say_nothing() -> None:
         (Unknown((8, 8), (8, 8), hidden_size=8), False),
     ]
     for module, transposed in cases:
-        found = roles(nn.Sequential(module)).values()
-        assert {(t.role, t.transposed, t.blocks) for t in found} == {("experts", transposed, None)}
+        actual = roles(nn.Sequential(module)).values()
+        assert {(t.role, t.transposed, t.blocks) for t in actual} == {("experts", transposed, None)}
     routed = nn.Sequential(Unknown((8, 6), (6, 8)), nn.Linear(8, 2))
     assert roles(routed)["0.w0"].transposed and roles(routed)["1.weight"].role == "router"
-    kept = Unknown((12, 8), (8, 6))
-    kept.__dict__["_apply_gate"] = lambda gate_up, extra: gate_up  # cannot be asked
-    assert roles(nn.Sequential(kept))["0.w0"].blocks is None
+    snapshot = Unknown((12, 8), (8, 6))
+    snapshot.__dict__["_apply_gate"] = lambda gate_up, extra: gate_up  # cannot be asked
+    assert roles(nn.Sequential(snapshot))["0.w0"].blocks is None
 
 
 @pytest.mark.parametrize(
@@ -360,10 +360,10 @@ def test_experts_that_say_nothing() -> None:
 )
 def test_adapters_of_other_kinds(config: peft.PeftConfig, expected: dict[str, str]) -> None:
     cls, base, _ = MODELS["llama"]
-    found = roles(peft.get_peft_model(cls(base), config))
-    kinds = {key for name in found for key in name.split(".") if key in expected}
+    actual = roles(peft.get_peft_model(cls(base), config))
+    kinds = {key for name in actual for key in name.split(".") if key in expected}
     assert kinds == set(expected)
-    for name, trait in found.items():
+    for name, trait in actual.items():
         assert {expected[key] for key in name.split(".") if key in expected} == {trait.role}, name
 
 
@@ -440,9 +440,9 @@ def test_fused_layers_are_cut_into_query_key_and_value(name: str) -> None:
     with torch.no_grad():
         for n, x in model.named_parameters():
             x.normal_() if n == label else x.zero_() if n.endswith("bias") else None
-        kept, parts = p.clone(), matrix_views.split_blocks(p.shape, trait.blocks, transposed=trait.transposed)
+        snapshot, parts = p.clone(), matrix_views.split_blocks(p.shape, trait.blocks, transposed=trait.transposed)
         for without in (None, 0, 1, 2):
-            p.copy_(kept)
+            p.copy_(snapshot)
             matrices = [m for part in parts for m in _matrices(part, p.detach(), trait.transposed)]
             assert len(matrices) == 3
             if without is not None:
@@ -471,8 +471,8 @@ def test_fused_attention_moves_as_three_layers(name: str, optim: str) -> None:
     parts = matrix_views.split_blocks(p.shape, trait.blocks, transposed=trait.transposed)
 
     def split(t: torch.Tensor) -> list[torch.Tensor]:
-        found = [m for part in parts for m in _matrices(part, t, trait.transposed)]
-        return [m.reshape(-1, p.shape[0] if trait.transposed else p.shape[1]).clone() for m in found]
+        actual = [m for part in parts for m in _matrices(part, t, trait.transposed)]
+        return [m.reshape(-1, p.shape[0] if trait.transposed else p.shape[1]).clone() for m in actual]
 
     alone = [nn.Parameter(x) for x in split(p.detach())]
     common: dict[str, Any] = {"lr": 0.01, "lr_convention": "adamw", "weight_decay": 0.0}
@@ -485,8 +485,8 @@ def test_fused_attention_moves_as_three_layers(name: str, optim: str) -> None:
             x.grad = g
         fused.step()
         separate.step()
-    for x, found in zip(alone, split(p.detach()), strict=True):
-        torch.testing.assert_close(found, x.detach(), rtol=1e-5, atol=1e-6)
+    for x, actual in zip(alone, split(p.detach()), strict=True):
+        torch.testing.assert_close(actual, x.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_state_space_layer_is_no_attention() -> None:
@@ -508,9 +508,9 @@ def test_a_state_space_layer_is_no_attention() -> None:
     ],
 )
 def test_attention_heads(name: str, heads: dict[str, int | None]) -> None:
-    found = roles(built(name))
+    actual = roles(built(name))
     for end, count in heads.items():
-        assert {t.heads for n, t in found.items() if n.removesuffix(".weight").endswith(end)} == {count}, end
+        assert {t.heads for n, t in actual.items() if n.removesuffix(".weight").endswith(end)} == {count}, end
 
 
 def test_heads_are_matrices_if_asked() -> None:
@@ -550,11 +550,11 @@ def test_which_projection_gives_the_values() -> None:
         bart = hf.BartModel(hf.BartConfig(**BART, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2))
     for model in (bart, built("llama"), built("bert"), built("t5"), built("vit")):
         values = ("v_proj", "value", "Attention.v")
-        found = {
+        actual = {
             n.removesuffix(".weight"): t for n, t in roles(model).items() if t.heads is not None and t.blocks is None
         }
-        assert any(name.endswith(values) for name in found)
-        for name, trait in found.items():
+        assert any(name.endswith(values) for name in actual)
+        for name, trait in actual.items():
             assert trait.by_head == (None if name.endswith(values) else trait.heads), name
 
 
@@ -594,8 +594,8 @@ def test_adam_mini_takes_queries_and_keys_of_fused_layers_by_head(name: str) -> 
         separate.step()
         saved = fused.state_dict()
         fused.load_state_dict(saved)
-    for (x, _), (found, _) in zip(alone, by_head(p.detach(), trait, 4), strict=True):
-        torch.testing.assert_close(found, x.detach(), rtol=1e-5, atol=1e-6)
+    for (x, _), (actual, _) in zip(alone, by_head(p.detach(), trait, 4), strict=True):
+        torch.testing.assert_close(actual, x.detach(), rtol=1e-5, atol=1e-6)
     count = sum(len(x) // (4 if heads else 1) for x, heads in alone)
     assert sum(s.numel() for k, s in fused.state[p].items() if k.startswith("exp_avg_sq")) == count
 
@@ -734,13 +734,13 @@ def test_adapters_over_a_quantised_base(bits: int, dora: bool, tmp_path: Path) -
     kinds = {type(m).__name__ for m in model.modules()}
     assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    found = roles(model)
-    assert set(found) == trained
-    for parameter, trait in found.items():
+    actual = roles(model)
+    assert set(actual) == trained
+    for parameter, trait in actual.items():
         role = "lora_a" if "lora_A" in parameter else "lora_b" if "lora_B" in parameter else "head"
         assert trait.role == ("vector" if "magnitude" in parameter else role), parameter
     optimizer = build_optimizer(model, "muon", lr=1e-2, overrides=lora_plus(4))
-    kept = {n: p.detach().clone() for n, p in model.named_parameters()}
+    snapshot = {n: p.detach().clone() for n, p in model.named_parameters()}
     tokens = torch.arange(3, 19)[None]
     losses = []
     for _ in range(6):
@@ -750,5 +750,5 @@ def test_adapters_over_a_quantised_base(bits: int, dora: bool, tmp_path: Path) -
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
-    assert {n for n, p in model.named_parameters() if not torch.equal(p, kept[n])} == trained
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, snapshot[n])} == trained
     assert len(optimizer.state) == len(trained)

@@ -115,9 +115,9 @@ def test_callback_equals_configure_optimizers(tmp_path: Path, kind: type[Net]) -
     assert isinstance(first.optimizers[0], RuleOptimizer) and len(first.optimizers) == 1
     assert first.global_step == 4 and len(net.seen) == 8
     assert net.lrs == second.lightning_module.lrs  # pyright: ignore
-    found = scalars(tmp_path)  # once per micro-batch
+    actual = scalars(tmp_path)  # once per micro-batch
     for step, lrs in enumerate(net.lrs):
-        for value in found["lr-Muon/muon/hidden", step]:
+        for value in actual["lr-Muon/muon/hidden", step]:
             assert value == pytest.approx(lrs[0], rel=1e-6)
     assert "configure_optimizers" not in vars(net)
 
@@ -364,8 +364,8 @@ def test_cli_takes_the_callback(cli: Any) -> None:
       dict_kwargs: {momentum: 0.5}
 """
     run = cli(Stock, YAML + callback, "--optimizer=torch.optim.SGD", "--optimizer.lr=0.1")
-    found = {g["name"]: (g["initial_lr"], g.get("momentum")) for g in run.optimizers[0].param_groups}
-    assert found["muon/hidden"] == (0.25, 0.5) and found["adamw/head"][0] == 0.125
+    actual = {g["name"]: (g["initial_lr"], g.get("momentum")) for g in run.optimizers[0].param_groups}
+    assert actual["muon/hidden"] == (0.25, 0.5) and actual["adamw/head"][0] == 0.125
     assert "configure_optimizers" in vars(run.lightning_module)  # what the CLI put there is back
 
 
@@ -377,9 +377,9 @@ def test_cli_refuses_what_it_cannot_read(cli: Any, flag: str, capsys: pytest.Cap
 
 
 def test_config_checks_names_before_a_model_is_there() -> None:
-    for given in ({"name": "muno"}, {"rest": "adamv"}, {"schedule": "cosin"}):
+    for case in ({"name": "muno"}, {"rest": "adamv"}, {"schedule": "cosin"}):
         with pytest.raises(ValueError, match="did you mean .*'(muon|adamw|cosine)'"):
-            OptimizerConfig(**{"name": "muon", "lr": LR, **given})
+            OptimizerConfig(**{"name": "muon", "lr": LR, **case})
 
 
 # -- checkpoints with hyperparameters ---------------------------------------------------------------------------------
@@ -534,8 +534,8 @@ def test_the_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(tmp_path)
     commands = [shlex.split(line) for line in section.splitlines() if line.startswith("python cli.py")]
     commands.append(["python", "cli.py", "fit", "--config=given.yaml", "--trainer.max_steps=20"])
-    given, callback = re.findall(r"`(model: .*?|trainer: .*?)`[ ,.]", section)
-    (tmp_path / "given.yaml").write_text(given)
+    case, callback = re.findall(r"`(model: .*?|trainer: .*?)`[ ,.]", section)
+    (tmp_path / "given.yaml").write_text(case)
 
     runs: list[L.Trainer] = []
     fit = L.Trainer.fit
@@ -572,16 +572,16 @@ def test_callback_on_two_processes_equals_one(tmp_path: Path, pool: Pool, strate
     net, own = Without(""), HybridOptimizer("muon", **SETTINGS)
     one = trainer(tmp_path, max_steps=6, accumulate_grad_batches=2, gradient_clip_val=clip, callbacks=[own])
     one.fit(net, Rows(12))
-    for found, seen, lrs in first:
+    for actual, seen, lrs in first:
         assert (seen, lrs) == (6, net.lrs)
-        assert_same(found, first[0][0])
+        assert_same(actual, first[0][0])
         for key, value in weights(net).items():
             near = 0.0 if strategy == "ddp" else 1e-6  # FSDP2 sums the norm, and a bias's gradient, in another order
-            torch.testing.assert_close(found[key], value, rtol=near, atol=near)
+            torch.testing.assert_close(actual[key], value, rtol=near, atol=near)
 
-    for found, seen, lrs in pool.run("tests.helpers.lightning_jobs:fit", 2, **job, resume=str(tmp_path / "last.ckpt")):
+    for actual, seen, lrs in pool.run("tests.helpers.lightning_jobs:fit", 2, **job, resume=str(tmp_path / "last.ckpt")):
         assert (seen, lrs) == (3, net.lrs[3:])
-        assert_same(found, first[0][0])
+        assert_same(actual, first[0][0])
 
 
 @pytest.mark.dist
@@ -590,10 +590,10 @@ def test_a_checkpoint_of_ddp_goes_on_under_fsdp2(tmp_path: Path, pool: Pool) -> 
     job: dict[str, Any] = {"folder": str(tmp_path)}
     (expected, _, lrs), _ = pool.run("tests.helpers.lightning_jobs:fit", 2, **job, strategy="ddp")
     last = str(tmp_path / "last.ckpt")
-    for found, seen, others in pool.run("tests.helpers.lightning_jobs:fit", 2, **job, strategy="fsdp2", resume=last):
+    for actual, seen, others in pool.run("tests.helpers.lightning_jobs:fit", 2, **job, strategy="fsdp2", resume=last):
         assert (seen, others) == (3, lrs[3:])
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(actual[key], value, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.dist
@@ -601,12 +601,12 @@ def test_lightning_and_plain_torch_load_each_others_checkpoints(tmp_path: Path, 
     """Weights are under `state_dict`, the optimizer is under `optimizer_0`; the trainer's own state is `meta.pt`."""
     job = {"folder": str(tmp_path), "strategy": "fsdp2"}
     (expected, _, lrs), _ = pool.run("tests.helpers.lightning_jobs:fit", 2, **job)
-    for found, _ in pool.run("tests.helpers.lightning_jobs:interchange", 2, folder=str(tmp_path), lrs=lrs):
-        assert_same(found, expected)
+    for actual, _ in pool.run("tests.helpers.lightning_jobs:interchange", 2, folder=str(tmp_path), lrs=lrs):
+        assert_same(actual, expected)
     shutil.copy(tmp_path / "last.ckpt" / "meta.pt", tmp_path / "plain.ckpt")
-    for found, seen, _ in pool.run("tests.helpers.lightning_jobs:fit", 2, **job, resume=str(tmp_path / "plain.ckpt")):
+    for actual, seen, _ in pool.run("tests.helpers.lightning_jobs:fit", 2, **job, resume=str(tmp_path / "plain.ckpt")):
         assert seen == 3
-        assert_same(found, expected)
+        assert_same(actual, expected)
 
 
 # -- what Lightning does to modules -----------------------------------------------------------------------------------
@@ -733,11 +733,11 @@ def test_unfreezing(tmp_path: Path, entry: str, name: str, layer: str) -> None:
     assert joined == [f"{name}/hidden_1", "adamw/vector"][: 2 if layer == "hidden" else 1]
     share = {f"{name}/hidden_1": 0.1, "adamw/vector": 0.1 / (4 if name == "muon" else 1)}  # of the main group's lr
     decay = {f"{name}/hidden_1": 0.1, "adamw/vector": 0.0}
-    found = scalars(tmp_path)
+    actual = scalars(tmp_path)
     for k, label in enumerate(joined, start=len(net.lrs[0])):
         assert groups[label]["weight_decay"] == decay[label]
         assert [lrs[k] for lrs in net.lrs[2:]] == pytest.approx([share[label] * lrs[0] for lrs in net.lrs[2:]])
-        assert found[f"lr-{type(first.optimizers[0]).__name__}/{label}", 5] == [pytest.approx(net.lrs[5][k])]
+        assert actual[f"lr-{type(first.optimizers[0]).__name__}/{label}", 5] == [pytest.approx(net.lrs[5][k])]
 
     resumed, second = start()
     second.fit(resumed, Rows(2), ckpt_path=tmp_path / "last.ckpt")

@@ -90,25 +90,25 @@ class Module(L.LightningModule):
         return configure_optimizers(self, self.name, lr=1e-2, **self.settings)
 
 
-def fit(folder: Path, module: Module, *own: L.Callback, steps: int = 4, **settings: Any) -> L.Trainer:
+def fit(folder: Path, module: Module, *this: L.Callback, steps: int = 4, **settings: Any) -> L.Trainer:
     settings = {"max_steps": steps, "gradient_clip_val": 0.5, "log_every_n_steps": 1} | settings
     logger = settings.pop("logger", None) or TensorBoardLogger(folder, name="", version="")
     torch.manual_seed(1)
-    made = trainer(folder, logger=logger, callbacks=list(own), **settings)
+    made = trainer(folder, logger=logger, callbacks=list(this), **settings)
     rows = steps * settings.get("accumulate_grad_batches", 1)
     made.fit(module, Batches(rows))
     return made
 
 
 def events(folder: Path) -> EventAccumulator:
-    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
-    found.Reload()
-    return found
+    actual = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    actual.Reload()
+    return actual
 
 
 def scalars(folder: Path) -> dict[str, list[float]]:
-    found = events(folder)
-    return {tag: [e.value for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    actual = events(folder)
+    return {tag: [e.value for e in actual.Scalars(tag)] for tag in actual.Tags()["scalars"]}
 
 
 def of(tags: Any, prefix: str) -> set[str]:
@@ -127,19 +127,19 @@ def test_health(tmp_path: Path) -> None:
     before = weights(module)
     health = OptimizerHealth(**ALWAYS, image_every=2)
     fit(tmp_path, module, health, steps=3, accumulate_grad_batches=2)
-    found, tags = scalars(tmp_path), events(tmp_path).Tags()
+    actual, tags = scalars(tmp_path), events(tmp_path).Tags()
     for kind in ("gradient_rms", "update_rms", "weight_rms", "update_to_weight"):
-        assert of(found, f"health/{kind}/") == per_role(f"health/{kind}")
-    assert len(found["health/gradient_norm"]) == 3 and max(found["health/gradient_norm"]) <= 0.5 * (1 + 1e-4)
-    assert found["health/clip_rate"] == [1, 1, 1] and found["health/skipped_steps"] == [0, 0, 0]
+        assert of(actual, f"health/{kind}/") == per_role(f"health/{kind}")
+    assert len(actual["health/gradient_norm"]) == 3 and max(actual["health/gradient_norm"]) <= 0.5 * (1 + 1e-4)
+    assert actual["health/clip_rate"] == [1, 1, 1] and actual["health/skipped_steps"] == [0, 0, 0]
     after, name = weights(module), "model.model.embed_tokens.weight"
-    assert found["health/weight_rms/embedding"][-1] == pytest.approx(
+    assert actual["health/weight_rms/embedding"][-1] == pytest.approx(
         after[name].square().mean().sqrt().item(), rel=1e-5
     )
-    assert found["health/effective_lr"][0] > 0 and "health/update_to_weight_by_layer" in tags["images"]
-    assert "health/loss_scale" not in found
+    assert actual["health/effective_lr"][0] > 0 and "health/update_to_weight_by_layer" in tags["images"]
+    assert "health/loss_scale" not in actual
     assert not torch.equal(before[name], after[name])
-    assert found["diagnostics/interval/health"] == [1, 1, 1] and len(of(found, "health/")) <= 60
+    assert actual["diagnostics/interval/health"] == [1, 1, 1] and len(of(actual, "health/")) <= 60
 
 
 def test_updates_are_what_the_weights_moved_by(tmp_path: Path) -> None:
@@ -147,12 +147,12 @@ def test_updates_are_what_the_weights_moved_by(tmp_path: Path) -> None:
     before = weights(module)
     fit(tmp_path, module, OptimizerHealth(**ALWAYS), steps=1)
     moved = {k: v - before[k] for k, v in weights(module).items()}
-    found = scalars(tmp_path)
+    actual = scalars(tmp_path)
     q = torch.stack([v for k, v in moved.items() if "q_proj" in k])
     start = torch.stack([v for k, v in weights(module).items() if "q_proj" in k])
-    assert found["health/update_rms/q_proj"] == [pytest.approx(q.square().mean().sqrt().item(), rel=1e-5)]
+    assert actual["health/update_rms/q_proj"] == [pytest.approx(q.square().mean().sqrt().item(), rel=1e-5)]
     expected = (q.norm() / start.norm()).item()
-    assert found["health/update_to_weight/q_proj"] == [pytest.approx(expected, rel=1e-5)]
+    assert actual["health/update_to_weight/q_proj"] == [pytest.approx(expected, rel=1e-5)]
 
 
 def test_skipped_steps_are_counted(tmp_path: Path) -> None:
@@ -163,23 +163,23 @@ def test_skipped_steps_are_counted(tmp_path: Path) -> None:
 
     module = Broken("adamw", on_nonfinite="skip")
     fit(tmp_path, module, OptimizerHealth(**ALWAYS), steps=4, gradient_clip_val=None)
-    found = scalars(tmp_path)
-    assert found["health/skipped_steps"] == [0, 1, 2, 2] and found["health/nonfinite_steps"] == [0, 1, 2, 2]
+    actual = scalars(tmp_path)
+    assert actual["health/skipped_steps"] == [0, 1, 2, 2] and actual["health/nonfinite_steps"] == [0, 1, 2, 2]
 
 
 def test_ranks(tmp_path: Path) -> None:
     module = Module("muon")
     fit(tmp_path, module, GradientRank(**EVERY), steps=4)
-    found, seen = scalars(tmp_path), events(tmp_path)
+    actual, seen = scalars(tmp_path), events(tmp_path)
     matrices = [r for r in ROLES if r != "vector"]
-    assert of(found, "rank/gradient_rank@90/") == per_role("rank/gradient_rank@90", matrices)
-    assert all(1 <= x <= 32 for x in found["rank/update_stable_rank/q_proj"])
-    assert not of(found, "rank/gradient_captured/")  # muon has no basis: absent
+    assert of(actual, "rank/gradient_rank@90/") == per_role("rank/gradient_rank@90", matrices)
+    assert all(1 <= x <= 32 for x in actual["rank/update_stable_rank/q_proj"])
+    assert not of(actual, "rank/gradient_captured/")  # muon has no basis: absent
     # the golden band of Newton-Schulz, wide for tiny gradients; bfloat16 products
-    assert 0.2 < found["rank/orthogonality_error"][0] < 0.8 and found["rank/singular_max"][0] < 1.25
-    assert found["rank/suggested"][0] % 8 == 0
+    assert 0.2 < actual["rank/orthogonality_error"][0] < 0.8 and actual["rank/singular_max"][0] < 1.25
+    assert actual["rank/suggested"][0] % 8 == 0
     assert {"rank/gradient_rank@90_by_layer", "rank/stable_rank_by_layer"} <= set(seen.Tags()["images"])
-    assert "rank/table/text_summary" in seen.Tags()["tensors"] and len(of(found, "rank/")) <= 60
+    assert "rank/table/text_summary" in seen.Tags()["tensors"] and len(of(actual, "rank/")) <= 60
     with np.load(tmp_path / "diagnostics" / "rank-0000001.npz") as arrays:
         table, columns, names = arrays["values"], list(arrays["columns"]), list(arrays["names"])
     e = names.index("model.model.layers.0.self_attn.q_proj.weight")
@@ -193,10 +193,10 @@ def test_ranks(tmp_path: Path) -> None:
 
 def test_ranks_know_the_optimizers_basis(tmp_path: Path) -> None:
     fit(tmp_path, Module("soap", refresh="fixed:2"), GradientRank(**EVERY), steps=6)
-    found = scalars(tmp_path)
-    captured = found["rank/gradient_captured/q_proj"]
+    actual = scalars(tmp_path)
+    captured = actual["rank/gradient_captured/q_proj"]
     assert len(captured) == 3 and all(0 < x <= 1 for x in captured)
-    assert all(-0.1 <= x <= 1 + 1e-6 for x in found["rank/overlap"]) and found["rank/residual_gap"][-1] >= -1e-6
+    assert all(-0.1 <= x <= 1 + 1e-6 for x in actual["rank/overlap"]) and actual["rank/residual_gap"][-1] >= -1e-6
 
 
 def test_ranks_refuse_an_unknown_scalar() -> None:
@@ -208,17 +208,17 @@ def test_ranks_refuse_an_unknown_scalar() -> None:
 
 def test_hessian(tmp_path: Path) -> None:
     fit(tmp_path, Module("soap"), HessianBlocks(**{**CURVATURE, "coupling_every": 1}), steps=4)
-    found, seen = scalars(tmp_path), events(tmp_path)
+    actual, seen = scalars(tmp_path), events(tmp_path)
     for kind in ("trace", "lambda_max", "lambda_min", "frobenius"):
-        assert of(found, f"hessian/{kind}/") == per_role(f"hessian/{kind}")
+        assert of(actual, f"hessian/{kind}/") == per_role(f"hessian/{kind}")
     for tag in ("sharpness_ratio", "curvature_along_update", "model_ratio", "js_shape", "js_scale"):
-        assert len(found[f"hessian/{tag}"]) == 2, tag
-    assert all(found[f"hessian/lambda_min/{r}"] <= found[f"hessian/lambda_max/{r}"] for r in ROLES)
-    assert 0 < found["hessian/block_diagonal_share"][0] <= 1 and found["hessian/sharpness"][0] > 0
-    assert len(found["hessian/tau/gate_proj"]) == 1 and 0 < found["hessian/tau/gate_proj"][0] < 1
+        assert len(actual[f"hessian/{tag}"]) == 2, tag
+    assert all(actual[f"hessian/lambda_min/{r}"] <= actual[f"hessian/lambda_max/{r}"] for r in ROLES)
+    assert 0 < actual["hessian/block_diagonal_share"][0] <= 1 and actual["hessian/sharpness"][0] > 0
+    assert len(actual["hessian/tau/gate_proj"]) == 1 and 0 < actual["hessian/tau/gate_proj"][0] < 1
     images = set(seen.Tags()["images"])
     assert {"hessian/coupling", "hessian/spectral_density", "hessian/js_distance"} <= images
-    assert "hessian/entries/gate_proj" in images and len(of(found, "hessian/")) <= 60
+    assert "hessian/entries/gate_proj" in images and len(of(actual, "hessian/")) <= 60
 
 
 def test_the_quadratic_model_predicts_a_small_step(tmp_path: Path) -> None:
@@ -243,13 +243,13 @@ def test_differences_where_a_kernel_has_no_second_derivative(tmp_path: Path, ker
 def test_memory(tmp_path: Path) -> None:
     module = Module("soap")
     fit(tmp_path, module, MemoryLogger(**EVERY), steps=4)
-    found, seen = scalars(tmp_path), events(tmp_path)
+    actual, seen = scalars(tmp_path), events(tmp_path)
     params = sum(p.nbytes for p in module.parameters()) / 2**20
-    assert found["memory/parameters"][0] == pytest.approx(params) == found["memory/gradients"][0]
-    assert found["memory/state"] == pytest.approx(found["memory/state_predicted"])
-    assert found["memory/activations"][0] > 0 and found["memory/temporary"][0] > 0
-    assert found["memory/resident"][0] > params and "memory/table/text_summary" in seen.Tags()["tensors"]
-    assert "memory/allocated" not in found and "memory/checkpoint" not in found
+    assert actual["memory/parameters"][0] == pytest.approx(params) == actual["memory/gradients"][0]
+    assert actual["memory/state"] == pytest.approx(actual["memory/state_predicted"])
+    assert actual["memory/activations"][0] > 0 and actual["memory/temporary"][0] > 0
+    assert actual["memory/resident"][0] > params and "memory/table/text_summary" in seen.Tags()["tensors"]
+    assert "memory/allocated" not in actual and "memory/checkpoint" not in actual
 
 
 def test_noise_scale_of_accumulated_batches(tmp_path: Path) -> None:
@@ -266,12 +266,12 @@ def test_noise_scale_of_accumulated_batches(tmp_path: Path) -> None:
     g = torch.stack(gradients)
     small, big = g.square().sum(1).mean(), g.mean(0).square().sum()
     square, trace = (16 * big - 4 * small) / 12, (small - big) / (1 / 4 - 1 / 16)
-    found = scalars(tmp_path)
-    assert found["noise/gradient_square"] == [pytest.approx(square.item(), rel=1e-3)]
-    assert found["noise/trace"] == [pytest.approx(trace.item(), rel=1e-3)]
-    assert found["noise/scale_sequences"] == [pytest.approx((trace / square).item(), rel=1e-3)]
-    assert found["noise/scale_tokens"] == [pytest.approx((trace / square).item() * CONTEXT, rel=1e-3)]
-    assert found["noise/batch_sequences"] == [16]
+    actual = scalars(tmp_path)
+    assert actual["noise/gradient_square"] == [pytest.approx(square.item(), rel=1e-3)]
+    assert actual["noise/trace"] == [pytest.approx(trace.item(), rel=1e-3)]
+    assert actual["noise/scale_sequences"] == [pytest.approx((trace / square).item(), rel=1e-3)]
+    assert actual["noise/scale_tokens"] == [pytest.approx((trace / square).item() * CONTEXT, rel=1e-3)]
+    assert actual["noise/batch_sequences"] == [16]
 
 
 def test_noise_scale_of_a_single_batch_is_absent(tmp_path: Path) -> None:
@@ -284,15 +284,15 @@ def test_noise_scale_of_a_single_batch_is_absent(tmp_path: Path) -> None:
 def test_refresh_policies_set_live(tmp_path: Path, policy: str) -> None:
     module, settings = Module("soap"), dict[str, Any](EVERY | {"every": 3})
     made = fit(tmp_path, module, PreconditionerRefresh(policy, **settings), steps=9)
-    found = scalars(tmp_path)
+    actual = scalars(tmp_path)
     assert {g["refresh"] for g in made.optimizers[0].param_groups if "refresh" in g} == {policy}
     matrices = sum("proj" in name for name, _ in module.named_parameters())
-    assert found["refresh/count"][0] >= matrices and len(found["refresh/count"]) == 3
-    assert found["refresh/reason/first"][0] >= matrices and found["refresh/share_of_step"][0] > 0
-    assert all(x >= 0 for x in found["refresh/staleness_mean"]) and found["refresh/ms"][0] > 0
-    assert found["refresh/age_max"][-1] >= found["refresh/age_mean"][-1] >= 1
+    assert actual["refresh/count"][0] >= matrices and len(actual["refresh/count"]) == 3
+    assert actual["refresh/reason/first"][0] >= matrices and actual["refresh/share_of_step"][0] > 0
+    assert all(x >= 0 for x in actual["refresh/staleness_mean"]) and actual["refresh/ms"][0] > 0
+    assert actual["refresh/age_max"][-1] >= actual["refresh/age_mean"][-1] >= 1
     if policy == "fixed:2":
-        assert found["refresh/age_max"] == [1, 2, 1] and all(0 <= x <= 1 for x in found["refresh/drift"])
+        assert actual["refresh/age_max"] == [1, 2, 1] and all(0 <= x <= 1 for x in actual["refresh/drift"])
     assert "refresh/raster" in events(tmp_path).Tags()["images"]
 
 
@@ -314,8 +314,8 @@ def test_refresh_says_nothing_of_rules_without_costly_state(tmp_path: Path) -> N
 
 def test_refresh_of_rules_whose_state_tells_no_age_has_no_staleness(tmp_path: Path) -> None:
     fit(tmp_path, Module("flora", rank=2), PreconditionerRefresh(every=1, max_overhead=1e6), steps=2)
-    found = scalars(tmp_path)
-    assert found["refresh/count"][0] > 0 and "refresh/staleness_mean" not in found
+    actual = scalars(tmp_path)
+    assert actual["refresh/count"][0] > 0 and "refresh/staleness_mean" not in actual
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
@@ -335,17 +335,17 @@ def everything(kinds: Any, every: int = 2) -> list[Any]:
 
 def with_entries(kinds: Any) -> list[Any]:
     """Every callback that leaves the optimizer as it is, with all that it can do."""
-    own = everything(kinds, 6)
-    own[-1].probe.exact = "auto"
-    return [*own, kinds.RoleTable()]
+    this = everything(kinds, 6)
+    this[-1].probe.exact = "auto"
+    return [*this, kinds.RoleTable()]
 
 
 def kept(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     """Weights, gradients and the optimizer's state, but for what a refresh notes of itself only when asked."""
-    own = {f"{k} {what}": t for k, p in model.named_parameters() for what, t in (("", p), ("grad", p.grad))}
+    this = {f"{k} {what}": t for k, p in model.named_parameters() for what, t in (("", p), ("grad", p.grad))}
     slots = {f"{i} {k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-    found = {**own, **{k: v for k, v in slots.items() if "refreshed" not in k}}
-    return {k: v.detach().clone() for k, v in found.items() if v is not None}
+    actual = {**this, **{k: v for k, v in slots.items() if "refreshed" not in k}}
+    return {k: v.detach().clone() for k, v in actual.items() if v is not None}
 
 
 @pytest.mark.parametrize("name", ["soap", "muon"])
@@ -403,10 +403,10 @@ def test_a_failed_run_leaves_nothing_behind(tmp_path: Path) -> None:
             return super().training_step(batch, batch_idx)
 
     module = Fails("soap")
-    own = everything(callbacks)
+    this = everything(callbacks)
     with pytest.raises(ZeroDivisionError):
-        fit(tmp_path, module, *own, steps=6, accumulate_grad_batches=2)
-    assert all(not c.probe._handles for c in own)
+        fit(tmp_path, module, *this, steps=6, accumulate_grad_batches=2)
+    assert all(not c.probe._handles for c in this)
     assert not any(p._backward_hooks for p in module.parameters())
     assert not _get_current_dispatch_mode_stack()
 
@@ -442,8 +442,8 @@ class BrokenThere(hf_integration.OptimizerHealth):
     kind = Broken
 
 
-def messages(said: Any, words: str = "stops measuring") -> list[str]:
-    return [str(w.message) for w in said if words in str(w.message)]
+def messages(record: Any, words: str = "stops measuring") -> list[str]:
+    return [str(w.message) for w in record if words in str(w.message)]
 
 
 METHODS = ["before_step", "after_every_step", "measure", "complete", "present", "_adapt_interval", "_before", "_after"]
@@ -451,27 +451,27 @@ METHODS = ["before_step", "after_every_step", "measure", "complete", "present", 
 
 @pytest.mark.parametrize("framework", ["lightning", "transformers"])
 def test_a_probe_that_raises_is_one_warning(tmp_path: Path, framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(folder: str, *own: Any) -> dict[str, Tensor]:
+    def run(folder: str, *this: Any) -> dict[str, Tensor]:
         if framework == "lightning":
             module = Module("adamw", dropout=0.1)
-            made = fit(tmp_path / folder, module, *own, steps=4)
+            made = fit(tmp_path / folder, module, *this, steps=4)
             return kept(module, made.optimizers[0])
         model = llama(dropout=0.1)
-        return kept(model, hf_run(tmp_path / folder, model, *own, optim="adamw").optimizer)
+        return kept(model, hf_run(tmp_path / folder, model, *this, optim="adamw").optimizer)
 
     expected = run("plain") | {"random": torch.rand(2)}
     kind = BrokenHere if framework == "lightning" else BrokenThere
     for where in METHODS:
         monkeypatch.setattr(Broken, "where", where)
         monkeypatch.setattr(Broken, "calls", 0)
-        own = kind(**ALWAYS)
-        with pytest.warns(UserWarning) as said:
-            found = run(where, own) | {"random": torch.rand(2)}
-        assert_same(found, expected)
-        (text,) = messages(said)
+        this = kind(**ALWAYS)
+        with pytest.warns(UserWarning) as record:
+            actual = run(where, this) | {"random": torch.rand(2)}
+        assert_same(actual, expected)
+        (text,) = messages(record)
         assert text.startswith(f"{kind.__name__} stops measuring, and training continues") and "broken" in text
-        assert "ZeroDivisionError" in text and "test_probes.py" in text and own.probe.stopped
-        assert not own.probe._handles
+        assert "ZeroDivisionError" in text and "test_probes.py" in text and this.probe.stopped
+        assert not this.probe._handles
 
 
 @pytest.mark.parametrize(
@@ -495,14 +495,14 @@ def test_whatever_a_framework_calls_may_raise(tmp_path: Path, method: str, monke
     fit(tmp_path / "plain", plain, steps=3)
     for kind in (health.Health, noise.GradientNoiseScale):
         monkeypatch.setattr(kind, method, fails)
-    own = [OptimizerHealth(**ALWAYS), GradientNoiseScale(**ALWAYS)]
-    with pytest.warns(UserWarning) as said:
-        fit(tmp_path / "a", module, *own, steps=3)
+    this = [OptimizerHealth(**ALWAYS), GradientNoiseScale(**ALWAYS)]
+    with pytest.warns(UserWarning) as record:
+        fit(tmp_path / "a", module, *this, steps=3)
     assert_same(weights(module), weights(plain))
-    assert len(messages(said, "put everything away" if method == "clear" else "stops measuring")) >= 1
-    with pytest.warns(UserWarning) as said:
+    assert len(messages(record, "put everything away" if method == "clear" else "stops measuring")) >= 1
+    with pytest.warns(UserWarning) as record:
         hf_run(tmp_path / "b", llama(), hf_integration.OptimizerHealth(**ALWAYS), optim="adamw", max_steps=2)
-    assert len(messages(said, "put everything away" if method == "clear" else "stops measuring")) >= 1
+    assert len(messages(record, "put everything away" if method == "clear" else "stops measuring")) >= 1
 
 
 def test_a_hook_on_a_gradient_may_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,9 +513,9 @@ def test_a_hook_on_a_gradient_may_raise(tmp_path: Path, monkeypatch: pytest.Monk
     fit(tmp_path / "plain", plain, steps=3)
     monkeypatch.setattr(noise.GradientNoiseScale, "_note", fails)
     monkeypatch.setattr(memory_of, "storages", fails)
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning) as record:
         fit(tmp_path / "a", module, GradientNoiseScale(**ALWAYS), MemoryLogger(**ALWAYS), steps=3)
-    assert len(messages(said)) == 2
+    assert len(messages(record)) == 2
     assert_same(weights(module), weights(plain))
     assert not any(p._backward_hooks for p in module.parameters())
     assert not _get_current_dispatch_mode_stack()
@@ -536,14 +536,14 @@ def test_a_loss_that_fails_in_the_middle(tmp_path: Path, call: Any, method: Any)
 
     states = []
     calls: list[Tensor] = []
-    for own in ([], [HessianBlocks(loss=loss, **CURVATURE | {"method": method, "exact": ()})]):
+    for this in ([], [HessianBlocks(loss=loss, **CURVATURE | {"method": method, "exact": ()})]):
         random.seed(0)
         np.random.seed(0)
         module = Module("adamw", dropout=0.1)
-        if own:
-            with pytest.warns(UserWarning, match=r"ArithmeticError: no loss.*Give HessianBlocks\(loss") as said:
-                made = fit(tmp_path / "watched", module, *own, steps=5)
-            assert len(messages(said)) == 1
+        if this:
+            with pytest.warns(UserWarning, match=r"ArithmeticError: no loss.*Give HessianBlocks\(loss") as record:
+                made = fit(tmp_path / "watched", module, *this, steps=5)
+            assert len(messages(record)) == 1
         else:
             made = fit(tmp_path / "plain", module, steps=5)
         flags = torch.tensor([m.training for m in module.modules()] + [p.requires_grad for p in module.parameters()])
@@ -567,14 +567,14 @@ def test_what_cannot_be_written_is_one_warning(tmp_path: Path, framework: str) -
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             (hf_folder(tmp_path) / "diagnostics").write_text("in the way")
 
-    with pytest.warns(UserWarning, match="OptimizerHealth stops measuring.*FileExistsError") as said:
+    with pytest.warns(UserWarning, match="OptimizerHealth stops measuring.*FileExistsError") as record:
         if framework == "lightning":
             (tmp_path / "diagnostics").write_text("in the way")
             fit(tmp_path, Module("adamw"), OptimizerHealth(**ALWAYS, image_every=1), steps=3)
         else:
-            own = hf_integration.OptimizerHealth(**ALWAYS, image_every=1)
-            assert hf_run(tmp_path, llama(), own, Blocks(), optim="adamw").state.global_step == 4
-    assert len(messages(said)) == 1
+            this = hf_integration.OptimizerHealth(**ALWAYS, image_every=1)
+            assert hf_run(tmp_path, llama(), this, Blocks(), optim="adamw").state.global_step == 4
+    assert len(messages(record)) == 1
 
 
 def test_manual_optimization_needs_a_loss(tmp_path: Path) -> None:
@@ -592,13 +592,13 @@ def test_manual_optimization_needs_a_loss(tmp_path: Path) -> None:
             self.manual_backward(self.model(input_ids=batch, labels=batch).loss)
             optimizer.step()
 
-    module, own = Manual(), HessianBlocks(**CURVATURE)
-    with pytest.warns(UserWarning, match=r"manual optimization.*Give HessianBlocks\(loss=") as said:
-        fit(tmp_path / "a", module, own, steps=4, gradient_clip_val=None)
-    assert len(messages(said)) == 1 and module.calls == 4 and not of(scalars(tmp_path / "a"), "hessian/")
+    module, this = Manual(), HessianBlocks(**CURVATURE)
+    with pytest.warns(UserWarning, match=r"manual optimization.*Give HessianBlocks\(loss=") as record:
+        fit(tmp_path / "a", module, this, steps=4, gradient_clip_val=None)
+    assert len(messages(record)) == 1 and module.calls == 4 and not of(scalars(tmp_path / "a"), "hessian/")
     of_batch: Any = lambda m, batch: m.model(input_ids=batch, labels=batch).loss  # noqa: E731
-    own = HessianBlocks(loss=of_batch, **CURVATURE)
-    fit(tmp_path / "b", Manual(), own, steps=4, gradient_clip_val=None)
+    this = HessianBlocks(loss=of_batch, **CURVATURE)
+    fit(tmp_path / "b", Manual(), this, steps=4, gradient_clip_val=None)
     assert of(scalars(tmp_path / "b"), "hessian/trace")
 
 
@@ -617,9 +617,9 @@ def test_a_policy_is_refused_and_outlives_what_is_measured(tmp_path: Path, monke
 
 def test_a_probe_that_has_failed_saves_and_starts_over(tmp_path: Path) -> None:
     failing: Any = lambda module, batch: 1 / 0  # noqa: E731
-    own = HessianBlocks(loss=failing, **CURVATURE)
+    this = HessianBlocks(loss=failing, **CURVATURE)
     with pytest.warns(UserWarning, match="stops measuring"):
-        made = fit(tmp_path / "a", Module("adamw"), own, steps=2)
+        made = fit(tmp_path / "a", Module("adamw"), this, steps=2)
     made.save_checkpoint(tmp_path / "last.ckpt")
     again = HessianBlocks(**CURVATURE)
     logger = TensorBoardLogger(tmp_path / "b", name="")
@@ -685,12 +685,12 @@ def test_presets_have_few_tags(tmp_path: Path, name: str, optim: str) -> None:
     fit(tmp_path / "lightning", Module(optim), *quick(diagnostics(name, 24)), steps=24, accumulate_grad_batches=2)
     hf_run(tmp_path / "hf", llama(), *quick(hf_integration.diagnostics(name, 24)), optim=optim, **settings)
     families = tuple(f"{row.probe.name}/" for row in registry.members(name)) + ("diagnostics/",)
-    found = [{t for t in scalars(x) if t.startswith(families)} for x in (tmp_path / "lightning", hf_folder(tmp_path))]
-    assert found[0] == found[1] and {t.partition("/")[0] + "/" for t in found[0]} >= set(families) - {"refresh/"}
-    by_role = [t for t in found[0] if t.rpartition("/")[2] in ROLES]
+    actual = [{t for t in scalars(x) if t.startswith(families)} for x in (tmp_path / "lightning", hf_folder(tmp_path))]
+    assert actual[0] == actual[1] and {t.partition("/")[0] + "/" for t in actual[0]} >= set(families) - {"refresh/"}
+    by_role = [t for t in actual[0] if t.rpartition("/")[2] in ROLES]
     more = len(by_role) // len(ROLES) * (view.MAX_ROLES - len(ROLES)) + 2 + 4
-    assert len(by_role) % len(ROLES) == 0 and len(found[0]) + more <= 60
-    assert len(found[0]) >= 20
+    assert len(by_role) % len(ROLES) == 0 and len(actual[0]) + more <= 60
+    assert len(actual[0]) >= 20
 
 
 def quick(made: Any) -> Any:
@@ -704,15 +704,15 @@ def quick(made: Any) -> Any:
 
 def test_what_is_no_scalar_is_in_pictures_and_tables(tmp_path: Path) -> None:
     plain: dict[str, Any] = CURVATURE | {"detail": False}
-    own = [
+    this = [
         OptimizerHealth(every=1, max_overhead=1e6, image_every=2),
         HessianBlocks(**plain),
         GradientRank(every=2, max_overhead=1e6, scalars=["weight.stable_rank"]),
     ]
-    fit(tmp_path, Module("soap"), *own, steps=4)
-    found, seen = scalars(tmp_path), events(tmp_path)
-    assert not of(found, "health/weight_rms") and not of(found, "hessian/trace") and not of(found, "rank/gradient")
-    assert of(found, "rank/weight_stable_rank/") and "diagnostics/interval/health" not in found
+    fit(tmp_path, Module("soap"), *this, steps=4)
+    actual, seen = scalars(tmp_path), events(tmp_path)
+    assert not of(actual, "health/weight_rms") and not of(actual, "hessian/trace") and not of(actual, "rank/gradient")
+    assert of(actual, "rank/weight_stable_rank/") and "diagnostics/interval/health" not in actual
     measures = (
         "health/gradient_rms",
         "health/weight_rms",
@@ -759,10 +759,10 @@ def charts_of(folder: Path) -> dict[str, dict[str, list[str]]]:
 @pytest.mark.parametrize("name", ["soap", "muon", "adamw"])
 def test_every_chart_of_the_dashboard_has_something_to_show(tmp_path: Path, name: str) -> None:
     fit(tmp_path, Module(name), *everything(callbacks), steps=4, accumulate_grad_batches=2)
-    found, shown = scalars(tmp_path), charts_of(tmp_path)
+    actual, shown = scalars(tmp_path), charts_of(tmp_path)
     for category in shown.values():
         for title, patterns in category.items():
-            assert any(re.fullmatch(p, tag) for p in patterns for tag in found), title
+            assert any(re.fullmatch(p, tag) for p in patterns for tag in actual), title
     refreshed = {"refresh"} if name == "soap" else set()
     assert set(shown) == {"health", "memory", "rank", "noise", "hessian", "diagnostics"} | refreshed
 
@@ -781,9 +781,9 @@ def test_a_resumed_run_keeps_its_dashboard(tmp_path: Path) -> None:
 # -- Transformers -----------------------------------------------------------------------------------------------------
 
 
-def hf_run(folder: Path, model: PreTrainedModel, *own: TrainerCallback, **settings: Any) -> Any:
+def hf_run(folder: Path, model: PreTrainedModel, *this: TrainerCallback, **settings: Any) -> Any:
     settings = {"report_to": ["tensorboard"], "max_steps": 4, "gradient_accumulation_steps": 2} | settings
-    made = trainer_of(model, arguments(folder, **settings), *own)
+    made = trainer_of(model, arguments(folder, **settings), *this)
     made.train()
     return made
 
@@ -810,9 +810,9 @@ def test_the_same_tags_in_transformers(tmp_path: Path) -> None:
 def test_transformers_trains_the_same_with_every_callback(tmp_path: Path, name: str) -> None:
     settings: dict[str, Any] = {"optim": name, "max_steps": 20, "max_grad_norm": 0.5}
     runs = []
-    for folder, own in (("plain", []), ("watched", with_entries(hf_integration))):
+    for folder, this in (("plain", []), ("watched", with_entries(hf_integration))):
         model = llama(dropout=0.1)
-        made = hf_run(tmp_path / folder, model, *own, **settings)
+        made = hf_run(tmp_path / folder, model, *this, **settings)
         losses = [x["loss"] for x in made.state.log_history if "loss" in x]
         modes = [m.training for m in model.modules()]
         runs.append((kept(model, made.optimizer), torch.rand(2), modes, losses))
@@ -820,15 +820,15 @@ def test_transformers_trains_the_same_with_every_callback(tmp_path: Path, name: 
     assert_same(a, b)
     assert torch.equal(random_a, random_b) and modes_a == modes_b
     assert losses_a == losses_b and len(losses_a) == 20
-    found = scalars(hf_folder(tmp_path / "watched"))
-    assert found["health/clip_rate"][-1] > 0 and found["noise/batch_sequences"][-1] == 4
+    actual = scalars(hf_folder(tmp_path / "watched"))
+    assert actual["health/clip_rate"][-1] > 0 and actual["noise/batch_sequences"][-1] == 4
 
 
 def test_noise_scale_in_both_frameworks_is_the_same(tmp_path: Path) -> None:
     model = llama()
     start = copy.deepcopy(model)
-    own = hf_integration.GradientNoiseScale(**ALWAYS)
-    made = hf_run(tmp_path, model, own, max_steps=1, gradient_accumulation_steps=4, max_grad_norm=0.01)
+    this = hf_integration.GradientNoiseScale(**ALWAYS)
+    made = hf_run(tmp_path, model, this, max_steps=1, gradient_accumulation_steps=4, max_grad_norm=0.01)
     gradients = []
     for batch in _batches_of(made, 4):
         start.zero_grad()
@@ -837,9 +837,9 @@ def test_noise_scale_in_both_frameworks_is_the_same(tmp_path: Path) -> None:
     g = torch.stack(gradients)
     small, big = g.square().sum(1).mean(), g.mean(0).square().sum()
     square, trace = (8 * big - 2 * small) / 6, (small - big) / (1 / 2 - 1 / 8)
-    found = scalars(hf_folder(tmp_path))
-    assert found["noise/gradient_square"] == [pytest.approx(square.item(), rel=1e-3)]
-    assert found["noise/trace"] == [pytest.approx(trace.item(), rel=1e-3)]
+    actual = scalars(hf_folder(tmp_path))
+    assert actual["noise/gradient_square"] == [pytest.approx(square.item(), rel=1e-3)]
+    assert actual["noise/trace"] == [pytest.approx(trace.item(), rel=1e-3)]
 
 
 def _batches_of(made: Any, count: int) -> list[Tensor]:
@@ -849,9 +849,9 @@ def _batches_of(made: Any, count: int) -> list[Tensor]:
 
 
 def test_transformers_callbacks_keep_their_state(tmp_path: Path) -> None:
-    own = hf_integration.GradientNoiseScale(**ALWAYS)
+    this = hf_integration.GradientNoiseScale(**ALWAYS)
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "optim": "adamw"}
-    hf_run(tmp_path, llama(), own, **settings)
+    hf_run(tmp_path, llama(), this, **settings)
     again = hf_integration.GradientNoiseScale(**ALWAYS)
     args = arguments(
         tmp_path,
@@ -941,11 +941,11 @@ def test_any_torch_optimizer_can_be_watched(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
-    own = [OptimizerHealth(**EVERY), MemoryLogger(**EVERY), GradientRank(**EVERY), HessianBlocks(**CURVATURE)]
-    fit(tmp_path, Plain(), *own, PreconditionerRefresh(**EVERY), steps=2)
-    found = scalars(tmp_path)
-    assert found["hessian/sharpness_ratio"][0] > 0 and "memory/state_predicted" not in found
-    assert of(found, "health/update_rms/") == per_role("health/update_rms")
+    this = [OptimizerHealth(**EVERY), MemoryLogger(**EVERY), GradientRank(**EVERY), HessianBlocks(**CURVATURE)]
+    fit(tmp_path, Plain(), *this, PreconditionerRefresh(**EVERY), steps=2)
+    actual = scalars(tmp_path)
+    assert actual["hessian/sharpness_ratio"][0] > 0 and "memory/state_predicted" not in actual
+    assert of(actual, "health/update_rms/") == per_role("health/update_rms")
 
 
 def test_fused_backward_has_no_gradients_and_no_zeros(tmp_path: Path) -> None:
@@ -958,11 +958,11 @@ def test_fused_backward_has_no_gradients_and_no_zeros(tmp_path: Path) -> None:
                 p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
             return super().configure_optimizers()
 
-    own = [OptimizerHealth(**EVERY), GradientRank(**EVERY), MemoryLogger(**EVERY)]
-    fit(tmp_path, Fused("adamw"), *own, steps=2, gradient_clip_val=None)
-    found = scalars(tmp_path)
-    assert not of(found, "health/gradient") and not of(found, "rank/gradient") and "health/clip_rate" not in found
-    assert of(found, "health/weight_rms/") == per_role("health/weight_rms")
+    this = [OptimizerHealth(**EVERY), GradientRank(**EVERY), MemoryLogger(**EVERY)]
+    fit(tmp_path, Fused("adamw"), *this, steps=2, gradient_clip_val=None)
+    actual = scalars(tmp_path)
+    assert not of(actual, "health/gradient") and not of(actual, "rank/gradient") and "health/clip_rate" not in actual
+    assert of(actual, "health/weight_rms/") == per_role("health/weight_rms")
 
 
 def test_bfloat16_weights_and_transposed_layers(tmp_path: Path) -> None:

@@ -50,6 +50,6 @@ def test_ranks_refresh_together_within_a_time_budget(tmp_path: Path, pool: Pool,
     job = f"tests.helpers.callback_jobs:{framework}"
     a, b = pool.run(job, 2, folder=str(tmp_path), name="soap", policy="time_budget:0.2")
     assert all(torch.equal(a[k], b[k]) for k in a)
-    found = scalars(log_of(tmp_path))
-    matrices = found["refresh/count"][0]
-    assert found["refresh/reason/first"] == [matrices] and found["refresh/reason/budget"][0] > 0
+    actual = scalars(log_of(tmp_path))
+    matrices = actual["refresh/count"][0]
+    assert actual["refresh/reason/first"] == [matrices] and actual["refresh/reason/budget"][0] > 0

@@ -58,13 +58,13 @@ def same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stacked, "_noise", drawn)
 
 
-@pytest.mark.parametrize(("name", "given"), cases())
-def test_equals_naive_reference_in_float64(name: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "case"), cases())
+def test_equals_naive_reference_in_float64(name: str, case: dict[str, Any]) -> None:
     naive = reference(name)
-    given = {**strict(name), **given}
+    case = {**strict(name), **case}
     ps = params(name, torch.float64)
-    ours = run(name, ps, range(1, 7), **given)
-    h = settings_of(name, {**given, "weight_decay": ours.param_groups[0]["weight_decay"]})
+    ours = run(name, ps, range(1, 7), **case)
+    h = settings_of(name, {**case, "weight_decay": ours.param_groups[0]["weight_decay"]})
     for key, start in params(name, torch.float64).items():
         p, state = start.detach(), {}
         for t in range(1, 7):
@@ -278,12 +278,12 @@ OPTIONS: list[dict[str, Any]] = [
 @searching_too
 def test_gradients_with_zeros_are_finite_under_every_option(name: str) -> None:
     for convention in ("native", "adamw"):
-        for given in [*switches(name), *(OPTIONS if name not in SEARCHING else [])]:
-            for dtype in (torch.float32, torch.bfloat16) if given in OPTIONS else (torch.float32,):
-                what = f"with {given}, {convention}, {dtype}"
+        for case in [*switches(name), *(OPTIONS if name not in SEARCHING else [])]:
+            for dtype in (torch.float32, torch.bfloat16) if case in OPTIONS else (torch.float32,):
+                what = f"with {case}, {convention}, {dtype}"
                 ps = params(name, dtype)
                 try:
-                    optimizer = make(name, ps, lr_convention=convention, **given)
+                    optimizer = make(name, ps, lr_convention=convention, **case)
                 except ValueError:  # an option that contradicts the convention or the rule
                     continue
                 for t in range(1, 5):

@@ -35,12 +35,12 @@ def check(pool: Pool, layout: str, world: int, steps: int, **kwargs: Any) -> Non
         results = pool.run("tests.helpers.jobs:laid_out", world, layout=layout, names=names, steps=steps, **kwargs)
         for name in names:
             expected = straight(name, steps, dtype, kwargs.get("missing"), **settings)
-            for found in results:
-                if isinstance(found[name], str):
-                    assert "parameter 0" in found[name], "it names what cannot be"
-                    assert REGISTRY[name].needs_all_gradients or "8 bits" in found[name], found[name]
+            for actual in results:
+                if isinstance(actual[name], str):
+                    assert "parameter 0" in actual[name], "it names what cannot be"
+                    assert REGISTRY[name].needs_all_gradients or "8 bits" in actual[name], actual[name]
                 else:
-                    compare(name, found[name], expected)
+                    compare(name, actual[name], expected)
 
 
 @pytest.mark.parametrize(("layout", "world"), MESHES)
@@ -61,8 +61,8 @@ def test_a_rank_may_have_no_columns(pool: Pool, name: str) -> None:
     """Five columns, or a matrix's only one, over four ranks: an operation that needs one would end that rank alone."""
     settings: dict[str, Any] = {"transposed": True}
     job: dict[str, Any] = {"layout": "fsdp2", "names": [name], "steps": 3, "settings": settings}
-    for found in pool.run("tests.helpers.jobs:laid_out", 4, **job):
-        compare(name, found[name], straight(name, 3, **settings))
+    for actual in pool.run("tests.helpers.jobs:laid_out", 4, **job):
+        compare(name, actual[name], straight(name, 3, **settings))
 
 
 FEW: jobs.Shapes = {
@@ -91,8 +91,8 @@ def test_fewer_rows_than_ranks(pool: Pool, layout: str, world: int, settings: di
     results = pool.run("tests.helpers.jobs:laid_out", world, **job)
     for name in names:
         expected = straight(name, 4, shapes=FEW, **settings)
-        for found in results:
-            compare(name, found[name], expected)
+        for actual in results:
+            compare(name, actual[name], expected)
 
 
 def test_fewer_rows_than_ranks_in_8_bits(pool: Pool) -> None:
@@ -103,8 +103,8 @@ def test_fewer_rows_than_ranks_in_8_bits(pool: Pool) -> None:
     results = pool.run("tests.helpers.jobs:laid_out", 3, **job)
     for name in names:
         expected = straight(name, 4, shapes=shapes, **CODED)
-        for found in results:
-            compare(name, found[name], expected)
+        for actual in results:
+            compare(name, actual[name], expected)
 
 
 CHAIN = [("fsdp2+tp", 4, "shared", 2), ("tp", 2, "fsdp2", 3), ("shared", 3, "tp", 2), ("hsdp", 4, "fsdp2+tp", 4)]
@@ -119,10 +119,10 @@ def test_a_checkpoint_goes_on_under_another_strategy(
     folder = str(tmp_path / "checkpoint")
     common: dict[str, Any] = {"name": name, "folder": folder, "steps": 3, "dtype": torch.float32}
     expected = straight(name, 6)
-    for found in pool.run("tests.helpers.jobs:save", world, layout=layout, **common):
-        compare(name, found, expected)
-    for found in pool.run("tests.helpers.jobs:load", ranks, layout=other, **common):
-        compare(name, found, expected)
+    for actual in pool.run("tests.helpers.jobs:save", world, layout=layout, **common):
+        compare(name, actual, expected)
+    for actual in pool.run("tests.helpers.jobs:load", ranks, layout=other, **common):
+        compare(name, actual, expected)
     model = jobs.Model(name)
     optimizer = make(name, model.parameters(), lr=77.0)
     jobs.load_into(model, optimizer, folder)
@@ -150,8 +150,8 @@ PRICED: list[tuple[str, dict[str, Any]]] = [
 def test_plan_prices_what_every_rank_holds_and_sends(pool: Pool, layout: str, world: int) -> None:
     cases = [(name, settings, dtype) for name, settings in PRICED for dtype in (torch.float32, torch.bfloat16)]
     for results in pool.run("tests.helpers.jobs:priced", world, layout=layout, cases=cases):
-        for case, (held, said, sent, price) in zip(cases, results, strict=True):
-            assert (held, sent) == (said, price), case
+        for case, (content, record, sent, price) in zip(cases, results, strict=True):
+            assert (content, sent) == (record, price), case
 
 
 @pytest.mark.parametrize(("layout", "world"), [("fsdp2", 3), ("shared", 2)])
@@ -165,9 +165,9 @@ def test_groups_that_differ_are_told_on_every_rank(pool: Pool, layout: str, worl
 @pytest.mark.parametrize(("layout", "world"), [("tp", 2), ("fsdp2+tp", 4), ("shared", 3), ("mixed", 2)])
 def test_ranks_raise_together(pool: Pool, layout: str, world: int) -> None:
     """A gradient that one rank lacks, and a NaN that only one can see."""
-    for message, same, found in pool.run("tests.helpers.jobs:disagree", world, name="muon", layout=layout):
+    for message, same, actual in pool.run("tests.helpers.jobs:disagree", world, name="muon", layout=layout):
         assert "disagree" in message and same
-        compare("muon", found, straight("muon", 4))
+        compare("muon", actual, straight("muon", 4))
     (first, same), *others = pool.run("tests.helpers.jobs:not_finite", world, name="muon", layout=layout)
     assert "parameter 0" in first and same
     assert all("not finite" in message and also for message, also in others)
@@ -177,11 +177,11 @@ def test_ranks_raise_together(pool: Pool, layout: str, world: int) -> None:
 @pytest.mark.parametrize("name", ["muon", "adamw", "adafactor"])
 @pytest.mark.parametrize(("layout", "world"), [("shared", 3), ("fsdp2", 2), ("ddp", 2)])
 def test_a_resized_parameter_is_told_on_every_rank(pool: Pool, layout: str, world: int, name: str) -> None:
-    found = pool.run("tests.helpers.jobs:resized", world, name=name, layout=layout)
-    for messages, same, after in found:
+    actual = pool.run("tests.helpers.jobs:resized", world, name=name, layout=layout)
+    for messages, same, after in actual:
         assert len(messages) == 2 and same
         assert all("has shape (9, 5)" in m and "has (7, " in m and "expected (9, " in m for m in messages), messages
-        assert all(torch.equal(after[k], found[0][2][k]) for k in after)
+        assert all(torch.equal(after[k], actual[0][2][k]) for k in after)
 
 
 @pytest.mark.parametrize("name", ["muon", "soap"])
@@ -190,10 +190,10 @@ def test_shared_work_is_collected_before_one_rank_saves(pool: Pool, name: str) -
     state = make(name, (model := jobs.Model(name)).parameters())
     jobs.take_steps(model, state, range(1, 2))
     declared = sum(t.nbytes for s in state.state.values() for k, t in s.items() if k != "step")
-    (_, first, found), (messages, second, also) = pool.run("tests.helpers.jobs:consolidated", 2, name=name)
+    (_, first, actual), (messages, second, also) = pool.run("tests.helpers.jobs:consolidated", 2, name=name)
     assert all("consolidate()" in message for message in messages)
     assert first + second == declared and first and second
-    compare(name, found, expected)
+    compare(name, actual, expected)
     compare(name, also, expected)
 
 
@@ -205,10 +205,10 @@ def test_narrow_communication(pool: Pool, layout: str, world: int, share: float)
     results = pool.run("tests.helpers.jobs:narrow_communication", world, layout=layout)
     expected = straight("muon", 4)
     start = jobs.Model("muon")
-    for (found, sent), full in zip(results, exact, strict=True):
+    for (actual, sent), full in zip(results, exact, strict=True):
         assert sent == full * share
-        assert all(torch.equal(results[0][0][k], v) for k, v in found.items())
-        off = {k: (found[k] - p).norm() / (p - start.get_parameter(k)).norm() for k, p in expected.named_parameters()}
+        assert all(torch.equal(results[0][0][k], v) for k, v in actual.items())
+        off = {k: (actual[k] - p).norm() / (p - start.get_parameter(k)).norm() for k, p in expected.named_parameters()}
         assert 0 < max(off.values()) <= 0.05, off  # a direction may have been of bfloat16's precision before
 
 
@@ -222,9 +222,9 @@ def test_offloaded_parameters_and_another_dtype_of_sums(
         model(jobs.batch(t)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    for found in pool.run("tests.helpers.jobs:trained_by_loss", 2, offload=offload, reduce_dtype=reduce_dtype):
+    for actual in pool.run("tests.helpers.jobs:trained_by_loss", 2, offload=offload, reduce_dtype=reduce_dtype):
         for key, p in model.named_parameters():
-            torch.testing.assert_close(found[key], p.detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(actual[key], p.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_dion_sends_its_factors_and_follows_the_mean_gradient(pool: Pool) -> None:
@@ -240,11 +240,11 @@ def test_dion_sends_its_factors_and_follows_the_mean_gradient(pool: Pool) -> Non
         for p in group["params"]:
             low += 4 * sum(p.shape) * min(p.shape) if group["rule"] == "dion" else 0
             rest += 4 * p.numel() if group["rule"] != "dion" else 0
-    for found, sent, said in pool.run("tests.helpers.jobs:compressed", 2, name="dion", steps=5):
-        assert "consolidate()" in said
+    for actual, sent, record in pool.run("tests.helpers.jobs:compressed", 2, name="dion", steps=5):
+        assert "consolidate()" in record
         assert sent == low + rest
         for key, p in model.named_parameters():
-            torch.testing.assert_close(found[key], p.detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(actual[key], p.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_signum_votes_with_one_byte_per_weight(pool: Pool) -> None:
@@ -265,10 +265,10 @@ def test_signum_votes_with_one_byte_per_weight(pool: Pool) -> None:
                 mean = torch.stack([m[k] for m in momenta]).mean(0)
                 momenta = [{**m, k: mean.clone()} for m in momenta]
     size = sum(p.numel() for p in model.parameters())
-    for found, sent, _ in pool.run("tests.helpers.jobs:compressed", world, name="signum", steps=5):
+    for actual, sent, _ in pool.run("tests.helpers.jobs:compressed", world, name="signum", steps=5):
         assert sent == size, "one byte each"
         for key, p in model.named_parameters():
-            torch.testing.assert_close(found[key], p.detach(), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(actual[key], p.detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_compress_says_what_it_needs() -> None:
@@ -299,11 +299,11 @@ def test_plan_of_seventy_billion_weights_on_512_ranks(strategy: Any) -> None:
         model = Large()
     made = plan(model, "muon", world_size=512, strategy=strategy)
     assert time.perf_counter() - started < 60
-    found = made.mesh
-    assert isinstance(found, MeshEstimate)
-    mean = sum(found.work) / len(found.work)
-    assert max(found.work) <= 1.05 * max(mean, found.largest)
-    assert sum(found.state) - 4 * len(made.rows) * (len(found.state) - 1) == made.state_bytes
+    actual = made.mesh
+    assert isinstance(actual, MeshEstimate)
+    mean = sum(actual.work) / len(actual.work)
+    assert max(actual.work) <= 1.05 * max(mean, actual.largest)
+    assert sum(actual.state) - 4 * len(made.rows) * (len(actual.state) - 1) == made.state_bytes
     assert "at most" in str(made) and "busiest of" in str(made)
 
 

@@ -96,13 +96,13 @@ def test_apollo_projections_keep_norms_on_average() -> None:
     (g,) = matrices(1, 40, 60)
     p = Parameter(torch.zeros_like(g))
     optimizer = APOLLO([p], rank=8, refresh="fixed:1")
-    found = []
+    actual = []
     for _ in range(100):
         p.grad = g.clone()
         optimizer.step()
-        found.append((project(g, optimizer.state[p]["projection_left"], None).norm() / g.norm()).square())
-    found = torch.stack(found)
-    assert (found.mean() - 1).abs() < 4 * found.std() / 10 and found.std() > 0.01
+        actual.append((project(g, optimizer.state[p]["projection_left"], None).norm() / g.norm()).square())
+    actual = torch.stack(actual)
+    assert (actual.mean() - 1).abs() < 4 * actual.std() / 10 and actual.std() > 0.01
 
 
 def test_flora_without_momentum_is_adafactor() -> None:
@@ -116,13 +116,13 @@ def test_flora_keeps_its_momentum_on_average() -> None:
     settings = {"lr": 1.0, "rank": 4, "refresh": "fixed:2", "clip_threshold": 1e9}
     before, after = [], []
     for seed in range(400):
-        found = [-moved(Flora, [g] * count, seed=seed, **settings) for count in (2, 3)]
-        before.append(found[0] - 0.1 * g)
-        after.append(found[1] - found[0])
+        actual = [-moved(Flora, [g] * count, seed=seed, **settings) for count in (2, 3)]
+        before.append(actual[0] - 0.1 * g)
+        after.append(actual[1] - actual[0])
     for steps, share in ((before, 0.19), (after, 0.271)):
-        found = torch.stack(steps)
-        error = (found.mean(0) - share * g).abs() / (found.std(0) / 20)
-        assert error.max() < 4.5 and found.std(0).min() > 0.01
+        actual = torch.stack(steps)
+        error = (actual.mean(0) - share * g).abs() / (actual.std(0) / 20)
+        assert error.max() < 4.5 and actual.std(0).min() > 0.01
 
 
 # -- projections ------------------------------------------------------------------------------------------------------
@@ -150,12 +150,12 @@ def test_cheap_bases_capture_what_the_exact_one_does(method: Method, wanted: tup
     none = {k: torch.zeros(1, shapes[k], rank) for k in wanted}
     exact = leading_vectors(x, none, "svd", sketch, first=True)
     old = leading_vectors(before + x, none, "svd", sketch, first=True)
-    found = leading_vectors(x, old, method, sketch, first=False)
+    actual = leading_vectors(x, old, method, sketch, first=False)
     for side in wanted:
-        q = found[side]
+        q = actual[side]
         assert (q.mT @ q - torch.eye(rank)).abs().max() < 1e-5
-        assert energy(found, side) > (1 - 1e-6 if method == "svd" else 0.985) * energy(exact, side)
-        assert energy(found, side) > energy(old, side)
+        assert energy(actual, side) > (1 - 1e-6 if method == "svd" else 0.985) * energy(exact, side)
+        assert energy(actual, side) > energy(old, side)
         assert ((q * old[side]).sum(-2) >= 0).all()
         zero = leading_vectors(torch.zeros_like(x), old, method, sketch, first=False)
         assert torch.equal(zero[side], old[side])

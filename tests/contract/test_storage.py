@@ -63,9 +63,9 @@ def test_every_value_becomes_the_nearest_of_the_table(nonnegative: bool) -> None
     table = quantize.values("int8", nonnegative)
     quotients = x.view(-1, 256) / scale[:, None]
     distance = (quotients.view(-1, 1).double() - table.double()).abs()
-    found = distance.gather(1, codes.long()[:, None]).squeeze(1)
-    kept = (codes > 1) | (x == 0) if nonnegative else torch.ones_like(x, dtype=torch.bool)
-    assert (found - distance.amin(1))[kept].max() <= 1e-7
+    actual = distance.gather(1, codes.long()[:, None]).squeeze(1)
+    snapshot = (codes > 1) | (x == 0) if nonnegative else torch.ones_like(x, dtype=torch.bool)
+    assert (actual - distance.amin(1))[snapshot].max() <= 1e-7
     assert not nonnegative or not ((back == 0) & (x > 0)).any(), "a second moment above zero became zero"
     assert torch.equal(back, table[codes.long()] * scale.repeat_interleave(256))
 
@@ -80,15 +80,15 @@ def test_graphs_compute_the_codes_that_are_else_looked_up(form: quantize.Format,
     dtype = torch.int8 if form == "fp8" else torch.uint8
     codes, scale = torch.empty(x.numel(), dtype=dtype), torch.empty(len(x))
     quantize.encode(x.view(-1), codes, scale, form, nonnegative=nonnegative, block=256)
-    found, scales = quantize.computed(x, form, nonnegative=nonnegative)
-    assert torch.equal(scales.view(-1), scale) and found.dtype == dtype
+    actual, scales = quantize.computed(x, form, nonnegative=nonnegative)
+    assert torch.equal(scales.view(-1), scale) and actual.dtype == dtype
     table = quantize.table(form, nonnegative, x.device)
     values = quantize.looked_up(codes.view(x.shape), scales, table)
     expected = quantize.decode(codes, scale, form, nonnegative=nonnegative, block=256)
     assert torch.equal(values.view(-1), expected)
-    off = found.view(-1) != codes
+    off = actual.view(-1) != codes
     assert off.sum() <= 10
-    quotients, pair = (x / scales).view(-1)[off].double(), (found.view(-1)[off], codes[off])
+    quotients, pair = (x / scales).view(-1)[off].double(), (actual.view(-1)[off], codes[off])
     low, high = (table[c.view(torch.uint8).int()].double() for c in pair)
     assert (
         (quotients - (low + high) / 2).abs() <= 1e-4 * (high - low).abs() + (3e-5 if form == "int8_grid" else 0)
@@ -193,8 +193,8 @@ def test_eight_bit_adamw_takes_two_bytes_per_weight() -> None:
     p.grad = torch.randn_like(p)
     optimizer = AdamW([p], state_storage="int8")
     optimizer.step()
-    held = sum(t.nbytes for t in optimizer.state[p].values())
-    assert held == 2 * p.numel() * (1 + 4 / 256) + 4
+    content = sum(t.nbytes for t in optimizer.state[p].values())
+    assert content == 2 * p.numel() * (1 + 4 / 256) + 4
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     assert file.tell() <= 2.1 * p.numel()
@@ -228,7 +228,7 @@ def test_follows_float32_as_published_implementations_do(storage: Any, limit: fl
     made = torch.Generator().manual_seed(0)
     start = torch.randn(64, 128, generator=made)
     grads = [torch.randn(64, 128, generator=made) * 0.1 for _ in range(20)]
-    found = {}
+    actual = {}
     settings: list[Any] = ["fp32", storage]
     for state_storage in settings:
         p = Parameter(start.clone())
@@ -236,8 +236,8 @@ def test_follows_float32_as_published_implementations_do(storage: Any, limit: fl
         for g in grads:
             p.grad = g
             optimizer.step()
-        found[state_storage] = [p]
-    assert displacement(found[storage], found["fp32"], [start]) <= limit
+        actual[state_storage] = [p]
+    assert displacement(actual[storage], actual["fp32"], [start]) <= limit
 
 
 @pytest.mark.parametrize(
@@ -383,8 +383,8 @@ def test_another_storage_converts(before: str, after: str) -> None:
     assert displacement(list(ps.values()), list(exact.values()), start) <= max(limit[before], limit[after])
     fresh = run("adamw", other, range(1, 2), state_storage=after, **NARROW)
     for p, q in zip(ps.values(), other.values(), strict=True):
-        found, wanted = optimizer.state[p], fresh.state[q]
-        assert {k: (t.dtype, t.shape) for k, t in found.items()} == {k: (t.dtype, t.shape) for k, t in wanted.items()}
+        actual, wanted = optimizer.state[p], fresh.state[q]
+        assert {k: (t.dtype, t.shape) for k, t in actual.items()} == {k: (t.dtype, t.shape) for k, t in wanted.items()}
 
 
 def test_clear_errors() -> None:
@@ -417,11 +417,11 @@ def straight(name: str, steps: int, dtype: torch.dtype, settings: dict[str, Any]
     return model
 
 
-def near(name: str, found: dict[str, Tensor], model: jobs.Model, limit: float) -> None:
+def near(name: str, actual: dict[str, Tensor], model: jobs.Model, limit: float) -> None:
     start = jobs.Model(name, next(model.parameters()).dtype)
     for key, p in model.named_parameters():
         moved = (p - start.get_parameter(key)).norm()
-        assert (found[key] - p).norm() <= limit * moved + 2e-7 * p.norm(), key
+        assert (actual[key] - p).norm() <= limit * moved + 2e-7 * p.norm(), key
 
 
 @pytest.mark.dist
@@ -449,10 +449,10 @@ def test_checkpoints_on_other_numbers_of_ranks(pool: Pool, name: str, storage: s
     jobs.load_into(model, optimizer, common["folder"])
     jobs.take_steps(model, optimizer, range(4, 7))
     torch.set_num_threads(2)
-    for found in (*saved, *other, jobs.weights(model)):
-        near(name, found, expected, limit)
-    for found in again:
-        assert all(torch.equal(found[k], v) for k, v in saved[0].items()), "the same mesh continues with the same bits"
+    for actual in (*saved, *other, jobs.weights(model)):
+        near(name, actual, expected, limit)
+    for actual in again:
+        assert all(torch.equal(actual[k], v) for k, v in saved[0].items()), "the same mesh continues with the same bits"
 
 
 @pytest.mark.dist
@@ -461,8 +461,8 @@ def test_rows_of_whole_blocks_are_exact_on_any_mesh(pool: Pool, storage: str) ->
     for ranks in (2, 3):
         results = pool.run("tests.helpers.jobs:aligned", ranks, storage=storage)
         here = jobs.aligned(0, 1, storage)
-        for found in results:
-            assert all(torch.equal(found[k], v) for k, v in here.items())
+        for actual in results:
+            assert all(torch.equal(actual[k], v) for k, v in here.items())
 
 
 # -- narrow weights ---------------------------------------------------------------------------------------------------
@@ -494,20 +494,20 @@ def test_nearest_stalls_and_the_others_do_not() -> None:
 
 def test_kahan_follows_float32_weights() -> None:
     for name in ("adamw", "soap", "adam_mini"):
-        wide, kept = params(name), params(name, torch.bfloat16)
+        wide, snapshot = params(name), params(name, torch.bfloat16)
         for key, p in wide.items():
-            p.data.copy_(kept[key])
+            p.data.copy_(snapshot[key])
         exact = {k: p.detach().clone() for k, p in wide.items()}
-        a, b = make(name, wide, lr=1e-3), make(name, kept, lr=1e-3, param_rounding="kahan")
+        a, b = make(name, wide, lr=1e-3), make(name, snapshot, lr=1e-3, param_rounding="kahan")
         for t in range(1, 21):
             for key, p in wide.items():
-                p.grad = gradient(kept[key], key, t).float()
-                kept[key].grad = gradient(kept[key], key, t)
+                p.grad = gradient(snapshot[key], key, t).float()
+                snapshot[key].grad = gradient(snapshot[key], key, t)
             a.step()
             b.step()
         for key, p in wide.items():
-            found = kept[key].float() + b.state[kept[key]]["compensation"]
-            assert (found - p).norm() <= 0.02 * (p - exact[key]).norm(), (name, key)
+            actual = snapshot[key].float() + b.state[snapshot[key]]["compensation"]
+            assert (actual - p).norm() <= 0.02 * (p - exact[key]).norm(), (name, key)
 
 
 # -- published memory -------------------------------------------------------------------------------------------------

@@ -79,8 +79,8 @@ def test_a_fused_parameter_moves_as_its_matrices(name: str, layout: str, shape: 
             saved = one.state_dict()
             one = make(name, [p], lr=7.0, blocks=LAYOUTS[layout][0], transposed=transposed)
             one.load_state_dict(saved)
-    for x, found in zip(alone, split(p.detach(), layout, transposed), strict=True):
-        torch.testing.assert_close(found, x.detach(), rtol=1e-5, atol=1e-6)
+    for x, actual in zip(alone, split(p.detach(), layout, transposed), strict=True):
+        torch.testing.assert_close(actual, x.detach(), rtol=1e-5, atol=1e-6)
     sizes = [sum(t.numel() for k, t in s.items() if k != "step") for s in many.state.values()]
     assert sum(t.numel() for k, t in one.state[p].items() if k != "step") == sum(sizes)
 
@@ -181,6 +181,6 @@ def test_on_any_number_of_ranks(pool: Pool, name: str, tmp_path: Path) -> None:
     expected = jobs.weights(model)
     folder = str(tmp_path)
     saved = pool.run("tests.core.test_matrix_views:train_and_save", 2, name=name, folder=folder)
-    for found in [*saved, *pool.run("tests.core.test_matrix_views:load_and_train", 3, name=name, folder=folder)]:
+    for actual in [*saved, *pool.run("tests.core.test_matrix_views:load_and_train", 3, name=name, folder=folder)]:
         for key in expected:
-            assert torch.equal(found[key], expected[key]), key
+            assert torch.equal(actual[key], expected[key]), key

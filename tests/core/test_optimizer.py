@@ -232,14 +232,14 @@ def test_random_bits_are_balanced() -> None:
 def test_orthogonalize_against_svd(shape: tuple[int, ...]) -> None:
     """Singular vectors stay, singular values land in the published band; bfloat16 deviates by a few per cent."""
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    kept = x.clone()
+    snapshot = x.clone()
     y = orthogonalize(x, dtype=torch.float64)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     inner = u.mT @ y @ vh.mT
     values = inner.diagonal(dim1=-2, dim2=-1)
     assert (inner - torch.diag_embed(values)).abs().max() < 1e-10
     assert 0.68 < values.min() and values.max() < 1.14
-    assert torch.equal(x, kept)
+    assert torch.equal(x, snapshot)
     rough = orthogonalize(x.float()).double()
     assert (rough - y).norm() / y.norm() < 0.1
     assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))

@@ -178,11 +178,11 @@ def test_flat_parameters_of_fsdp1_and_zero_are_refused(cls: Any) -> None:
 @pytest.mark.filterwarnings("ignore:FSDP.*")
 def test_real_fsdp1_is_refused(pool: Any) -> None:
     for original in (False, True):
-        for said, weights, alone in pool.run("tests.core.test_param_groups:fsdp1", 2, original=original):
-            assert said.keys() == {"class", "muon", "adafactor", "sophia_g", "adamw", "clip_norm"}
-            assert all("use FSDP2" in message for message in said.values()), said
-            assert "so roles (vectors are not decayed, say) cannot be derived" in said["adamw"]
-            assert "clip_norm=1.0 needs whole parameters" in said["clip_norm"]
+        for warned_record, weights, alone in pool.run("tests.core.test_param_groups:fsdp1", 2, original=original):
+            assert warned_record.keys() == {"class", "muon", "adafactor", "sophia_g", "adamw", "clip_norm"}
+            assert all("use FSDP2" in message for message in warned_record.values()), warned_record
+            assert "so roles (vectors are not decayed, say) cannot be derived" in warned_record["adamw"]
+            assert "clip_norm=1.0 needs whole parameters" in warned_record["clip_norm"]
             torch.testing.assert_close(weights, alone)
 
 
@@ -202,12 +202,12 @@ def fsdp1(rank: int, world: int, original: bool) -> tuple[dict[str, str], list[T
         },
         "clip_norm": lambda: AdamW(wrapped.parameters(), clip_norm=1.0),
     }
-    said = {}
+    warned_record = {}
     for label, build in ways.items():
         try:
             build()
         except ValueError as error:
-            said[label] = str(error)
+            warned_record[label] = str(error)
     whole = made()
     for trained in (wrapped, whole):
         optimizer = AdamW(trained.parameters(), lr=0.1, weight_decay=0.1)
@@ -216,7 +216,7 @@ def fsdp1(rank: int, world: int, original: bool) -> tuple[dict[str, str], list[T
     with FullyShardedDataParallel.summon_full_params(wrapped):
         weights = [p.detach().clone() for p in wrapped.parameters()]
     expected = [p.detach() for p in whole.parameters()]
-    return said, [torch.cat([p.reshape(-1) for p in weights])], [torch.cat([p.reshape(-1) for p in expected])]
+    return warned_record, [torch.cat([p.reshape(-1) for p in weights])], [torch.cat([p.reshape(-1) for p in expected])]
 
 
 def test_loading_another_optimizers_checkpoint_is_refused() -> None:
@@ -351,31 +351,31 @@ def failing(every: int) -> Iterator[list[str]]:
 def test_a_decomposition_that_fails_in_mid_step_leaves_the_step_whole(name: str, settings: dict[str, Any]) -> None:
     """All groups step, to finite weights, with one warning that names the parameters; a retry says nothing."""
     for every, at in [(1, 1), (1, 3), (2, 3)]:
-        own = {k: p for k, p in params(name).items() if p.ndim >= 2}
+        mine = {k: p for k, p in params(name).items() if p.ndim >= 2}
         beside = {"beside": Parameter(torch.ones(3))}
         optimizer = RuleOptimizer([
             {"params": [*beside.values()], "rule": "adamw", "lr": 0.1},
-            {"params": [*own.values()], "rule": name, **refreshing(name), **settings},
+            {"params": [*mine.values()], "rule": name, **refreshing(name), **settings},
         ])
         used = False
         for t in range(1, 5):
-            give(own | beside, t)
+            give(mine | beside, t)
             before = beside["beside"].detach().clone()
-            with warnings.catch_warnings(record=True) as said, failing(every if t == at else 0) as calls:
+            with warnings.catch_warnings(record=True) as warned_record, failing(every if t == at else 0) as calls:
                 warnings.simplefilter("always")
                 optimizer.step()
             used = used or bool(calls)
-            messages = [str(x.message) for x in said]
+            messages = [str(x.message) for x in warned_record]
             if t == at and calls and every == 1:
-                assert len(messages) == 1 and said[0].category is RuntimeWarning, messages
+                assert len(messages) == 1 and warned_record[0].category is RuntimeWarning, messages
                 assert name in SEARCHING or f"{name}: parameter " in messages[0], messages
             else:
                 assert len(messages) <= (t == at and every > 1), messages
             assert not torch.equal(before, beside["beside"])
-            for key, p in (own | beside).items():
+            for key, p in (mine | beside).items():
                 assert optimizer.state[p]["step"] == t
                 assert p.isfinite().all() and all(x.isfinite().all() for x in optimizer.state[p].values()), (key, t)
-        assert not torch.equal(own["wide"], params(name)["wide"])
+        assert not torch.equal(mine["wide"], params(name)["wide"])
         if not used:
             return  # it decomposes nothing
 
@@ -428,8 +428,8 @@ def test_a_parameter_resized_under_its_state_is_refused(name: str, shape: tuple[
     before = snapshot(optimizer)
     turned = name in ("alice", "alice0") and shape == (12, 5)  # their state is that of the wide matrix either way
     if len(optimizer.state[ps["wide"]]) > 1 and (rule.vectors or len(shape) > 1) and not turned:
-        said = rf"{name}: parameter 0 has shape \({', '.join(map(str, shape))},?\).*has \(.*expected .*resized"
-        with pytest.raises(RuntimeError, match=said):
+        warned_record = rf"{name}: parameter 0 has shape \({', '.join(map(str, shape))},?\).*has \(.*expected .*resized"
+        with pytest.raises(RuntimeError, match=warned_record):
             optimizer.step()
         assert unchanged(optimizer, before)
         with pytest.raises(RuntimeError, match="resized in place"):
@@ -514,14 +514,14 @@ def test_a_gradient_whose_squares_overflow_is_refused(name: str) -> None:
     """It is finite, but the state would not be; one that is a little smaller is taken, and ruins nothing."""
     for mode in ("raise", "skip"):
         ps, beside = params(name), {"beside": Parameter(torch.ones(3))}
-        own = {k: p for k, p in ps.items() if p.ndim >= 2}
+        mine = {k: p for k, p in ps.items() if p.ndim >= 2}
         optimizer = RuleOptimizer([
             {"params": [*beside.values()], "rule": "adamw"},
-            {"params": [*own.values()], "rule": name, "on_nonfinite": mode, **refreshing(name)},
+            {"params": [*mine.values()], "rule": name, "on_nonfinite": mode, **refreshing(name)},
         ])
         for t in range(1, 7):
-            give(own | beside, t)
-            grad = own["tall"].grad
+            give(mine | beside, t)
+            grad = mine["tall"].grad
             assert grad is not None
             grad.mul_({2: 1e10, 3: 1e17, 5: 1e20}.get(t, 1.0))
             before = snapshot(optimizer)
@@ -531,7 +531,7 @@ def test_a_gradient_whose_squares_overflow_is_refused(name: str) -> None:
             else:
                 optimizer.step()
             assert unchanged(optimizer, before) == (t == 5)
-            for p in (own | beside).values():
+            for p in (mine | beside).values():
                 assert p.isfinite().all() and all(x.isfinite().all() for x in optimizer.state[p].values()), (t, mode)
 
 

@@ -73,7 +73,7 @@ def batches(count: int = 1, rows: int = 4) -> list[Tensor]:
 def caught(optimizer: RuleOptimizer) -> list[dict[Tensor, Any]]:
     """What an estimator hands over, instead of handing it over."""
     seen: list[dict[Tensor, Any]] = []
-    optimizer.update_curvature = lambda found: seen.append(dict(found)) or {}  # pyright: ignore
+    optimizer.update_curvature = lambda actual: seen.append(dict(actual)) or {}  # pyright: ignore
     return seen
 
 
@@ -146,16 +146,16 @@ def test_gauss_newton_is_the_diagonal_of_the_gauss_newton_matrix_on_average(kind
         with Labels(seed) as labels:
             g = torch.autograd.grad(loss(w), w)[0]
         draws.append(labels.count * g.square())
-    found = torch.stack(draws)
-    assert ((found.mean(0) - exact).abs() <= 4.5 * found.std(0) / 4000**0.5).all()
+    actual = torch.stack(draws)
+    assert ((actual.mean(0) - exact).abs() <= 4.5 * actual.std(0) / 4000**0.5).all()
 
 
 @pytest.mark.parametrize("method", ["exact", "difference"])
 def test_hutchinson_is_the_product_with_random_signs(method: Any) -> None:
     model = Small()
     batch = batches()[0]
-    found = measured(model, "sophia_h", [batch], method=method)
-    params = list(found)
+    actual = measured(model, "sophia_h", [batch], method=method)
+    params = list(actual)
     name: dict[Tensor, str] = {p: n for n, p in model.named_parameters()}
 
     def loss(flat: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def test_hutchinson_is_the_product_with_random_signs(method: Any) -> None:
     hessian: Any = torch.autograd.functional.hessian(loss, torch.cat([p.detach().flatten() for p in params]))
     draw = torch.Generator().manual_seed(hash_key(0, 0, 0, 0))
     u = torch.cat([signs(p.detach(), draw).flatten() for p in params])
-    got = torch.cat([found[p].value.flatten() for p in params])
+    got = torch.cat([actual[p].value.flatten() for p in params])
     torch.testing.assert_close(got, u * (hessian @ u), rtol=0, atol=1e-12 if method == "exact" else 1e-5)
 
 
@@ -289,11 +289,11 @@ def test_transformers_with_clipping_and_accumulation(tmp_path: Path) -> None:
         run = test_hf.trainer_of(model, args, *callbacks)
         optimizer: Any = run.create_optimizer()
         calls = unused(optimizer)
-        kept, curvature.needs_curvature = curvature.needs_curvature, lambda optimizer: True
+        snapshot, curvature.needs_curvature = curvature.needs_curvature, lambda optimizer: True
         try:
             run.train()
         finally:
-            curvature.needs_curvature = kept
+            curvature.needs_curvature = snapshot
         assert len(calls) == 6 * measure
         out.append(test_hf.weights(model) | {"loss": torch.tensor(test_hf.logged(run, "loss"))})
     test_hf.assert_same(*out)
@@ -407,10 +407,10 @@ class Compared(TrainerCallback):
         optimizer: Any = unwrap_optimizer(kwargs["optimizer"])
         assert len(optimizer.loss_oracle.batches) == args.gradient_accumulation_steps
         params = [p for p in kwargs["model"].parameters() if p.grad is not None]
-        loss, found = optimizer.loss_oracle.gradient(params)
+        loss, actual = optimizer.loss_oracle.gradient(params)
         self.losses.append(loss * self.factor)
         trained = torch.cat([p.grad.flatten() for p in params])
-        measured = self.factor * torch.cat([x.flatten() for x in found])
+        measured = self.factor * torch.cat([x.flatten() for x in actual])
         assert (measured - trained).norm() < 1e-5 * trained.norm()
 
 
@@ -482,16 +482,16 @@ def test_an_exception_leaves_the_trainer_its_own_method(tmp_path: Path) -> None:
 
 
 def test_a_copy_of_a_watched_trainer_has_its_own_method() -> None:
-    for own in (False, True):
+    for ours in (False, True):
         run: Any = Popping.__new__(Popping)
-        if own:
+        if ours:
             run.compute_loss = math.sqrt
         watching = Batches(run, nn.Linear(1, 1), lambda batch: None)
         watching.open()
         again = copy.deepcopy(run)
-        assert again.compute_loss == math.sqrt if own else again.compute_loss.__self__ is again
+        assert again.compute_loss == math.sqrt if ours else again.compute_loss.__self__ is again
         watching.close()
-        assert vars(run).get("compute_loss") is (math.sqrt if own else None)
+        assert vars(run).get("compute_loss") is (math.sqrt if ours else None)
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "sophia_g"])
@@ -530,8 +530,8 @@ def test_lightning_refuses_another_loss_than_the_modules(tmp_path: Path, manual:
         def loss(module: Any, batch: Any, factor: float = factor) -> Tensor:
             return factor * Dropped.training_step(module, batch, 0)
 
-        own = {} if manual else {"accumulate_grad_batches": accumulate}
-        run = trainer(tmp_path, callbacks=[CurvatureCallback(loss=loss)], max_steps=2, **own)
+        ours = {} if manual else {"accumulate_grad_batches": accumulate}
+        run = trainer(tmp_path, callbacks=[CurvatureCallback(loss=loss)], max_steps=2, **ours)
         if factor == 1:
             run.fit(net, Rows(4))
         else:
@@ -563,11 +563,11 @@ def test_a_kernel_without_a_second_derivative(kernel: Any) -> None:
     model.head.register_forward_pre_hook(lambda m, x: (kernel.apply(x[0]),))
     with pytest.raises(RuntimeError, match="method='difference'"):
         measured(model, "sophia_h", batches(), method="exact")
-    found = measured(model, "sophia_h", batches(), method="difference")
-    assert all(x.value.isfinite().all() for x in found.values())
-    with pytest.warns(UserWarning, match="differences of gradients in place of second derivatives") as said:
+    actual = measured(model, "sophia_h", batches(), method="difference")
+    assert all(x.value.isfinite().all() for x in actual.values())
+    with pytest.warns(UserWarning, match="differences of gradients in place of second derivatives") as record:
         fallen = measured(model, "sophia_h", batches(2))
-    assert len(said) == 1
+    assert len(record) == 1
     expected = measured(model, "sophia_h", batches(2), method="difference")
     assert all(torch.equal(a.value, b.value) for a, b in zip(fallen.values(), expected.values(), strict=True))
     assert measured(model, "sophia_g", batches())
@@ -594,11 +594,11 @@ def test_a_loss_without_labels() -> None:
     seen = caught(optimizer)
     estimator = CurvatureEstimator(model, optimizer, lambda batch: model(batch).square().mean(), share=1.0)
     estimator.record_batch(batches()[0])
-    with pytest.warns(UserWarning, match="sophia_g: .*cross_entropy.*Hutchinson's estimate") as said:
+    with pytest.warns(UserWarning, match="sophia_g: .*cross_entropy.*Hutchinson's estimate") as record:
         estimator.estimate()
     estimator.record_batch(batches()[0])
     estimator.estimate()  # says it once
-    assert len(said) == 1 and len(seen) == 2
+    assert len(record) == 1 and len(seen) == 2
     other = build_optimizer(model, "sophia_h", lr=1e-3)
     expected = caught(other)
     estimator = CurvatureEstimator(model, other, lambda batch: model(batch).square().mean(), share=1.0)
@@ -700,13 +700,13 @@ def train(rank: int, world: int, name: str, kind: str) -> dict[str, Tensor]:
     ("name", "kind"), [("sophia_g", "ddp"), ("sophia_h", "ddp"), ("sophia_g", "fsdp2"), ("sophia_h", "fsdp2")]
 )
 def test_two_processes_equal_one(pool: Pool, name: str, kind: str) -> None:
-    found = pool.run("tests.curvature.test_estimator:train", 2, name=name, kind=kind)
+    actual = pool.run("tests.curvature.test_estimator:train", 2, name=name, kind=kind)
     if (name, kind) == ("sophia_h", "fsdp2"):
-        assert "FSDP2 does not support" in bytes(found[0]["error"].tolist()).decode()
+        assert "FSDP2 does not support" in bytes(actual[0]["error"].tolist()).decode()
         return
     alone = train(0, 1, name, "")
     start = {k: p.detach() for k, p in Small().named_parameters()}
-    for one in found:
+    for one in actual:
         for key, p in alone.items():
             assert (one[key] - p).norm() <= 1e-10 * (p - start[key]).norm(), key
 

@@ -81,8 +81,8 @@ def test_division_in_eigenbases_solves_the_damped_kronecker_product(dtype: torch
     g = torch.randn(32, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = torch.linalg.solve(torch.kron(left, right) + 1e-3 * torch.eye(32 * 48).double(), g.flatten()).view_as(g)
     (a, u), (b, v) = (torch.linalg.eigh(x.to(dtype)) for x in (left, right))
-    found = divided(g.to(dtype), u, v, a[:, None] * b + 1e-3)
-    assert (found - expected).norm() <= error * expected.norm()
+    actual = divided(g.to(dtype), u, v, a[:, None] * b + 1e-3)
+    assert (actual - expected).norm() <= error * expected.norm()
     db, da = factored_damping(mean_eigenvalue(left), mean_eigenvalue(3 * left), 0.04)
     assert (db * da).item() == pytest.approx(0.04) and (da / db).item() == pytest.approx(3.0)
     assert [x.item() for x in factored_damping(db * 0, da, 0.04)] == pytest.approx([0.2, 0.2])
@@ -129,7 +129,7 @@ def factors(model: Layers, some: list[Tensor], sequence: Any = "expand", scale: 
     """What the estimator shows for batches that are accumulated."""
     optimizer = own(model, sequence=sequence)
     seen: dict[Tensor, Any] = {}
-    optimizer.update_curvature = lambda found: seen.update(found) or {}  # pyright: ignore
+    optimizer.update_curvature = lambda actual: seen.update(actual) or {}  # pyright: ignore
     estimator = CurvatureEstimator(model, optimizer, model.loss, loss_scale=lambda: scale)
     for batch in some:
         estimator.record_batch(batch)
@@ -142,8 +142,8 @@ def factors(model: Layers, some: list[Tensor], sequence: Any = "expand", scale: 
 @pytest.mark.parametrize("sequence", ["expand", "reduce"])
 def test_factors_are_means_of_outer_products(sequence: str) -> None:
     model, x = Layers(), data()
-    found = factors(model, [x], sequence)
-    assert set(found) == {"conv.weight", "linear.weight", "turned.weight", "out.weight"}
+    actual = factors(model, [x], sequence)
+    assert set(actual) == {"conv.weight", "linear.weight", "turned.weight", "out.weight"}
     h = F.conv2d(x, model.conv.weight, model.conv.bias, stride=2, padding=1).flatten(2).mT
     h1 = torch.tanh(model.linear(h))
     turned = model.turned(h1)
@@ -154,9 +154,9 @@ def test_factors_are_means_of_outer_products(sequence: str) -> None:
                           ("conv.weight", patches, True)):  # fmt: skip
         a = a.mean(1) if sequence == "reduce" else a.flatten(0, 1)
         a = torch.cat([a, torch.ones(len(a), 1)], 1) if bias else a
-        torch.testing.assert_close(found[name].inputs, a.T @ a / len(a), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(actual[name].inputs, a.T @ a / len(a), rtol=1e-12, atol=1e-14)
     q = q.sum(1) if sequence == "reduce" else q.flatten(0, 1)
-    torch.testing.assert_close(found["turned.weight"].outputs, q.T @ q / len(q), rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(actual["turned.weight"].outputs, q.T @ q / len(q), rtol=1e-12, atol=1e-16)
 
 
 def assert_alike(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -175,10 +175,10 @@ def test_micro_batches_and_a_loss_scale_change_nothing(sequence: str) -> None:
 def test_activation_checkpointing_counts_every_row_once(reentrant: bool) -> None:
     model = Layers()
     inner = model.linear.forward
-    kept = model.turned.forward
+    snapshot = model.turned.forward
     model.linear.register_forward_pre_hook(lambda m, x: (x[0].requires_grad_() if x[0].is_leaf else x[0],))
     block = nn.Sequential(model.linear, nn.Tanh(), model.turned)
-    assert inner and kept
+    assert inner and snapshot
 
     def forward(x: Tensor) -> Tensor:
         h = checkpoint(block, model.conv(x).flatten(2).mT, use_reentrant=reentrant)
@@ -247,7 +247,7 @@ def test_only_layers_of_a_group_that_is_due_are_shown() -> None:
     optimizer.param_groups[1]["factors"] = "fixed:1"
     shown: list[set[int]] = []
     take = optimizer.update_curvature
-    optimizer.update_curvature = lambda found: shown.append(set(map(id, found))) or take(found)  # pyright: ignore
+    optimizer.update_curvature = lambda actual: shown.append(set(map(id, actual))) or take(actual)  # pyright: ignore
     estimator = CurvatureEstimator(model, optimizer, model.loss)
     for _ in range(3):
         estimator.record_batch(data())
@@ -280,8 +280,8 @@ def test_lightning_installs_the_feed_and_resumes_bitwise(tmp_path: Path) -> None
     whole = Net("kfac", **SETTINGS)
     trainer(tmp_path, max_steps=6, callbacks=[Keep(tmp_path / "a.ckpt")]).fit(whole, Rows(6))
     optimizer: Any = whole.optimizers(use_pl_optimizer=False)
-    kept = optimizer.state[whole.hidden.weight]["output_factor"]
-    assert (kept - torch.diag(kept.diagonal())).any()
+    snapshot = optimizer.state[whole.hidden.weight]["output_factor"]
+    assert (snapshot - torch.diag(snapshot.diagonal())).any()
     resumed = Net("kfac", **SETTINGS)
     trainer(tmp_path, max_steps=6).fit(resumed, Rows(6), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
     assert_same(weights(whole), weights(resumed))

@@ -51,8 +51,8 @@ def test_rank_measures(name: str) -> None:
     a = torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64))
     u, v = orthogonal(4, 1), orthogonal(6, 2)[:4]
     for same in (a, a.T, 7 * a, u @ a, u @ a @ v, (u @ a @ v).T, torch.stack([a, u @ a])):
-        found = measure(spectrum.singular_values(same))
-        torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-7, atol=0)
+        actual = measure(spectrum.singular_values(same))
+        torch.testing.assert_close(actual, torch.full_like(actual, expected), rtol=1e-7, atol=0)
     k = 5
     assert measure(spectrum.singular_values(torch.eye(k))).item() == pytest.approx(k, rel=1e-9)
     one = torch.outer(torch.arange(1.0, 4), torch.arange(1.0, 6))
@@ -80,10 +80,10 @@ def test_energies_and_condition() -> None:
 
 def test_measures_of_a_gaussian_matrix_are_the_comparison_line() -> None:
     a = torch.randn(200, 300, generator=random())
-    found = spectrum.measures(a, random())
-    assert found["stable_rank"].item() == pytest.approx(spectrum.gaussian_stable_rank(200, 300), rel=0.05)
-    assert found["participation"].item() == pytest.approx(200 * 300 / (200 + 300), rel=0.02)
-    assert found["rms"].item() == pytest.approx(1, rel=0.02) and found["fro"].item() == pytest.approx(a.norm().item())
+    actual = spectrum.measures(a, random())
+    assert actual["stable_rank"].item() == pytest.approx(spectrum.gaussian_stable_rank(200, 300), rel=0.05)
+    assert actual["participation"].item() == pytest.approx(200 * 300 / (200 + 300), rel=0.02)
+    assert actual["rms"].item() == pytest.approx(1, rel=0.02) and actual["fro"].item() == pytest.approx(a.norm().item())
 
 
 def test_a_sketch_bounds_the_whole_spectrum() -> None:
@@ -360,8 +360,8 @@ def test_products_of_a_transformer_are_those_of_its_dense_hessian() -> None:
         generator = random()
         z = [hessian.signs(p, generator) for p in params]
         flat = torch.cat([x.reshape(-1) for x in z])
-        found = torch.cat([x.reshape(-1) for x in full.product(z, range(len(params)))])
-        torch.testing.assert_close(found, whole @ flat, rtol=1e-9, atol=1e-11)
+        actual = torch.cat([x.reshape(-1) for x in full.product(z, range(len(params)))])
+        torch.testing.assert_close(actual, whole @ flat, rtol=1e-9, atol=1e-11)
         block = hessian.exact_block(full, 1, slice(0, 4))
         first = bounds[1]
         part = hessian.exact_block(full, 1, slice(0, 4), slice(0, 3))
@@ -410,9 +410,9 @@ def test_traces_by_role_are_as_good_as_ten_probes_within_the_role() -> None:
         block = row.split(sizes, 1)[i]
         inside = 2 * float(block.square().sum() - block.diagonal().square().sum())
         expected = math.sqrt(inside / 10)
-        found = torch.tensor([x[f"hessian/trace/{role}"] for x in measured], dtype=torch.float64)
+        actual = torch.tensor([x[f"hessian/trace/{role}"] for x in measured], dtype=torch.float64)
         errors = torch.stack([x["trace_error"][x["roles"].index(role)] for x in measured])
-        off = float((found - block.trace()).square().mean().sqrt())
+        off = float((actual - block.trace()).square().mean().sqrt())
         assert off < 1.3 * expected and float(errors.square().mean().sqrt()) == pytest.approx(expected, rel=0.35), role
         if role in ("qkv", "head"):
             assert float(row.square().sum() - block.square().sum()) > 10 * inside  # what a joint probe would add
@@ -617,11 +617,11 @@ def stepped(model: nn.Module, name: str, **settings: Any) -> Any:
 def test_every_byte_is_counted_once() -> None:
     model = Tied()
     optimizer = stepped(model, "adamw")
-    found = memory.categories(model, optimizer)
-    assert found["parameters"] == 4 * (32 * 16 + 16 * 16) and found["buffers"] == 40
-    assert found["gradients"] == found["parameters"]
-    assert found["state"] == 2 * found["parameters"] + 2 * 4 == memory.predicted_state(optimizer)
-    assert found["state.exp_avg"] == found["state.exp_avg_sq"] == found["parameters"] and found["state.step"] == 8
+    actual = memory.categories(model, optimizer)
+    assert actual["parameters"] == 4 * (32 * 16 + 16 * 16) and actual["buffers"] == 40
+    assert actual["gradients"] == actual["parameters"]
+    assert actual["state"] == 2 * actual["parameters"] + 2 * 4 == memory.predicted_state(optimizer)
+    assert actual["state.exp_avg"] == actual["state.exp_avg_sq"] == actual["parameters"] and actual["state.step"] == 8
     assert memory.storages([torch.empty(4, device="meta")]) == {}
 
 
@@ -640,8 +640,8 @@ def test_nested_state_of_any_optimizer() -> None:
     p = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([p], momentum=0.9)
     optimizer.state[p] = {"lists": [torch.zeros(2), {"deep": torch.zeros(5)}], "object": Basis(), "alias": p.data}
-    found = {k: sum(v.values()) for k, v in memory.state_storages(optimizer).items()}
-    assert found == {"lists": 28, "object": 16, "alias": 0}
+    actual = {k: sum(v.values()) for k, v in memory.state_storages(optimizer).items()}
+    assert actual == {"lists": 28, "object": 16, "alias": 0}
     assert memory.predicted_state(optimizer) is None
 
 
@@ -662,10 +662,10 @@ def test_saved_activations_die_with_a_loss_that_nobody_differentiates() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1))
     with memory.SavedActivations(model):
         out = model(torch.randn(2, 4))
-    held = weakref.ref(out)
+    content = weakref.ref(out)
     del out
     gc.collect()
-    assert held() is None
+    assert content() is None
 
 
 def test_live_storages() -> None:
@@ -715,10 +715,10 @@ RECORDED = {
 
 
 def test_allocator_numbers() -> None:
-    found = memory.allocator(RECORDED)
-    assert found["allocated"] == 3 * 2**30 and found["reserved_peak"] == 8 * 2**30
-    assert found["fragmentation"] == 0.25 and found["split"] == 0.125
-    assert found["rounding"] == pytest.approx(0.1) and found["retries"] == 2 and found["ooms"] == 1
+    actual = memory.allocator(RECORDED)
+    assert actual["allocated"] == 3 * 2**30 and actual["reserved_peak"] == 8 * 2**30
+    assert actual["fragmentation"] == 0.25 and actual["split"] == 0.125
+    assert actual["rounding"] == pytest.approx(0.1) and actual["retries"] == 2 and actual["ooms"] == 1
     assert "rounding" not in memory.allocator({"allocated_bytes.all.current": 1}) and memory.allocator({}) == {}
 
 
@@ -739,5 +739,5 @@ def test_phases_keep_the_peak_of_the_run() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the size of a process")
 def test_resident_memory() -> None:
-    found = memory.resident()
-    assert 2**20 < found["rss"] <= found["rss_peak"]
+    actual = memory.resident()
+    assert 2**20 < actual["rss"] <= actual["rss_peak"]

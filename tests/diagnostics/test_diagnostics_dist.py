@@ -59,39 +59,39 @@ def watch(
 ) -> dict[str, list[float]]:
     """Four steps of `parts` micro-batches, of which this process sees its share; what was reported."""
     optimizer = build_optimizer(model, name, lr=1e-2)
-    own = probes(curved)
-    for probe in own:
+    ours = probes(curved)
+    for probe in ours:
         context = TrainingContext(model, optimizer, lambda batch: loss_of(model, batch), ranks=ranks, rank=rank)
         probe.start(context)
-    found: dict[str, list[float]] = {}
+    actual: dict[str, list[float]] = {}
     for step in range(4):
         batch = torch.randint(11, (ROWS, 6), generator=torch.Generator().manual_seed(step))
         mine = batch.chunk(parts)[rank :: ranks if parts > 1 else 1]
-        for probe in own:
+        for probe in ours:
             probe.begin_batch()
         optimizer.zero_grad()
         for k, piece in enumerate(mine):
             last = k == len(mine) - 1
             if isinstance(trained, DistributedDataParallel):
                 trained.require_backward_grad_sync = last
-            for probe in own:
+            for probe in ours:
                 probe.record_batch(piece)
             loss = loss_of(trained, piece) / len(mine)
-            for probe in own:
+            for probe in ours:
                 probe.after_forward()
             loss.backward()
-            for probe in own:
+            for probe in ours:
                 probe.after_backward()
-        for probe in own:
+        for probe in ours:
             probe.before_optimizer_step()
         optimizer.step()
-        for probe in own:
+        for probe in ours:
             report = probe.end_batch()
             for tag, value in report.finite().items() if report is not None else ():
-                found.setdefault(tag, []).append(value)
-    for probe in own:
+                actual.setdefault(tag, []).append(value)
+    for probe in ours:
         probe.stop()
-    return found
+    return actual
 
 
 def plain(rank: int, world: int, name: str, parts: int, curved: bool = False) -> dict[str, list[float]]:
@@ -166,34 +166,34 @@ def failing(rank: int, world: int, where: str) -> tuple[list[str], list[float], 
         return loss_of(model, batch)
 
     few: dict[str, Any] = {"probes": 2, "steps": 3, "coupling_probes": 1, "exact": (), "sequences": 2}
-    own: list[Probe] = [Fails(where, **often), Health(**often), HessianBlocks(**often, **few)]
-    with warnings.catch_warnings(record=True) as said:
+    ours: list[Probe] = [Fails(where, **often), Health(**often), HessianBlocks(**often, **few)]
+    with warnings.catch_warnings(record=True) as warned_record:
         warnings.simplefilter("always")
-        for probe in own:
+        for probe in ours:
             probe.start(TrainingContext(model, optimizer, loss, ranks=world, rank=rank))
         reports = 0
         for step in range(8):
             batch = torch.randint(11, (ROWS, 6), generator=torch.Generator().manual_seed(step)).chunk(world)[rank]
-            for probe in own:
+            for probe in ours:
                 probe.begin_batch()
                 probe.record_batch(batch)
             optimizer.zero_grad()
             loss_of(trained, batch).backward()
             optimizer.step()
-            reports += sum(probe.end_batch() is not None for probe in own)
-        assert own[1]._handles
-        for probe in own:
+            reports += sum(probe.end_batch() is not None for probe in ours)
+        assert ours[1]._handles
+        for probe in ours:
             probe.stop()
-    texts = [str(w.message) for w in said if "stops measuring" in str(w.message)]
+    texts = [str(w.message) for w in warned_record if "stops measuring" in str(w.message)]
     return texts, [float(p.detach().sum()) for p in model.parameters()], reports
 
 
 def sharded_and_warned(rank: int, world: int) -> tuple[list[str], list[str]]:
     """The Hessian's tags and the warnings of a run under FSDP2."""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned_record:
         warnings.simplefilter("always")
-        found = sharded(rank, world, "adamw", 4, curved=True)
-    return [t for t in found if t.startswith("hessian/")], [str(w.message) for w in said]
+        actual = sharded(rank, world, "adamw", 4, curved=True)
+    return [t for t in actual if t.startswith("hessian/")], [str(w.message) for w in warned_record]
 
 
 def summed(rank: int, world: int) -> list[float]:
@@ -204,7 +204,7 @@ MEASURED = ("health/", "rank/", "noise/")
 
 
 def compare(
-    found: dict[str, list[float]], expected: dict[str, list[float]], prefixes: tuple[str, ...], soap: bool = False
+    actual: dict[str, list[float]], expected: dict[str, list[float]], prefixes: tuple[str, ...], soap: bool = False
 ) -> int:
     """Assert equal values of equal tags.
 
@@ -214,11 +214,11 @@ def compare(
         How many tags.
     """
     tags = {t for t in expected if t.startswith(prefixes)}
-    assert tags == {t for t in found if t.startswith(prefixes)}
+    assert tags == {t for t in actual if t.startswith(prefixes)}
     for tag in sorted(t for t in tags if not soap or not any(x in t for x in ("update", "effective_lr"))):
-        assert found[tag][0] == pytest.approx(expected[tag][0], rel=2e-2 if soap else 2e-3, abs=1e-6), tag
+        assert actual[tag][0] == pytest.approx(expected[tag][0], rel=2e-2 if soap else 2e-3, abs=1e-6), tag
         if not soap:
-            assert found[tag] == pytest.approx(expected[tag], rel=2e-3, abs=1e-6), tag
+            assert actual[tag] == pytest.approx(expected[tag], rel=2e-3, abs=1e-6), tag
     return len(tags)
 
 
@@ -248,7 +248,7 @@ def test_sharded_runs_measure_whole_matrices(pool: Pool, one: Any, name: str) ->
     if name == "soap":
         assert first["refresh/count"] == one[name]["refresh/count"]
         assert first["refresh/age_mean"] == one[name]["refresh/age_mean"]
-    total = sum(found["memory/parameters"][0] for found in (first, second))
+    total = sum(actual["memory/parameters"][0] for actual in (first, second))
     assert 1 <= total / one[name]["memory/parameters"][0] < 1.25  # FSDP pads odd shards
     # micro-batches of both ranks are averaged before they are seen: two of four sequences instead of four of two
     assert first["noise/batch_sequences"] == [ROWS, ROWS]
@@ -264,19 +264,19 @@ def test_curvature_is_that_of_the_whole_batch(pool: Pool) -> None:
 
 
 def test_curvature_of_sharded_weights_is_left_out_with_one_warning(pool: Pool) -> None:
-    for tags, said in pool.run("tests.diagnostics.test_diagnostics_dist:sharded_and_warned", 2):
-        assert not tags and len([text for text in said if "HessianBlocks logs nothing" in text]) == 1
-        assert any("lie in shards (FSDP2)" in text and "under DDP" in text for text in said)
+    for tags, warned_record in pool.run("tests.diagnostics.test_diagnostics_dist:sharded_and_warned", 2):
+        assert not tags and len([text for text in warned_record if "HessianBlocks logs nothing" in text]) == 1
+        assert any("lie in shards (FSDP2)" in text and "under DDP" in text for text in warned_record)
 
 
 def test_a_probe_that_fails_on_one_rank_stops_on_all(pool: Pool) -> None:
     first, second = pool.run("tests.diagnostics.test_diagnostics_dist:failing_everywhere", 2)
-    said, weights, reports = first.pop("nowhere")
-    assert not said and reports == 12 and second.pop("nowhere")[1:] == (weights, 12)
-    for where, (texts, own, count) in first.items():
+    warned_record, weights, reports = first.pop("nowhere")
+    assert not warned_record and reports == 12 and second.pop("nowhere")[1:] == (weights, 12)
+    for where, (texts, ours, count) in first.items():
         others, theirs, number = second[where]
         name = "HessianBlocks" if where.startswith("loss") else "Fails"
-        assert own == theirs == weights and 8 <= count == number < 12, where
+        assert ours == theirs == weights and 8 <= count == number < 12, where
         assert len(texts) == len(others) == 1, where
         assert texts[0].startswith(f"{name} stops measuring") and "failed on another rank" in texts[0]
         assert others[0].startswith(f"{name} stops measuring") and f"ZeroDivisionError: {where}" in others[0]

@@ -100,9 +100,9 @@ def ask(address: str, patience: float = 120.0) -> Any:
     while True:
         try:
             with urllib.request.urlopen(address, timeout=10) as answer:
-                found = json.load(answer)
-            if found:
-                return found
+                actual = json.load(answer)
+            if actual:
+                return actual
         except OSError:
             pass
         assert time.monotonic() < until, f"{address} does not answer"
@@ -116,8 +116,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = Path(sysconfig.get_path("stdlib"))
     flags = {"optim": "soap", "max_steps": STEPS, "accumulate": BATCHES, "batch_size": 4, "output_dir": folder / "runs"}
     flags |= {"diagnostics": "curvature", "val_every": 12, "checkpoint_every": 12}
-    given = [x for key, value in flags.items() for x in (f"--{key}", str(value))]
-    example("pretrain_lightning.py", folder, "--data", str(library / "argparse.py"), str(library / "ast.py"), *given)
+    settings = [x for key, value in flags.items() for x in (f"--{key}", str(value))]
+    example("pretrain_lightning.py", folder, "--data", str(library / "argparse.py"), str(library / "ast.py"), *settings)
     return folder / "runs"
 
 
@@ -166,9 +166,9 @@ def check_charts(address: str, run: str) -> None:
         for chart in category["chart"]:
             assert chart["title"] and chart["multiline"]["tag"]
             for pattern in chart["multiline"]["tag"]:
-                found = ask(f"{address}/plugin/custom_scalars/scalars?{quoted(run, pattern)}")
-                lines = found["tag_to_events"]
-                assert found["regex_valid"] and lines and all(lines.values()), f"{chart['title']} is empty"
+                actual = ask(f"{address}/plugin/custom_scalars/scalars?{quoted(run, pattern)}")
+                lines = actual["tag_to_events"]
+                assert actual["regex_valid"] and lines and all(lines.values()), f"{chart['title']} is empty"
 
 
 def check_picture(tag: str, data: bytes) -> None:

@@ -32,9 +32,9 @@ def run(command: Sequence[str], until: Callable[[], object] | None = None) -> st
         command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
     if until is None:
-        said, _ = process.communicate(timeout=TIMEOUT)
-        assert process.returncode == 0, said[-4000:]
-        return said
+        record, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, record[-4000:]
+        return record
     deadline = time.monotonic() + TIMEOUT
     while not until():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
@@ -45,9 +45,9 @@ def run(command: Sequence[str], until: Callable[[], object] | None = None) -> st
     return ""
 
 
-def close(found: Mapping[int, float], expected: Mapping[int, float], steps: Sequence[int]) -> None:
+def close(actual: Mapping[int, float], expected: Mapping[int, float], steps: Sequence[int]) -> None:
     """The same losses, but for the last bits, at some steps."""
-    assert {k: found[k] for k in steps} == pytest.approx({k: expected[k] for k in steps}, rel=LAST_BITS)
+    assert {k: actual[k] for k in steps} == pytest.approx({k: expected[k] for k in steps}, rel=LAST_BITS)
 
 
 def pretrain(output: Path, *flags: str) -> list[str]:
@@ -68,8 +68,8 @@ def saved(output: Path) -> bool:
 
 def losses_of(output: Path) -> dict[int, float]:
     """By step; a resumed run has some twice, here the later ones count."""
-    found = scalars(output)
-    return {step: values[-1] for (tag, step), values in found.items() if tag == "train_loss"}
+    actual = scalars(output)
+    return {step: values[-1] for (tag, step), values in actual.items() if tag == "train_loss"}
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def test_pretraining_killed_on_two_processes_goes_on_in_one(
     run(pretrain(tmp_path, *two), until=lambda: saved(tmp_path))
     before = losses_of(tmp_path)
     close(before, alone, range(8))
-    said = run(pretrain(tmp_path, "--resume"))
-    assert "step=8.ckpt" in said or "step=16.ckpt" in said  # Lightning says what it restores
+    record = run(pretrain(tmp_path, "--resume"))
+    assert "step=8.ckpt" in record or "step=16.ckpt" in record  # Lightning says what it restores
     close(losses_of(tmp_path), alone, range(24))
 
 
@@ -99,14 +99,14 @@ def test_pretraining_killed_in_one_process_goes_on_in_two(
     tmp_path: Path, alone: dict[int, float], strategy: str
 ) -> None:
     run(pretrain(tmp_path), until=lambda: saved(tmp_path))
-    said = run(pretrain(tmp_path, "--resume", "--devices", "2", "--strategy", strategy))
-    assert "step=8.ckpt" in said or "step=16.ckpt" in said
+    record = run(pretrain(tmp_path, "--resume", "--devices", "2", "--strategy", strategy))
+    assert "step=8.ckpt" in record or "step=16.ckpt" in record
     close(losses_of(tmp_path), alone, range(24))
 
 
 def history(folder: Path) -> dict[int, float]:
-    found = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in found if "loss" in entry}
+    actual = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in actual if "loss" in entry}
 
 
 def test_fine_tuning_under_torchrun_and_accelerate(tmp_path: Path) -> None:
@@ -132,5 +132,5 @@ def test_fine_tuning_under_torchrun_and_accelerate(tmp_path: Path) -> None:
     run(shared)
     expected = history(tmp_path / "alone")
     assert list(expected) == list(range(1, 17))
-    for found in ("torchrun", "accelerate"):
-        close(history(tmp_path / found), expected, range(1, 17))
+    for actual in ("torchrun", "accelerate"):
+        close(history(tmp_path / actual), expected, range(1, 17))

@@ -105,8 +105,8 @@ def test_what_cannot_be_read_is_said(tmp_path: Path):
 
 
 def test_records_with_nothing_to_learn_are_counted(capsys: pytest.CaptureFixture[str]):
-    found = samples(words(), [{"prompt": "a b", "completion": " c"}, {"prompt": "a", "completion": " c"}], 2)
-    assert [shown(row) for row in found] == [("a c", "c")]
+    actual = samples(words(), [{"prompt": "a b", "completion": " c"}, {"prompt": "a", "completion": " c"}], 2)
+    assert [shown(row) for row in actual] == [("a c", "c")]
     assert "1 records left out: nothing in their first 2 tokens" in capsys.readouterr().out
 
 
@@ -137,13 +137,13 @@ def random_samples(lengths: list[int]) -> list[Row]:
 
 def test_packing_keeps_every_sample_whole_and_fills_rows():
     lengths = [9, 4, 4, 3, 3, 3, 2, 2, 1, 1]
-    found = random_samples(lengths)
-    rows = list(pack(found, 10))
+    actual = random_samples(lengths)
+    rows = list(pack(actual, 10))
     assert [len(row["input_ids"]) for row in rows] == [10, 10, 10, 2]
     starts = [i for row in rows for i in (row["position_ids"] == 0).nonzero().flatten().tolist()]
-    assert len(starts) == len(found)
+    assert len(starts) == len(actual)
     parts = [p for row in rows for p in row["input_ids"].split(sizes(row["position_ids"]))]
-    assert sorted(p.tolist() for p in parts) == sorted(row["input_ids"].tolist() for row in found)
+    assert sorted(p.tolist() for p in parts) == sorted(row["input_ids"].tolist() for row in actual)
 
 
 def sizes(position_ids: Tensor) -> list[int]:
@@ -154,9 +154,9 @@ def sizes(position_ids: Tensor) -> list[int]:
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_packed_samples_do_not_see_each_other(make: Callable[[], Any]):
     """The sum of losses and every gradient are those of the samples alone, padding included."""
-    found = random_samples([7, 5, 4, 6, 3])
+    actual = random_samples([7, 5, 4, 6, 3])
     gradients = []
-    for rows in (found, list(pack(found, 12))):
+    for rows in (actual, list(pack(actual, 12))):
         model = make().eval()
         model.config.use_cache = False  # as the Trainer does
         batch = collate(rows, pad=1)
@@ -227,15 +227,15 @@ def test_runs_learn(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 @others_use_old_names
 def test_adapters_train_the_base_stays_and_a_stopped_run_continues_exactly(work: Path, monkeypatch: pytest.MonkeyPatch):
-    held: list[Any] = []
+    content: list[Any] = []
     make = finetune_hf.get_peft_model
-    monkeypatch.setattr(finetune_hf, "get_peft_model", lambda *args: held.append(make(*args)) or held[-1])
+    monkeypatch.setattr(finetune_hf, "get_peft_model", lambda *args: content.append(make(*args)) or content[-1])
     flags = "--data chat.jsonl --chat_template chat.jinja --packing --lora --lora_rank 4 --max_steps 6"
     flags += " --save_strategy steps --save_steps 3 --block_size 48 --output_dir"
     files = {path.name: path.read_bytes() for path in Path("model").iterdir()}
     whole = run(monkeypatch, f"{flags} whole")
 
-    trained, base = held[0], llama()
+    trained, base = content[0], llama()
     frozen = {
         n.replace("base_layer.", ""): p for n, p in trained.base_model.model.named_parameters() if "lora" not in n
     }

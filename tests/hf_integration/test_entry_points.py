@@ -192,8 +192,8 @@ def test_a_stock_script_takes_our_names(tmp_path: Path):
 
     settings = {"momentum": 0.9, "nesterov": False, "ns_coefficients": (3, -4.3, 2), "rest_lr": 1e-4}
     optimizer = {"name": "muon", "lr": 1e-2, "weight_decay": 0.1, "rest_settings": {"betas": (0.9, 0.95)}, **settings}
-    given: Any = (OptimizerFactory, optimizer)
-    by_argument = Trainer(llama(), stock(tmp_path), train_dataset=Tokens(), optimizer_cls_and_kwargs=given)
+    case: Any = (OptimizerFactory, optimizer)
+    by_argument = Trainer(llama(), stock(tmp_path), train_dataset=Tokens(), optimizer_cls_and_kwargs=case)
     by_argument.train()
     saved = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
     assert_same({k: v for k, v in weights(model_of(by_argument)).items() if k in saved}, saved)
@@ -386,17 +386,17 @@ SPACES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("entry", ["attach", "HybridOptimizer", "OptimizerFactory", "TrainingArguments"])
 def test_every_trial_of_a_search_trains_with_its_own_flags(tmp_path: Path, entry: str):
     first = First()
-    given: dict[str, Any] = {"callbacks": [first], "train_dataset": Tokens(), "model_init": lambda: llama()}
+    case: dict[str, Any] = {"callbacks": [first], "train_dataset": Tokens(), "model_init": lambda: llama()}
     settings: dict[str, Any] = {"max_steps": 1, "lr_scheduler_type": "constant"}
     args: Any = stock(tmp_path, **settings)
     if entry == "HybridOptimizer":
-        given["callbacks"].append(HybridOptimizer("muon"))
+        case["callbacks"].append(HybridOptimizer("muon"))
     if entry == "OptimizerFactory":
-        given["optimizer_cls_and_kwargs"] = (OptimizerFactory, {"name": "muon", "args": args})
+        case["optimizer_cls_and_kwargs"] = (OptimizerFactory, {"name": "muon", "args": args})
     if entry == "TrainingArguments":
         args = arguments(tmp_path, report_to="none", **settings)
-        given["optimizer_cls_and_kwargs"] = args.optimizer_cls_and_kwargs()
-    trainer = Trainer(args=args, **given)
+        case["optimizer_cls_and_kwargs"] = args.optimizer_cls_and_kwargs()
+    trainer = Trainer(args=args, **case)
     if entry == "attach":
         attach(trainer, "muon")
     trainer.hp_search_backend = HPSearchBackend.WANDB
@@ -479,9 +479,9 @@ class Change(TrainerCallback):
 def test_the_table_of_roles_is_kept_true(tmp_path: Path, entry: str):
     model, change = llama(), Change(tmp_path)
     model.get_submodule("model.layers.0.mlp.down_proj").requires_grad_(False)
-    own = HybridOptimizer("muon", momentum=0.9) if entry == "callback" else RoleTable()
+    ours = HybridOptimizer("muon", momentum=0.9) if entry == "callback" else RoleTable()
     args = stock(tmp_path, max_steps=6, report_to="tensorboard", save_strategy="steps", save_steps=6)
-    trainer = Trainer(model, args, train_dataset=Tokens(), callbacks=[change, own])
+    trainer = Trainer(model, args, train_dataset=Tokens(), callbacks=[change, ours])
     if entry == "attach":
         attach(trainer, "muon", momentum=0.9)
     trainer.train()
@@ -502,11 +502,11 @@ def test_the_table_of_roles_is_kept_true(tmp_path: Path, entry: str):
 
 
 def test_hybrid_optimizer_is_attach(tmp_path: Path):
-    given = {"rest_lr": 1e-3, "momentum": 0.9}
-    own = HybridOptimizer("muon", **given)
-    by_callback = Trainer(llama(), stock(tmp_path), train_dataset=Tokens(), callbacks=[own])
+    case = {"rest_lr": 1e-3, "momentum": 0.9}
+    ours = HybridOptimizer("muon", **case)
+    by_callback = Trainer(llama(), stock(tmp_path), train_dataset=Tokens(), callbacks=[ours])
     by_callback.train()
-    attached = attach(plain_trainer(tmp_path), "muon", **given)
+    attached = attach(plain_trainer(tmp_path), "muon", **case)
     attached.train()
     assert_same(weights(model_of(by_callback)), weights(model_of(attached)))
     assert (tmp_path / "roles.md").read_text().startswith("LlamaForCausalLM at step 0")
@@ -632,8 +632,8 @@ def test_what_is_measured_under_trl(tmp_path: Path, kind: str):
     for watched in (False, True):
         transformers.set_seed(0)
         noise = GradientNoiseScale(every=1, max_overhead=1e6)
-        own = [HessianBlocks(**few), noise] if watched else []
-        trainer = trl_trainer(kind, tmp_path / str(watched), callbacks=own)
+        ours = [HessianBlocks(**few), noise] if watched else []
+        trainer = trl_trainer(kind, tmp_path / str(watched), callbacks=ours)
         attach(trainer, "muon")
         with pytest.warns(UserWarning, match="HessianBlocks takes differences") if watched else nullcontext():
             trainer.train()
@@ -641,15 +641,15 @@ def test_what_is_measured_under_trl(tmp_path: Path, kind: str):
         logs = [{k: v for k, v in x.items() if not any(t in k for t in times)} for x in trainer.state.log_history]
         runs.append((weights(model_of(trainer)), logs))
         if watched:
-            assert own[0].probe.measured == 2 and not own[0].probe.stopped  # pyright: ignore
+            assert ours[0].probe.measured == 2 and not ours[0].probe.stopped  # pyright: ignore
             assert noise.probe._examples[0] == {"SFT": 4, "DPO": 8, "GRPO": 8}[kind]  # pyright: ignore
     assert_same(runs[0][0], runs[1][0])
     assert runs[0][1] == runs[1][1]
     for name in ("sophia_g", "sophia_h"):
         trainer = attach(trl_trainer(kind, tmp_path / name), name)
-        with pytest.warns(UserWarning, match="differences of gradients in place of second|no labels can") as said:
+        with pytest.warns(UserWarning, match="differences of gradients in place of second|no labels can") as record:
             trainer.train()
-        texts = [str(w.message) for w in said]
+        texts = [str(w.message) for w in record]
         assert sum("no labels can be drawn" in text for text in texts) == (name == "sophia_g")
         assert sum("differences of gradients in place" in text for text in texts) == 1
         state = cast("RuleOptimizer", unwrap_optimizer(trainer.optimizer)).state.values()

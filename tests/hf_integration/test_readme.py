@@ -68,12 +68,12 @@ def test_a_script_that_knows_nothing_of_us(tmp_path: Path):
 def test_every_flag_of_the_migration_table_builds(tmp_path: Path, flags: str):
     parser = HfArgumentParser(cast("Any", TrainingArguments))
     argv = [*shlex.split(flags), "--output_dir", str(tmp_path), "--learning_rate", "2e-4", "--use_cpu"]
-    found = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0].optimizer_cls_and_kwargs()
-    assert found is not None
+    actual = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0].optimizer_cls_and_kwargs()
+    assert actual is not None
     model: Any = llama(tied=False)
     if "lora" in flags:
         model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
-    optimizer = found[0]()(model, **found[1])
+    optimizer = actual[0]()(model, **actual[1])
     rates = {lr for lr in map(float, re.findall(r"'lr': ([\d.e-]+)", flags))}
     assert {g["lr"] for g in optimizer.param_groups} == rates | {2e-4}
 

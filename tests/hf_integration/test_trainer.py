@@ -146,9 +146,9 @@ def parse(*argv: str) -> TrainingArguments:
 
 def test_our_name_on_the_command_line(tmp_path: Path):
     args = parse("--output_dir", str(tmp_path), "--optim", "muon", "--learning_rate", "2e-5", "--weight_decay", "0.1")
-    found = args.optimizer_cls_and_kwargs()
-    assert found is not None
-    factory, settings = found
+    result = args.optimizer_cls_and_kwargs()
+    assert result is not None
+    factory, settings = result
     optimizer = factory()(llama(), **settings)
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
         ("muon/hidden", 2e-5, 0.1),
@@ -596,9 +596,9 @@ def test_a_state_dict_of_torchs_adamw_loads(groups: str):
     theirs.step()
     ours = create_optimizer(model, "soap", lr=1e-2)
     ours.load_state_dict(theirs.state_dict())
-    kept = {p for g in ours.param_groups for p in g["params"] if g["rule"] == "adamw"}
-    assert set(ours.state) == kept and {g["lr"] for g in ours.param_groups} == {1e-2}
-    for p in kept:
+    snapshot = {p for g in ours.param_groups for p in g["params"] if g["rule"] == "adamw"}
+    assert set(ours.state) == snapshot and {g["lr"] for g in ours.param_groups} == {1e-2}
+    for p in snapshot:
         assert all(torch.equal(ours.state[p][k], theirs.state[p][k]) for k in ("step", "exp_avg", "exp_avg_sq"))
     ours.step()
     assert {float(s["step"]) for s in ours.state.values()} == {1.0, 2.0}

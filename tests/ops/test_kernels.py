@@ -88,11 +88,11 @@ def test_a_graph_does_what_its_function_does_whatever_the_sizes_and_numbers() ->
 
     graph = compiled(step, tensors(67, 45), 2)
     for sizes, numbers in (((67, 45), (1.0, 0.1)), ((20, 300), (7.0, 0.01)), ((9, 9), (7.0, 0.5))):
-        found = tensors(*sizes)
-        expected = [x.clone() for x in found]
-        graph(found, numbers)
+        actual = tensors(*sizes)
+        expected = [x.clone() for x in actual]
+        graph(actual, numbers)
         step(*expected, *(torch.tensor(x, dtype=torch.float64) for x in numbers))
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 def test_a_function_that_branches_on_what_is_open_has_no_graph() -> None:

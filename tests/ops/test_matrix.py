@@ -95,11 +95,11 @@ def test_normalized() -> None:
 @pytest.mark.parametrize("target", [0.2, 128**0.5, 1e6])
 def test_normalized_at_any_scale(scale: float, target: float) -> None:
     x = scale * torch.stack([draw(3, 4), 1e-3 * draw(3, 4, seed=1), torch.zeros(3, 4, dtype=F64)])
-    found = normalized(x.float(), target)
-    torch.testing.assert_close(rms(found).flatten(), torch.tensor([target, target, 0]))
+    actual = normalized(x.float(), target)
+    torch.testing.assert_close(rms(actual).flatten(), torch.tensor([target, target, 0]))
     if scale == 1:
         plain = x[:2].float()
-        assert torch.equal(found[:2], plain * (target / rms(plain))), "a power of two changes nothing"
+        assert torch.equal(actual[:2], plain * (target / rms(plain))), "a power of two changes nothing"
 
 
 def test_a_quotient_of_norms_is_finite() -> None:
@@ -111,16 +111,18 @@ def test_a_quotient_of_norms_is_finite() -> None:
 def test_inverse_roots_undo_the_matrix(root: int) -> None:
     x = torch.stack([spectrum(torch.logspace(0, -k, 12, dtype=F64), k) for k in (1, 3)])
     eye = torch.eye(12, dtype=F64)
-    for found in (inverse_root(x, root), coupled_newton(x, root, 60, 1e-13).root, inverse_power(x, 1 / root)):
-        torch.testing.assert_close(torch.linalg.matrix_power(found, root) @ x, eye.expand(2, 12, 12), atol=1e-9, rtol=0)
+    for actual in (inverse_root(x, root), coupled_newton(x, root, 60, 1e-13).root, inverse_power(x, 1 / root)):
+        torch.testing.assert_close(
+            torch.linalg.matrix_power(actual, root) @ x, eye.expand(2, 12, 12), atol=1e-9, rtol=0
+        )
 
 
 @pytest.mark.parametrize(("method", "bound"), [("eigh", 1e-3), ("newton", 2e-4)])
 def test_float32_roots_keep_the_documented_accuracy(method: str, bound: float) -> None:
     x = spectrum(torch.logspace(0, -12, 64, dtype=F64))[None].float()
     exact = inverse_power(x.double() + 1e-4 * torch.eye(64, dtype=F64), 1 / 4)
-    found = inverse_root(x, 4, eps=1e-4, method=method)  # pyright: ignore[reportArgumentType]
-    assert (found - exact).norm() < bound * exact.norm()
+    actual = inverse_root(x, 4, eps=1e-4, method=method)  # pyright: ignore[reportArgumentType]
+    assert (actual - exact).norm() < bound * exact.norm()
     wide = inverse_root(x, 4, eps=1e-4, method=method, dtype=F64)  # pyright: ignore[reportArgumentType]
     assert wide.dtype == torch.float32
     assert (wide - exact).norm() < 1e-4 * exact.norm()
@@ -134,8 +136,8 @@ def test_newton_does_not_depend_on_who_shares_the_stack() -> None:
 
 def test_inverse_power_of_a_singular_matrix_is_that_of_its_range() -> None:
     values = torch.tensor([4.0, 1.0, 0.0, 0.0], dtype=F64)
-    found = inverse_power(spectrum(values), 0.5)
-    torch.testing.assert_close(found, spectrum(torch.tensor([0.5, 1.0, 0.0, 0.0], dtype=F64)))
+    actual = inverse_power(spectrum(values), 0.5)
+    torch.testing.assert_close(actual, spectrum(torch.tensor([0.5, 1.0, 0.0, 0.0], dtype=F64)))
     assert not inverse_power(torch.zeros(1, 3, 3), 0.5).any()
     lifted = inverse_power(spectrum(torch.tensor([1.0, -1e-3], dtype=F64)), 1.0, eps=1e-4)
     torch.testing.assert_close(eigh(lifted).values[0], torch.tensor(1e4, dtype=F64))
@@ -146,9 +148,9 @@ def test_a_failed_root_keeps_the_last_good_one() -> None:
     last = torch.stack([3 * torch.eye(3), 5 * torch.eye(3)])
     for method in ("eigh", "newton"):
         with pytest.warns(RuntimeWarning, match="last good one"):
-            found = inverse_root(x, 4, method=method, previous=last)
-        assert torch.equal(found[0], last[0])
-        torch.testing.assert_close(found[1], torch.eye(3))
+            actual = inverse_root(x, 4, method=method, previous=last)
+        assert torch.equal(actual[0], last[0])
+        torch.testing.assert_close(actual[1], torch.eye(3))
         with pytest.raises(LinAlgError, match="inverse root"):
             inverse_root(x, 4, method=method)
 
@@ -157,9 +159,9 @@ def test_a_failed_eigenbasis_keeps_the_last_good_one() -> None:
     x = torch.stack([torch.full((3, 3), torch.nan), torch.diag(torch.tensor([1.0, 3.0, 2.0]))])
     last = torch.stack([3 * torch.eye(3), 5 * torch.eye(3)])
     with pytest.warns(RuntimeWarning, match="last good one"):
-        found = eigenbasis(x, previous=last)
-    assert torch.equal(found[0], last[0])
-    assert torch.equal(found[1], eigenbasis(x[1:])[0])
+        actual = eigenbasis(x, previous=last)
+    assert torch.equal(actual[0], last[0])
+    assert torch.equal(actual[1], eigenbasis(x[1:])[0])
     with pytest.raises(LinAlgError):
         eigenbasis(x)
 
@@ -169,10 +171,10 @@ def test_a_matrix_that_fails_does_not_disturb_its_stack() -> None:
     x = torch.stack([torch.full((4, 3), torch.nan), torch.randn(4, 3), torch.randn(4, 3)])
     grams = x.mT @ x
     others = Fallback(lambda: (torch.zeros(3, 3), torch.eye(3).expand(3, 3, 3)), "no eigenvectors")
-    with pytest.warns(RuntimeWarning, match="no eigenvectors") as said:
-        found = eigh(grams, others)
-    assert len(said) == 1 and torch.equal(found.vectors[0], torch.eye(3)) and not found.values[0].any()
-    assert torch.equal(found.vectors[1:], eigh(grams[1:]).vectors)
+    with pytest.warns(RuntimeWarning, match="no eigenvectors") as record:
+        actual = eigh(grams, others)
+    assert len(record) == 1 and torch.equal(actual.vectors[0], torch.eye(3)) and not actual.values[0].any()
+    assert torch.equal(actual.vectors[1:], eigh(grams[1:]).vectors)
     with pytest.warns(RuntimeWarning, match="no vectors"):
         left, right = singular_vectors(x, Fallback(lambda: (torch.zeros(3, 4, 3), torch.zeros(3, 3, 3)), "no vectors"))
     exact = singular_vectors(x[1:])
@@ -185,7 +187,7 @@ def test_a_matrix_that_fails_does_not_disturb_its_stack() -> None:
 
 
 def test_failures_are_told_together_at_the_end() -> None:
-    with pytest.warns(RuntimeWarning) as said:
+    with pytest.warns(RuntimeWarning) as record:
         failures.depth += 1
         failures.add("this")
         failures.name([f"w{i}" for i in range(7)])
@@ -193,9 +195,9 @@ def test_failures_are_told_together_at_the_end() -> None:
         failures.name(["v"])
         failures.name(["another, of which nothing failed"])
         failures.depth -= 1
-        assert not said
+        assert not record
         failures.warn()
-    assert [str(x.message) for x in said] == ["w0, w1, w2, w3, w4 and 2 more: this; v: that"]
+    assert [str(x.message) for x in record] == ["w0, w1, w2, w3, w4 and 2 more: this; v: that"]
 
 
 def test_magnitude_is_an_exact_power_of_two() -> None:
@@ -306,18 +308,18 @@ def test_switching_keeps_the_leading_columns_and_draws_from_the_complement() -> 
     assert (u.mT @ new[..., 3:]).abs().max() < 1e-12
     assert torch.equal(switch(u, 4, draw(2, 4)), u)
     near = orthonormal(draw(1, 5, 4))  # a complement of one column: three of the four leading ones stay
-    kept = switch(near, 1, draw(1, 1))
-    assert torch.equal(kept[..., :3], near[..., :3])
-    assert (kept[..., 3:].mT @ near).abs().max() < 1e-12
+    snapshot = switch(near, 1, draw(1, 1))
+    assert torch.equal(snapshot[..., :3], near[..., :3])
+    assert (snapshot[..., 3:].mT @ near).abs().max() < 1e-12
     square = orthonormal(draw(1, 4, 4))
     assert torch.equal(switch(square, 1, draw(1, 0)), square)
 
 
 def test_lower_bound_of_the_spectral_norm() -> None:
     x = draw(3, 8, 5)
-    found = norm_lower_bound(x @ x.mT).flatten()
+    actual = norm_lower_bound(x @ x.mT).flatten()
     exact = torch.linalg.matrix_norm(x, 2).square()
-    assert (found <= exact).all() and (found > 0.7 * exact).all()
+    assert (actual <= exact).all() and (actual > 0.7 * exact).all()
     one = x[0, :, :1] @ x[0, :, :1].T
     torch.testing.assert_close(norm_lower_bound(one)[0, 0], torch.linalg.matrix_norm(one, 2))
     assert not norm_lower_bound(torch.zeros(1, 4, 4)).any()
@@ -343,12 +345,12 @@ def test_gram_form_of_wide_matrices_is_as_accurate_as_the_plain_one(
     x = draw(1, rows, 8) @ draw(1, 8, columns, seed=1) + draw(1, rows, columns, seed=2)
     x = x.mT if tall else x
     exact = orthogonalize(x, coefficients=coefficients, dtype=F64)
-    found = orthogonalize(x, coefficients=coefficients)
+    actual = orthogonalize(x, coefficients=coefficients)
     monkeypatch.setattr(orthogonal_ops, "GRAM_ROWS", 10**6)
     plain = orthogonalize(x, coefficients=coefficients)
-    assert not torch.equal(found, plain)
-    assert (found - exact).norm() < min(0.04 * exact.norm(), 3 * (plain - exact).norm())
-    assert torch.linalg.matrix_norm(found, 2).max() < 1.25
+    assert not torch.equal(actual, plain)
+    assert (actual - exact).norm() < min(0.04 * exact.norm(), 3 * (plain - exact).norm())
+    assert torch.linalg.matrix_norm(actual, 2).max() < 1.25
 
 
 def test_orthogonalizing_zero_gives_zero_in_the_gram_form() -> None:

@@ -175,7 +175,7 @@ def test_adapprox_draws_the_same_sketch_for_the_same_seed() -> None:
 def test_adapprox_keeps_nearly_the_best_low_rank_part() -> None:
     p = Parameter(torch.zeros(40, 60))
     g = gradient(p, "p", 1) * torch.logspace(0, -2, 40)[:, None]
-    kept = adapprox(p, [g], rank=4)[p.numel() :].view_as(p)
+    snapshot = adapprox(p, [g], rank=4)[p.numel() :].view_as(p)
     v = 1e-3 * g**2
     best = torch.linalg.svdvals(v)[4:].norm()
-    assert (kept - v).norm() <= 1.001 * best
+    assert (snapshot - v).norm() <= 1.001 * best

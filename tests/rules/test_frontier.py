@@ -73,12 +73,12 @@ def test_accuracy_of_converged_iterations_is_as_documented() -> None:
     x, _ = of_values(values, 5, 9)
     share = values / gram_norm(x).squeeze()
     for name, bounds in {"converged": (1e-15, 5e-6, 0.14, 0.62), "polar_express_long": (1e-14,) * 4}.items():
-        found = torch.linalg.svdvals(orthogonalize(x[None], 12, coefficients=name, divisor="gram", dtype=F64))[0]
+        actual = torch.linalg.svdvals(orthogonalize(x[None], 12, coefficients=name, divisor="gram", dtype=F64))[0]
         exact = share.clone()
         for i in range(12):
             a, b, c = SCHEDULES[name][min(i, len(SCHEDULES[name]) - 1)]
             exact = a * exact + b * exact**3 + c * exact**5
-        torch.testing.assert_close(found, exact.sort(descending=True).values, rtol=0, atol=1e-12)
+        torch.testing.assert_close(actual, exact.sort(descending=True).values, rtol=0, atol=1e-12)
         assert all((1 - exact[1 + i]).abs() <= bound + 1e-15 for i, bound in enumerate(bounds))
 
 
@@ -87,8 +87,8 @@ def test_norms_against_svd() -> None:
         x = draw(4, *shape)
         values = torch.linalg.svdvals(x)
         torch.testing.assert_close(gram_norm(x).flatten(), (values**4).sum(-1) ** 0.25)
-        found = norm_by_power(x).flatten() / values[:, 0]
-        assert (found > 0.85).all() and (found <= 1 + 1e-12).all()
+        actual = norm_by_power(x).flatten() / values[:, 0]
+        assert (actual > 0.85).all() and (actual <= 1 + 1e-12).all()
         torch.testing.assert_close(norm_by_power(x, 2000).flatten(), values[:, 0])
     a, b = draw(2, 3, 4), draw(2, 3, 4, seed=1)
     torch.testing.assert_close(cosine(a, b).flatten(), torch.cosine_similarity(a.flatten(1), b.flatten(1)))
@@ -103,10 +103,10 @@ def test_contra_damps_singular_values_in_proportion(size: Any) -> None:
     y = contra(polar, x, 0.4, size)
     length = (norm_by_power if size == "power" else gram_norm)(x).item()
     expected = 1 - 0.2 * values / length
-    found = torch.linalg.svdvals(y)[0]
-    torch.testing.assert_close(found / found[0], (expected / expected[-1]).flip(0))
-    kept = norm if size == "power" else gram_norm
-    torch.testing.assert_close(kept(y), kept(polar))
+    actual = torch.linalg.svdvals(y)[0]
+    torch.testing.assert_close(actual / actual[0], (expected / expected[-1]).flip(0))
+    snapshot = norm if size == "power" else gram_norm
+    torch.testing.assert_close(snapshot(y), snapshot(polar))
     assert contra(polar, x, 0.0, size) is polar
 
 
@@ -118,8 +118,8 @@ def test_soft_takes_singular_values_to_the_power_of_a_tenth() -> None:
     y = orthogonalize(x[None], 12, soft=1.0, **settings)
     torch.testing.assert_close(gram_norm(y), gram_norm(polar[None]))
     share = values / gram_norm(x).squeeze()
-    found = torch.linalg.svdvals(y)[0]
-    ratio = found / found[0] / (share / share[0]) ** 0.1
+    actual = torch.linalg.svdvals(y)[0]
+    ratio = actual / actual[0] / (share / share[0]) ** 0.1
     assert (ratio - 1)[:4].abs().max() < 1e-3 and (ratio[4] - 1).abs() < 1e-2
     half = orthogonalize(x[None], 12, soft=0.5, **settings)
     torch.testing.assert_close(half, (y + polar) / 2)
@@ -299,11 +299,11 @@ def test_a_kernel_of_equal_betas_is_the_one_mean(name: str) -> None:
 def test_a_kernel_is_the_weighted_sum_of_its_means() -> None:
     """Two means from step 3 on with weights that move to step 5: by hand, with Adam's bias correction and Muon's."""
     kernel = ((0.5, 0.25, 0.75), (0.98, 0.75, 0.25))
-    shape, found = (4, 4), dict[Any, Tensor]()
+    shape, actual = (4, 4), dict[Any, Tensor]()
     classes: list[tuple[Any, float]] = [(AdamW, 0.9), (Muon, 0.95)]
     for cls, beta in classes:
-        own: dict[str, Any] = {"betas": (0.9, 0.95)} if cls is AdamW else {**EXACT, "nesterov": False}
-        found[cls] = path(cls, shape, momentum_kernel=kernel, kernel_steps=(2, 4), **own)
+        ours: dict[str, Any] = {"betas": (0.9, 0.95)} if cls is AdamW else {**EXACT, "nesterov": False}
+        actual[cls] = path(cls, shape, momentum_kernel=kernel, kernel_steps=(2, 4), **ours)
         one, parts, mass_one = torch.zeros(shape, dtype=F64), [torch.zeros(shape, dtype=F64)] * 2, 0.0
         v, p, masses = torch.zeros(shape, dtype=F64), torch.zeros(shape, dtype=F64), [0.0, 0.0]
         for t in range(1, STEPS + 1):
@@ -322,7 +322,7 @@ def test_a_kernel_is_the_weighted_sum_of_its_means() -> None:
             v = 0.95 * v + 0.05 * g**2
             ratio = m / mass / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
             p = p - 0.1 * (ratio if cls is AdamW else orthogonalize(m[None], dtype=F64)[0])
-            same(found[cls][t - 1], p, 1e-12)
+            same(actual[cls][t - 1], p, 1e-12)
 
 
 def test_published_kernels() -> None:
@@ -503,13 +503,13 @@ HANDS = [
 
 @pytest.mark.parametrize(("cls", "settings", "expected"), HANDS)
 def test_vectors_by_hand(cls: Any, settings: dict[str, Any], expected: dict[int, list[float]]) -> None:
-    found = by_hand(cls, max(expected), **settings)
+    actual = by_hand(cls, max(expected), **settings)
     for t, values in expected.items():
-        assert found[t] == pytest.approx(values, abs=1e-5), t
+        assert actual[t] == pytest.approx(values, abs=1e-5), t
 
 
 @pytest.mark.parametrize("divisor", ["fro", "gram"])
 def test_polar_factor_by_hand(divisor: Any) -> None:
     h1 = torch.tensor([[[0.781285, -0.074829, -1.077809], [-1.326812, 0.192182, 0.763906]]], dtype=F64)
-    found = orthogonalize(h1, 12, coefficients="converged", divisor=divisor, dtype=F64).flatten().tolist()
-    assert found == pytest.approx([0.017498, 0.057785, -0.998176, -0.984087, 0.177553, -0.006972], abs=2e-6)
+    actual = orthogonalize(h1, 12, coefficients="converged", divisor=divisor, dtype=F64).flatten().tolist()
+    assert actual == pytest.approx([0.017498, 0.057785, -0.998176, -0.984087, 0.177553, -0.006972], abs=2e-6)

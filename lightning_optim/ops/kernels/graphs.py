@@ -62,12 +62,12 @@ def compiled(
         run = cast("Any", torch._inductor.compile(made, inputs))
 
     @functools.lru_cache(64)
-    def derived(*given: float) -> list[Tensor]:
-        made = [torch.tensor(x, dtype=torch.float64, device="cpu") for x in given]
+    def derived(*numbers: float) -> list[Tensor]:
+        made = [torch.tensor(x, dtype=torch.float64, device="cpu") for x in numbers]
         return [*made, *prelude(*made)]
 
-    def call(tensors: Sequence[Tensor], given: Sequence[float]) -> None:
-        run(*tensors, *derived(*given))
+    def call(tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
+        run(*tensors, *derived(*numbers))
 
     return call
 
@@ -132,12 +132,12 @@ def _settle(graph: Graph, large: int) -> None:
 
     Inductor computes a result once and anything else wherever it is read: a root per row would be one per element.
     """
-    found: dict[Node, None] = {}
+    bases: dict[Node, None] = {}
     for node in graph.nodes:
         if node.op == "call_function" and _elements(node.meta["val"]) < large:
             if any(_elements(user.meta.get("val")) == large for user in node.users):
-                found[_base(node)] = None
-    graph.output_node().args = (tuple(node for node in found if node.op == "call_function"),)
+                bases[_base(node)] = None
+    graph.output_node().args = (tuple(node for node in bases if node.op == "call_function"),)
 
 
 def _base(node: Node) -> Node:

@@ -218,17 +218,17 @@ def zero(rank: int, world: int) -> dict[str, Any]:
         optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.1)
         config = config_of(stage, **(OFFLOAD if name == "signum" else {}))
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        said = ""
+        record = ""
         for step in range(3):
             x, y = (t.chunk(world)[rank] for t in batch(step))
             engine.backward((engine(x) - y).square().mean())
             try:
                 engine.step()
             except ValueError as error:
-                said = str(error)
+                record = str(error)
                 break
         empty = not any(optimizer.state.values())
-        out[f"{name} {stage}"] = said, empty, [full(p).clone() for p in model.parameters()]
+        out[f"{name} {stage}"] = record, empty, [full(p).clone() for p in model.parameters()]
     with deepspeed.zero.Init(config_dict_or_path=config_of(3)):
         model = net()
     for name in ("muon", "adafactor", "adamw"):
@@ -265,13 +265,13 @@ def test_zero_steps_as_one_process_or_refuses() -> None:
     start = [p.detach() for p in net().parameters()]
     for out in ranks:
         for name, stage in RUNS:
-            said, empty, weights = out[f"{name} {stage}"]
+            record, empty, weights = out[f"{name} {stage}"]
             if name in ELEMENTWISE:
                 expected = alone(lambda model, name=name: build_optimizer(model, name, lr=0.01, weight_decay=0.1))
                 torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
-                assert said == ""
+                assert record == ""
                 continue
-            assert f"group '{name}/hidden'" in said and "0.weight" in said and "use FSDP2" in said, (name, said)
+            assert f"group '{name}/hidden'" in record and "0.weight" in record and "use FSDP2" in record, (name, record)
             assert empty and all(torch.equal(a, b) for a, b in zip(weights, start, strict=True))
         for name in ("muon", "adafactor"):
             assert f"0.weight: {name} {REFUSED}" in out[f"init {name}"]
@@ -313,16 +313,16 @@ def trainer(rank: int, world: int, folder: str) -> dict[str, Any]:
             use_cpu=not config,
             **optim,
         )
-        given: dict[str, Any] = {}
+        case: dict[str, Any] = {}
         if way == "arguments":
-            given = {"optimizer_cls_and_kwargs": args.optimizer_cls_and_kwargs()}  # pyright: ignore
+            case = {"optimizer_cls_and_kwargs": args.optimizer_cls_and_kwargs()}  # pyright: ignore
         if way == "factory":
-            given = {"optimizer_cls_and_kwargs": (hf_integration.OptimizerFactory, {"name": name, "lr": 1e-2})}
+            case = {"optimizer_cls_and_kwargs": (hf_integration.OptimizerFactory, {"name": name, "lr": 1e-2})}
         if way == "instance":
-            given = {"optimizers": (hf_integration.create_optimizer(model, name, lr=1e-2), None)}
+            case = {"optimizers": (hf_integration.create_optimizer(model, name, lr=1e-2), None)}
         if way == "callback":
-            given = {"callbacks": [hf_integration.HybridOptimizer(name)]}
-        out = transformers.Trainer(model, args, train_dataset=data, **given)
+            case = {"callbacks": [hf_integration.HybridOptimizer(name)]}
+        out = transformers.Trainer(model, args, train_dataset=data, **case)
         return hf_integration.attach(out, name, **settings) if way == "attach" else out
 
     def tried(*args: Any, **settings: Any) -> Any:
@@ -337,7 +337,7 @@ def trainer(rank: int, world: int, folder: str) -> dict[str, Any]:
     auto |= {"gradient_clipping": "auto"}
     zero: Any = auto | {"zero_optimization": {"stage": 2}}
     offload: Any = auto | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    own: Any = auto | {
+    ours: Any = auto | {
         "zero_optimization": {"stage": 1},
         "optimizer": {"type": "Adam", "params": {"lr": "auto", "torch_adam": True}},
     }
@@ -347,25 +347,25 @@ def trainer(rank: int, world: int, folder: str) -> dict[str, Any]:
         "class": lightning_optim.Lion,
         "build": lambda _: build_optimizer(model, "lion", lr=1e-3),
     }.items():
-        with pytest.raises(ValueError) as found:
+        with pytest.raises(ValueError) as actual:
             build(model.parameters())
-        out[f"offload accelerate {label}"] = str(found.value)
+        out[f"offload accelerate {label}"] = str(actual.value)
     AcceleratorState._reset_state(reset_partial_state=True)
     out |= {f"zero {way}": tried(way, "muon", zero) for way in ("attach", "flag")}
     out |= {f"offload {way}": tried(way, "lion", offload) for way in ("flag", "arguments", "factory", "instance")}
-    out |= {f"own {way}": tried(way, "lion", own) for way in ("flag", "attach", "instance", "callback")}
+    out |= {f"own {way}": tried(way, "lion", ours) for way in ("flag", "attach", "instance", "callback")}
     curve = {"schedule": "linear", "warmup_steps": 2}  # which a callback of ours follows
-    kept = offload | {"zero_force_ds_cpu_optimizer": False}
-    out["losses"] = [tried("attach", "adamw", config, schedule=curve) for config in (kept, {})]
+    snapshot = offload | {"zero_force_ds_cpu_optimizer": False}
+    out["losses"] = [tried("attach", "adamw", config, schedule=curve) for config in (snapshot, {})]
     AcceleratorState._reset_state(reset_partial_state=True)
     state = Accelerator(cpu=True).state
     state.distributed_type = DistributedType.FSDP  # as Accelerator does with a card, which FSDP1 needs
     state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
     build_optimizer(model, "adamw", lr=1e-3)
     assert state.distributed_type == DistributedType.FSDP
-    with pytest.raises(ValueError) as found:
+    with pytest.raises(ValueError) as actual:
         build_optimizer(model, "muon", lr=1e-3)
-    out["fsdp1"] = str(found.value)
+    out["fsdp1"] = str(actual.value)
     state.fsdp_plugin.fsdp_version = 2
     build_optimizer(model, "muon", lr=1e-3)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -381,11 +381,11 @@ def test_the_trainer_refuses_what_deepspeed_would_change(tmp_path: Any) -> None:
     with opened() as pool:
         (out,) = pool.run("tests.core.parallel.test_engines:trainer", 1, folder=str(tmp_path))
     (with_zero, plain), fsdp1 = out.pop("losses"), out.pop("fsdp1")
-    said = {
+    record = {
         "zero": "muon needs whole matrices, which FSDP1 and ZeRO hide in flat parameters: DeepSpeed's ZeRO stage is 2",
         "offload": "DeepSpeedCPUAdam in the place of 'lion'; add \"zero_force_ds_cpu_optimizer\": false",
         "own": "'optimizer' of its own, which would replace 'lion'",
     }
-    assert not {label: text for label, text in out.items() if said[label.split()[0]] not in text}
+    assert not {label: text for label, text in out.items() if record[label.split()[0]] not in text}
     assert with_zero == pytest.approx(plain, abs=1e-3) and len(plain) == 2
     assert "accelerate's fsdp_version is 1; use FSDP2" in fsdp1

@@ -42,38 +42,40 @@ def straight(
     return model
 
 
-def compare(name: str, found: dict[str, Tensor], model: jobs.Model) -> None:
+def compare(name: str, actual: dict[str, Tensor], model: jobs.Model) -> None:
     """Bitwise, but for sums over ranks and torch's fused kernels, which round by an element's place in a vector."""
     rule = REGISTRY[name]
     for key, p in model.named_parameters():
         fused = rule.kernel is not Rule.kernel and p.dtype == torch.float32
         if rule.reduces or fused:
             start = jobs.Model(name, p.dtype, model.shapes).get_parameter(key)
-            assert (found[key] - p).norm() <= 1e-6 * (p - start).norm() + 2e-7 * p.norm(), key
+            assert (actual[key] - p).norm() <= 1e-6 * (p - start).norm() + 2e-7 * p.norm(), key
         else:
-            assert torch.equal(found[key], p), f"{key}: {(found[key] - p).abs().max()}"
+            assert torch.equal(actual[key], p), f"{key}: {(actual[key] - p).abs().max()}"
 
 
 @every_rule
 def test_two_ranks_equal_one_process(pool: Pool, name: str) -> None:
     results = pool.run("tests.helpers.jobs:train", 2, name=name, steps=12, dtype=torch.float32)
-    for found, _ in results:
-        compare(name, found, straight(name, 12))
+    for actual, _ in results:
+        compare(name, actual, straight(name, 12))
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_late_and_missing_gradients(pool: Pool, name: str) -> None:
     missing = {1: "odd", 2: "odd", 4: "tall"}
     results = pool.run("tests.helpers.jobs:train", 2, name=name, steps=6, dtype=torch.float32, missing=missing)
-    for found, _ in results:
-        compare(name, found, straight(name, 6, missing=missing))
+    for actual, _ in results:
+        compare(name, actual, straight(name, 6, missing=missing))
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon", "soap"])
 def test_transposed_matrices(pool: Pool, name: str) -> None:
     settings: dict[str, Any] = {"transposed": True}
-    for found, _ in pool.run("tests.helpers.jobs:train", 2, name=name, steps=4, dtype=torch.float32, settings=settings):
-        compare(name, found, straight(name, 4, **settings))
+    for actual, _ in pool.run(
+        "tests.helpers.jobs:train", 2, name=name, steps=4, dtype=torch.float32, settings=settings
+    ):
+        compare(name, actual, straight(name, 4, **settings))
 
 
 @pytest.mark.parametrize("name", ["adafactor", "lamb"])
@@ -83,21 +85,21 @@ def test_convolutions(pool: Pool, name: str) -> None:
     model = jobs.Model(name, shapes=shapes)
     start = {k: p.detach().clone() for k, p in model.named_parameters()}
     jobs.take_steps(model, make(name, model.parameters()), range(1, 5))
-    for found, _ in pool.run("tests.helpers.jobs:train", 2, name=name, steps=4, dtype=torch.float32, shapes=shapes):
+    for actual, _ in pool.run("tests.helpers.jobs:train", 2, name=name, steps=4, dtype=torch.float32, shapes=shapes):
         for key, p in model.named_parameters():
-            assert (found[key] - p).norm() <= 1e-6 * (p - start[key]).norm() + 2e-7 * p.norm(), key
+            assert (actual[key] - p).norm() <= 1e-6 * (p - start[key]).norm() + 2e-7 * p.norm(), key
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
 def test_bfloat16_rounding_draws_the_same_bits_on_any_mesh(pool: Pool, name: str) -> None:
-    for found, _ in pool.run("tests.helpers.jobs:train", 2, name=name, steps=4, dtype=torch.bfloat16):
-        compare(name, found, straight(name, 4, torch.bfloat16))
+    for actual, _ in pool.run("tests.helpers.jobs:train", 2, name=name, steps=4, dtype=torch.bfloat16):
+        compare(name, actual, straight(name, 4, torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_hsdp_replicas_stay_equal(pool: Pool, name: str) -> None:
-    for found, _ in pool.run("tests.helpers.jobs:train", 4, name=name, steps=4, dtype=torch.float32, replicas=2):
-        compare(name, found, straight(name, 4))
+    for actual, _ in pool.run("tests.helpers.jobs:train", 4, name=name, steps=4, dtype=torch.float32, replicas=2):
+        compare(name, actual, straight(name, 4))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch, of every load in one process
@@ -106,8 +108,8 @@ def test_save_on_two_load_on_one_and_three(pool: Pool, name: str, tmp_path: Path
     dtype, folder = torch.float32, str(tmp_path / "checkpoint")
     common = {"name": name, "folder": folder, "steps": 3, "dtype": dtype}
     expected = straight(name, 6)
-    for found in pool.run("tests.helpers.jobs:save", 2, **common):
-        compare(name, found, expected)
+    for actual in pool.run("tests.helpers.jobs:save", 2, **common):
+        compare(name, actual, expected)
     model = jobs.Model(name)
     optimizer = make(name, model.parameters(), lr=77.0)
     torch.set_num_threads(1)
@@ -115,8 +117,8 @@ def test_save_on_two_load_on_one_and_three(pool: Pool, name: str, tmp_path: Path
     jobs.take_steps(model, optimizer, range(4, 7))
     torch.set_num_threads(2)
     compare(name, jobs.weights(model), expected)
-    for found in pool.run("tests.helpers.jobs:load", 3, **common):
-        compare(name, found, expected)
+    for actual in pool.run("tests.helpers.jobs:load", 3, **common):
+        compare(name, actual, expected)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -133,10 +135,10 @@ def test_bfloat16_checkpoint_on_other_ranks(pool: Pool, name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_full_state_dict_broadcast_from_rank_0(pool: Pool, name: str) -> None:
-    for (found, shapes), rank in zip(
+    for (actual, shapes), rank in zip(
         pool.run("tests.helpers.jobs:full_state", 2, name=name, steps=3), (0, 1), strict=True
     ):
-        compare(name, found, straight(name, 6))
+        compare(name, actual, straight(name, 6))
         if rank == 0:
             slot = next(iter(REGISTRY[name]().state_specs(5, 12)))
             assert f"wide.{slot}" in shapes
@@ -146,8 +148,8 @@ def test_full_state_dict_broadcast_from_rank_0(pool: Pool, name: str) -> None:
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_flattened_state_dict(pool: Pool, name: str) -> None:
-    for found in pool.run("tests.helpers.jobs:flattened", 2, name=name, steps=3):
-        compare(name, found, straight(name, 6))
+    for actual in pool.run("tests.helpers.jobs:flattened", 2, name=name, steps=3):
+        compare(name, actual, straight(name, 6))
 
 
 def test_elementwise_rules_move_nothing_and_reducing_rules_only_sums(pool: Pool) -> None:
@@ -160,25 +162,25 @@ def test_elementwise_rules_move_nothing_and_reducing_rules_only_sums(pool: Pool)
 def test_each_matrix_has_one_owner_and_the_checkpoint_is_sharded(pool: Pool, name: str) -> None:
     results = pool.run("tests.helpers.jobs:owners", 2, name=name)
     shapes = {k: tuple(p.shape) for k, p in jobs.Model(name).named_parameters()}
-    owned = [set(found) for found, _, _ in results]
+    owned = [set(actual) for actual, _, _ in results]
     assert owned[0] | owned[1] == set(shapes)
     assert not owned[0] & owned[1]
     assert owned[0] and owned[1]
-    for found, parts, tight in results:
-        for key, held in found.items():
+    for actual, parts, tight in results:
+        for key, content in actual.items():
             dims = matrix_views.stack_shape(shapes[key])
             slots = REGISTRY[name]().state_specs(*dims[1:], vector=len(shapes[key]) < 2)
-            assert held == {k: stored_shape(slot, shapes[key], dims) for k, slot in slots.items()}
+            assert content == {k: stored_shape(slot, shapes[key], dims) for k, slot in slots.items()}
         assert all(sharded == (slot != "step") for slots in parts.values() for slot, (_, sharded) in slots.items())
         assert tight, "a saved shard owns exactly its storage"
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_ranks_that_disagree_raise_together(pool: Pool, name: str) -> None:
-    for message, same, found in pool.run("tests.helpers.jobs:disagree", 2, name=name):
+    for message, same, actual in pool.run("tests.helpers.jobs:disagree", 2, name=name):
         assert "disagree" in message
         assert same
-        compare(name, found, straight(name, 4))
+        compare(name, actual, straight(name, 4))
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon"])
@@ -201,8 +203,8 @@ def test_freezing_on_a_mesh(pool: Pool, name: str) -> None:
     model = jobs.Model(name)
     optimizer = make(name, model.parameters())
     jobs.take_steps(model, optimizer, range(1, 6), {3: "odd"})
-    for found in pool.run("tests.helpers.jobs:frozen", 2, name=name):
-        compare(name, found, model)
+    for actual in pool.run("tests.helpers.jobs:frozen", 2, name=name):
+        compare(name, actual, model)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -212,6 +214,6 @@ def test_state_is_spread_over_ranks(pool: Pool, name: str) -> None:
     optimizer = make(name, model.parameters())
     jobs.take_steps(model, optimizer, range(1, 2))
     declared = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
-    held = sum(size for _, size in pool.run("tests.helpers.jobs:train", 2, name=name, steps=1, dtype=torch.float32))
+    content = sum(size for _, size in pool.run("tests.helpers.jobs:train", 2, name=name, steps=1, dtype=torch.float32))
     replicated = sum(4 * math.prod(s[1:]) for s in jobs.SHAPES.values() if len(s) == 2) if name == "adafactor" else 0
-    assert held == declared + 4 * len(list(model.parameters())) + replicated
+    assert content == declared + 4 * len(list(model.parameters())) + replicated

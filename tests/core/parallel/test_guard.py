@@ -29,15 +29,15 @@ def test_killed_in_mid_step_and_while_saving_and_restarted_by_torchrun(tmp_path:
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        said, _ = process.communicate(timeout=TIMEOUT)
+        record, _ = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends its processes
         pytest.fail(f"torchrun hangs: {process.communicate()[0][-4000:]}")
-    assert process.returncode == 0, said[-4000:]
+    assert process.returncode == 0, record[-4000:]
     for rank in range(2):
-        found = sorted(tmp_path.glob(f"attempt-*-{rank}.json"))
-        attempts = [json.loads(path.read_text()) for path in found]
-        assert [a["from"] for a in attempts] == [0, 2, 4], said[-4000:]
+        actual = sorted(tmp_path.glob(f"attempt-*-{rank}.json"))
+        attempts = [json.loads(path.read_text()) for path in actual]
+        assert [a["from"] for a in attempts] == [0, 2, 4], record[-4000:]
         assert [a["cut_off"] for a in attempts] == [[], [], [6]], "a checkpoint was there, cut off"
     assert (tmp_path / "killed-in-step").exists() and (tmp_path / "killed-while-saving").exists()
     compare("muon", torch.load(tmp_path / "final.pt"), straight("muon", 8))
@@ -49,10 +49,10 @@ LOST = [
 ]
 
 
-@pytest.mark.parametrize(("how", "said"), LOST)
-def test_the_pool_tells_which_rank_was_lost(pool: Pool, monkeypatch: pytest.MonkeyPatch, how: str, said: str) -> None:
+@pytest.mark.parametrize(("how", "record"), LOST)
+def test_the_pool_tells_which_rank_was_lost(pool: Pool, monkeypatch: pytest.MonkeyPatch, how: str, record: str) -> None:
     """Others may wait for it for ever, and rank 0 must not be the one that is blamed."""
     monkeypatch.setattr("tests.helpers.pool.GRACE", 2)
-    with pytest.raises(RuntimeError, match=said):
+    with pytest.raises(RuntimeError, match=record):
         pool.run("tests.helpers.jobs:lost", 2, how=how)
     assert pool.run("tests.helpers.jobs:lost", 2, how="") == [2.0, 2.0], "the next job has processes again"

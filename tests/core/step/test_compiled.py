@@ -60,9 +60,9 @@ def test_one_graph_and_the_numbers_of_eager_steps(name: str) -> None:
     counters.clear()
     optimizer, eager = made(name, compile=True), made(name)
     start = [p.detach().clone() for p in eager.param_groups[0]["params"]]
-    found, expected = run(optimizer, range(6)), run(eager, range(6))
+    actual, expected = run(optimizer, range(6)), run(eager, range(6))
     assert counters["aot_autograd"]["total"] == 1
-    for a, b, p in zip(found, expected, start, strict=True):
+    for a, b, p in zip(actual, expected, start, strict=True):
         # measured: 0 to 4e-7 of the way, and 2e-4 where the sign of nearly nothing turns (lion, one of 271,000)
         assert (a - b).norm() <= 1e-3 * (b - p).norm()
 
@@ -99,9 +99,9 @@ def test_state_that_rests_as_codes(name: str, storage: str) -> None:
     counters.clear()
     optimizer, eager = (made(name, shapes=shapes, state_storage=storage, compile=on) for on in (True, False))
     start = [p.detach().clone() for p in eager.param_groups[0]["params"]]
-    found, expected = run(optimizer, range(4)), run(eager, range(4))
+    actual, expected = run(optimizer, range(4)), run(eager, range(4))
     assert counters["aot_autograd"]["total"] == 1
-    for a, b, p in zip(found, expected, start, strict=True):
+    for a, b, p in zip(actual, expected, start, strict=True):
         # measured: 0 to 1e-4 of the way, where a quotient in the middle of two values takes the other's code
         assert (a - b).norm() <= 1e-3 * (b - p).norm()
     for a, b in zip(*(list(o.param_groups[0]["params"]) for o in (optimizer, eager)), strict=True):
@@ -124,9 +124,9 @@ def test_codes_of_a_clipped_gradient_with_gaps() -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_a_rank_whose_part_begins_within_a_block(pool: Pool) -> None:
-    found = pool.run("tests.helpers.jobs:begun_within_a_block", 2)
-    assert found[1][0] % 256
-    assert all(far <= 1e-3 for _, far in found)
+    actual = pool.run("tests.helpers.jobs:begun_within_a_block", 2)
+    assert actual[1][0] % 256
+    assert all(far <= 1e-3 for _, far in actual)
 
 
 @pytest.mark.slow
@@ -135,9 +135,9 @@ def test_matrices_of_a_stack_are_stepped_alone(name: str) -> None:
     shapes = [(3, 400, 300), (2, 500, 600)]
     compiled._graph.cache_clear()
     counters.clear()
-    found, expected = (run(made(name, shapes=shapes, compile=graphs), range(4)) for graphs in (True, False))
+    actual, expected = (run(made(name, shapes=shapes, compile=graphs), range(4)) for graphs in (True, False))
     assert counters["aot_autograd"]["total"] == 1
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_resuming_is_bitwise_and_a_checkpoint_does_not_say_how_to_step() -> None:
@@ -171,7 +171,7 @@ def test_small_and_narrow_parameters_and_fused_kernels_need_no_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "record"),
     [
         ({"rule": "muon"}, "muon works on whole matrices"),
         ({"rule": "lion", "state_storage": "bf16"}, "state_storage='fp32'"),
@@ -180,8 +180,8 @@ def test_small_and_narrow_parameters_and_fused_kernels_need_no_graph() -> None:
         ({"rule": "lion", "momentum_kernel": ((0.9, 0.5), (0.99, 0.5))}, "momentum_kernel=None"),
     ],
 )
-def test_what_has_no_graph_is_refused_with_a_remedy(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_what_has_no_graph_is_refused_with_a_remedy(settings: dict[str, Any], record: str) -> None:
+    with pytest.raises(ValueError, match=record):
         RuleOptimizer([{"params": [Parameter(torch.randn(8, 8))], "compile": True, **settings}])
 
 

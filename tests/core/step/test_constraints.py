@@ -43,7 +43,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 RECORD: dict[str, Any] = {"lr": 0.1, **SETTINGS[10]}
 BALL: dict[str, Any] = {"lr": 0.1, "constraint": "hyperball"}
-each = pytest.mark.parametrize("given", SETTINGS, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()))
+each = pytest.mark.parametrize("case", SETTINGS, ids=lambda s: "-".join(f"{k}={v}" for k, v in s.items()))
 RULES = ["adamw", "lion", "sgd", "adafactor", "muon", "soap"]
 """Kernels, flat blocks, decay in the gradient, sums, whole matrices, decay after the step."""
 
@@ -89,38 +89,38 @@ def test_hand_checked_numbers(name: str) -> None:
             torch.testing.assert_close(p.flatten(), torch.tensor(expected[t]).double(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("given", SETTINGS[:11:2], ids=str)
-def test_one_matrix_is_the_reference(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", SETTINGS[:11:2], ids=str)
+def test_one_matrix_is_the_reference(case: dict[str, Any]) -> None:
     """The direction is the gradient: nothing but the shaped step is compared."""
     p = Parameter(torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     expected = p.detach().clone()
-    optimizer = make("sgd", [p], lr=0.1, momentum=0.0, **{**given, "weight_decay": 0.0})
+    optimizer = make("sgd", [p], lr=0.1, momentum=0.0, **{**case, "weight_decay": 0.0})
     for t in range(1, 5):
         p.grad = gradient(p, "one", t)
-        expected = naive.step(expected, p.grad.clone(), {**given, "lr": 0.1, "weight_decay": 0.0})
+        expected = naive.step(expected, p.grad.clone(), {**case, "lr": 0.1, "weight_decay": 0.0})
         optimizer.step()
     torch.testing.assert_close(p.detach(), expected, rtol=1e-10, atol=1e-12)
 
 
 @each
 @pytest.mark.parametrize("name", RULES)
-def test_equals_naive_reference_in_float64(name: str, given: dict[str, Any]) -> None:
+def test_equals_naive_reference_in_float64(name: str, case: dict[str, Any]) -> None:
     rule, module = REGISTRY[name], reference(name)
-    given = {"lr": 0.05, "weight_decay": 0.0, **strict(name), **given}
+    case = {"lr": 0.05, "weight_decay": 0.0, **strict(name), **case}
     if name == "adafactor":
-        given["weight_decay"] = 0.0  # its own
+        case["weight_decay"] = 0.0  # its own
     ps = params(name, torch.float64)
     ps.pop("scalar", None)
-    run(name, ps, range(1, 5), **given)
-    h = settings_of(name, {k: v for k, v in given.items() if k not in naive.OFF})
-    coupled = given["weight_decay"] if rule.decay == "coupled" else 0.0
+    run(name, ps, range(1, 5), **case)
+    h = settings_of(name, {k: v for k, v in case.items() if k not in naive.OFF})
+    coupled = case["weight_decay"] if rule.decay == "coupled" else 0.0
     for key in ps:
         p, state = params(name, torch.float64)[key].detach(), {}
         for t in range(1, 5):
             g = gradient(p, key, t) + coupled * p
             d = (p - module.step(p, g, state, t, {**h, "weight_decay": 0.0})) / h["lr"]
-            own = {**given, "decay": rule.decay, **({"weight_decay": 0.0} if coupled else {})}
-            p = p if rule(**h).skips_update(t) else naive.step(p, d, own)
+            ours = {**case, "decay": rule.decay, **({"weight_decay": 0.0} if coupled else {})}
+            p = p if rule(**h).skips_update(t) else naive.step(p, d, ours)
         torch.testing.assert_close(ps[key].detach(), p, rtol=1e-9, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
 
 
@@ -136,10 +136,10 @@ def steps(ps: list[Parameter], optimizer: RuleOptimizer, some: range, key: str =
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-@pytest.mark.parametrize("given", [BALL, RECORD], ids=["ball", "record"])
-def test_fused_layers_experts_and_transposed_matrices_are_each_for_themselves(name: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", [BALL, RECORD], ids=["ball", "record"])
+def test_fused_layers_experts_and_transposed_matrices_are_each_for_themselves(name: str, case: dict[str, Any]) -> None:
     """One parameter of several matrices moves as these matrices would as parameters."""
-    given = given | narrow_dtype(name)
+    case = case | narrow_dtype(name)
     forms: list[tuple[dict[str, Any], Any, Any]] = [
         ({"blocks": 3}, lambda ms: torch.cat(ms), lambda p: p.split(6)),
         ({"blocks": (6, 6)}, lambda ms: torch.cat(ms[:2]), lambda p: p.split(6)),
@@ -155,15 +155,15 @@ def test_fused_layers_experts_and_transposed_matrices_are_each_for_themselves(na
     for settings, fuse, split in forms:
         apart = [matrix(6, 10, seed=i) for i in range(3)]
         fused = Parameter(fuse([p.detach() for p in apart]))
-        one, many = make(name, [fused], **given, **settings), make(name, apart, **given)
+        one, many = make(name, [fused], **case, **settings), make(name, apart, **case)
         for t in range(1, 4):
             for i, p in enumerate(apart):
                 p.grad = gradient(p, str(i), t)
             fused.grad = fuse([p.grad for p in apart])
             one.step()
             many.step()
-        for found, p in zip(split(fused), apart, strict=False):
-            torch.testing.assert_close(found, p, rtol=2e-5, atol=2e-6, msg=lambda m, s=settings: f"{s}: {m}")
+        for actual, p in zip(split(fused), apart, strict=False):
+            torch.testing.assert_close(actual, p, rtol=2e-5, atol=2e-6, msg=lambda m, s=settings: f"{s}: {m}")
 
 
 def in_turns(p: Tensor) -> list[Tensor]:
@@ -177,17 +177,17 @@ def narrow_dtype(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
 def test_large_convolution_and_strange_strides(name: str) -> None:
     """Beyond one block of the cache, in four dimensions, and in another memory order."""
-    given = {**RECORD, "cautious_decay": 0.0}  # the sign of a tiny product is rounding's
+    case = {**RECORD, "cautious_decay": 0.0}  # the sign of a tiny product is rounding's
     for p in (matrix(500, 300), matrix(24, 5, 3, 3), Parameter(matrix(40, 30).detach().t())):
         start = p.detach().double().clone()
-        optimizer = make(name, [p], **{"weight_decay": 0.0, **given, **narrow_dtype(name)})
+        optimizer = make(name, [p], **{"weight_decay": 0.0, **case, **narrow_dtype(name)})
         p.grad = gradient(p, "one", 1)
         plain = Parameter(p.detach().clone())
         plain.grad = p.grad.clone()
         make(name, [plain], lr=0.1, weight_decay=0.0, **narrow_dtype(name)).step()
         d = (start - plain.detach().double()) / 0.1
         optimizer.step()
-        expected = naive.step(start.flatten(1), d.flatten(1), given).view(p.shape)
+        expected = naive.step(start.flatten(1), d.flatten(1), case).view(p.shape)
         torch.testing.assert_close(p.detach().double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -203,16 +203,16 @@ def test_the_norm_of_bfloat16_weights_does_not_drift(rounding: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-@pytest.mark.parametrize("given", [BALL, RECORD], ids=["ball", "record"])
-def test_save_load_continue_is_bitwise(name: str, given: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("case", [BALL, RECORD], ids=["ball", "record"])
+def test_save_load_continue_is_bitwise(name: str, case: dict[str, Any], dtype: torch.dtype) -> None:
     ps = [matrix(6, 9, dtype=dtype), matrix(3, 4, 5, dtype=dtype)]
-    optimizer = make(name, ps, **given)
+    optimizer = make(name, ps, **case)
     steps(ps, optimizer, range(1, 4))
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
     other = [Parameter(p.detach().clone()) for p in ps]
-    resumed = make(name, other, **given)
+    resumed = make(name, other, **case)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     steps(ps, optimizer, range(4, 7))
     steps(other, resumed, range(4, 7))
@@ -272,11 +272,11 @@ def test_hyperball_in_adamws_convention_steps_as_far_as_adamw() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_rule_takes_them(name: str) -> None:
     """Hyperball keeps the norms, the record's settings keep everything finite and away from the plain step."""
-    given: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.0}
+    case: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.0}
     ball, record, plain = params(name), params(name), params(name)
-    run(name, ball, range(1, 5), **given, constraint="hyperball")
-    run(name, record, range(1, 5), **{**RECORD, **given, "uw_floor": 2.0})
-    run(name, plain, range(1, 5), **given)
+    run(name, ball, range(1, 5), **case, constraint="hyperball")
+    run(name, record, range(1, 5), **{**RECORD, **case, "uw_floor": 2.0})
+    run(name, plain, range(1, 5), **case)
     for key, p in params(name).items():
         torch.testing.assert_close(ball[key].norm(), p.norm(), rtol=2e-6, atol=1e-7)
         assert record[key].isfinite().all() and not torch.equal(ball[key], p) or p.ndim == 0, key
@@ -338,10 +338,10 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "said"), ERRORS, ids=str)
-def test_settings_that_cannot_be(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        make("muon", [matrix(4, 3)], **given)
+@pytest.mark.parametrize(("case", "warned_record"), ERRORS, ids=str)
+def test_settings_that_cannot_be(case: dict[str, Any], warned_record: str) -> None:
+    with pytest.raises(ValueError, match=warned_record):
+        make("muon", [matrix(4, 3)], **case)
 
 
 def test_what_a_constraint_cannot_take_is_named() -> None:
@@ -367,34 +367,34 @@ def test_cautious_decay_of_the_weight_decay_is_a_rate_of_its_own() -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-@pytest.mark.parametrize("given", [BALL, RECORD], ids=["ball", "record"])
-def test_two_ranks_equal_one_process(pool: Pool, name: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("case", [BALL, RECORD], ids=["ball", "record"])
+def test_two_ranks_equal_one_process(pool: Pool, name: str, case: dict[str, Any]) -> None:
     for dtype, turned in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
-        settings = {**given, "weight_decay": 0.0, "transposed": turned, **narrow_dtype(name)}
+        settings = {**case, "weight_decay": 0.0, "transposed": turned, **narrow_dtype(name)}
         torch.set_num_threads(1)
         model = jobs.Model(name, dtype)
         start = {k: p.detach().float().clone() for k, p in model.named_parameters()}
         jobs.take_steps(model, make(name, model.parameters(), **settings), range(1, 5))
         torch.set_num_threads(2)
-        for found, _ in pool.run("tests.helpers.jobs:train", 2, name=name, steps=4, dtype=dtype, settings=settings):
+        for actual, _ in pool.run("tests.helpers.jobs:train", 2, name=name, steps=4, dtype=dtype, settings=settings):
             for key, p in model.named_parameters():
                 moved = (p.detach().float() - start[key]).norm()
                 rounded = 1e-2 if dtype == torch.bfloat16 else 1e-5
-                assert (found[key].float() - p.detach().float()).norm() <= rounded * moved + 1e-6, (key, dtype, turned)
+                assert (actual[key].float() - p.detach().float()).norm() <= rounded * moved + 1e-6, (key, dtype, turned)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("layout", ["hsdp", "tp", "fsdp2+tp", "mixed", "shared"])
 def test_every_layout_equals_one_process(pool: Pool, layout: str) -> None:
     """Norms of matrices that are cut by columns, both ways, or not at all, and of rows that are cut."""
-    for names, given in itertools.product([["adamw", "adafactor"], ["muon"]], [BALL, RECORD]):
-        settings = {**given, "weight_decay": 0.0, **narrow_dtype(names[0])}
+    for names, case in itertools.product([["adamw", "adafactor"], ["muon"]], [BALL, RECORD]):
+        settings = {**case, "weight_decay": 0.0, **narrow_dtype(names[0])}
         job = {"layout": layout, "names": names, "steps": 4, "settings": settings}
-        for found in pool.run("tests.helpers.jobs:laid_out", jobs.LAYOUTS[layout], **job):
+        for actual in pool.run("tests.helpers.jobs:laid_out", jobs.LAYOUTS[layout], **job):
             for name in names:
                 torch.set_num_threads(1)
                 model, start = jobs.Model(name), dict(jobs.Model(name).named_parameters())
                 jobs.take_steps(model, make(name, model.parameters(), **settings), range(1, 5))
                 torch.set_num_threads(2)
                 for key, p in model.named_parameters():
-                    assert (found[name][key] - p).norm() <= 1e-5 * (p - start[key]).norm() + 1e-6, (name, key)
+                    assert (actual[name][key] - p).norm() <= 1e-5 * (p - start[key]).norm() + 1e-6, (name, key)

@@ -81,10 +81,10 @@ def test_damping_keeps_curvature_within_bounds() -> None:
     made = torch.Generator().manual_seed(0)
     steps = torch.randn(5, 3, 4, generator=made, dtype=torch.float64)
     asked = torch.tensor([-3.0, 0.005, 0.5, 1.4, 40.0], dtype=torch.float64).view(5, 1, 1)
-    found = [dot(steps, damped(steps, asked * steps, (0.01, 1.5), most)) / dot(steps, steps) for most in (1.0, 0.99)]
-    torch.testing.assert_close(found[0].flatten().tolist(), [0.01, 0.01, 0.5, 1.4, 1.5], rtol=1e-12, atol=1e-12)
+    actual = [dot(steps, damped(steps, asked * steps, (0.01, 1.5), most)) / dot(steps, steps) for most in (1.0, 0.99)]
+    torch.testing.assert_close(actual[0].flatten().tolist(), [0.01, 0.01, 0.5, 1.4, 1.5], rtol=1e-12, atol=1e-12)
     mu = 0.99 * 0.005 + 0.01  # (1 - 0.01) / (1 - 0.005) = 0.99497 is above the largest tau
-    assert found[1].flatten()[1].item() == pytest.approx(mu, rel=1e-12)
+    assert actual[1].flatten()[1].item() == pytest.approx(mu, rel=1e-12)
 
 
 def test_the_mean_scale_is_over_pairs_that_count() -> None:
@@ -92,12 +92,12 @@ def test_the_mean_scale_is_over_pairs_that_count() -> None:
     ratios = [dot(s, y) / dot(y, y) for s, y in zip(steps, changes, strict=True)]
     none = [torch.zeros_like(g)]
     for pad in ([], none, [*none, *none]):
-        held = [*pad, *steps], [*pad, *changes]
+        content = [*pad, *steps], [*pad, *changes]
         basis = torch.linalg.qr(torch.stack([x.flatten() for x in (*steps, *changes)], 1))[0]
         across = (g.flatten() - basis @ (basis.mT @ g.flatten())).view_as(g)
         for scale, factor in (("newest", ratios[-1]), ("mean", sum(ratios) / 3)):
-            found = two_loop(across, *held, scale=scale)  # pyright: ignore[reportArgumentType]
-            torch.testing.assert_close(found, factor * across, rtol=1e-9, atol=1e-9)
+            actual = two_loop(across, *content, scale=scale)  # pyright: ignore[reportArgumentType]
+            torch.testing.assert_close(actual, factor * across, rtol=1e-9, atol=1e-9)
 
 
 def wolfe(value: Callable[[Tensor], Tensor], start: Tensor, d: Tensor) -> Tensor:
@@ -136,9 +136,9 @@ def iterations(value: Callable[[Tensor], Tensor], start: Tensor, search: Callabl
         optimizer.step()
         with torch.no_grad():
             d = before - p
-        found = search(value, before, d)
+        actual = search(value, before, d)
         with torch.no_grad():
-            p.copy_(found)
+            p.copy_(actual)
     raise AssertionError(f"no gradient of {goal} in 200 steps")
 
 
@@ -160,9 +160,9 @@ def test_solves_rosenbrock_in_the_iterations_of_the_literature() -> None:
         return 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
 
     start = torch.tensor([-1.2, 1.0], dtype=torch.float64)
-    found = {goal: iterations(value, start, wolfe, goal) for goal in (1e-5, 1e-8)}
-    assert found[1e-5] <= 40, found
-    assert found[1e-8] <= found[1e-5] + 3, found
+    actual = {goal: iterations(value, start, wolfe, goal) for goal in (1e-5, 1e-8)}
+    assert actual[1e-5] <= 40, actual
+    assert actual[1e-8] <= actual[1e-5] + 3, actual
 
 
 def test_zero_steps_make_no_pairs() -> None:
@@ -342,9 +342,9 @@ def test_the_sr1_matrix_maps_steps_to_changes(dtype: torch.dtype) -> None:
     u = u.double()
     assert u.shape == (1000, 6) and e.dtype == torch.float64
     assert c == pytest.approx(float(changes[-1].dot(changes[-1]) / steps[-1].dot(changes[-1])), rel=1e-6)
-    found = (steps @ u) * (e - c) @ u.mT + c * steps
+    actual = (steps @ u) * (e - c) @ u.mT + c * steps
     limit = 5e-6 if dtype == torch.float32 else 1e-13  # measured: 2e-7 and 3e-15
-    assert ((found - changes).norm(dim=1) <= limit * changes.norm(dim=1)).all()
+    assert ((actual - changes).norm(dim=1) <= limit * changes.norm(dim=1)).all()
     torch.testing.assert_close(u.mT @ u, torch.eye(6).double(), rtol=0, atol=10 * torch.finfo(dtype).eps)
     assert sr1(list(zero), list(zero))[0].shape == (1000, 0)
 
@@ -482,8 +482,8 @@ def test_hessian_free_solves_linear_least_squares_in_one_step(method: Any) -> No
     loss(batch).backward()
     estimator.estimate()
     optimizer.step()
-    found = torch.cat([model.weight, model.bias[:, None]], 1)
-    torch.testing.assert_close(found, best, rtol=1e-10, atol=1e-10)
+    actual = torch.cat([model.weight, model.bias[:, None]], 1)
+    torch.testing.assert_close(actual, best, rtol=1e-10, atol=1e-10)
     assert estimator.seconds > 0
 
 
@@ -501,12 +501,12 @@ def test_conjugate_gradients_take_as_many_iterations_as_there_are_eigenvalues() 
 
         for start in (torch.zeros_like(b), torch.ones_like(b)):
             calls = 0
-            found = conjugate_gradients(product, b, start, iterations=len(values.unique()), tolerance=0.0)
+            actual = conjugate_gradients(product, b, start, iterations=len(values.unique()), tolerance=0.0)
             assert calls == len(values.unique()) + bool(start.any())
-            x, value = found[-1]
+            x, value = actual[-1]
             assert (a @ x - b).norm() <= 1e-9 * b.norm()
             assert value == pytest.approx(float(0.5 * x @ a @ x - b @ x), rel=1e-9)
-            assert [v for _, v in found] == sorted((v for _, v in found), reverse=True)
+            assert [v for _, v in actual] == sorted((v for _, v in actual), reverse=True)
     zero = conjugate_gradients(product, torch.zeros_like(b), torch.zeros_like(b), iterations=5, tolerance=0.0)
     assert len(zero) == 1 and not zero[0][0].any()
 
@@ -540,8 +540,8 @@ def test_products_are_those_of_the_gauss_newton_matrix(method: Any) -> None:
         estimator.record_batch(batch)
     estimator.estimate()
     assert optimizer.loss_oracle is not None
-    found = optimizer.loss_oracle.product(list(params.values()), list(v.values()))
-    for a, b in zip(found, expected, strict=True):
+    actual = optimizer.loss_oracle.product(list(params.values()), list(v.values()))
+    for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 if method == "exact" else 1e-7)
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, start[k]) for k, p in params.items())
@@ -870,6 +870,6 @@ def test_two_processes_equal_one(pool: Pool, name: str) -> None:
         for key, p in alone.items():
             assert (one[key] - p).norm() <= 1e-8 * (p - start[key]).norm(), key
     refused = {"fsdp2": "FSDP2 does not support; use DDP", "closure": "each process's closure"}
-    for kind, said in refused.items():
+    for kind, record in refused.items():
         error = pool.run("tests.core.step.test_line_search:train", 2, name=name, kind=kind)[0]["error"]
-        assert said in bytes(error.tolist()).decode()
+        assert record in bytes(error.tolist()).decode()

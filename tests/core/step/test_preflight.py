@@ -36,11 +36,11 @@ def test_clipping_equals_smaller_gradients(name: str, limit: float) -> None:
     for t in range(1, 5):
         give(a, t, without="tall" if t == 3 else "")
         give(b, t, without="tall" if t == 3 else "")
-        kept = {k: p.grad.clone() for k, p in a.items() if p.grad is not None}
+        snapshot = {k: p.grad.clone() for k, p in a.items() if p.grad is not None}
         assert scaled_by_hand(b, limit) > 0.5
         clipped.step()
         plain.step()
-        assert all(torch.equal(kept[k], p.grad) for k, p in a.items() if p.grad is not None)
+        assert all(torch.equal(snapshot[k], p.grad) for k, p in a.items() if p.grad is not None)
     assert_equal(a, b)
 
 
@@ -99,6 +99,6 @@ def test_the_norm_is_the_whole_meshs(pool: Pool, name: str, world: int, replicas
         assert torch.nn.utils.get_total_norm(list(grads.values())) > 2 * LIMIT
         optimizer.step()
     args = {"name": name, "steps": 4, "dtype": torch.float32, "replicas": replicas, "settings": settings}
-    for found, _ in pool.run("tests.helpers.jobs:train", world, **args):
+    for actual, _ in pool.run("tests.helpers.jobs:train", world, **args):
         for key, p in model.named_parameters():
-            assert (found[key] - p).norm() <= 1e-4 * (p - start[key]).norm() + 1e-6, key
+            assert (actual[key] - p).norm() <= 1e-4 * (p - start[key]).norm() + 1e-6, key

@@ -315,8 +315,8 @@ def test_bfloat16_weights_have_a_float32_average() -> None:
 
 def test_plan_prices_the_averages() -> None:
     model = nn.Sequential(nn.Linear(6, 4, bias=False))
-    found = plan(model, "muon", lr=0.1, averaging={"muloco": {}, "tail_ema": {}}).rows[0].state_bytes
-    assert {k: found[k] for k in ("outer_momentum", "outer_anchor", "tail")} == dict.fromkeys(
+    actual = plan(model, "muon", lr=0.1, averaging={"muloco": {}, "tail_ema": {}}).rows[0].state_bytes
+    assert {k: actual[k] for k in ("outer_momentum", "outer_anchor", "tail")} == dict.fromkeys(
         ("outer_momentum", "outer_anchor", "tail"), 96
     )
     narrow = plan(model.bfloat16(), "muon", lr=0.1, constraint="hyperball").rows[0].state_bytes
@@ -328,7 +328,7 @@ def test_plan_prices_the_averages() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_two_ranks_and_a_checkpoint_of_theirs_on_one(pool: Pool, name: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoint")
-    found = pool.run("tests.helpers.jobs:averaged", 2, name=name, folder=folder, members=ALL[0])
+    actual = pool.run("tests.helpers.jobs:averaged", 2, name=name, folder=folder, members=ALL[0])
     model = jobs.Model(name)
     torch.set_num_threads(1)
     optimizer = make(name, model.parameters()).with_averaging(*ALL[0])
@@ -341,7 +341,7 @@ def test_two_ranks_and_a_checkpoint_of_theirs_on_one(pool: Pool, name: str, tmp_
     jobs.take_steps(other, resumed, range(5, 9))
     resumed.eval()
     torch.set_num_threads(2)
-    for weights in (*found, jobs.weights(other)):
+    for weights in (*actual, jobs.weights(other)):
         for key, p in straight.items():
             torch.testing.assert_close(weights[key], p, rtol=1e-6, atol=1e-6)
 
