@@ -121,14 +121,14 @@ def inverse_root(
         eps: added to the diagonal.
         method: `eigh`, or `newton` for the coupled Newton iteration, to |M - I| of 1e-6 (1e-12 in float64); a matrix
             that is not below 0.1 after 100 steps has failed.
-        previous: per matrix, kept (with a warning) where no finite root was power.
+        previous: per matrix, kept (with a warning) where no finite root was found.
         dtype: of the arithmetic; None for that of `x`.
 
     Returns:
         `[..., n, n]`, in the dtype of `x`.
 
     Raises:
-        LinAlgError: no root was power and there is no previous one.
+        LinAlgError: no root was found and there is no previous one.
     """
     finite = x.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
     clean = x if finite.all() else torch.where(finite, x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))
@@ -142,7 +142,7 @@ def inverse_root(
         if power.isfinite().all():
             return power
     if previous is None:
-        raise LinAlgError(f"no finite inverse root (order {root}) of a {tuple(x.shape)} stack was power")
+        raise LinAlgError(f"no finite inverse root (order {root}) of a {tuple(x.shape)} stack was found")
     failures.add("an inverse root could not be computed; the last good one is kept")
     return torch.where(power.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), power, previous)
 
