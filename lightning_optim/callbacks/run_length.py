@@ -56,5 +56,5 @@ def total_steps_of(module: LightningModule) -> int | None:
         steps = sum(math.ceil(trainer.num_training_batches / count) for count in every)
         steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     if not 0 < steps < math.inf:
-        raise ValueError("the trainer does not know how many steps it will take; give configure_optimizers total_steps")
+        raise ValueError("the trainer does not know how many steps it will take; give total_steps in schedule={...}")
     return int(steps)
