@@ -212,7 +212,7 @@ def test_a_new_rule_is_one_file_and_one_reference(tmp_path: Path) -> None:
     done = subprocess.run(contract, cwd=tree, text=True, capture_output=True, check=False)
     assert done.returncode == 1
     assert "rule 'toy' has no reference: write tests/contract/references/toy.py" in done.stdout
-    (tree / "tests" / "references" / "toy.py").write_text(REFERENCE)
+    (tree / "tests" / "contract" / "references" / "toy.py").write_text(REFERENCE)
     assert "passed" in run(*contract, cwd=tree)
     done = subprocess.run((sys.executable, "-m", "lightning_optim.docs", "--check"), cwd=tree, capture_output=True)
     assert done.returncode == 1
