@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 
 from lightning_optim import build_optimizer
-from lightning_optim.core.options import OPTION_TYPES
+from lightning_optim.core.options import OPTION_TYPES, expand_options
 from lightning_optim.core.param_groups import settings_of
 from lightning_optim.core.rule import check_value, lookup, nearest
 
@@ -63,7 +63,7 @@ def check_settings(name: str, settings: Mapping[str, Any]) -> None:
     of_builder = set(inspect.signature(build_optimizer).parameters) - {"model", "name", "settings"}
     hints = OPTION_TYPES | typing.get_type_hints(rule) | typing.get_type_hints(build_optimizer)
     names = [*settings_of(rule), *sorted(of_builder)]
-    for key, value in settings.items():
+    for key, value in expand_options(settings).items():
         if key not in names:
             raise ValueError(f"{name} has no setting {key!r}; {nearest(key, names)}")
         if key not in ("overrides", "rest_settings", "averaging", "schedule"):  # build_optimizer checks what is inside

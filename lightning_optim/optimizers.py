@@ -13,7 +13,7 @@ from typing import Any
 import lightning_optim.rules  # noqa: F401  (fills the registry)
 from lightning_optim.catalog import documentation
 from lightning_optim.core.optimizer import ParamsT, RuleOptimizer
-from lightning_optim.core.options import OPTION_TYPES, OPTIONS
+from lightning_optim.core.options import ARGUMENT_TYPES, OPTIONS
 from lightning_optim.core.rule import REGISTRY, Rule
 
 
@@ -30,7 +30,7 @@ def signature(rule: type[Rule]) -> inspect.Signature:
         for f in sorted(fields, key=lambda f: bool(f.kw_only))
         for hint in [hints[f.name]]
     ]
-    options = [kind(k, kind.KEYWORD_ONLY, default=v, annotation=OPTION_TYPES[k]) for k, v in OPTIONS.items()]
+    options = [kind(k, kind.KEYWORD_ONLY, default=v, annotation=ARGUMENT_TYPES[k]) for k, v in OPTIONS.items()]
     options.append(kind("max_temp_bytes", kind.KEYWORD_ONLY, default=2**25, annotation=int))
     return inspect.Signature([kind("params", kind.POSITIONAL_OR_KEYWORD, annotation=ParamsT), *named, *options])
 

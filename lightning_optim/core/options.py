@@ -90,6 +90,11 @@ OPTIONS: dict[str, Any] = {f.name: f.default for f in fields(Options)}
 """Default values by name."""
 OPTION_TYPES: dict[str, Any] = typing.get_type_hints(Options)
 
+ARGUMENT_TYPES: dict[str, Any] = {
+    key: hint | Mapping[str, Any] if key in TOGETHER else hint for key, hint in OPTION_TYPES.items()
+}
+"""Types of options as arguments: one of `TOGETHER` may be a mapping."""
+
 ZERO_MATRIX = (
     "a matrix of zeros, and constraint='hyperball' keeps the norm; initialize it with random numbers, or leave it out "
     "by an override ('NAME', None, {'constraint': 'none'})"

@@ -531,8 +531,8 @@ def test_numbers_of_numpy_do_not_end_in_a_checkpoint() -> None:
 def test_options_that_belong_together_may_be_one_mapping() -> None:
     one = AdamW(
         [Parameter(torch.ones(8, 8))],
-        constraint={"name": "hyperball", "uw_floor": 0.1, "uw_floor_by": "row"},  # pyright: ignore
-        state_storage={"format": "int8", "block": 64, "min": 16},  # pyright: ignore
+        constraint={"name": "hyperball", "uw_floor": 0.1, "uw_floor_by": "row"},
+        state_storage={"format": "int8", "block": 64, "min": 16},
     )
     flat = AdamW(
         [Parameter(torch.ones(8, 8))],

@@ -27,7 +27,7 @@ def test_tail_ema_starts_at_the_weights_and_evaluates_a_mix() -> None:
 
 def test_muloco_takes_an_outer_step_every_few_steps() -> None:
     method, x = MuLoCo(every=2, lr=0.5, momentum=0.5), torch.full((3,), 10.0)
-    state = {key: method.init(key, x) for key in method.slots}
+    state = {key: method.init(key, x) for key in method.keys}
     assert state["outer_momentum"].eq(0).all() and state["outer_anchor"] is not x
     x -= 4
     method.after_step(x, state, 0, 0)
@@ -51,7 +51,7 @@ def test_muloco_without_momentum_at_lr_one_is_the_optimizer() -> None:
 
 def test_ema_nesterov_follows_the_motion_and_looks_ahead_for_part_of_the_run() -> None:
     method, x = EMANesterov(step_size=0.5, beta=0.75, start=2, stop=0.5), torch.zeros(3)
-    state = {key: method.init(key, x) for key in method.slots}
+    state = {key: method.init(key, x) for key in method.keys}
     for _ in range(2):
         x += 4
         method.after_step(x, state, 0, 0)
