@@ -27,8 +27,7 @@ def _sophia_paper(params: Params, h: dict[str, Any], case: Case) -> RuleOptimize
 
 
 def _kfac(params: Params, h: dict[str, Any], case: Case) -> RuleOptimizer:
-    """Of kfac-pytorch and torch's SGD. The estimator needs the passes through a module, so they are taken in the
-    step."""
+    """Of kfac-pytorch and torch's SGD. The estimator needs passes through a module, so they are taken in the step."""
     given, sgd = dict(h["kfac"]), dict(h["sgd"])
     optimizer = KFAC(
         params.items(),
