@@ -75,7 +75,7 @@ def test_a_whole_tensor_is_placed_like_its_parameter() -> None:
 
 def test_sums_that_are_still_to_be_added_are_refused() -> None:
     with fake_mesh(0, 2) as mesh:
-        partial = sharding.wrap(mesh, [Partial()], (3, 2), torch.ones(3, 2))
+        partial = sharding.to_dtensor(mesh, [Partial()], (3, 2), torch.ones(3, 2))
         with pytest.raises(ValueError, match="head: placements .*neither Shard nor Replicate"):
             sharding.sharding_of(partial, "head")
         assert sharding.sharding_of(cut(torch.ones(3, 2), mesh, Replicate())) is None

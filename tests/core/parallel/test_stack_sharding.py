@@ -83,14 +83,14 @@ def sums(rank: int, world: int, dim: int) -> dict[str, Tensor]:
     whole = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p = Parameter(distribute_tensor(whole, init_device_mesh("cpu", (world,)), [Shard(dim)]))
     stack = StackSharding(p, (1, 7, 5))
-    x = stack.wrap(within(whole, local_bounds(p))[None])
+    x = stack.to_dtensor(within(whole, local_bounds(p))[None])
     out = {"mn": 2 * x, "m1": x.sum(-1, keepdim=True), "1n": x.sum(-2, keepdim=True), "11": x.sum((1, 2), keepdim=True)}
     expected = {"mn": 2 * whole, "m1": whole.sum(1, keepdim=True), "1n": whole.sum(0, keepdim=True)}
     expected["11"] = whole.sum().view(1, 1)
     for letters, value in out.items():
         part = stack.part(expected[letters][None], letters)
-        torch.testing.assert_close(stack.unwrap(value, letters), part, rtol=1e-14, atol=1e-14)
-    return {k: stack.unwrap(value, k) for k, value in out.items()}
+        torch.testing.assert_close(stack.to_local(value, letters), part, rtol=1e-14, atol=1e-14)
+    return {k: stack.to_local(value, k) for k, value in out.items()}
 
 
 @pytest.mark.dist
