@@ -84,3 +84,11 @@ def test_a_steady_step_is_a_short_walk(name: str, calls: int, files: int, moves:
     torch.manual_seed(0)
     walk = steady_step(optimizers.CLASSES[name], "lightning_optim/")
     assert walk.calls <= calls and len(walk.files) <= files and walk.moves <= moves, walk
+
+
+@pytest.mark.parametrize("room", ["core", "build", "curvature"])
+def test_the_test_of_a_module_is_found_by_its_path(room: str) -> None:
+    package = ROOT / "lightning_optim"
+    modules = [p.relative_to(package) for p in (package / room).rglob("*.py") if p.name != "__init__.py"]
+    assert len(modules) > 3
+    assert not [p for p in modules if not (ROOT / "tests" / p.with_name(f"test_{p.name}")).exists()]
