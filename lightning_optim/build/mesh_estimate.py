@@ -88,7 +88,7 @@ def estimate_mesh(
     for group in optimizer.param_groups:
         rule = rule_of(group)
         for p in group["params"]:
-            parts, turned = blocks_of(rule, group, p.shape)
+            parts, is_transposed = blocks_of(rule, group, p.shape)
             forms = state_formats(rule, group, p, parts)
             extra_bytes = p.dtype.itemsize if formats.compensated(p.dtype, group) else 0
             if optimizer.averages is not None:
@@ -96,7 +96,9 @@ def estimate_mesh(
             radii = sum(part.dims[0] for part in parts) if formats.keeps_radius(p.dtype, group) else 0
             for r, volume in enumerate(_volumes(cut, p.shape, size)):
                 state[r] += 4 + 4 * radii + extra_bytes * volume
-            axes = stack_sharding.axes_of(p, cut, parts[0].dims, turned) if cut is not None and rule.reduces else ()
+            axes = (
+                stack_sharding.axes_of(p, cut, parts[0].dims, is_transposed) if cut is not None and rule.reduces else ()
+            )
             whole = parts[0].rows is None and len(parts) == 1
             if cut is None:
                 travels = shard_work and not rule.elementwise and not rule.reduces

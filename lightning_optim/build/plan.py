@@ -106,9 +106,9 @@ class Plan:
 def _lines(mesh: MeshEstimate) -> list[str]:
     """What falls on each rank, in words."""
     out = [f"\n{mesh.strategy} on {mesh.world_size} ranks: at most {_bytes(max(mesh.state))} of state on a rank"]
-    moved = f"matrices: at most {_bytes(max(mesh.sent))} sent by a rank in a step" if max(mesh.sent) else ""
+    matrices = f"matrices: at most {_bytes(max(mesh.sent))} sent by a rank in a step" if max(mesh.sent) else ""
     sums = f"sums: about {_bytes(mesh.summed)} in a step" if mesh.summed else ""
-    out.append("; ".join(x for x in (moved, sums) if x) or "the optimizer sends nothing")
+    out.append("; ".join(x for x in (matrices, sums) if x) or "the optimizer sends nothing")
     if mesh.work:
         out.append(
             f"work on whole matrices: {mesh.imbalance:.3f} times the mean on the busiest of {len(mesh.work)} ranks "

@@ -224,12 +224,12 @@ def _fused_layers(model: nn.Module) -> Found:
             continue
         wide, back = sorted(linear, key=lambda m: -_sides(m)[0])
         (outputs, inputs), (width, inner) = _sides(wide), _sides(back)
-        kind, turned, size = type(parent).__name__, is_conv1d(wide), _head_size(parent, inner)
+        kind, is_transposed, size = type(parent).__name__, is_conv1d(wide), _head_size(parent, inner)
         if inputs != width or outputs <= inner:
             continue
         if size is None:
             if outputs == 2 * inner:
-                yield wide.weight, ParamRole("gate_up", f"gate and up of {kind}", turned, 2)
+                yield wide.weight, ParamRole("gate_up", f"gate and up of {kind}", is_transposed, 2)
             continue
         keys = (outputs - inner) // 2
         whole = inner % size == keys % size == 0 and outputs == inner + 2 * keys
@@ -244,7 +244,7 @@ def _fused_layers(model: nn.Module) -> Found:
             blocks = (inner // keys * size, size, size)
             by_head = (size, inner // keys + 1), (1, size)
         reason = f"query, key, value of {kind}" + (", in an order that is not known" if blocks is None else "")
-        yield wide.weight, ParamRole("qkv", reason, turned, blocks, outputs // size, by_head)
+        yield wide.weight, ParamRole("qkv", reason, is_transposed, blocks, outputs // size, by_head)
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[Any, str]]:
@@ -288,7 +288,7 @@ def _experts(model: nn.Module) -> Found:
             siblings = [m for m in parent.children() if m is not module]
             routers = [p for m in siblings for p in m.parameters(recurse=False) if p.ndim == 2 and p.shape[0] == count]
             width = routers[0].shape[1] if routers else getattr(module, "hidden_size", None)
-            turned, kind = _stored_transposed(module, matrices, width), type(module).__name__
+            is_transposed, kind = _stored_transposed(module, matrices, width), type(module).__name__
             inner = min(p.numel() for p in matrices)
             for p in params:
                 fused: Blocks = None
@@ -298,7 +298,7 @@ def _experts(model: nn.Module) -> Found:
                     reason = f"matrices of {kind}"
                     if p.numel() == 2 * inner and fused is None:
                         reason += ", gate and up in an order that is not known"
-                    yield p, ParamRole("experts", reason, turned, fused)
+                    yield p, ParamRole("experts", reason, is_transposed, fused)
                 else:
                     yield p, ParamRole("vector", f"biases of {kind}")
             for p in routers:
@@ -489,12 +489,12 @@ def assign(
         if not normed and not any(k in settings for k in options.CONSTRAINTS):
             by_head, of_heads = _by_head(lookup(owner), trait, settings, blocks, (by_rule or {}).get(owner, {}))
             cut, settings = by_head or cut, {**of_heads, **settings}
-        turned = trait.transposed and not blind
-        label += "/transposed" * turned
+        is_transposed = trait.transposed and not blind
+        label += "/transposed" * is_transposed
         if cut:
             label += f"/{cut} blocks" if isinstance(cut, int) else f"/{'-'.join(map(_run, cut))} rows"
         settings = {k: v for k, v in settings.items() if k != "blocks"}
-        out.append(Assignment(name, params[name], trait, owner, f"{owner}/{label}", settings, cut, turned))
+        out.append(Assignment(name, params[name], trait, owner, f"{owner}/{label}", settings, cut, is_transposed))
     for i, (pattern, _, _) in enumerate(checked):
         if i not in used:
             hint = nearest(pattern, [*get_args(Role), *roles_by_name]) if len(roles_by_name) < 200 else ""

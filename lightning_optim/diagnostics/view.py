@@ -92,8 +92,10 @@ def entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Entry]:
     out = []
     for (name, p, _, group), label in zip(rows, labels, strict=True):
         rule = rule_of(group) if "rule" in group else None
-        parts, turned = (matrix_views.split_blocks(p.shape), False) if rule is None else blocks_of(rule, group, p.shape)
-        out.append(Entry(name, p, label, group, rule, parts, turned))
+        parts, is_transposed = (
+            (matrix_views.split_blocks(p.shape), False) if rule is None else blocks_of(rule, group, p.shape)
+        )
+        out.append(Entry(name, p, label, group, rule, parts, is_transposed))
     return out
 
 
@@ -220,17 +222,17 @@ def bases_of(e: Entry, state: dict[str, Any]) -> list[tuple[str, Tensor]]:
     if e.rule is None or len(e.parts) > 1:
         return []
     out, (b, m, n) = [], e.dims
-    declared = e.rule.state_specs(m, n, vector=e.param.ndim < 2)
+    specs = e.rule.state_specs(m, n, vector=e.param.ndim < 2)
     for key in e.rule.preconditioners:
         value = state.get(key)
-        if key not in declared or not isinstance(value, Tensor) or not value.numel():
+        if key not in specs or not isinstance(value, Tensor) or not value.numel():
             continue
-        letters = declared[key].letters
-        turned = letters[0] == "r"
-        side = {"m": "left", "n": "right"}.get(letters[1] if turned else letters[0])
+        letters = specs[key].letters
+        is_transposed = letters[0] == "r"
+        side = {"m": "left", "n": "right"}.get(letters[1] if is_transposed else letters[0])
         q = whole(value)
         q = q.reshape(b, *q.shape[-2:])
-        q = q.mT if turned else q
+        q = q.mT if is_transposed else q
         rows = {"left": m, "right": n}.get(side or "")  # K-FAC's have room for a bias
         if side is not None and q.shape[-1] <= q.shape[-2] == rows and _orthonormal(q):
             out.append((side, q))

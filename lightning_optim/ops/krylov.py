@@ -38,13 +38,13 @@ def conjugate_gradients(
     p, square, values, iterates, following = -r, r.dot(r), [q], [], 1.0
     small = torch.finfo(b.dtype).eps ** 2 * float(b.dot(b))
     for i in range(1, iterations + 1):
-        turned = product(p)
-        curvature = p.dot(turned)
+        a_p = product(p)
+        curvature = p.dot(a_p)
         if not float(square) > small or not float(curvature) > 0:
             break
         a = square / curvature
         x = x + a * p
-        r = r + a * turned
+        r = r + a * a_p
         before, square = square, r.dot(r)
         p = (square / before) * p - r
         q = 0.5 * float(x.dot(r - b))

@@ -130,8 +130,8 @@ def orthogonalize(
     named = isinstance(coefficients, str)
     schedule = SCHEDULES[coefficients] if named else (coefficients,)
     y = x.to(dtype, copy=True)
-    turned = y.stride(-2) < y.stride(-1)
-    y = y.mT if turned else y  # rows lie in memory: products with the other view are up to half as fast
+    is_transposed = y.stride(-2) < y.stride(-1)
+    y = y.mT if is_transposed else y  # rows lie in memory: products with the other view are up to half as fast
     size = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True) if divisor == "fro" else gram_norm(y)
     y /= size.mul_(SAFETY.get(coefficients, 1.0) if named else 1.0).clamp_(min=eps)
     flat = y.reshape(-1, *y.shape[-2:])
@@ -140,14 +140,14 @@ def orthogonalize(
     each = dtype == torch.bfloat16 and x.device.type == "cpu"
     parts = flat.unbind(0) if each else (flat,)
     short, long = sorted(y.shape[-2:])
-    wide = dtype == torch.bfloat16 and short >= GRAM_ROWS and long >= GRAM_ASPECT * short
-    wide = wide and coefficients in GRAM_SCHEDULES and steps <= GRAM_STEPS and not soft
+    uses_gram = dtype == torch.bfloat16 and short >= GRAM_ROWS and long >= GRAM_ASPECT * short
+    uses_gram = uses_gram and coefficients in GRAM_SCHEDULES and steps <= GRAM_STEPS and not soft
     if soft:
         done = [_iterate_softly(part, range(steps), schedule, soft) for part in parts]
     else:
-        done = [(_iterate_gram if wide else _iterate)(part, range(steps), schedule) for part in parts]
+        done = [(_iterate_gram if uses_gram else _iterate)(part, range(steps), schedule) for part in parts]
     y = (done[0] if len(done) == 1 else torch.stack(done)).reshape(y.shape)
-    return (y.mT if turned else y).to(x.dtype)
+    return (y.mT if is_transposed else y).to(x.dtype)
 
 
 def _halves(like: Tensor, long: int) -> bool:

@@ -61,15 +61,15 @@ class AdamMini(MomentumRule):
         v = s.exp_avg_sq
         dims = [d for d in (-2, -1) if v.shape[d] != g.shape[d]]
 
-        def observe(g: Tensor, v: Tensor, *means: Tensor) -> list[Tensor]:
+        def update_moments(g: Tensor, v: Tensor, *means: Tensor) -> list[Tensor]:
             v.lerp_(self._of_block(g, dims) if dims else g * g, 1 - b2)
             self.update_ema(self.ema_state(means), g, b1, t)
             return []
 
         if dims == [-1]:
-            sum_over_row_chunks(observe, g, v, *self.emas(s))
+            sum_over_row_chunks(update_moments, g, v, *self.emas(s))
         else:
-            observe(g, v, *self.emas(s))
+            update_moments(g, v, *self.emas(s))
         size = (v / (1 - b2**t)).sqrt_().add_(self.eps).mul_(self.bias_correction(b1, t))
         return lambda run: self.ema(self.ema_state(self.emas(s), run), t) / take_rows(size, run)
 

@@ -79,10 +79,10 @@ class SOAP(MomentumRule, Rotated):
             s.refresh(g)
             if self.skip_first:
                 return g
-        turned = self.to_eigenbasis(g, s)
+        rotated = self.to_eigenbasis(g, s)
         (b1, b2), k = self.betas, t - self.skip_first
-        m = self.update_ema(s, turned, b1, k)
-        s.exp_avg_sq.mul_(b2).addcmul_(turned, turned, value=1 - b2)
+        m = self.update_ema(s, rotated, b1, k)
+        s.exp_avg_sq.mul_(b2).addcmul_(rotated, rotated, value=1 - b2)
         scale = s.exp_avg_sq.sqrt()
         scale += self.eps + (self.floor * rms(scale) if self.floor else 0.0)
         d = self.from_eigenbasis(m / scale, s)

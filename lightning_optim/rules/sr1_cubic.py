@@ -65,10 +65,10 @@ class SR1Cubic(GlobalStepRule):
     def direction(self, at: Objective, s: SimpleNamespace) -> Tensor:  # noqa: D102
         pairs = stored_pairs(s, self.history)
         reach = float(s.reach) or self.reach
-        step, turned, least = cubic_step(at.gradient, *sr1(*pairs), mu=self.mu, reach=reach)
+        step, product, least = cubic_step(at.gradient, *sr1(*pairs), mu=self.mu, reach=reach)
         value, g = at.at(at.x + step)
         change = g - at.gradient
-        news = change - turned
+        news = change - product
         if bool(change.isfinite().all()) and step.dot(news).abs() > 1e-8 * step.norm() * news.norm():
             push(pairs, step, change)
         rho, size = (at.value - value) / -least if least < 0 else 0.0, float(step.norm())

@@ -31,9 +31,11 @@ def precondition_jointly(
         bias_of: the bias of a layer by its weight.
         refreshes: decides which preconditioners are due.
     """
-    joint = [g for g in groups if g.rule.needs_all_gradients and g.rule.curvature_input != "loss" and g.params]
-    for kind in dict.fromkeys(type(group.rule) for group in joint):
-        mine = [group for group in joint if type(group.rule) is kind]
+    groups_together = [
+        g for g in groups if g.rule.needs_all_gradients and g.rule.curvature_input != "loss" and g.params
+    ]
+    for kind in dict.fromkeys(type(group.rule) for group in groups_together):
+        mine = [group for group in groups_together if type(group.rule) is kind]
         for group in mine:
             refreshes.decide(group, group.params)
         members = [(s, *_member(group, s)) for group in mine for s in group.params]

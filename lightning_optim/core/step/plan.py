@@ -145,7 +145,7 @@ def plan_param(
         raise ValueError(f"{name}: {error}") from None
     fmts = state_formats(rule, group, p, blocks)
     dtype, device = formats.compute_dtype_of(p.dtype), sharding.local(p).device
-    direct = all(fmt.is_compute_format(device) for fmt in fmts.values())
+    is_compute_format = all(fmt.is_compute_format(device) for fmt in fmts.values())
     factor = direction_factor(rule, group, blocks[0].dims)
     key, vector = (blocks, transposed, p.ndim, p.dtype, p.device), p.ndim < 2
     out = ParamPlan(
@@ -166,7 +166,7 @@ def plan_param(
         compute_dtype=dtype,
         specs=state_specs(rule, blocks, p.ndim),
         formats=fmts,
-        is_compute_format=direct,
+        is_compute_format=is_compute_format,
         is_compensated=formats.compensated(p.dtype, group),
         keeps_radius=formats.keeps_radius(p.dtype, group),
         factor=factor,
