@@ -37,8 +37,8 @@ def note_complete(step: ParamStep) -> None:
     Args:
         step: the parameter.
     """
-    step.plan.stored = tuple([(key, t.shape, t.dtype) for key, t in step.state.items() if key in step.plan.formats])
-    step.plan.stored += (("step", step.state["step"].shape, step.state["step"].dtype),)
+    tensors = [(key, t) for key, t in step.state.items() if isinstance(t, Tensor) and key != TRAINED]
+    step.plan.stored = tuple([(key, t.shape, t.dtype) for key, t in tensors])
 
 
 def _check(rule: Rule, step: ParamStep, averages: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from lightning_optim.core.parallel import collectives
+from lightning_optim.core.parallel import collectives, sharding
 from lightning_optim.core.rule import GlobalStepRule, StateSpec
 from lightning_optim.core.state import formats
 from lightning_optim.core.step.records import GroupStep, ParamStep
@@ -159,6 +159,11 @@ def search(groups: Sequence[GroupStep], oracle: LossOracle) -> None:
             stores.append(_search([group for group, _ in steps], [s for _, s in steps], oracle))
     for store in stores:
         store()
+    for group in groups:
+        for s in group.params if not isinstance(group.rule, GlobalStepRule) else ():
+            if s.grad is not None:
+                grad = sharding.local_gradient(s.plan.param)
+                s.grad = torch.zeros_like(s.local()) if grad is None else grad
 
 
 def _search(groups: Sequence[GroupStep], steps: Sequence[ParamStep], oracle: LossOracle) -> Callable[[], None]:

@@ -172,9 +172,11 @@ class PlanCache:
             plans, steps, complete = plan.params, [], True
             for k, p in enumerate(params):
                 grad = p.grad
-                if not (frozen or p.requires_grad or (grad is not None and not isinstance(p, torch.nn.Parameter))):
-                    continue
                 of = plans[k]
+                if not (frozen or p.requires_grad or (grad is not None and not isinstance(p, torch.nn.Parameter))):
+                    if of is not None and of.param is not p:
+                        plans[k] = None  # a plan keeps its parameter alive
+                    continue
                 if (
                     of is None
                     or of.param is not p

@@ -873,3 +873,29 @@ def test_two_processes_equal_one(pool: Pool, name: str) -> None:
     for kind, record in refused.items():
         error = pool.run("tests.core.step.test_line_search:train", 2, name=name, kind=kind)[0]["error"]
         assert record in bytes(error.tolist()).decode()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("name", ["lbfgs", "olbfgs"])
+def test_other_rules_beside_a_search_use_the_gradients_of_the_closure_s_last_call(name: str, set_to_none: bool) -> None:
+    def run(*, set_to_none: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        w, b, x = nn.Parameter(torch.randn(4, 4) / 4), nn.Parameter(torch.randn(4) / 4), torch.randn(8, 4)
+        groups = [{"params": [w], "rule": name, "lr": 0.5}, {"params": [b], "rule": "sgd", "lr": 1e-3}]
+        optimizer, moves = RuleOptimizer(groups), []
+
+        def closure() -> Tensor:
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss = ((x @ w.T + b).sin() ** 2).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            before = b.detach().clone()
+            optimizer.step(closure)
+            moves.append((b.detach() - before) / -1e-3)
+            torch.testing.assert_close(moves[-1], b.grad, rtol=1e-4, atol=1e-4)
+        return [w.detach(), b.detach()]
+
+    for x, y in zip(run(set_to_none=set_to_none), run(set_to_none=not set_to_none), strict=True):
+        assert torch.equal(x, y)

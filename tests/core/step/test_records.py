@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import RuleOptimizer
+from lightning_optim import RuleOptimizer, TailEMA
 from lightning_optim.core.step.records import ParamStep, count_steps
 
 
@@ -101,3 +104,43 @@ def test_a_step_splits_into_sizes_that_share_the_memory_of_its_state() -> None:
     assert step.gradient() is p.grad
     step.clip = 0.25
     assert step.gradient().eq(0.5).all() and p.grad.eq(2).all()
+
+
+def test_state_beside_the_rule_s_that_goes_missing_is_allocated_again() -> None:
+    params = [Parameter(torch.randn(8, 8).bfloat16()) for _ in range(2)]
+    optimizer = RuleOptimizer([{"params": params, "rule": "adamw", "lr": 0.1, "param_rounding": "kahan"}])
+    for t in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        if t == 1:
+            optimizer.state[params[1]].pop("compensation")
+    assert "compensation" in optimizer.state[params[1]]
+    averaged = Parameter(torch.randn(4, 4))
+    optimizer = RuleOptimizer([{"params": [averaged], "rule": "adamw", "lr": 0.1}]).with_averaging(TailEMA(start=0))
+    for t in range(3):
+        averaged.grad = torch.ones_like(averaged)
+        optimizer.step()
+        if t == 1:
+            optimizer.state[averaged].pop("tail")
+    assert "tail" in optimizer.state[averaged]
+
+
+def test_a_parameter_that_was_replaced_is_not_kept_alive() -> None:
+    optimizer = RuleOptimizer([Parameter(torch.randn(4, 4)) for _ in range(2)], {"rule": "adamw", "lr": 0.1})
+    params = optimizer.param_groups[0]["params"]
+
+    def replaced() -> weakref.ref[Parameter]:
+        new = params[1] = Parameter(torch.randn(9, 9))
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        params[1] = Parameter(torch.randn(9, 9), requires_grad=False)
+        optimizer.state.pop(new)
+        return weakref.ref(new)
+
+    reference = replaced()
+    params[0].grad = torch.randn_like(params[0])
+    optimizer.step()
+    gc.collect()
+    assert reference() is None
