@@ -173,7 +173,7 @@ class PlanCache:
             for k, p in enumerate(params):
                 grad = p.grad
                 of = plans[k]
-                if not (frozen or p.requires_grad or (grad is not None and not isinstance(p, torch.nn.Parameter))):
+                if not (frozen or p.requires_grad or is_trained(p)):
                     if of is not None and of.param is not p:
                         plans[k] = None  # a plan keeps its parameter alive
                     continue

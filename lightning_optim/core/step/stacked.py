@@ -186,12 +186,11 @@ def _directions(
     dims = plan.blocks[0].dims if frame is None or frame.cut is None else frame.local_dims
     specs = plan.specs
     entries, before = stacked_state(chunk, specs, dims)
-    versions = {k: None if x.is_inference() else x._version for k, x in before.items()}
+    versions = {k: version(x) for k, x in before.items()}
     g, p = stacked_gradient(chunk, gradients, dims), None
-    adds_decay = rule.decay == "coupled" and rule.weight_decay != 0
-    if rule.reads_param or adds_decay:
+    if needs_param(rule):
         p = stack(views_of(plan, params), dims, plan.compute_dtype)
-        if adds_decay:
+        if rule.decay == "coupled" and rule.weight_decay:
             g = g.add(p, alpha=rule.weight_decay)
         p = p if rule.reads_param else None
     s = SimpleNamespace(**before)
