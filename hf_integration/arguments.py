@@ -92,16 +92,12 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"optim was changed to {self.optim!r}, which is not an optimizer of lightning_optim; for one of "
                 "Transformers' own make a new Trainer, without optimizer_cls_and_kwargs"
             )
-        settings = {
-            "rest": self.rest_optim,
-            "rest_lr": self.rest_learning_rate,
-            "lr_convention": self.lr_convention,
-        }
+        flags = {"rest": self.rest_optim, "rest_lr": self.rest_learning_rate, "lr_convention": self.lr_convention}
         engines.validate_engine([lookup(name)])
         chosen = literals(self.optim_args) | dict(settings or {})
         if chosen.get("recipe") or chosen.get("preset"):  # what is not set by a flag is the recipe's
-            settings = {k: v for k, v in settings.items() if v not in (None, "adamw")}
-        return with_flags(self, name, settings | chosen)
+            flags = {k: v for k, v in flags.items() if v not in (None, "adamw")}
+        return with_flags(self, name, flags | chosen)
 
 
 class FactoryArguments(dict[str, Any]):
