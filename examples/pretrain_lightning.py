@@ -31,7 +31,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_integration.arguments import literals
 from lightning_optim import configure_optimizers
 from lightning_optim.callbacks import RoleTable, diagnostics
 from lightning_optim.data.presets import PRESETS, build_model
@@ -39,6 +38,7 @@ from lightning_optim.data.text import texts, unigram_entropy
 from lightning_optim.data.tokenizer import encode, shuffled, train_tokenizer
 from lightning_optim.lightning import SCHEDULES
 from lightning_optim.optimizers import CLASSES
+from lightning_optim.settings import parse_settings
 
 VALIDATION_TOKENS = 2**15
 
@@ -79,7 +79,7 @@ class Pretraining(L.LightningModule):
                 "total_steps": s.max_steps,
             },
             shard_work=s.shard_work,
-            **literals(s.optim_args),
+            **parse_settings(s.optim_args),
         )
 
 

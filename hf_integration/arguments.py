@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,11 +10,10 @@ import transformers
 from transformers.training_args import OptimizerNames
 
 from hf_integration.factory import OptimizerFactory
-from hf_integration.settings import with_flags
+from hf_integration.settings import PREFIX, settings_of_flag, with_flags
 from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import REGISTRY, lookup, nearest
 
-PREFIX = "lightning_optim."
 THEIRS = ("lomo", "adalomo")
 """Names under which the Trainer calls another backward pass, of the package lomo-optim. `args.optim` then has the
 prefix; it may be given with any of our names."""
@@ -29,8 +26,10 @@ class TrainingArguments(transformers.TrainingArguments):
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=args.optimizer_cls_and_kwargs(), ...)
 
     Any other name is Transformers' own and runs as ever. Where both have a name (`sgd`, `adafactor`), it is ours.
-    `--optim_args "momentum=0.9, nesterov=False"` sets hyperparameters of our rule, and `--adam_beta1`, `--adam_beta2`
-    and `--adam_epsilon` hold for every parameter that AdamW or Adam updates.
+    `--optim_args "momentum=0.9, nesterov=False"` sets arguments of `build_optimizer`, in the form that
+    `lightning_optim.settings.parse_settings` documents, and `--adam_beta1`, `--adam_beta2` and `--adam_epsilon` hold
+    for every parameter that AdamW or Adam updates. With `--optim_target_modules` our rule gets the weights of these
+    modules only.
     """
 
     optim: str = field(default="adamw", metadata={"help": "Name of an optimizer of lightning_optim or Transformers."})
@@ -54,7 +53,7 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(f"unknown optimizer {name!r}; {nearest(name, [*REGISTRY, *theirs])}")
         lookup(self.rest_optim)
         if name in REGISTRY:
-            literals(self.optim_args)
+            settings_of_flag(self.optim_args)
             self.optim = OptimizerNames.ADAMW_TORCH  # the parent takes its own names only
         super().__post_init__()
         if name in REGISTRY:
@@ -94,7 +93,7 @@ class TrainingArguments(transformers.TrainingArguments):
             )
         flags = {"rest": self.rest_optim, "rest_lr": self.rest_learning_rate, "lr_convention": self.lr_convention}
         engines.validate_engine([lookup(name)])
-        chosen = literals(self.optim_args) | dict(settings or {})
+        chosen = settings_of_flag(self.optim_args) | dict(settings or {})
         if chosen.get("recipe") or chosen.get("preset"):  # what is not set by a flag is the recipe's
             flags = {k: v for k, v in flags.items() if v not in (None, "adamw")}
         return with_flags(self, name, flags | chosen)
@@ -106,26 +105,3 @@ class FactoryArguments(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         """Read a setting from the flags."""
         return self["args"].optimizer_settings()[key]
-
-
-def literals(text: str | None) -> dict[str, Any]:
-    """Read settings as `--optim_args` takes them.
-
-    Args:
-        text: `momentum=0.9, betas=(0.9, 0.95), recipe=alice-130m, refresh=fixed:10`; a bare word is a string.
-
-    Returns:
-        The values by name.
-
-    Raises:
-        ValueError: text that is not of this form, or values that are not plain.
-    """
-    try:
-        quoted = re.sub(r"=\s*([A-Za-z]\w*(?:[-:][\w.]+)+)", r"='\1'", text or "")
-        call = ast.parse(f"dict({quoted})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
-            raise ValueError("not name=value")
-        values = {str(k.arg): k.value for k in call.keywords}
-        return {k: v.id if isinstance(v, ast.Name) else ast.literal_eval(v) for k, v in values.items()}
-    except (SyntaxError, ValueError) as e:
-        raise ValueError(f"optim_args must be name=value, name=value with plain values, got {text!r}") from e

@@ -15,14 +15,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
-from hf_integration.settings import ADAM
+from hf_integration.settings import ADAM, PREFIX
 from lightning_optim import RuleOptimizer, lookup
 from lightning_optim.core.parallel import engines
 from lightning_optim.schedule import ScheduleConfig
 
 _log = logging.getLogger(__name__)
 
-PREFIX = "LIGHTNING_OPTIM_"
+MEMBER_PREFIX = "LIGHTNING_OPTIM_"
 """Of the names that `register` adds to Transformers' `OptimizerNames`."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """Slots of `torch.optim.AdamW`, the last with `amsgrad` only."""
@@ -79,8 +79,8 @@ class KeepSchedule(TrainerCallback):
                 our names, and DeepSpeed's configuration an optimizer, which the Trainer took instead.
         """
         scheduler, optimizer = kwargs["lr_scheduler"], _ours(kwargs["optimizer"])
-        if optimizer is None and getattr(args.optim, "name", "").startswith(PREFIX):
-            engines.validate_engine([lookup(args.optim.value)])
+        if optimizer is None and getattr(args.optim, "name", "").startswith(MEMBER_PREFIX):
+            engines.validate_engine([lookup(args.optim.value.removeprefix(PREFIX))])
         groups = kwargs["optimizer"].param_groups
         if isinstance(scheduler, LambdaLR) and all("rule" in group for group in groups):
             scheduler.base_lrs = [group["initial_lr"] for group in groups]

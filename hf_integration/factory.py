@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_integration.checkpoint import accept_adamw
+from hf_integration.parameter_flags import check_adam_flags, overrides_of_flags
 from hf_integration.settings import with_flags
 from lightning_optim import RuleOptimizer, build_optimizer
 
@@ -49,7 +50,7 @@ class OptimizerFactory:
             One optimizer for the whole model.
 
         Raises:
-            ValueError: no name, or what `build_optimizer` raises.
+            ValueError: no name, a flag that nothing follows, or what `build_optimizer` raises.
         """
         arguments = settings if lr is None else settings | {"lr": lr}
         flags = args() if callable(args) else args
@@ -60,7 +61,16 @@ class OptimizerFactory:
             arguments = of_flags(arguments)  # pyright: ignore[reportOptionalCall]
         else:
             arguments = {"name": name, **arguments} if flags is None else with_flags(flags, name, arguments)
-        return create_optimizer(model, **arguments)
+        if flags is not None:
+            own = arguments.get("overrides") or ()
+            arguments = {
+                **arguments,
+                "overrides": [*own, *overrides_of_flags(model, flags, own, arguments.get("rest", "adamw"))],
+            }
+        optimizer = create_optimizer(model, **arguments)
+        if flags is not None:
+            check_adam_flags(flags, optimizer)
+        return optimizer
 
 
 def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **settings: Any) -> RuleOptimizer:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import ast
+import inspect
+from collections.abc import Callable
 from typing import Any
 
+import transformers
+from transformers import Trainer
 from transformers import trainer as of_transformers
 from transformers.training_args import OptimizerNames
 
 from hf_integration.arguments import TrainingArguments
-from hf_integration.checkpoint import PREFIX, Consolidate, KeepSchedule
+from hf_integration.checkpoint import MEMBER_PREFIX, Consolidate, KeepSchedule
 from hf_integration.curvature import CurvatureCallback
 from hf_integration.factory import OptimizerFactory
-from hf_integration.settings import check_settings, with_flags
+from hf_integration.settings import PREFIX, check_settings, settings_of_flag
 from lightning_optim.core.rule import REGISTRY
-
-BY_FLAG = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
-BY_CODE = ("rest_settings", "overrides", "averaging", "schedule")
 
 
 def register() -> list[str]:
@@ -24,58 +24,85 @@ def register() -> list[str]:
 
     import hf_integration
     hf_integration.register()  # before the arguments are parsed
-    # ... any script: --optim muon --optim_args momentum=0.95,rest_lr=1e-4
+    # ... any script: --optim muon --optim_args "momentum=0.95, rest_lr=1e-4"
 
-    `--optim_args` sets hyperparameters of the rule, options of all groups, and `rest`, `rest_lr` and `lr_convention` of
-    `build_optimizer`. Transformers splits it at commas, so a pair is written with a colon: `betas=0.9:0.95`. It is read
-    when the optimizer is built, in `train()`. The learning rate, weight decay and Adam's betas and eps are the flags'.
+    `--optim_args` sets arguments of `build_optimizer`, in the form of `lightning_optim.settings.parse_settings`. It is
+    read when the optimizer is built, in `train()`. The learning rate, weight decay and Adam's betas and eps are the
+    flags'; `--optim_target_modules` keeps the optimizer to the weights of these modules.
 
-    Names that Transformers has (`sgd`, `adagrad`, `rmsprop`, `adafactor`) stay its own; `OptimizerFactory` and `attach`
-    give ours. A saved `training_args.bin` holds the name as a plain string and loads without this package; to train
-    from it, call `register()` again, or the Trainer refuses the name.
+    Names that Transformers has (`sgd`, `adagrad`, `rmsprop`, `adafactor`) stay its own; `lightning_optim.sgd` is ours,
+    and every other name may have the prefix, too. A saved `training_args.bin` holds the name as a plain string and
+    loads without this package; to train from it, call `register()` again, or the Trainer refuses the name.
 
-    Extends two tables of Transformers that are not public, and its list of default callbacks by `KeepSchedule`,
-    `Consolidate` and `CurvatureCallback`. Calling it again adds only rules defined since.
+    Extends the members of `OptimizerNames`, `Trainer.get_optimizer_cls_and_kwargs`, which the Trainer asks for names of
+    its own as before, and the Trainer's list of default callbacks by `KeepSchedule`, `Consolidate` and
+    `CurvatureCallback`. Calling it again adds only rules defined since.
 
     Returns:
         The names that were added.
 
     Raises:
-        RuntimeError: this release of Transformers has no such tables; nothing was changed.
+        RuntimeError: this release of Transformers cannot be extended so; nothing was changed.
     """
-    handlers = _handlers()
+    _check_release()
+    if not isinstance(Trainer.get_optimizer_cls_and_kwargs, _OptimizerLookup):
+        Trainer.get_optimizer_cls_and_kwargs = staticmethod(_OptimizerLookup(Trainer.get_optimizer_cls_and_kwargs))
     callbacks = getattr(of_transformers, "DEFAULT_CALLBACKS", None)
     if isinstance(callbacks, list):
         callbacks.extend(x for x in (KeepSchedule, Consolidate, CurvatureCallback) if x not in callbacks)
-    added = [name for name in sorted(REGISTRY) if name not in OptimizerNames._value2member_map_]
+    names = [*sorted(REGISTRY), *(f"{PREFIX}{name}" for name in sorted(REGISTRY))]
+    added = [name for name in names if name not in OptimizerNames._value2member_map_]
     for name in added:
-        handlers[_add_member(name)] = _settings
+        _add_member(name)
     return added
 
 
-def _handlers() -> dict[Any, Any]:
-    """The Trainer's table of optimizers by name, if both tables are as we know them."""
+def _check_release() -> None:
+    """Check that the names and the Trainer's way to an optimizer are as we know them.
+
+    Raises:
+        RuntimeError: they are not.
+    """
     try:
-        from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS  # no import, no register(), the rest works
-
         sample = OptimizerNames.ADAMW_TORCH
-        enum = OptimizerNames._member_map_[sample.name] is OptimizerNames._value2member_map_[sample.value] is sample
-        if enum and sample.name in OptimizerNames._member_names_ and callable(_OPTIMIZER_HANDLERS[sample]):
-            return _OPTIMIZER_HANDLERS
-    except (ImportError, AttributeError, LookupError, TypeError):
+        tables = OptimizerNames._member_map_[sample.name] is OptimizerNames._value2member_map_[sample.value] is sample
+        lookup = inspect.signature(Trainer.get_optimizer_cls_and_kwargs).parameters
+        if tables and sample.name in OptimizerNames._member_names_ and list(lookup) == ["args", "model"]:
+            return
+    except (AttributeError, LookupError, TypeError):
         pass
-    from transformers import __version__
-
     raise RuntimeError(
-        f"register() cannot extend --optim of Transformers {__version__}; give the optimizer to the Trainer: "
-        'optimizer_cls_and_kwargs=(hf_integration.OptimizerFactory, {"name": "muon", "lr": 2e-5})'
+        f"register() cannot extend --optim of Transformers {transformers.__version__}; give the optimizer to the "
+        'Trainer: optimizer_cls_and_kwargs=(hf_integration.OptimizerFactory, {"name": "muon", "lr": 2e-5})'
     )
+
+
+class _OptimizerLookup:
+    """`Trainer.get_optimizer_cls_and_kwargs` that also knows our names."""
+
+    def __init__(self, theirs: Callable[..., Any]):
+        self.theirs = theirs
+
+    def __call__(self, args: Any, model: Any = None) -> Any:
+        """The factory and its arguments for a name of ours, else what the Trainer has.
+
+        Returns:
+            What the Trainer asks for: a class or factory, and keyword arguments.
+        """
+        if isinstance(args, TrainingArguments) and (pair := args.optimizer_cls_and_kwargs()):
+            return pair
+        if not (isinstance(args.optim, OptimizerNames) and args.optim.name.startswith(MEMBER_PREFIX)):
+            return self.theirs(args, model)
+        name = str(args.optim.value).removeprefix(PREFIX)
+        settings = settings_of_flag(args.optim_args)
+        check_settings(name, settings)
+        return OptimizerFactory, {"name": name, "args": args, **settings}
 
 
 def _add_member(name: str) -> OptimizerNames:
     member = str.__new__(OptimizerNames, name)
     vars(member).update(
-        _name_=f"{PREFIX}{name.upper()}",  # LION is Transformers' lion_32bit
+        _name_=MEMBER_PREFIX + name.replace(".", "_").upper(),  # LION is Transformers' lion_32bit
         _value_=name,
         __objclass__=OptimizerNames,
         _sort_order_=len(OptimizerNames._member_names_),
@@ -87,31 +114,3 @@ def _add_member(name: str) -> OptimizerNames:
     OptimizerNames._member_map_[member._name_] = member
     OptimizerNames._value2member_map_[name] = member
     return member
-
-
-def _settings(context: Any) -> tuple[type, dict[str, Any]]:
-    """What the Trainer asks of a handler: the factory and its arguments."""
-    if isinstance(context.args, TrainingArguments) and (pair := context.args.optimizer_cls_and_kwargs()):
-        return pair
-    name = OptimizerNames(context.args.optim).value
-    for key in context.optim_args:
-        if key in BY_FLAG:
-            raise ValueError(f"optim_args: {key} is set by {BY_FLAG[key]}")
-        if key in BY_CODE:
-            raise ValueError(f"optim_args cannot express {key}; use hf_integration.OptimizerFactory or attach")
-    settings = {key: _value(text) for key, text in context.optim_args.items()}
-    check_settings(name, settings)
-    return OptimizerFactory, with_flags(context.args, name, settings)
-
-
-def _value(text: str) -> Any:
-    """Read a number, `true`, `None`, a word (`staggered:10` is one), or values with colons between."""
-    parts = []
-    if text[:1] in ("'", '"'):
-        return ast.literal_eval(text)
-    for part in text.split(":"):
-        try:
-            parts.append(ast.literal_eval({"true": "True", "false": "False"}.get(part, part)))
-        except (SyntaxError, ValueError):
-            return text
-    return parts[0] if len(parts) == 1 else tuple(parts)

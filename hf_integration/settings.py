@@ -14,9 +14,32 @@ from lightning_optim import build_optimizer
 from lightning_optim.core.options import OPTION_TYPES, expand_options
 from lightning_optim.core.param_groups import settings_of
 from lightning_optim.core.rule import check_value, lookup, nearest
+from lightning_optim.settings import parse_settings
 
 ADAM = ("adam", "adamw")
 """Rules that the `adam_*` flags are for."""
+PREFIX = "lightning_optim."
+"""Makes a name of `--optim` ours, where Transformers has one that is the same."""
+BY_FLAG = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
+"""Arguments of `build_optimizer` that `--optim_args` may not give, as the Trainer has flags for them."""
+
+
+def settings_of_flag(optim_args: str | None) -> dict[str, Any]:
+    """Read `--optim_args`.
+
+    Args:
+        optim_args: text as `parse_settings` takes it.
+
+    Returns:
+        Arguments of `build_optimizer`.
+
+    Raises:
+        ValueError: text of another form, or a setting that another flag gives.
+    """
+    settings = parse_settings(optim_args)
+    for key in settings.keys() & BY_FLAG.keys():
+        raise ValueError(f"optim_args: {key} is set by {BY_FLAG[key]}")
+    return settings
 
 
 def with_flags(args: transformers.TrainingArguments, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ast
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from lightning_optim.build.recipes import PRESETS, RECIPES, find
 from lightning_optim.catalog import kind, state_bytes, summary
 from lightning_optim.core.rule import REGISTRY
+from lightning_optim.settings import parse_value
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     planning = commands.add_parser(
         "plan",
         help="print which rule every parameter of a model gets, why, and its state",
-        epilog="Any other --SETTING VALUE is a hyperparameter of the optimizer or an argument of build_optimizer.",
+        epilog="Any other --SETTING VALUE (or =VALUE) is a hyperparameter or another argument of build_optimizer.",
     )
     planning.add_argument("--model", required=True, help="directory or hub id of a Transformers model; only its config")
     planning.add_argument("--optim", metavar="NAME", help="default: the recipe's")
@@ -48,21 +49,26 @@ def main() -> None:
     try:
         args.settings = _settings(others)
         args.run(args)
+        sys.stdout.flush()
     except ValueError as error:
         parser.error(str(error))
+    except BrokenPipeError:  # `list | head` reads no further
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _settings(words: Sequence[str]) -> dict[str, Any]:
-    """Read `--rank 128 --refresh fixed:200`; what is no plain value is a string."""
-    out: dict[str, Any] = {}
-    for key, value in zip(words[::2], words[1::2], strict=False):
-        try:
-            out[key] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            out[key] = value
-    if len(words) % 2 or not all(key.startswith("--") for key in out):
-        raise ValueError(f"expected --SETTING VALUE, got {' '.join(words)}")
-    return {key.removeprefix("--"): value for key, value in out.items()}
+    """Read `--rank 128 --refresh=fixed:200`."""
+    values: dict[str, Any] = {}
+    left = list(words)
+    while left:
+        name, equals, value = left.pop(0).partition("=")
+        if not name.startswith("--") or not (equals or left):
+            raise ValueError(f"expected --SETTING VALUE or --SETTING=VALUE, got {' '.join(words)}")
+        key = name.removeprefix("--").replace("-", "_")
+        if key in values:
+            raise ValueError(f"{name} is given twice")
+        values[key] = parse_value(value if equals else left.pop(0), name)
+    return values
 
 
 def list_optimizers(args: argparse.Namespace) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+from lightning_optim.settings import split_at_commas
+
 RECORD = ("age", "overlap", "every", "count", "mean")
 """What rests per matrix: steps since the refresh, its overlap with the state before, and a policy's own numbers."""
 
@@ -378,7 +380,7 @@ def parse(text: str) -> Policy:
     text = text.strip()
     call = re.fullmatch(r"(\w+)\((.*)\)", text)
     if call and call[1] in COMBINATORS:
-        return _combined(call[1], _split(call[2]), text)
+        return _combined(call[1], split_at_commas(call[2], "refresh"), text)
     name, *numbers = text.split(":")
     if name not in POLICIES:
         names = ", ".join([*POLICIES, *(f"{c}(...)" for c in COMBINATORS)])
@@ -399,18 +401,6 @@ def _combined(name: str, parts: list[str], text: str) -> Policy:
     if name == "until" and len(parts) == 3:
         return Until(int(_number(parts[0], int, text)), parse(parts[1]), parse(parts[2]))
     raise ValueError(f"refresh: {text!r}: any(a, b, ...), all(a, b, ...), clamp(a, min, max) or until(step, a, b)")
-
-
-def _split(text: str) -> list[str]:
-    """Cut at the commas that are in no bracket."""
-    parts, depth = [""], 0
-    for c in text:
-        depth += (c == "(") - (c == ")")
-        if c == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += c
-    return [p.strip() for p in parts]
 
 
 def _number(text: str, kind: type, whole: str) -> float:

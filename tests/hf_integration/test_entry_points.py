@@ -1,6 +1,7 @@
 """The entry points of `hf_integration` beside its `TrainingArguments`: the stock Trainer and TRL's, tiny models."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,6 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
-    trainer_optimizer,
 )
 from transformers.trainer_utils import HPSearchBackend
 from transformers.training_args import OptimizerNames
@@ -37,9 +37,9 @@ from hf_integration import (
     create_optimizer,
     register,
 )
-from hf_integration.register import _value
 from lightning_optim import RuleOptimizer, build_optimizer
 from lightning_optim.diagnostics.view import unwrap_optimizer
+from tests.helpers.paths import ROOT
 from tests.hf_integration.test_trainer import (
     ENVIRONMENT,
     Tokens,
@@ -138,7 +138,8 @@ def test_a_stock_script_takes_our_names(tmp_path: Path):
             pass
 
         added = hf_integration.register()
-        assert added == sorted(set(REGISTRY) - set(theirs.values())), added
+        every = [*sorted(REGISTRY), *(f"lightning_optim.{name}" for name in sorted(REGISTRY))]
+        assert added == [name for name in every if name not in theirs.values()], added
         assert {"muon", "lion", "adam"} <= set(added)
         assert hf_integration.register() == []
         members = OptimizerNames.__members__
@@ -150,7 +151,7 @@ def test_a_stock_script_takes_our_names(tmp_path: Path):
         assert OptimizerNames[muon.name] is muon and getattr(OptimizerNames, muon.name) is muon
         assert copy.deepcopy(muon) == muon
 
-        flags = "--optim muon --optim_args momentum=0.9,rest_lr=1e-4,nesterov=false,ns_coefficients=3:-4.3:2 "
+        flags = "--optim muon --optim_args momentum=0.9,rest_lr=1e-4,nesterov=false,ns_coefficients=(3,-4.3,2) "
         flags += "--learning_rate 1e-2 --weight_decay 0.1 --adam_beta2 0.95 --per_device_train_batch_size 2 "
         flags += "--max_steps 4 --save_steps 2 --report_to none --use_cpu --disable_tqdm true "
         flags += "--dataloader_pin_memory false --output_dir "
@@ -179,7 +180,8 @@ def test_a_stock_script_takes_our_names(tmp_path: Path):
             "rest=adanw": "unknown optimizer 'adanw'; did you mean 'adamw'",
             "rest_lr=-1e-4": "muon: rest_lr must be a finite number >= 0, got -0.0001",
             "lr=1e-3": "optim_args: lr is set by --learning_rate",
-            "rest_settings=1": "optim_args cannot express rest_settings",
+            "momentum=0.9,momentum=0.5": "optim_args gives momentum twice",
+            "momentum=0.9)(nesterov=False": "optim_args: ')' closes nothing",
         }.items():
             try:
                 main(*(flags + "wrong --optim_args " + optim_args).split())
@@ -211,6 +213,7 @@ def test_a_stock_script_takes_our_names(tmp_path: Path):
         state = torch.load("whole/checkpoint-2/optimizer.pt", weights_only=True)
         assert type(args.optim) is str and args.optim == args.to_dict()["optim"] == "muon"
         assert args.learning_rate == 1e-2 and state["param_groups"][0]["momentum"] == 0.9
+        args.optim_args = None  # Transformers' own form knows no tuples
         try:
             Trainer(model, args).create_optimizer()
             raise SystemExit("trained with something else")
@@ -222,21 +225,80 @@ def test_a_stock_script_takes_our_names(tmp_path: Path):
     assert "unsupported optimizer: muon" in out
 
 
-@pytest.mark.parametrize("change", ["moved", "emptied", "a function", "another enum"])
+@pytest.mark.parametrize("change", ["moved", "another enum", "other arguments"])
 def test_another_release_of_transformers_is_refused_untouched(monkeypatch: pytest.MonkeyPatch, change: str):
-    names, handlers = list(OptimizerNames), dict(trainer_optimizer._OPTIMIZER_HANDLERS)
+    names = list(OptimizerNames)
     if change == "moved":
-        monkeypatch.delattr(trainer_optimizer, "_OPTIMIZER_HANDLERS")
+        monkeypatch.delattr(Trainer, "get_optimizer_cls_and_kwargs")
     elif change == "another enum":
         monkeypatch.delattr(OptimizerNames, "_value2member_map_")
     else:
-        table: Any = {} if change == "emptied" else handlers.get
-        monkeypatch.setattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", table)
+        monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda context: context))
     refused = r"cannot extend --optim of Transformers \d.*optimizer_cls_and_kwargs=\(hf_integration.OptimizerFactory"
     with pytest.raises(RuntimeError, match=refused):
         register()
     monkeypatch.undo()
-    assert list(OptimizerNames) == names and trainer_optimizer._OPTIMIZER_HANDLERS == handlers
+    assert list(OptimizerNames) == names
+
+
+def test_target_modules_and_rates_by_name_are_followed(tmp_path: Path):
+    args = stock(tmp_path, optim_target_modules=["q_proj"])
+    trainer = attach(plain_trainer(tmp_path), "galore", rank=4)
+    trainer.args = args
+    trainer.create_optimizer()
+    owned = {
+        g["rule"]: set(g["param_names"]) for g in cast("Any", trainer.optimizer).param_groups if g["role"] == "hidden"
+    }
+    assert len(owned["galore"]) == 2 and all("q_proj" in name for name in owned["galore"])
+    assert any("mlp" in name for name in owned["adamw"])
+
+    args.optim_target_modules, vars(args)["learning_rate_mapping"] = "all-linear", {r"\.0\..*q_proj": 0.5}
+    trainer = attach(plain_trainer(tmp_path), "muon", overrides=[("*.layers.1.*", "lion", {})])
+    trainer.args = args
+    trainer.create_optimizer()
+    groups = cast("Any", trainer.optimizer).param_groups
+    assert [name for g in groups if g["lr"] == 0.5 for name in g["param_names"]] == [
+        "model.layers.0.self_attn.q_proj.weight"
+    ]
+    assert all("layers.1" in name for g in groups if g["rule"] == "lion" for name in g["param_names"])
+
+    for name, value in {"optim_target_modules": ["nothing"], "learning_rate_mapping": {"nothing": 1.0}}.items():
+        trainer = attach(plain_trainer(tmp_path), "muon")
+        trainer.args = stock(tmp_path)
+        vars(trainer.args)[name] = value
+        with pytest.raises(ValueError, match=f"{name}.*nothing"):
+            trainer.create_optimizer()
+
+
+def test_a_command_s_processes_take_our_names(tmp_path: Path):
+    script = tmp_path / "stock.py"
+    script.write_text(
+        """
+import sys
+import torch
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **size))
+trainer = Trainer(model, args, train_dataset=[{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4)
+trainer.train()
+print("kept", sys.modules["sitecustomize"].__name__, sys.modules["kept"].__name__)
+print([(g["name"], g["refresh"], g["betas"]) for g in trainer.optimizer.param_groups if g["rule"] == "soap"])
+"""
+    )
+    (tmp_path / "sitecustomize.py").write_text("import kept")  # somebody's own
+    (tmp_path / "kept.py").write_text("")
+    flags = ["--optim", "soap", "--optim_args", "refresh=any(staggered:5, off_diagonal:0.3), betas=(0.8, 0.9)"]
+    flags += ["--max_steps", "1", "--use_cpu", "--report_to", "none", "--save_strategy", "no", "--output_dir", "out"]
+    command = ["-m", "hf_integration", "torchrun", "--standalone", "--nproc-per-node", "1", str(script), *flags]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "[('soap/hidden', 'any(staggered:5, off_diagonal:0.3)', (0.8, 0.9))" in done.stdout
+    assert "kept sitecustomize kept" in done.stdout
 
 
 # -- attach -----------------------------------------------------------------------------------------------------------
@@ -415,6 +477,9 @@ def test_flags_count_until_the_optimizer_is_built(tmp_path: Path):
     trainer = trainer_of(llama(), args)
     args.optim, args.optim_args, args.rest_learning_rate, args.lr_convention = "soap", "rank=None", 1e-3, "native"
     args.optim_args, args.rest_optim, args.adam_beta1 = "betas=(0.8, 0.9)", "lion", 0.7
+    with pytest.raises(ValueError, match=r"--adam_beta1 0.7 is for what AdamW or Adam updates, .*only soap, lion"):
+        trainer.create_optimizer()
+    args.adam_beta1 = 0.9
     trainer.create_optimizer()
     groups = groups_of(trainer)
     assert (groups["soap/hidden"]["betas"], groups["soap/hidden"]["lr_convention"]) == ((0.8, 0.9), "native")
@@ -654,15 +719,3 @@ def test_what_is_measured_under_trl(tmp_path: Path, kind: str):
         assert sum("differences of gradients in place" in text for text in texts) == 1
         state = cast("RuleOptimizer", unwrap_optimizer(trainer.optimizer)).state.values()
         assert any(bool(s["hessian"].any()) for s in state if "hessian" in s)
-
-
-def test_optim_args_are_read_as_they_are_written() -> None:
-    read = {
-        "0.9": 0.9,
-        "3:-4.3:2": (3, -4.3, 2),
-        "false": False,
-        "None": None,
-        "fixed:200": "fixed:200",
-        "int8": "int8",
-    }
-    assert {text: _value(text) for text in read} == read
