@@ -27,11 +27,15 @@ PRODUCT = [
 SETTINGS: list[dict[str, Any]] = [{}, {"transposed": True}, {"state_storage": "bf16"}, {"lr_convention": "adamw"}]
 
 
-def check(pool: Pool, layout: str, world: int, steps: int, **kwargs: Any) -> None:
-    """Every rule equals one process, unless it refuses the mesh by name."""
+KINDS = ["lion", "adafactor", "racs", "muon", "soap", "galore", "psgd_kron", "sophia_g"]
+"""Elementwise and reducing rules, rules for whole matrices with and without preconditioners, low-rank ones."""
+
+
+def check(pool: Pool, layout: str, world: int, steps: int, every: list[str] = NAMES, **kwargs: Any) -> None:
+    """Rules equal one process, unless they refuse the mesh by name."""
     settings, dtype = kwargs.get("settings", {}), kwargs.get("dtype", torch.float32)
-    for start in range(0, len(NAMES), 8):  # jobs of seconds: the pool takes one of minutes for one that hangs
-        names = NAMES[start : start + 8]
+    for start in range(0, len(every), 8):  # jobs of seconds: the pool takes one of minutes for one that hangs
+        names = every[start : start + 8]
         results = pool.run("tests.helpers.jobs:laid_out", world, layout=layout, names=names, steps=steps, **kwargs)
         for name in names:
             expected = straight(name, steps, dtype, kwargs.get("missing"), **settings)
@@ -44,8 +48,9 @@ def check(pool: Pool, layout: str, world: int, steps: int, **kwargs: Any) -> Non
 
 
 @pytest.mark.parametrize(("layout", "world"), MESHES)
-def test_every_rule_on_every_layout_equals_one_process(pool: Pool, layout: str, world: int) -> None:
-    check(pool, layout, world, 12)
+def test_rules_on_every_layout_equal_one_process(pool: Pool, layout: str, world: int) -> None:
+    """All of them where shards are cut; the layouts beside those differ in who holds what, not in how it is cut."""
+    check(pool, layout, world, 12, NAMES if layout in ("fsdp2", "tp") else KINDS)
 
 
 @pytest.mark.slow
@@ -81,9 +86,17 @@ FEW: jobs.Shapes = {
 CODED: dict[str, Any] = {"state_storage": "int8", "storage_min": 1, "storage_block": 16}
 
 
-@pytest.mark.parametrize(("layout", "world"), [("fsdp2", 3), ("tp", 4), ("fsdp2+tp", 4)])
 @pytest.mark.parametrize(
-    "settings", [{"lr_convention": "adamw"}, {"transposed": True}, {"uw_floor": 0.1, "uw_floor_by": "row"}], ids=str
+    ("layout", "world", "settings"),
+    [
+        pytest.param(layout, world, settings, marks=() if i == j else pytest.mark.slow)
+        for i, (layout, world) in enumerate([("fsdp2", 3), ("tp", 4), ("fsdp2+tp", 4)])
+        for j, settings in enumerate([
+            {"lr_convention": "adamw"},
+            {"transposed": True},
+            {"uw_floor": 0.1, "uw_floor_by": "row"},
+        ])
+    ],
 )
 def test_fewer_rows_than_ranks(pool: Pool, layout: str, world: int, settings: dict[str, Any]) -> None:
     names = [name for name in NAMES if REGISTRY[name].reduces]

@@ -80,7 +80,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return losses_of(output)
 
 
-@pytest.mark.parametrize("flags", [("ddp",), ("ddp", "--shard_work"), ("fsdp2",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [*(pytest.param(flags, marks=pytest.mark.slow) for flags in (("ddp",), ("ddp", "--shard_work"))), ("fsdp2",)],
+    ids=" ".join,
+)
 def test_pretraining_killed_on_two_processes_goes_on_in_one(
     tmp_path: Path, alone: dict[int, float], flags: tuple[str, ...]
 ) -> None:
@@ -109,6 +113,7 @@ def history(folder: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in actual if "loss" in entry}
 
 
+@pytest.mark.slow  # the Trainer on two processes, killed and resumed, is in tests/hf_integration/test_trainer.py
 def test_fine_tuning_under_torchrun_and_accelerate(tmp_path: Path) -> None:
     text = Path(dataclasses.__file__)
     make_model(tmp_path / "model", text)

@@ -191,7 +191,7 @@ def test_a_nan_on_one_rank_is_agreed_by_all(pool: Pool, name: str) -> None:
     assert same and also
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_state_dict_on_one_rank_raises(pool: Pool, name: str) -> None:
     (first, saved), (second, also) = pool.run("tests.helpers.jobs:lonely_state_dict", 2, name=name)
     assert "collective" in first and second == ""
