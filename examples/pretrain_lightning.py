@@ -136,6 +136,15 @@ class StepCheckpoint(ModelCheckpoint):
         )
         self.val_every = val_every
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remove what a killed run left: a checkpoint that was cut off, and one that a newer had replaced."""
+        super().on_train_start(trainer, pl_module)
+        directory = Path(str(self.dirpath))
+        known = {*map(Path, self.best_k_models), newest(directory)}
+        for path in directory.glob("step=*.ckpt") if trainer.is_global_zero else ():
+            if path not in known:
+                path.unlink()
+
     def on_train_batch_end(  # noqa: D102
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -9,6 +9,8 @@ step of a parameter always computes its state.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import re
 import time
 import typing
@@ -85,6 +87,19 @@ class Policy:
     """Whether it looks at the clock."""
     is_periodic: ClassVar[bool] = False
     """Whether `next_step` tells the next refresh, so that nothing has to be decided before it."""
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    """Bounds of fields, included; every field is positive."""
+
+    def contradiction(self) -> str:
+        """What of the numbers cannot be meant.
+
+        Returns:
+            The end of an error message; empty where all is well.
+        """
+        for key, (low, high) in self.ranges.items():
+            if not low <= getattr(self, key) <= high:
+                return f"{key} must lie in [{low:g}, {high:g}], got {getattr(self, key):g}"
+        return ""
 
     def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:
         """Decide for each view; never called at t = 1.
@@ -145,6 +160,13 @@ class WarmupDense(Policy):
     first: int = 1
     last: int = 10
     growth: float = 1.5
+    ranges: ClassVar = {"growth": (1.0, math.inf)}
+
+    def contradiction(self) -> str:  # noqa: D102
+        is_shrinking = self.first > self.last
+        return (
+            f"first must not exceed last, got {self.first} and {self.last}" if is_shrinking else super().contradiction()
+        )
 
     def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:  # noqa: D102
         times, end = _dense(self.first, self.last, self.growth)
@@ -173,6 +195,7 @@ class OffDiagonal(Policy):
     interval: int = 10
     reads: ClassVar = True
     measures: ClassVar = True
+    ranges: ClassVar = {"tolerance": (0.0, 1.0)}
 
     def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:  # noqa: D102
         base = max(1, self.interval // 5)
@@ -215,6 +238,7 @@ class Lazy(Policy):
     growth: float = 2.0
     reads: ClassVar = True
     compares: ClassVar = True
+    ranges: ClassVar = {"threshold": (0.0, 1.0), "growth": (1.0, math.inf)}
 
     def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:  # noqa: D102
         out = []
@@ -246,7 +270,8 @@ class TimeBudget(Policy):
 
     Unspent time is kept up to three times the largest cost; no state grows older than `max_age` steps. Ranks that
     do the same work must agree on the seconds, so a replicated model needs `RuleOptimizer.process_group`. The times
-    start again when a run is resumed.
+    start again when a run is resumed, and differ from run to run: the only policy under which two runs, or a run and
+    its resumption, are not bitwise equal.
     """
 
     share: float = 0.05
@@ -254,6 +279,7 @@ class TimeBudget(Policy):
     reads: ClassVar = True
     measures: ClassVar = True
     timed: ClassVar = True
+    ranges: ClassVar = {"share": (0.0, 1.0)}
 
     def decide(self, views: Sequence[View], measure: Measure, clock: Clock) -> list[str]:  # noqa: D102
         seconds = [v.cost * clock.rate for v in views]
@@ -321,6 +347,10 @@ class Clamp(_Combined):
     max_age: int
     reads: ClassVar = True
 
+    def contradiction(self) -> str:  # noqa: D102
+        ages = self.min_age, self.max_age
+        return "min_age must not exceed max_age, got {} and {}".format(*ages) if ages[0] > ages[1] else ""
+
     def inner(self) -> Sequence[Policy]:  # noqa: D102
         return [self.part]
 
@@ -361,6 +391,8 @@ POLICIES: dict[str, type[Policy]] = {
     "time_budget": TimeBudget,
 }
 COMBINATORS: dict[str, type[Policy]] = {"any": AnyOf, "all": AllOf, "clamp": Clamp, "until": Until}
+MAX_DEPTH = 16
+"""Of combinators within combinators."""
 
 
 @functools.lru_cache
@@ -375,9 +407,18 @@ def parse(text: str) -> Policy:
         The policy.
 
     Raises:
-        ValueError: text that is none.
+        ValueError: text that is none, numbers out of range or that contradict each other.
     """
     text = text.strip()
+    if max(itertools.accumulate((c == "(") - (c == ")") for c in text), default=0) > MAX_DEPTH:
+        raise ValueError(f"refresh: policies are nested more than {MAX_DEPTH} deep")
+    policy = _parse(text)
+    if reason := policy.contradiction():
+        raise ValueError(f"refresh: {text!r}: {reason}")
+    return policy
+
+
+def _parse(text: str) -> Policy:
     call = re.fullmatch(r"(\w+)\((.*)\)", text)
     if call and call[1] in COMBINATORS:
         return _combined(call[1], split_at_commas(call[2], "refresh"), text)
@@ -426,7 +467,7 @@ def phases(costs: tuple[float, ...], interval: int) -> tuple[int, ...]:
     Returns:
         The phase of each, in [0, interval).
     """
-    loads = [0.0] * interval
+    loads = [0.0] * min(interval, len(costs))  # no more phases are needed than there are parameters
     out = [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         out[i] = loads.index(min(loads))

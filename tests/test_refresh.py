@@ -127,6 +127,12 @@ def test_combinators() -> None:
         ("fixed:0", "'0' in 'fixed:0' must be positive"),
         ("fixed:2.5", "is not an integer"),
         ("fixed:1:2:3", "at most interval:offset"),
+        ("clamp(fixed:1, 9, 3)", "min_age must not exceed max_age, got 9 and 3"),
+        ("any(fixed:1, off_diagonal:2.0)", "'off_diagonal:2.0': tolerance must lie in \\[0, 1\\], got 2"),
+        ("time_budget:5", "share must lie in"),
+        ("lazy:10:1.5", "threshold must lie in"),
+        ("warmup_dense:10:1", "first must not exceed last, got 10 and 1"),
+        ("any(" * 5000 + "fixed:1" + ", fixed:2)" * 5000, "nested more than 16 deep"),
         ("clamp(fixed:2)", "clamp\\(a, min, max\\)"),
     ],
 )

@@ -95,7 +95,7 @@ def estimate_mesh(
                 extra_bytes += formats.compute_dtype_of(p.dtype).itemsize * len(optimizer.averages.keys)
             radii = sum(part.dims[0] for part in parts) if formats.keeps_radius(p.dtype, group) else 0
             for r, volume in enumerate(_volumes(cut, p.shape, size)):
-                state[r] += 4 + 4 * radii + extra_bytes * volume
+                state[r] += formats.STEP_DTYPE.itemsize + 4 * radii + extra_bytes * volume
             axes = (
                 stack_sharding.axes_of(p, cut, parts[0].dims, is_transposed) if cut is not None and rule.reduces else ()
             )

@@ -30,7 +30,7 @@ class Row:
     group: str
     reason: str
     state_bytes: dict[str, int]
-    """By slot, scales included; the 4 bytes of the step count apart."""
+    """By slot, scales included; the 8 bytes of the step count apart."""
     host_bytes: int = 0
     """How many of them are stored in host memory, for a model on CUDA."""
 
@@ -52,7 +52,7 @@ class Plan:
     @property
     def state_bytes(self) -> int:
         """Bytes of state of all parameters, step counts included."""
-        return sum(sum(r.state_bytes.values()) + 4 for r in self.rows)
+        return sum(sum(r.state_bytes.values()) + formats.STEP_DTYPE.itemsize for r in self.rows)
 
     @property
     def host_bytes(self) -> int:

@@ -19,6 +19,9 @@ from lightning_optim.core.parallel.flat_parameters import check_flat, is_flat
 from lightning_optim.core.rule import GlobalStepRule, Rule, check_value, hyperparameters, lookup
 from lightning_optim.ops.quantize import PIECE
 
+MIN_RMS = 1e-12
+"""Of a direction per unit learning rate that can be scaled to AdamW's."""
+
 
 def settings_of(rule: type[Rule]) -> dict[str, Any]:
     """Every setting of a group with this rule.
@@ -178,6 +181,7 @@ def _check_settings(group: Mapping[str, Any]) -> None:
     instance = rule(**values)
     instance.validate()
     _check_options(group)
+    _check_scale(instance, group)
     options.validate_constraints(instance, group)
     options.validate_line_search(instance, group)
     block = group["storage_block"]
@@ -192,6 +196,24 @@ def _check_settings(group: Mapping[str, Any]) -> None:
         and min((x for size in sizes for x in (size if isinstance(size, tuple) else (size,))), default=0) < 1
     ):
         raise ValueError(f"{group['name']}: blocks must be a positive integer or several, got {blocks!r}")
+
+
+def _check_scale(rule: Rule, group: Mapping[str, Any]) -> None:
+    """Check that a direction can be scaled to AdamW's, if the group asks for it: that it is not zero."""
+    if group["lr_convention"] != "adamw":
+        return
+    try:
+        size = rule.rms(2, 2)
+        is_usable = size is None or MIN_RMS <= size <= 1 / MIN_RMS
+    except (ArithmeticError, ValueError):
+        is_usable = False
+    if not is_usable:
+        known = hyperparameters(type(rule)) | rule.adamw_settings
+        changed = [f"{k}={group[k]!r}" for k, v in known.items() if k not in ("lr", "weight_decay") and group[k] != v]
+        raise ValueError(
+            f"{group['name']}: {', '.join(changed)} leaves no step that lr_convention='adamw' could scale; give larger "
+            "values, or lr_convention='native'"
+        )
 
 
 def _check_options(group: Mapping[str, Any]) -> None:

@@ -46,11 +46,11 @@ def test_elementwise_state_is_cut_by_rows_and_nothing_is_sent() -> None:
     said = estimate_mesh(AdamW(params(*SHAPES)), "fsdp2", 4)
     for rank in range(4):
         elements = sum(rows(shape, 4, rank) * math.prod(shape[1:]) for shape in SHAPES)
-        assert said.state[rank] == 2 * 4 * elements + 4 * len(SHAPES), "two moments, and step counts"
-    assert sum(said.state) == 2 * 4 * (28 + 15 + 9) + 4 * 4 * len(SHAPES)
+        assert said.state[rank] == 2 * 4 * elements + 8 * len(SHAPES), "two moments, and step counts"
+    assert sum(said.state) == 2 * 4 * (28 + 15 + 9) + 4 * 8 * len(SHAPES)
     assert said.sent == [0] * 4 and said.summed == 0 and said.work == []
     replicated = estimate_mesh(AdamW(params(*SHAPES)), "ddp", 4)
-    assert replicated.state == [2 * 4 * (28 + 15 + 9) + 4 * len(SHAPES)] * 4
+    assert replicated.state == [2 * 4 * (28 + 15 + 9) + 8 * len(SHAPES)] * 4
 
 
 @pytest.mark.parametrize("comm_dtype", ["exact", "bf16"])
@@ -60,7 +60,7 @@ def test_whole_matrices_travel_to_their_owner_and_back(comm_dtype: Literal["exac
     elements = [4 * rows((7, 4), 3, rank) for rank in range(3)]
     back = 2 if comm_dtype == "bf16" else 4
     assert said.sent == [back * (elements[1] + elements[2]), 2 * elements[1], 2 * elements[2]]
-    assert [size > 4 for size in said.state] == [True, False, False]
+    assert [size > 8 for size in said.state] == [True, False, False]
     assert said.work[0] == said.largest > 0 and said.work[1:] == [0.0, 0.0]
     assert said.imbalance == said.bound == 3.0
 
@@ -68,8 +68,8 @@ def test_whole_matrices_travel_to_their_owner_and_back(comm_dtype: Literal["exac
 def test_replicas_that_share_the_work_broadcast_directions() -> None:
     optimizer = Muon(params((8, 4), (8, 4), (8, 4)))
     alone, shared = (estimate_mesh(optimizer, "ddp", 2, shard_work=x) for x in (False, True))
-    assert alone.sent == [0, 0] and alone.work == [] and alone.state == [3 * (4 + 4 * 32)] * 2
-    assert shared.sent == [2 * 4 * 32, 4 * 32] and shared.state == [12 + 2 * 4 * 32, 12 + 4 * 32]
+    assert alone.sent == [0, 0] and alone.work == [] and alone.state == [3 * (8 + 4 * 32)] * 2
+    assert shared.sent == [2 * 4 * 32, 4 * 32] and shared.state == [24 + 2 * 4 * 32, 24 + 4 * 32]
     assert shared.imbalance == pytest.approx(4 / 3) and shared.bound == 1.0
 
 

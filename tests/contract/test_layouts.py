@@ -108,10 +108,14 @@ def test_fewer_rows_than_ranks(pool: Pool, layout: str, world: int, settings: di
             compare(name, actual[name], expected)
 
 
-def test_fewer_rows_than_ranks_in_8_bits(pool: Pool) -> None:
-    """Blocks of scales are rows here, so that no cut runs through one."""
+DIVIDED: jobs.Shapes = {key: jobs.SHAPES[key] for key in ("odd", "wide", "tall", "vector")}
+"""Cuts between ranks run through blocks of 16 elements."""
+
+
+@pytest.mark.parametrize("shapes", [{key: FEW[key] for key in ("one", "two", "three", "six")}, DIVIDED], ids=str)
+def test_8_bit_state_is_that_of_one_process(pool: Pool, shapes: jobs.Shapes) -> None:
+    """With fewer rows than ranks, where blocks of scales are rows, and with blocks that are divided between ranks."""
     names = [name for name in NAMES if REGISTRY[name].reduces or REGISTRY[name].elementwise]
-    shapes: jobs.Shapes = {key: FEW[key] for key in ("one", "two", "three", "six")}
     job: dict[str, Any] = {"layout": "fsdp2", "names": names, "steps": 4, "settings": CODED, "shapes": shapes}
     results = pool.run("tests.helpers.jobs:laid_out", 3, **job)
     for name in names:

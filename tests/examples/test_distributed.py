@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,9 +93,13 @@ def test_pretraining_killed_on_two_processes_goes_on_in_one(
     run(pretrain(tmp_path, *two), until=lambda: saved(tmp_path))
     before = losses_of(tmp_path)
     close(before, alone, range(8))
+    checkpoints = tmp_path / "version_0" / "checkpoints"
+    shutil.copy(next(checkpoints.glob("step=*.ckpt")), checkpoints / "step=1.ckpt")  # was about to be removed
+    (checkpoints / "step=99.ckpt").write_bytes(b"cut off")
     record = run(pretrain(tmp_path, "--resume"))
     assert "step=8.ckpt" in record or "step=16.ckpt" in record  # Lightning says what it restores
     close(losses_of(tmp_path), alone, range(24))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step=16.ckpt", "step=24.ckpt"]
 
 
 @pytest.mark.slow

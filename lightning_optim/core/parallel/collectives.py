@@ -76,8 +76,7 @@ def total_norms(sets: Sequence[Sequence[tuple[Tensor, Tensor | None]]]) -> list[
             if key not in squares:
                 squares[key] = torch.zeros(len(sets), dtype=torch.float64, device=key[0])
             if g is not None:
-                compute_dtype = torch.promote_types(g.dtype, torch.float32)
-                squares[key][i] += torch.linalg.vector_norm(g, dtype=compute_dtype).double().square()
+                squares[key][i] += _square(g)
     by_device: dict[torch.device, Tensor] = {}
     for (device, mesh, mesh_dims), sums in squares.items():
         for d in mesh_dims:
@@ -97,8 +96,16 @@ def norm(p: Tensor, g: Tensor) -> Tensor:
     Returns:
         A 0-d float64 tensor, equal on every rank.
     """
-    square = torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).double().square()
-    return add_up(square, p).sqrt_()
+    return add_up(_square(g), p).sqrt_()
+
+
+def _square(g: Tensor) -> Tensor:
+    """The squared norm of a tensor in float64; of a narrower one it is finite if its elements are."""
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    size = torch.linalg.vector_norm(g, dtype=dtype).double()
+    if g.device.type == "cpu" and size.isinf():
+        size = torch.linalg.vector_norm(g, dtype=torch.float64)
+    return size.square()
 
 
 def add_up(sums: Tensor, p: Tensor) -> Tensor:

@@ -47,6 +47,25 @@ def start_of(p: Tensor, name: str = "parameter") -> int:
     return _first_index(p)
 
 
+def divided_blocks(p: Tensor, block: int) -> tuple[int, ...]:
+    """Blocks of consecutive elements that a cut between two ranks divides.
+
+    Args:
+        p: the parameter.
+        block: elements per block.
+
+    Returns:
+        Their indices in the whole tensor, the same on every rank; none for a tensor that is whole, or not sharded by
+        rows.
+    """
+    sharding = sharding_of(p)
+    if sharding is None or not sharding.is_by_rows:
+        return ()
+    unit = math.prod(p.shape[1:])
+    starts = {sharding.shard_slices(p.shape, rank)[0][0] * unit for rank in range(sharding.size)}
+    return tuple(sorted({start // block for start in starts if start < p.numel() and start % block}))
+
+
 def _first_index(p: Tensor) -> int:
     return local_bounds(p)[0][0] * math.prod(p.shape[1:]) if p.ndim else 0
 

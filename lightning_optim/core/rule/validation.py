@@ -36,7 +36,8 @@ def check_value(what: str, value: Any, hint: Any, *, signed: bool = False) -> No
         if args[1:] == (Ellipsis,) and isinstance(value, (tuple, list)):
             args = args[:1] * len(value)
         if not isinstance(value, (tuple, list)) or len(value) != len(args):
-            raise ValueError(f"{what} must be {len(args)} numbers, got {value!r}")
+            count = "a tuple of" if args[1:] == (Ellipsis,) else len(args)
+            raise ValueError(f"{what} must be {count} numbers, got {value!r}")
         for x, item_hint in zip(value, args, strict=True):
             check_value(what, x, item_hint, signed=signed)
     elif not _fits(value, hint):
@@ -60,6 +61,8 @@ def _fits(value: Any, hint: Any) -> bool:
 def _fits_items(value: Any, hint: Any) -> bool:
     """Whether the items of a tuple of any length fit its annotation."""
     args = typing.get_args(hint)
+    if not isinstance(value, (tuple, list)):
+        return False
     return args[1:] != (Ellipsis,) or all(_fits(x, args[0]) for x in value)
 
 

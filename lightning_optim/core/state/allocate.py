@@ -12,7 +12,7 @@ from lightning_optim.core.parallel.ownership import Owners
 from lightning_optim.core.parallel.stack_sharding import StackSharding
 from lightning_optim.core.rule import Rule
 from lightning_optim.core.state.checks import note_complete
-from lightning_optim.core.state.formats import COMPENSATION, RADIUS, StateFormat, scale_key
+from lightning_optim.core.state.formats import COMPENSATION, RADIUS, STEP_DTYPE, StateFormat, scale_key
 from lightning_optim.core.state.initial_values import initial_scale, initial_value
 from lightning_optim.core.state.quantized_view import convert
 from lightning_optim.core.step.plan import step_cost
@@ -57,8 +57,10 @@ def allocate_state(
                 continue
             if not s.state:
                 s.state = state_of(s.plan.param)
-            if "step" not in s.state:
-                s.state["step"] = torch.zeros((), device="cpu", dtype=torch.float32)
+            counter = s.state.get("step")
+            if counter is None or counter.dtype != STEP_DTYPE:
+                counter = torch.zeros((), device="cpu") if counter is None else counter.cpu()
+                s.state["step"] = counter.to(STEP_DTYPE)
             for key, fmt in s.plan.formats.items():
                 stored = s.state.get(key)
                 if stored is None or stored.dtype != fmt.dtype:

@@ -19,7 +19,7 @@ from lightning_optim.core.parallel.stack_sharding import StackSharding
 from lightning_optim.core.param_groups import blocks_of, rule_of, validate_loaded
 from lightning_optim.core.rule import Rule, lookup
 from lightning_optim.core.state import resharding
-from lightning_optim.core.state.formats import COMPENSATION, RADIUS, StateFormat, scale_key
+from lightning_optim.core.state.formats import COMPENSATION, RADIUS, STEP_DTYPE, StateFormat, scale_key
 from lightning_optim.core.state.initial_values import to_storage_device
 from lightning_optim.core.step.plan import state_formats
 from lightning_optim.core.step.records import GroupStep, ParamStep
@@ -118,7 +118,7 @@ def _scale_tables(
             for key, fmt in plan.formats.items() if tensors else ():
                 if fmt.is_quantized:
                     quantized, start = sharding.local(tensors[key]), first_index(group.rule, plan, fmt)
-                    table = resharding.table_of(fmt, tensors[scale_key(key)], quantized.shape[0], start)
+                    table = resharding.table_of(fmt, tensors[scale_key(key)], len(torch.atleast_1d(quantized)), start)
                     cut = sharding.sharding_of(plan.param, plan.name) if plan.team is None else None
                     table = table if cut is None else cut.shard(resharding.table_shape(fmt), table)
                     out.append((plan.param, scale_key(key), table))
@@ -280,7 +280,7 @@ def _place(
     placed = {*plan.formats, *map(scale_key, plan.formats), "step", COMPENSATION, RADIUS, *averages}
     tensors.update({k: v.clone() if isinstance(v, Tensor) else v for k, v in loaded.items() if k not in placed})
     # torch's SGD and Muon count no steps: it was not the first
-    tensors["step"] = torch.tensor(float(loaded.get("step", 1.0)), device="cpu")
+    tensors["step"] = torch.tensor(float(loaded.get("step", 1.0)), dtype=STEP_DTYPE, device="cpu")
     if COMPENSATION in loaded:
         value = sharding.place_like(loaded[COMPENSATION], plan.param)
         tensors[COMPENSATION] = value.detach().to(device, plan.dtype, copy=True)

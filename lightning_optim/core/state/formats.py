@@ -26,6 +26,8 @@ COMPENSATION = "compensation"
 """Key of the rounding errors of low-precision weights, under `param_rounding="kahan"`."""
 RADIUS = "radius"
 """Key of the norms of low-precision matrices under `"hyperball"`, which rounding would increase."""
+STEP_DTYPE = torch.float64
+"""Of `state[p]["step"]`: float32, torch's, counts to 2^24 only, and refreshes and random numbers follow the count."""
 TRAINED = "train_weight"
 """Key of the training weights while the parameter holds averaged weights."""
 QUANTIZED_DTYPES = {"int8": torch.uint8, "int8_grid": torch.uint8, "fp8": torch.int8}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -190,6 +190,40 @@ def no_index() -> Tensor:
     raise AssertionError("only rounding to bfloat16 asks for indices")
 
 
+class DividedBlock(NamedTuple):
+    """This rank's part of a block of elements that is divided between ranks, whose scale is that of the whole block."""
+
+    fmt: StateFormat
+    key: str
+    block: int
+    """Its index in the whole tensor."""
+    value: Tensor
+    """Float32 values, flat."""
+    quantized: Tensor
+    """Where they are stored, flat."""
+    scale: Tensor
+    """Where the scale is stored, of one element."""
+
+    def size(self) -> Tensor:
+        """The largest magnitude on this rank.
+
+        Returns:
+            A 0-d tensor.
+        """
+        return self.value.abs().amax()
+
+    def store(self, size: float) -> None:
+        """Store the values again.
+
+        Args:
+            size: the largest magnitude on all ranks.
+        """
+        value = torch.cat([self.value, self.value.new_tensor([size])])
+        quantized = self.quantized.new_empty(value.shape)
+        encode(self.fmt, value, quantized, self.scale, 0)
+        self.quantized.copy_(quantized[:-1])
+
+
 class QuantizedView:
     """One state tensor of one parameter, of which a rule sees other values than are stored."""
 
@@ -203,6 +237,8 @@ class QuantizedView:
         key: int,
         device: torch.device,
         param: Tensor | None,
+        divided: Sequence[int] = (),
+        name: str = "",
     ):
         """Bind the parts on this rank.
 
@@ -214,7 +250,12 @@ class QuantizedView:
             key: of stochastic rounding.
             device: of the parameter.
             param: the parameter that the tensor is sharded like; None for a whole one.
+            divided: blocks that are divided between ranks.
+            name: key of the state tensor.
         """
+        self.divided, self.name = divided, name
+        self.divided_parts: list[DividedBlock] = []
+        """What was stored of divided blocks, by a scale of this rank alone."""
         self.fmt, self.part, self.scale, self.start = fmt, part, scale, start
         self.key, self.device, self.param = key, device, param
 
@@ -242,6 +283,18 @@ class QuantizedView:
         """
         scale = scales_at(self.fmt, self.scale, self.start, at, part.numel())
         quantize(self.fmt, part, scale, self.start + at, value, index, self.key)
+        if self.divided and scale is not None:
+            self._keep_divided(part.view(-1), value.reshape(-1), scale, self.start + at)
+
+    def _keep_divided(self, part: Tensor, value: Tensor, scale: Tensor, start: int) -> None:
+        """Keep the values of divided blocks until their scales are known."""
+        size, end = self.fmt.block, start + part.numel()
+        for block in self.divided:
+            first, last = max(start, block * size), min(end, (block + 1) * size)
+            if first < last:
+                at, k = slice(first - start, last - start), block - start // size
+                part_of_block = value[at].float().clone(), part[at], scale[k : k + 1]
+                self.divided_parts.append(DividedBlock(self.fmt, self.name, block, *part_of_block))
 
     def store_all(self, value: Tensor) -> None:
         """Store all values, block by block if they are rounded stochastically.

@@ -89,7 +89,7 @@ def table_shape(fmt: StateFormat) -> tuple[int, int]:
         (rows, columns).
     """
     row = math.prod(fmt.shape[1:])
-    return fmt.shape[0], -(-(fmt.block - math.gcd(row, fmt.block) + row) // fmt.block)
+    return (fmt.shape or (1,))[0], -(-(fmt.block - math.gcd(row, fmt.block) + row) // fmt.block)
 
 
 def _block_index(fmt: StateFormat, rows: int, start: int, device: torch.device) -> Tensor:
@@ -131,7 +131,7 @@ def scales_of(fmt: StateFormat, table: Tensor, quantized: Tensor, start: int) ->
     scale = initial_scale(fmt, quantized, start)
     if not quantized.numel():
         return scale
-    index = _block_index(fmt, quantized.shape[0], start, quantized.device)
+    index = _block_index(fmt, len(torch.atleast_1d(quantized)), start, quantized.device)
     scale.scatter_reduce_(0, index.view(-1), table.reshape(-1), "amax", include_self=False)
     smallest = torch.empty_like(scale).scatter_reduce_(0, index.view(-1), table.reshape(-1), "amin", include_self=False)
     is_mixed = scale != smallest

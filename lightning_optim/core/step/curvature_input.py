@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_optim.core.parallel import sharding
 from lightning_optim.core.step.records import GroupStep, ParamStep
-from lightning_optim.core.step.stacks import copy_aliased, quantized_views, with_values
+from lightning_optim.core.step.stacks import copy_aliased, quantized_views, share_scales, with_values
 from lightning_optim.refresh import Clock, View, parse
 
 Estimate = SimpleNamespace
@@ -78,6 +78,7 @@ def update_curvature(groups: Sequence[GroupStep], estimates: Mapping[Tensor, Est
             for key, metric in _update(group, s, estimates[s.plan.param]).items():
                 sums[key] = sums.get(key, 0.0) + metric.sum(dtype=torch.float64)
                 sizes[key] = sizes.get(key, 0) + metric.numel()
+        share_scales(group.params)
     return {key: float(total) / max(1, sizes[key]) for key, total in sums.items()}
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lightning_optim.core.matrix_views import cache_blocks, same_strides
 from lightning_optim.core.rule import Rule
+from lightning_optim.core.state.formats import QUANTIZED_DTYPES
 from lightning_optim.core.state.quantized_view import ElementIndex, no_index, offset
 from lightning_optim.core.step import compiled
 from lightning_optim.core.step.apply import ParamWriter, apply_direction
 from lightning_optim.core.step.records import GroupStep, ParamStep
-from lightning_optim.core.step.stacks import copy_aliased, quantized_views
+from lightning_optim.core.step.stacks import copy_aliased, quantized_views, share_scales
 
 
 def step_elementwise(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: int) -> None:
@@ -29,6 +30,8 @@ def step_elementwise(group: GroupStep, steps: Sequence[ParamStep], max_temp_byte
     """
     for s in _step_by_kernel(group, steps, max_temp_bytes) if group.plan.has_kernel else steps:
         step_param(group, s)
+    if group.group["state_storage"] in QUANTIZED_DTYPES:
+        share_scales(steps)
 
 
 def step_param(group: GroupStep, step: ParamStep) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_optim.core import matrix_views
 from lightning_optim.core.matrix_views import MatrixBlock, StackShape
-from lightning_optim.core.parallel import sharding, stack_sharding
+from lightning_optim.core.parallel import element_positions, sharding, stack_sharding
 from lightning_optim.core.parallel.exchange import Team
 from lightning_optim.core.parallel.replicas import Replicas
 from lightning_optim.core.param_groups import matrix_view_options
@@ -70,6 +70,8 @@ class ParamPlan:
     """A fused kernel of torch's does what the group asks for, if dtypes and strides agree."""
     refresh_cost: float
     """Multiply-adds of one refresh of all preconditioners, up to a constant; 0 where there are none."""
+    divided: tuple[int, ...]
+    """Blocks of scales of its quantized state that are divided between ranks."""
     elements_beside: list[int]
     """Elements of each state tensor that is not shaped like the parameter: factors, bases, statistics."""
     stack_id: int
@@ -172,12 +174,19 @@ def plan_param(
         factor=factor,
         has_kernel=plan.has_kernel and p.dtype == dtype and factor == 1.0,
         refresh_cost=refresh_cost(rule, blocks, vector=vector),
+        divided=_divided_blocks(rule, p, fmts),
         elements_beside=[math.prod(fmt.shape) for fmt in fmts.values() if fmt.spec.letters != "mn"],
         stack_id=plan.ids.setdefault(key, len(plan.ids)),
         kernel_id=plan.ids.setdefault((p.dtype, p.device), len(plan.ids)),
     )
     out.pieces = pieces_of(out, rule, group)
     return out
+
+
+def _divided_blocks(rule: Rule, p: Tensor, fmts: Mapping[str, StateFormat]) -> tuple[int, ...]:
+    """Blocks of scales that are divided between ranks, where state is sharded like its parameter."""
+    block = next((fmt.block for fmt in fmts.values() if fmt.is_quantized), 0)
+    return element_positions.divided_blocks(p, block) if block and (rule.elementwise or rule.reduces) else ()
 
 
 def pieces_of(plan: ParamPlan, rule: Rule, group: Mapping[str, Any]) -> tuple[ParamPlan, ...]:

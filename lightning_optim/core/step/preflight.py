@@ -14,6 +14,7 @@ from lightning_optim.core.parallel.replicas import Replicas
 from lightning_optim.core.rule import Rule
 from lightning_optim.core.state.formats import compute_dtype_of
 from lightning_optim.core.step.records import GroupStep, ParamStep
+from lightning_optim.ops.lapack import failures
 
 TOO_LARGE, NOT_FINITE = 1, 2
 """What is wrong with a gradient; the worse is the larger."""
@@ -86,8 +87,11 @@ def gradients_usable(groups: Sequence[GroupStep], replicas: Replicas | None, *, 
     Returns:
         False if the step is to be skipped.
 
+    Gradients that are finite, but whose squares overflow, are left out where the group asks to skip, and scaled down
+    by `shrink` where it asks to raise.
+
     Raises:
-        FloatingPointError: a gradient cannot be used, and its group asks to raise.
+        FloatingPointError: a gradient is not finite, and its group asks to raise.
         RuntimeError: a sparse gradient, or ranks that disagree on which parameters have a gradient.
     """
     asked: dict[str, list[tuple[ParamStep, bool]]] = {"raise": [], "skip": []}
@@ -110,13 +114,46 @@ def gradients_usable(groups: Sequence[GroupStep], replicas: Replicas | None, *, 
         raised, skipped, high, low = all_reduce_max([raised, skipped, bits, -bits], compared, replicas)
         if high != -low:
             raise RuntimeError("ranks disagree on which parameters have a gradient; nothing was updated")
-    if raised:
-        _refuse_gradients([s.plan.name for s, x in asked["raise"] if unusable([(s, x)]) == raised], raised)
+    if raised == NOT_FINITE:
+        names = [s.plan.name for s, _ in asked["raise"] if unusable([(s, False)])]
+        raise FloatingPointError(
+            f"gradient not finite: {', '.join(names[:5]) or 'on another rank'}; nothing was updated. "
+            'on_nonfinite="skip" leaves such steps out'
+        )
+    if raised and not skipped:
+        shrink([s for s, squared in asked["raise"] if squared], replicas)
     return not skipped
 
 
+def shrink(steps: Sequence[ParamStep], replicas: Replicas | None) -> None:
+    """Scale down gradients whose squares overflow, by a power of two each, and say so when the step is whole.
+
+    Such a gradient (a norm above 1.8e19 in float32) would turn second moments, and for rules with whole matrices the
+    weights, to infinity or NaN. Scaled, it leaves its direction, and the largest second moment that can be held.
+
+    Args:
+        steps: with a gradient; the same on every rank.
+        replicas: that share the work, or reduce less than gradients; None if there are none.
+    """
+    tops = all_reduce_max([_largest([s.gradient()]) for s in steps], steps, replicas)
+    shrunk = []
+    for s, top in zip(steps, tops, strict=True):
+        bound = torch.finfo(compute_dtype_of(s.plan.dtype)).max ** 0.5 / 16
+        excess = top * math.sqrt(s.plan.shape.numel()) / bound
+        if excess > 1:
+            s.clip *= 2.0 ** -math.ceil(math.log2(excess))
+            shrunk.append(s.plan.name)
+    if shrunk:
+        failures.add(
+            "the gradient was so large that its squares overflow, and was scaled down (to a norm of about 1e18 in "
+            "float32), which second moments remember for long; clip_norm, or the trainer's clipping, bounds gradients, "
+            'and on_nonfinite="skip" leaves such steps out'
+        )
+        failures.name(shrunk)
+
+
 def any_unusable(groups: Sequence[GroupStep], replicas: Replicas | None) -> bool:
-    """Whether some gradient on some rank cannot be used.
+    """Whether a step would be refused or left out, since some gradient on some rank cannot be used.
 
     Args:
         groups: of this step.
@@ -128,7 +165,7 @@ def any_unusable(groups: Sequence[GroupStep], replicas: Replicas | None) -> bool
     steps = [s for group in groups for s in group.params]
     present: list[tuple[ParamStep, bool]] = []
     for group in groups:
-        squared = group.group["on_nonfinite"] != "off" and has_square_sums(group.rule, group.group)
+        squared = group.group["on_nonfinite"] == "skip" and has_square_sums(group.rule, group.group)
         present += [(s, squared) for s in group.params if s.grad is not None and s.grad.layout == torch.strided]
     return bool(all_reduce_max([float(unusable(present))], steps, replicas)[0])
 
@@ -142,20 +179,7 @@ def unreduced_gradients(groups: Sequence[GroupStep]) -> list[Tensor]:
     Returns:
         Gradients on this rank.
     """
-    return [s.gradient() for group in groups for s in group.params if s.grad is not None and s.plan.replicas is None]
-
-
-def _refuse_gradients(names: Sequence[str], reason: float) -> None:
-    label = ", ".join(names[:5]) or "on another rank"
-    if reason == TOO_LARGE:
-        raise FloatingPointError(
-            f"gradient too large: {label}. It is finite, but its squares overflow (a norm above 1.8e19 in float32), "
-            "which would ruin the state; nothing was updated. Clip gradients (clip_norm, or the trainer's clipping), "
-            'or leave such steps out with on_nonfinite="skip"'
-        )
-    raise FloatingPointError(
-        f'gradient not finite: {label}; nothing was updated. on_nonfinite="skip" leaves such steps out'
-    )
+    return [s.grad for group in groups for s in group.params if s.grad is not None and s.plan.replicas is None]
 
 
 def has_square_sums(rule: Rule, group: Mapping[str, Any]) -> bool:

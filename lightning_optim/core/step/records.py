@@ -18,6 +18,8 @@ from lightning_optim.core.parallel import sharding
 from lightning_optim.core.parallel.replicas import Replicas
 from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.rule import Rule, hyperparameters, lookup
+from lightning_optim.core.state.formats import STEP_DTYPE
+from lightning_optim.core.state.quantized_view import QuantizedView
 from lightning_optim.core.step.plan import GroupPlan, ParamPlan, plan_param, state_key
 
 
@@ -37,6 +39,8 @@ class ParamStep:
     """Why preconditioners are refreshed in this step; empty where they are not."""
     staleness: float = field(default=math.nan, init=False)
     """Measured in this step, if the refresh policy measures it."""
+    views: Mapping[str, QuantizedView] = field(default_factory=dict, init=False)
+    """What the rule saw of state that is stored in another form, by key."""
     on_refresh: Callable[[ParamStep, Refresh], None] | None = field(default=None, init=False)
     """Called with a `Refresh` record each time a preconditioner is recomputed."""
 
@@ -288,7 +292,7 @@ def count_steps(steps: Sequence[ParamStep]) -> None:
         if not counter.is_cpu:
             s.state["step"] = counter.cpu()
     if counters := [s.state["step"] for s in steps]:
-        one = torch.ones((), device="cpu")
+        one = torch.ones((), dtype=STEP_DTYPE, device="cpu")
         cast("Any", torch)._foreach_add_(counters, one, alpha=1.0)  # a number is four times slower
         for s, counter in zip(steps, counters, strict=True):
             s.t = int(counter.item())

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_optim.core.matrix_views import STACK_LIMIT, StackShape, transpose_if
 from lightning_optim.core.parallel.stack_sharding import StackSharding
 from lightning_optim.core.rule import DirectionByRows, Rule, StateSpec
+from lightning_optim.core.state.formats import QUANTIZED_DTYPES
 from lightning_optim.core.state.quantized_view import QuantizedView
 from lightning_optim.core.step import compiled
 from lightning_optim.core.step.apply import apply_by_rows, apply_directions
@@ -21,6 +22,7 @@ from lightning_optim.core.step.refresh_scheduler import RefreshScheduler, refres
 from lightning_optim.core.step.stacks import (
     copy_aliased,
     quantized_views,
+    share_scales,
     stack,
     stacked_gradient,
     stacked_state,
@@ -93,6 +95,8 @@ def step_reducing(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: 
         elements = batch[0].local().numel() if frame.stackable else STACK_LIMIT + 1
         for chunk in stacks(batch, elements, max_temp_bytes):
             update_stack(group, chunk, [s.local() for s in chunk], [s.gradient() for s in chunk], frame)
+    if group.group["state_storage"] in QUANTIZED_DTYPES:
+        share_scales(steps)
 
 
 def update_stack(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_optim.core.matrix_views import STACK_LIMIT, StackShape
-from lightning_optim.core.parallel import element_positions
+from lightning_optim.core.parallel import collectives, element_positions
 from lightning_optim.core.rule import Rule, StateSpec
 from lightning_optim.core.state.formats import StateFormat, scale_key
 from lightning_optim.core.state.quantized_view import QuantizedView
@@ -65,6 +65,7 @@ def quantized_views(group: GroupStep, step: ParamStep) -> dict[str, QuantizedVie
     if plan.is_compute_format:
         return {}
     out, device = {}, step.local().device
+    step.views = out
     for i, (key, fmt) in enumerate(plan.formats.items()):
         if not fmt.is_compute_format(device):
             out[key] = QuantizedView(
@@ -75,8 +76,33 @@ def quantized_views(group: GroupStep, step: ParamStep) -> dict[str, QuantizedVie
                 key=hash_key(group.group["seed"], step.t, plan.index, 1 + i),
                 device=device,
                 param=plan.param if is_sharded_like_param(group.rule, plan, fmt) else None,
+                divided=plan.divided if is_sharded_like_param(group.rule, plan, fmt) else (),
+                name=key,
             )
     return out
+
+
+def share_scales(steps: Sequence[ParamStep]) -> None:
+    """Store blocks that are divided between ranks by one scale, which is that of one process; a collective call.
+
+    Args:
+        steps: parameters whose quantized state was stored; the same on every rank.
+    """
+    divided = [s for s in steps if s.plan.divided and s.plan.team is None]
+    if not divided:
+        return
+    parts = {(id(s), x.key, x.block): x for s in divided for v in s.views.values() for x in v.divided_parts}
+    sizes = dict(zip(parts, torch.stack([x.size() for x in parts.values()]).tolist(), strict=True)) if parts else {}
+    blocks = [
+        (id(s), key, block)
+        for s in divided
+        for key, fmt in s.plan.formats.items()
+        for block in (s.plan.divided if fmt.is_quantized else ())
+    ]
+    whole = collectives.all_reduce_max([sizes.get(x, 0.0) for x in blocks], [s.plan.param for s in divided])
+    for key, size in zip(blocks, whole, strict=True):
+        if key in parts:
+            parts[key].store(size)
 
 
 def with_values(step: ParamStep, views: Mapping[str, QuantizedView]) -> ParamStep:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.tensor import Placement, Replicate, Shard
 
-from lightning_optim.core.parallel.element_positions import element_index, first_element, start_of
+from lightning_optim.core.parallel.element_positions import divided_blocks, element_index, first_element, start_of
 from lightning_optim.core.parallel.sharding import local
 from tests.helpers.fake_mesh import cut, fake_mesh
 
@@ -43,3 +43,12 @@ def test_plain_tensors_begin_at_zero() -> None:
     assert torch.equal(element_index(p), torch.arange(12, dtype=torch.int32).view(3, 4))
     scalar = torch.tensor(1.0)
     assert first_element(scalar) == 0 and element_index(scalar).item() == 0 and element_index(scalar).shape == ()
+
+
+def test_a_cut_in_the_middle_of_a_block_divides_it() -> None:
+    with fake_mesh(1, 3) as mesh:
+        p = cut(torch.zeros(7, 5), mesh, Shard(0))  # rows 0-2, 3-5 and 6: cuts at 15 and 30
+        assert divided_blocks(p, 16) == (0, 1) and divided_blocks(p, 64) == (0,)
+        assert divided_blocks(p, 5) == divided_blocks(p, 15) == ()
+        assert divided_blocks(cut(torch.zeros(1, 5), mesh, Shard(0)), 16) == ()  # the other ranks have nothing
+    assert divided_blocks(torch.zeros(7, 5), 16) == ()

@@ -103,7 +103,7 @@ def test_complete_state_is_only_compared() -> None:
     assert step.plan.stored is not None and sorted(step.plan.stored) == [
         ("exp_avg", shape, dtype),
         ("exp_avg_sq", shape, dtype),
-        ("step", torch.Size([]), dtype),
+        ("step", torch.Size([]), torch.float64),
     ]
     p.data, p.grad = torch.ones(10, 4), None
     validate_shapes([optimizer.group_steps()[0].only([step])], ())  # was complete, so it is not looked at again

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_optim import RuleOptimizer, TailEMA
+from lightning_optim import SOAP, RuleOptimizer, TailEMA
 from lightning_optim.core.step.records import ParamStep, count_steps
 
 
@@ -144,3 +144,16 @@ def test_a_parameter_that_was_replaced_is_not_kept_alive() -> None:
     optimizer.step()
     gc.collect()
     assert reference() is None
+
+
+def test_steps_are_counted_beyond_the_integers_of_float32() -> None:
+    """Refreshes and stochastic rounding follow the count, which an earlier checkpoint has in float32."""
+    p, refreshed = Parameter(torch.ones(4, 4)), []
+    optimizer = SOAP([p], refresh="fixed:10")
+    p.grad = torch.eye(4)
+    optimizer.step()
+    optimizer.state[p]["step"] = torch.tensor(2.0**24 - 3)
+    optimizer.on_refresh = lambda refresh: refreshed.append(refresh.t)
+    for _ in range(30):
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 2**24 + 27 and len(refreshed) == 3
