@@ -136,14 +136,9 @@ class StepCheckpoint(ModelCheckpoint):
         )
         self.val_every = val_every
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove what a killed run left: a checkpoint that was cut off, and one that a newer had replaced."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         super().on_train_start(trainer, pl_module)
-        directory = Path(str(self.dirpath))
-        known = {*map(Path, self.best_k_models), newest(directory)}
-        for path in directory.glob("step=*.ckpt") if trainer.is_global_zero else ():
-            if path not in known:
-                path.unlink()
+        self._remove_older(trainer)
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -151,9 +146,22 @@ class StepCheckpoint(ModelCheckpoint):
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.val_every:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._remove_older(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         super().on_train_batch_end(trainer, pl_module, None, None, 0)
+        self._remove_older(trainer)
+
+    def _remove_older(self, trainer: L.Trainer) -> None:
+        """Remove what a killed run left, cut off or about to be replaced, and what it was resumed from.
+
+        Lightning keeps the checkpoint that a run was resumed from for ever.
+        """
+        directory = Path(str(self.dirpath))
+        known = {*map(Path, self.best_k_models), newest(directory)}
+        for path in directory.glob("step=*.ckpt") if trainer.is_global_zero else ():
+            if path not in known:
+                path.unlink()
 
 
 def newest(directory: Path) -> Path | None:
