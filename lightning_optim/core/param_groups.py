@@ -208,7 +208,7 @@ def _check_scale(rule: Rule, group: Mapping[str, Any]) -> None:
     except (ArithmeticError, ValueError):
         is_usable = False
     if not is_usable:
-        known = hyperparameters(type(rule)) | rule.adamw_settings
+        known = hyperparameters(type(rule)) | dict(rule.adamw_settings)
         changed = [f"{k}={group[k]!r}" for k, v in known.items() if k not in ("lr", "weight_decay") and group[k] != v]
         raise ValueError(
             f"{group['name']}: {', '.join(changed)} leaves no step that lr_convention='adamw' could scale; give larger "

@@ -1,6 +1,7 @@
 """Checkpoints that an earlier version wrote resume as if that version had continued."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_resumes_bitwise(name: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["int8", "fp8"])
-def test_a_scalar_in_8_bits_resumes(storage: str) -> None:
+def test_a_scalar_in_8_bits_resumes(storage: Any) -> None:
     def trained(steps: range, optimizer: AdamW) -> None:
         p = optimizer.param_groups[0]["params"][0]
         for t in steps:
