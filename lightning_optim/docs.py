@@ -15,6 +15,7 @@ from typing import Any
 from lightning_optim.catalog import documentation, kind, state_bytes, state_formula, summary
 from lightning_optim.core.options import ARGUMENT_TYPES, OPTIONS
 from lightning_optim.core.rule import REGISTRY
+from lightning_optim.core.torch_arguments import GENERIC, torch_arguments
 from lightning_optim.optimizers import CLASSES
 
 PACKAGE = Path(__file__).parent
@@ -113,6 +114,11 @@ def stub() -> str:
         lines.append("        *,")
         lines += [written[f.name] for f in fields if f.kw_only]
         lines += [f"        {k}: {_spell(ARGUMENT_TYPES[k])} = {v!r},".replace("'", '"') for k, v in OPTIONS.items()]
+        types = {bool: "bool", type(None): "bool | None"}
+        lines += [
+            f"        {k}: {types.get(type(v), 'Any') if k in GENERIC else 'Any'} = {v!r},"
+            for k, v in torch_arguments(rule).items()
+        ]
         lines += ["        max_temp_bytes: int = ...,", "    ) -> None: ..."]
     return "\n".join(lines) + "\n"
 

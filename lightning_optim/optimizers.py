@@ -15,13 +15,14 @@ from lightning_optim.catalog import documentation
 from lightning_optim.core.optimizer import ParamsT, RuleOptimizer
 from lightning_optim.core.options import ARGUMENT_TYPES, OPTIONS
 from lightning_optim.core.rule import REGISTRY, Rule
+from lightning_optim.core.torch_arguments import accept_torch_arguments, torch_arguments
 
 
 def signature(rule: type[Rule]) -> inspect.Signature:
     """The constructor's signature of a rule's optimizer class, without `self`.
 
     Returns:
-        `params`, the hyperparameters, then keyword-only options.
+        `params`, the hyperparameters, then keyword-only options and arguments of torch's optimizer.
     """
     kind, hints = inspect.Parameter, typing.get_type_hints(rule)
     fields = dataclasses.fields(rule)  # pyright: ignore[reportArgumentType]
@@ -31,6 +32,7 @@ def signature(rule: type[Rule]) -> inspect.Signature:
         for hint in [hints[f.name]]
     ]
     options = [kind(k, kind.KEYWORD_ONLY, default=v, annotation=ARGUMENT_TYPES[k]) for k, v in OPTIONS.items()]
+    options += [kind(k, kind.KEYWORD_ONLY, default=v) for k, v in torch_arguments(rule).items()]
     options.append(kind("max_temp_bytes", kind.KEYWORD_ONLY, default=2**25, annotation=int))
     return inspect.Signature([kind("params", kind.POSITIONAL_OR_KEYWORD, annotation=ParamsT), *named, *options])
 
@@ -46,7 +48,8 @@ def optimizer_class(rule: type[Rule]) -> type[RuleOptimizer]:
     def __init__(self: RuleOptimizer, *args: Any, **kwargs: Any) -> None:
         bound = call.bind(*args, **kwargs).arguments
         params, size = bound.pop("params"), bound.pop("max_temp_bytes", 2**25)
-        RuleOptimizer.__init__(self, params, {"rule": rule.name, **bound}, max_temp_bytes=size)
+        defaults = {"rule": rule.name, **accept_torch_arguments(rule, bound)}
+        RuleOptimizer.__init__(self, params, defaults, max_temp_bytes=size)
 
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     __init__.__signature__ = call.replace(parameters=[self_parameter, *call.parameters.values()])  # pyright: ignore

@@ -115,6 +115,12 @@ class Adafactor(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        eps: Any = (None, 0.001),
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -171,6 +177,11 @@ class AdafactorHF(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -215,6 +226,11 @@ class Adagrad(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -267,6 +283,11 @@ class AdaLOMO(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -311,6 +332,12 @@ class Adam(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        decoupled_weight_decay: Any = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -370,6 +397,11 @@ class AdamMini(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -420,6 +452,11 @@ class AdamW(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -475,6 +512,11 @@ class Adapprox(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -544,6 +586,11 @@ class Alice(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -597,6 +644,11 @@ class Alice0(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -643,6 +695,11 @@ class AMSGrad(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -711,6 +768,11 @@ class APOLLO(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -764,6 +826,11 @@ class APOLLOMini(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -819,6 +886,11 @@ class APOLLOSVD(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -867,6 +939,11 @@ class CAME(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -926,6 +1003,11 @@ class COSMOS(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -977,6 +1059,11 @@ class Dion(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1029,6 +1116,11 @@ class EigenAdam(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1094,6 +1186,11 @@ class Fira(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1151,6 +1248,11 @@ class FiraPlus(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1209,6 +1311,11 @@ class Flora(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1270,6 +1377,11 @@ class GaLore(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1325,6 +1437,11 @@ class GaLoreAdafactor(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1376,6 +1493,11 @@ class HessianFree(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1439,6 +1561,11 @@ class KFAC(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1501,6 +1628,11 @@ class KLSOAP(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1559,6 +1691,11 @@ class LAMB(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1613,6 +1750,11 @@ class LARS(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1666,6 +1808,11 @@ class LBFGS(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1710,6 +1857,11 @@ class Lion(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1756,6 +1908,11 @@ class LOMO(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1815,6 +1972,11 @@ class MLBFGS(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1898,6 +2060,11 @@ class MOSO(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -1965,6 +2132,12 @@ class Muon(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        adjust_lr_fn: Any = None,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2044,6 +2217,11 @@ class MuonSq(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2103,6 +2281,11 @@ class Muown(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2167,6 +2350,11 @@ class NorMuon(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2215,6 +2403,11 @@ class OLBFGS(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2281,6 +2474,11 @@ class PSGDKron(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2335,6 +2533,11 @@ class RACS(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2383,6 +2586,11 @@ class RMSprop(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2426,6 +2634,11 @@ class SGD(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2504,6 +2717,11 @@ class Shampoo(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2545,6 +2763,11 @@ class SignSGD(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2589,6 +2812,11 @@ class Signum(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2672,6 +2900,11 @@ class SinkSOAP(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2743,6 +2976,11 @@ class SOAP(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2838,6 +3076,11 @@ class SOAPMuon(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2897,6 +3140,11 @@ class SophiaG(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -2952,6 +3200,11 @@ class SophiaH(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -3006,6 +3259,11 @@ class SR1Cubic(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...
 
@@ -3055,5 +3313,10 @@ class SWAN(RuleOptimizer):
         compile: bool = False,
         comm_dtype: Literal["exact", "bf16"] = "exact",
         seed: int = 0,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         max_temp_bytes: int = ...,
     ) -> None: ...

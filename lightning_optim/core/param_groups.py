@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import numbers
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_optim.core.options import OPTION_TYPES, OPTIONS
 from lightning_optim.core.parallel import sharding
 from lightning_optim.core.parallel.flat_parameters import check_flat, is_flat
 from lightning_optim.core.rule import GlobalStepRule, Rule, check_value, hyperparameters, lookup
+from lightning_optim.core.torch_arguments import accept_torch_arguments
 from lightning_optim.ops.quantize import PIECE
 
 MIN_RMS = 1e-12
@@ -131,11 +133,12 @@ def complete_group(
     out = options.expand_options(group)
     params = out.get("params", ())
     if not isinstance(params, set):  # torch refuses sets
-        out["params"] = [params] if isinstance(params, Tensor) else list(params)
+        out["params"] = [params] if isinstance(params, Tensor) else _without_duplicates(params)
     name = out.get("rule", defaults.get("rule"))
     if name is None:
         raise ValueError(f"param group {out.get('name', '')!r} names no rule; add 'rule': 'adamw', say")
     rule = lookup(name)
+    out = accept_torch_arguments(rule, out)
     out["rule"] = rule.name
     for key in out:
         _refuse_misspelled(key, rule)
@@ -146,6 +149,10 @@ def complete_group(
         out = {**rule.adamw_settings, **out}
     out = {**settings_of(rule), **out}
     out = {k: v if k == "params" else plain(v) for k, v in out.items()}
+    for key in hyperparameters(rule):
+        if isinstance(out[key], Tensor) and out[key].numel() != 1:
+            shape = tuple(out[key].shape)
+            raise ValueError(f"{rule.name}: {key} must be a number or a tensor of one element, got shape {shape}")
     out["blocks"] = matrix_views.frozen(out["blocks"])
     names = {g["name"] for g in groups}
     if out.setdefault("name", unused(rule.name, names)) in names:
@@ -160,6 +167,19 @@ def complete_group(
     _check_owned_once(groups, out)
     _match_param_names(groups, out)
     return out
+
+
+def _without_duplicates(params: Iterable[Any]) -> list[Any]:
+    """Parameters of a group, each once; a warning says if one was given twice, as torch's does."""
+    params = list(params)
+    first = {id(x[1] if isinstance(x, tuple) else x): x for x in reversed(params)}
+    if len(first) < len(params):
+        warnings.warn(
+            "optimizer contains a parameter group with duplicate parameters; each is stepped once", stacklevel=5
+        )
+        kept = {id(x) for x in first.values()}
+        params = [x for x in params if id(x) in kept and not kept.discard(id(x))]
+    return params
 
 
 def validate_loaded(group: Mapping[str, Any]) -> Rule:

@@ -49,6 +49,18 @@ class Adafactor(Rule):
     adamw_settings: ClassVar = {"scale_parameter": False}
     signed: ClassVar = frozenset({"beta2_decay"})
 
+    def validate(self) -> None:
+        """Check the hyperparameters.
+
+        Raises:
+            ValueError: a clipping threshold of 0, a positive exponent, or what `Rule.validate` raises.
+        """
+        super().validate()
+        if self.d == 0 or self.beta2_decay > 0:
+            raise ValueError(
+                f"{self.name}: needs d > 0 and beta2_decay <= 0, got d={self.d}, beta2_decay={self.beta2_decay}"
+            )
+
     @classmethod
     def translate(cls, group: dict[str, Any]) -> dict[str, Any]:
         """Settings of a checkpoint of `torch.optim.Adafactor`.
