@@ -18,6 +18,7 @@ from lightning_optim.core.parallel.replicas import Replicas
 from lightning_optim.core.param_groups import plain, validate_param
 from lightning_optim.core.state import allocate, checkpoint, checks
 from lightning_optim.core.state.formats import TRAINED
+from lightning_optim.core.state.matching import match_by_name
 from lightning_optim.core.step.averaging_methods import AveragingMethod
 from lightning_optim.core.step.records import GroupStep, PlanCache, is_trained
 from lightning_optim.core.step.weight_averaging import Averages
@@ -211,6 +212,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Load state and settings; every tensor keeps its own dtype and is copied. A collective call on a mesh.
 
         Settings missing from the checkpoint keep their present values, so torch's checkpoints of the same rule load.
+        Where parameters have names, they are matched by them; a warning says what the checkpoint has not.
 
         Args:
             state_dict: from `state_dict`, of this or another number of ranks.
@@ -223,7 +225,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         averages = [] if self.averages is None else [*self.averages.keys, TRAINED]
 
-        def take(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        def take(_: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+            saved = match_by_name(self.param_groups, saved)
             ids = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
             loaded = checkpoint.without_empty(saved["state"])
             present = self.group_steps(frozen=True)
