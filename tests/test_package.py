@@ -43,7 +43,8 @@ def imported(path: Path) -> set[str]:
 
 ALLOWED = {
     "ops": {"ops"},
-    "refresh": {"ops"},
+    "settings": set(),
+    "refresh": {"ops", "settings"},
     "relora": {"core", "ops"},
     "rules": {"core.rule", "ops", "rules"},
     "core": {"core", "ops", "refresh"},
@@ -62,7 +63,7 @@ ALLOWED = {
         *("bench", "build", "catalog", "core", "curvature", "data"),
         *("diagnostics", "docs", "optimizers", "refresh", "schedule"),
     },
-    "__main__": {"bench.__main__", "build", "catalog", "core"},
+    "__main__": {"bench.__main__", "build", "catalog", "core", "settings"},
 }
 
 

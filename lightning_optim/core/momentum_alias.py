@@ -11,7 +11,10 @@ from lightning_optim.core.rule import Rule, hyperparameters, lookup
 
 
 class ParamGroup(dict[str, Any]):
-    """A param group in which the momentum can be read and written as `momentum` and as the first of `betas`.
+    """A param group with aliases for what trainers and schedules look for in torch's.
+
+    `group["name"]` is the rule where nobody gave a name to the only group: like torch's, it then has no key `name`, and
+    monitors call its learning rate `lr-AdamW`.
 
     `OneCycleLR` and `CyclicLR` write `momentum`, or the first of `betas`, into every group. In a group whose rule has
     the other setting, that one is read and written instead. A rule without momentum reads as 0 and ignores writes. The
@@ -26,7 +29,9 @@ class ParamGroup(dict[str, Any]):
             super().__setitem__(key, value)
 
     def __missing__(self, key: str) -> Any:
-        """Read the momentum by its alias."""
+        """Read the momentum by its alias, or the name that a group has while it is the only one."""
+        if key == "name" and "rule" in self:
+            return self["rule"]
         if key in MOMENTUM_NAMES and "rule" in self and is_other_name(lookup(self["rule"]), key):
             momentum = momentum_of(self) or 0.0
             return (momentum,) if key == "betas" else momentum

@@ -128,6 +128,8 @@ class RuleOptimizer(StatefulOptimizer):
             params = [x[1] if isinstance(x, tuple) else x for x in group["params"]]
             compiled.validate_compile(rule_of(group), group, params)
         super().add_param_group(group)
+        for first in self.param_groups[: len(self.param_groups) - 1]:
+            first.setdefault("name", first["name"])
         self.known_params.remember(group)
         for key in foreign:
             del group[key]

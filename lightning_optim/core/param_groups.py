@@ -166,6 +166,8 @@ def complete_group(
             validate_param(instance, label, p, out)
     _check_owned_once(groups, out)
     _match_param_names(groups, out)
+    if not groups and "name" not in group:
+        del out["name"]  # see `ParamGroup`
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import OneCycleLR
 
-from lightning_optim import RuleOptimizer
+from lightning_optim import AdamW, RuleOptimizer
 from lightning_optim.core.momentum_alias import momentum_field, momentum_names, momentum_of, publish_momentum
 from lightning_optim.core.rule import REGISTRY
 
@@ -69,3 +69,16 @@ def test_a_schedule_of_torch_moves_the_momentum_of_every_group() -> None:
     assert optimizer.param_groups[1]["betas"] == (0.9, 0.875)
     for saved, rule in zip(optimizer.state_dict()["param_groups"], ("muon", "adamw", "signsgd"), strict=True):
         assert [k for k in ("momentum", "betas") if k in saved] == [k for k in [momentum_field(REGISTRY[rule])] if k]
+
+
+def test_the_only_group_has_no_name_of_its_own():
+    p, q = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2, 2))
+    optimizer = AdamW([p])
+    group = optimizer.param_groups[0]
+    assert group["name"] == "adamw" and "name" not in group and group.get("name") is None
+    other = AdamW([q])
+    other.load_state_dict(optimizer.state_dict())
+    assert "name" not in other.param_groups[0] and other.param_groups[0]["name"] == "adamw"
+    optimizer.add_param_group({"params": [q]})
+    assert [g.get("name") for g in optimizer.param_groups] == ["adamw", "adamw_1"]
+    assert AdamW([{"params": [p], "name": "mine"}]).param_groups[0].get("name") == "mine"

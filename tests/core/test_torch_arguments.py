@@ -19,14 +19,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
+CASES: list[Any] = [x for x in optim_db if hasattr(lightning_optim, cast("Any", x.optim_cls).__name__)]
 TORCH_DEFAULTS: dict[str, dict[str, Any]] = {"Muon": {"lr": 1e-3, "weight_decay": 0.1}}
 """Where our defaults are those of the publication and torch's are not."""
 
 
 def inputs() -> Iterator[Any]:
-    for info in optim_db:
+    for info in CASES:
         name = info.optim_cls.__name__
-        if hasattr(lightning_optim, name) and name != "LBFGS":  # ours is the stochastic form
+        if name != "LBFGS":  # ours is the stochastic form
             for case in info.optim_inputs_func(device="cpu"):
                 yield pytest.param(name, case.kwargs, id=f"{name}-{case.desc}")
 
@@ -62,9 +63,7 @@ ACCEPTED = ("all optimizer param groups should be with/without names.", "only su
 """Errors of torch's that are none here: names are given to the nameless, and convolutions are matrices."""
 
 
-@pytest.mark.parametrize(
-    "info", [x for x in optim_db if hasattr(lightning_optim, x.optim_cls.__name__)], ids=lambda x: x.optim_cls.__name__
-)
+@pytest.mark.parametrize("info", CASES, ids=lambda x: x.optim_cls.__name__)
 def test_what_torch_refuses_is_refused(info: Any):
     cls = getattr(lightning_optim, info.optim_cls.__name__)
     for case in info.optim_error_inputs_func(device="cpu", dtype=torch.float32):

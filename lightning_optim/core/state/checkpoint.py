@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_optim.core.momentum_alias import MOMENTUM_NAMES
+from lightning_optim.core.momentum_alias import MOMENTUM_NAMES, ParamGroup
 from lightning_optim.core.parallel import sharding
 from lightning_optim.core.parallel.guard import CollectiveGuard
 from lightning_optim.core.parallel.ownership import Owners
@@ -163,7 +163,8 @@ def complete_saved_groups(
             )
         settings = _translated(group) if "rule" in group else lookup(now["rule"]).translate(dict(group))
         settings = {k: v for k, v in settings.items() if k in now or k not in MOMENTUM_NAMES}
-        out.append({**{k: v for k, v in now.items() if k != "params"}, **settings, "compile": now["compile"]})
+        kept = {k: v for k, v in now.items() if k != "params"}
+        out.append(ParamGroup({**kept, **settings, "compile": now["compile"]}))
         validate_loaded(out[-1])
     return [*out, *saved[len(out) :]]
 

@@ -222,7 +222,8 @@ class PlanCache:
             rule_of(group)  # raises, with the name of what is missing
             raise
         values = tuple([float(v) if isinstance(v, Tensor) else v for v in values])
-        settings = (kind, index, len(group["params"]), options, group.get("param_names"), self.replicas)
+        names = group.get("name"), group.get("param_names")
+        settings = (kind, index, len(group["params"]), options, names, self.replicas)
         settings += (self.compressing if kind.compresses or kind.votes else None,)
         if plan is not None and plan.settings == settings and plan.values[2:] == values[2:]:
             if plan.values != values:
@@ -276,7 +277,7 @@ def _names(kind: type[Rule]) -> tuple[str, ...]:
 @functools.cache
 def _readers(kind: type[Rule]) -> tuple[Callable[[Mapping[str, Any]], tuple[Any, ...]], ...]:
     """Read the hyperparameters of a rule, and the options, from a group."""
-    return itemgetter(*_names(kind)), itemgetter("name", *OPTIONS)
+    return itemgetter(*_names(kind)), itemgetter(*OPTIONS)
 
 
 def count_steps(steps: Sequence[ParamStep]) -> None:
