@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_optim import optimizers
 from lightning_optim.build.factory import build_optimizer
+from lightning_optim.build.layouts import register_layout
+from lightning_optim.build.overrides import layerwise_decay, lora_plus
 from lightning_optim.build.plan import plan
-from lightning_optim.build.roles import assign, layerwise_decay, lora_plus, roles
+from lightning_optim.build.role_report import roles
+from lightning_optim.build.roles import assign
 from lightning_optim.config import OptimizerConfig
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.rule import Rule, StateSpec, eye, lookup, zeros
@@ -42,6 +45,7 @@ __all__ = [
     "lookup",
     "lora_plus",
     "plan",
+    "register_layout",
     "roles",
     "zeros",
 ]

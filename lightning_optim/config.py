@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_optim.build.overrides import Override
 from lightning_optim.build.recipes import find
-from lightning_optim.build.roles import Override
 from lightning_optim.core.param_groups import plain
 from lightning_optim.core.rule import lookup
 from lightning_optim.core.step.averaging_methods import EMANesterov, MuLoCo, TailEMA

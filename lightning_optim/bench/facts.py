@@ -122,7 +122,7 @@ def optimizer(optim: RuleOptimizer) -> list[dict[str, Any]]:
     """
     out = []
     for group in optim.param_groups:
-        plain = {k: v for k, v in group.items() if k not in ("params", "param_names", "initial_lr")}
+        plain = {k: v for k, v in group.items() if k not in ("params", "param_names", "role_sources", "initial_lr")}
         settings = {k: v for k, v in plain.items() if v is None or isinstance(v, (bool, int, float, str, tuple, list))}
         settings["lr"] = group.get("initial_lr", group["lr"])
         out.append(settings | {"parameters": sum(p.numel() for p in group["params"])})

@@ -8,17 +8,14 @@ from dataclasses import fields
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from lightning_optim.build.overrides import Override
+from lightning_optim.build.param_role import MATRIX_ROLES
 from lightning_optim.build.recipes import PRESETS, resolve_settings
-from lightning_optim.build.roles import (
-    MATRIX_ROLES,
-    Assignment,
-    Override,
-    applicable_overrides,
-    assign,
-    roles,
-    without_parameters,
-)
+from lightning_optim.build.role_report import roles
+from lightning_optim.build.role_warnings import Owned, warnings_of
+from lightning_optim.build.roles import Assignment, applicable_overrides, assign
 from lightning_optim.core import options
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.options import OPTIONS
@@ -52,6 +49,7 @@ def build_optimizer(
     schedule: str | Mapping[str, Any] | None = None,
     fused_backward: bool = False,
     shard_work: bool = False,
+    example_inputs: object = None,
     **settings: Any,
 ) -> RuleOptimizer:
     """Build one optimizer for a whole model.
@@ -90,6 +88,8 @@ def build_optimizer(
         fused_backward: step within the backward pass, where gradients are freed (`RuleOptimizer.fuse_backward`).
         shard_work: under DDP, shard optimizer work and state over the ranks, as ZeRO-1 does
             (`RuleOptimizer.shard_work`).
+        example_inputs: of the model's forward pass, with which roles are measured (`lightning_optim.roles`). Models of
+            Transformers and timm, and LightningModules with an `example_input_array`, need none.
         **settings: hyperparameters of the main rule, and options of all groups (`on_nonfinite`, `param_rounding`,
             `clip_norm`, `seed`). Options about the norms of matrices (`constraint`, `uw_floor`, `radial_damping`,
             `pin`) are for the main rule's hidden ones; overrides can give them to others.
@@ -114,6 +114,7 @@ def build_optimizer(
         "averaging": averaging,
         "schedule": None if schedule is None else schedule_settings(schedule),
         "overrides": overrides,
+        "example_inputs": example_inputs,
     }
     request = _resolve(model, name, recipe, preset, arguments, options.expand_options(settings))
     optimizer = _with_groups(model, request)
@@ -174,10 +175,11 @@ def _resolve(
         raise ValueError(f"give a recipe or a preset, not both; got {recipe!r} and {preset!r}")
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; {nearest(preset, list(PRESETS))}")
-    adapters = preset is not None and any(trait.role.startswith("lora") for trait in roles(model).values())
+    inputs = arguments["example_inputs"]
+    adapters = preset is not None and any(trait.role.startswith("lora") for trait in roles(model, inputs).values())
     values = resolve_settings(name, recipe or preset, {**arguments, **settings}, adapters=adapters)
     more, overrides = values.pop("more_overrides"), arguments["overrides"]
-    overrides = [*overrides, *applicable_overrides(model, overrides, more)] if more else overrides
+    overrides = [*overrides, *applicable_overrides(model, overrides, more, inputs)] if more else overrides
     rule, rest = lookup(name), lookup(values["rest"])
     rule_settings = {k: v for k, v in values.items() if k not in arguments}
     _check_names(rule, rule_settings)
@@ -208,12 +210,14 @@ def _with_groups(model: nn.Module, request: _Request) -> RuleOptimizer:
         **matrices,
         constrained=bool(request.constraints),
         by_rule=request.by_rule,
+        example_inputs=values["example_inputs"],
     )
     groups: dict[str, dict[str, Any]] = {}
     for a in assigned:
         if a.group not in groups:
             groups[a.group] = _group_of(a, request)
         groups[a.group]["params"].append((a.name, a.param))
+        groups[a.group]["role_sources"].append(a.trait.source)
     for group in groups.values():
         per_rms = group.pop("lr_per_rms")
         if per_rms is not None:
@@ -221,11 +225,17 @@ def _with_groups(model: nn.Module, request: _Request) -> RuleOptimizer:
     ordered = sorted(groups.values(), key=lambda g: (g["rule"] != rule.name, g["role"] != "hidden"))
     optimizer = CLASSES[rule.name](ordered)
     common = {k: values[k] for k in ("lr", "weight_decay", "lr_convention")}
+    optimizer.example_inputs = values["example_inputs"]
     optimizer.defaults.update(request.settings | common | {"cautious_decay": request.cautious_decay})
     _say_native(optimizer, values["lr_convention"])
-    if all(a.rule != rule.name for a in assigned):
-        _log.warning("%s", without_parameters(rule.name, ((a.name, a.role, a.param.shape) for a in assigned)))
+    for message in warnings_of(rule.name, (Owned(a.name, a.role, _shape(a.param), a.rule, a.blocks) for a in assigned)):
+        _log.warning("%s", message)
     return optimizer
+
+
+def _shape(p: Tensor) -> Sequence[int]:
+    """The shape of a parameter; none of one that is not initialized yet."""
+    return () if is_lazy(p) else p.shape
 
 
 def _group_of(a: Assignment, request: _Request) -> dict[str, Any]:
@@ -246,6 +256,7 @@ def _group_of(a: Assignment, request: _Request) -> dict[str, Any]:
         "lr_convention": values["lr_convention"],
         "transposed": a.transposed,
         "blocks": a.blocks,
+        "role_sources": [],
         **request.by_rule.get(a.rule, request.shared),
         **(request.constraints if is_main and a.role in MATRIX_ROLES else {}),
         **settings,
@@ -276,7 +287,9 @@ def _divided(group: Mapping[str, Any], like: RuleOptimizer, taken: Collection[st
         if mine:
             label = f"{group['name']}/{g['name']}" if "name" in group else g["name"]
             of_role = {k: v for k, v in own_settings.items() if k != "weight_decay" or g["role"] != "vector"}
-            out.append({**g, **of_role, "name": unused(label, taken), "lr": g["lr"] * share, "params": mine})
+            sources = dict(zip(g["param_names"], g["role_sources"], strict=True))
+            part = {"name": unused(label, taken), "lr": g["lr"] * share, "params": mine}
+            out.append({**g, **of_role, **part, "role_sources": [sources[n] for n, _ in mine]})
     if left:
         out.append({**group, "rule": like.defaults["rule"], "params": list(left.values())})
     return out

@@ -8,12 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optim.build.factory import build_optimizer
 from lightning_optim.build.mesh_estimate import MeshEstimate, Strategy, estimate_mesh
-from lightning_optim.build.roles import matches, roles, without_parameters
+from lightning_optim.build.overrides import matches
+from lightning_optim.build.param_role import ParamRole
+from lightning_optim.build.role_report import report
+from lightning_optim.build.role_warnings import Owned, warnings_of
 from lightning_optim.core.optimizer import RuleOptimizer
+from lightning_optim.core.options import has_constraint
 from lightning_optim.core.param_groups import blocks_of, rule_of
 from lightning_optim.core.state import formats
 from lightning_optim.core.step.plan import state_formats
@@ -29,6 +33,10 @@ class Row:
     rule: str
     group: str
     reason: str
+    source: str
+    """Who says what it is: `user`, `registry`, `measured`, `structure`, or `unknown`."""
+    matrices: str
+    """How the rule gets it: "3 of 768 x 768", "4 experts x 2 of 24 x 16, transposed"; empty if it sees no matrices."""
     state_bytes: dict[str, int]
     """By slot, scales included; the 8 bytes of the step count apart."""
     host_bytes: int = 0
@@ -46,8 +54,10 @@ class Plan:
     """Shapes of parameters that get gradients, but that no group has: they never move."""
     mesh: MeshEstimate | None = None
     """What falls on each rank, if a mesh was asked for."""
-    warning: str = ""
-    """Why the main rule owns no parameter, if it owns none."""
+    warnings: Sequence[str] = ()
+    """What need not be as the user expects: `lightning_optim.build.role_warnings`."""
+    notes: Sequence[str] = ()
+    """What was run to measure roles, or why it could not be."""
 
     @property
     def state_bytes(self) -> int:
@@ -79,13 +89,15 @@ class Plan:
         """A Markdown table; repeated layers are one line."""
         lines: dict[tuple[Any, ...], list[Row]] = {}
         for r in self.rows:
-            lines.setdefault((_layerless(r.name), r.shape, r.role, r.rule, r.reason), []).append(r)
-        text = ["| parameter | shape | role | rule | state | reason |", "|---|---|---|---|---|---|"]
-        for (name, shape, role, rule, reason), same in lines.items():
+            lines.setdefault((_layerless(r.name), r.shape, r.role, r.source, r.rule, r.matrices, r.reason), []).append(
+                r
+            )
+        text = ["| parameter | shape | role | rule | matrices | state | from | reason |", "|" + "---|" * 8]
+        for (name, shape, role, source, rule, matrices, reason), same in lines.items():
             label = f"{name} ({len(same)} times)" if len(same) > 1 else same[0].name
             slots = ", ".join(f"{k} {_bytes(v)}" for k, v in same[0].state_bytes.items()) or "none"
             size = " x ".join(map(str, shape)) or "scalar"
-            text.append(f"| {label} | {size} | {role} | {rule} | {slots} | {reason} |")
+            text.append(f"| {label} | {size} | {role} | {rule} | {matrices} | {slots} | {source} | {reason} |")
         owners = ", ".join(f"{rule} {share:.1%}" for rule, share in self.shares().items())
         text.append(f"\n{self.parameters:,} trainable weights: {owners}")
         away = f", {_bytes(self.host_bytes)} of it in host memory" if self.host_bytes else ""
@@ -98,8 +110,9 @@ class Plan:
                     alike.setdefault(_layerless(name), []).append(name)
                 listed = (f"{n} ({len(same)} times)" if len(same) > 1 else same[0] for n, same in alike.items())
                 text.append(f"\n{sum(map(math.prod, shapes.values())):,} weights {title}: {', '.join(listed)}")
-        if self.warning:
-            text.append(f"\nWarning: {self.warning}")
+        if self.notes:
+            text.append("\nRoles: " + "; ".join(self.notes))
+        text += [f"\nWarning: {warning}" for warning in self.warnings]
         return "\n".join([*text, *(_lines(self.mesh) if self.mesh is not None else ())])
 
 
@@ -167,10 +180,16 @@ def describe(model: nn.Module, optimizer: RuleOptimizer) -> Plan:
     Returns:
         The plan; printed, it is a Markdown table.
     """
-    traits, rows, names = roles(model), [], {id(p): name for name, p in model.named_parameters()}
+    seen, rows, names = (
+        report(model, optimizer.example_inputs),
+        [],
+        {id(p): name for name, p in model.named_parameters()},
+    )
+    traits = seen.roles
     for group in optimizer.param_groups:
         rule = rule_of(group)
-        for p in group["params"]:
+        sources = group.get("role_sources", ())
+        for i, p in enumerate(group["params"]):
             label = names.get(id(p), "")
             if label not in traits:
                 continue
@@ -185,16 +204,44 @@ def describe(model: nn.Module, optimizer: RuleOptimizer) -> Plan:
             if optimizer.averages is not None:
                 width = formats.compute_dtype_of(p.dtype).itemsize
                 state |= {key: p.numel() * width for key in optimizer.averages.keys}
-            trait = traits[label]
-            rows.append(Row(label, tuple(p.shape), trait.role, rule.name, group["name"], trait.reason, state, away))
+            rows.append(_row(label, p, traits[label], group, sources[i] if i < len(sources) else "", state, away))
     owned = {row.name for row in rows}
     others = {name: p for name, p in model.named_parameters() if name not in owned}
     frozen = {name: tuple(p.shape) for name, p in others.items() if name not in traits}
     unowned = {name: tuple(p.shape) for name, p in others.items() if name in traits}
-    main, warning = optimizer.defaults.get("rule"), ""
-    if main is not None and rows and all(row.rule != main for row in rows):
-        warning = without_parameters(main, ((row.name, row.role, row.shape) for row in rows))
-    return Plan(rows, frozen, unowned, warning=warning)
+    main, blocks = optimizer.defaults.get("rule"), {g["name"]: g["blocks"] for g in optimizer.param_groups}
+    owners = (Owned(row.name, row.role, row.shape, row.rule, blocks[row.group]) for row in rows)
+    return Plan(rows, frozen, unowned, warnings=warnings_of(main, owners) if main else (), notes=seen.notes)
+
+
+def _row(
+    name: str,
+    p: Tensor,
+    trait: ParamRole,
+    group: Mapping[str, Any],
+    source: str,
+    state: dict[str, int],
+    host_bytes: int,
+) -> Row:
+    """The row of a parameter: as it was assigned, where its group says so, else as it is now."""
+    role = group.get("role", trait.role)
+    reason = trait.reason if role == trait.role else "an override says so"
+    matrices = _matrices(group, p, role)
+    shape = tuple(p.shape)
+    return Row(
+        name, shape, role, group["rule"], group["name"], reason, source or trait.source, matrices, state, host_bytes
+    )
+
+
+def _matrices(group: Mapping[str, Any], p: Tensor, role: str) -> str:
+    """How a rule gets a parameter, in words."""
+    rule = rule_of(group)
+    if p.ndim < 2 or (rule.elementwise and not has_constraint(group)):
+        return ""
+    blocks, is_transposed = blocks_of(rule, group, p.shape)
+    stack = p.shape[0] if role == "experts" and p.ndim == 3 else 1
+    sizes = ", ".join(f"{block.dims[0] // stack} of {block.dims[1]} x {block.dims[2]}" for block in blocks)
+    return (f"{stack} experts x " if stack > 1 else "") + sizes + (", transposed" if is_transposed else "")
 
 
 class Owners:

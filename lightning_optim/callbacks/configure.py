@@ -10,7 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from lightning_optim.build.factory import build_optimizer
-from lightning_optim.build.roles import Override
+from lightning_optim.build.overrides import Override
 from lightning_optim.callbacks.averaged_weights import AveragedWeights
 from lightning_optim.callbacks.curvature import CurvatureCallback
 from lightning_optim.callbacks.module_order import ModuleOrder

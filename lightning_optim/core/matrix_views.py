@@ -66,6 +66,8 @@ class MatrixBlock(NamedTuple):
     """(rows of a period, first row taken in each, rows of one matrix in each); None for all rows in their order."""
     apart: bool = False
     """Whether a block is a separate matrix in every period, rather than one with the same block of the others."""
+    columns: bool = False
+    """Whether `rows` counts columns."""
 
     def view_of(self, t: Tensor, transposed: bool) -> Tensor:
         """The block's view of a parameter-shaped tensor.
@@ -81,10 +83,12 @@ class MatrixBlock(NamedTuple):
         if self.rows is None:
             return t
         period, first, size = self.rows
+        t = t.mT if self.columns else t
         periods = t.shape[-2] // period
         count = self.dims[0] // math.prod(t.shape[:-2]) // (periods if self.apart else 1)
         view = t.unflatten(-2, (-1, period)).narrow(-2, first, count * size).unflatten(-2, (count, size))
-        return view if self.apart else view.transpose(-4, -3)
+        view = view if self.apart else view.transpose(-4, -3)
+        return view.movedim(-1, -2 if self.apart else -3) if self.columns else view
 
 
 @lru_cache(4096)
@@ -100,7 +104,8 @@ def split_blocks(
             and value of a head together, (1, 1) for alternate rows. The repetitions of a block form one
             matrix. Pairs of (rows of a block, number of such blocks) are separate matrices at each repetition: ((128,
             2), (1, 128)) for a fused layer with the query, key and value of a head together, the first two whole, the
-            last by row.
+            last by row. Negative numbers are of columns: -4 for four blocks of columns, (-1, -1, -1, -1) for four
+            matrices that take turns.
         conv: see `stack_shape`.
         transposed: see `stack_shape`.
 
@@ -110,6 +115,8 @@ def split_blocks(
     Raises:
         ValueError: the rows do not divide into these blocks.
     """
+    if len(shape) > 1 and counts_columns(blocks):
+        return _column_blocks(stack_shape(shape, conv=conv, transposed=transposed), blocks)
     if not isinstance(blocks, tuple) or len(shape) < 2:
         count = None if isinstance(blocks, tuple) else blocks
         return (MatrixBlock(stack_shape(shape, count, conv=conv, transposed=transposed)),)
@@ -129,6 +136,42 @@ def split_blocks(
         out.append(MatrixBlock(dims, (period, first, size), apart))
         first += count * size
     return tuple(out)
+
+
+def are_valid(blocks: Blocks) -> bool:
+    """Whether the option `blocks` has numbers that can be sizes: none is 0, and only numbers of columns are negative.
+
+    Returns:
+        True for None, too.
+    """
+    if isinstance(blocks, tuple):
+        pairs = any(isinstance(x, tuple) for x in blocks)
+        numbers = [n for x in blocks for n in (x if isinstance(x, tuple) else (x,))]
+        return min(numbers, default=0) > 0 or (max(numbers, default=0) < 0 and not pairs)
+    return blocks != 0
+
+
+def counts_columns(blocks: Blocks) -> bool:
+    """Whether the option `blocks` divides columns rather than rows.
+
+    Returns:
+        True if its numbers are negative.
+    """
+    first = blocks[0] if isinstance(blocks, tuple) and blocks else blocks
+    return isinstance(first, int) and first < 0
+
+
+def _column_blocks(dims: StackShape, blocks: Any) -> tuple[MatrixBlock, ...]:
+    """Blocks of columns: those of rows of the transposed matrices."""
+    b, m, n = dims
+    positive = tuple(-x for x in blocks) if isinstance(blocks, tuple) else -blocks
+    try:
+        cut = split_blocks((b, n, m), positive)
+    except ValueError as error:
+        raise ValueError(str(error).replace("rows", "columns")) from None
+    return tuple(
+        MatrixBlock((x.dims[0], x.dims[2], x.dims[1]), x.rows or (n, 0, x.dims[1]), x.apart, columns=True) for x in cut
+    )
 
 
 def frozen(blocks: Any) -> Any:

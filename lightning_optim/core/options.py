@@ -42,7 +42,7 @@ class Options:
     blocks: int | tuple[int, ...] | tuple[tuple[int, int], ...] | None = None
     """How the rows of a matrix are divided into smaller matrices: a number of equal blocks (attention heads, a fused
     QKV), or the rows of one block after the other, repeated until all rows are used: `(8, 4, 4)` for 8 rows of queries,
-    4 of keys and 4 of values, `(1, 1)` for alternate rows."""
+    4 of keys and 4 of values, `(1, 1)` for alternate rows. Negative numbers divide columns."""
     transposed: bool = False
     """Matrices are stored as inputs x outputs (Transformers' Conv1D); rules see outputs as rows."""
     constraint: Literal["none", "hyperball"] = "none"

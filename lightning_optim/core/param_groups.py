@@ -211,13 +211,8 @@ def _check_settings(group: Mapping[str, Any]) -> None:
         raise ValueError(f"{group['name']}: storage_block must be a power of two from 16 to {PIECE}, got {block!r}")
     if group["clip_norm"] == 0:
         raise ValueError(f"{group['name']}: clip_norm must be positive, or None for no clipping, got 0")
-    blocks = group["blocks"]
-    sizes = blocks if isinstance(blocks, tuple) else (blocks,)
-    if (
-        blocks is not None
-        and min((x for size in sizes for x in (size if isinstance(size, tuple) else (size,))), default=0) < 1
-    ):
-        raise ValueError(f"{group['name']}: blocks must be a positive integer or several, got {blocks!r}")
+    if not matrix_views.are_valid(group["blocks"]):
+        raise ValueError(f"{group['name']}: blocks must be a positive integer or several, got {group['blocks']!r}")
 
 
 def _check_scale(rule: Rule, group: Mapping[str, Any]) -> None:
@@ -240,7 +235,7 @@ def _check_scale(rule: Rule, group: Mapping[str, Any]) -> None:
 
 def _check_options(group: Mapping[str, Any]) -> None:
     for key, hint in OPTION_TYPES.items():
-        check_value(f"{group['name']}: {key}", group[key], hint, signed=key == "seed")
+        check_value(f"{group['name']}: {key}", group[key], hint, signed=key in ("seed", "blocks"))
 
 
 def _refuse_misspelled(key: str, rule: type[Rule]) -> None:

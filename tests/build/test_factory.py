@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from lightning_optim import RuleOptimizer, assign, build_optimizer, layerwise_decay, lora_plus, roles
+from lightning_optim.build.overrides import Override
 from lightning_optim.build.plan import describe, plan
-from lightning_optim.build.roles import Override
 from tests.helpers.rules import gradient
 
 
@@ -100,7 +100,7 @@ def test_a_main_rule_without_parameters_is_a_warning(
     if role := next(iter(roles_here & {"other", "conv"}), None):
         advised = build_optimizer(model, "muon", lr=1e-3, overrides=[(role, "muon")])
         assert {g["rule"] for g in advised.param_groups} == {"muon", "adamw"}
-        assert not describe(model, advised).warning
+        assert not describe(model, advised).warnings
     build_optimizer(model, "soap", lr=1e-3, overrides=[("*", "soap")])
     build_optimizer(model, "adamw", lr=1e-3)
     assert not caplog.records
@@ -206,7 +206,7 @@ def test_group_without_a_rule_is_divided_as_from_the_start() -> None:
     joined = ("attention", "convolution", "lm_head_norm")
 
     def settings(of: RuleOptimizer) -> dict[str, dict[str, Any]]:
-        skip = ("params", "param_names", "name", "lr")
+        skip = ("params", "param_names", "role_sources", "name", "lr")
         return {n: {k: v for k, v in g.items() if k not in skip} for g in of.param_groups for n in g["param_names"]}
 
     assert settings(optimizer) == settings(expected)

@@ -184,3 +184,28 @@ def test_on_any_number_of_ranks(pool: Pool, name: str, tmp_path: Path) -> None:
     for actual in [*saved, *pool.run("tests.core.test_matrix_views:load_and_train", 3, name=name, folder=folder)]:
         for key in expected:
             assert torch.equal(actual[key], expected[key]), key
+
+
+@pytest.mark.parametrize("blocks", [-4, (-1,) * 4, (-3, -5), (-8, -2, -2)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_blocks_of_columns_are_those_of_rows_of_the_transpose(blocks: Any, transposed: bool) -> None:
+    """Every element is in one matrix, as the rows of the transposed parameter are."""
+    columns = 8 if blocks == (-3, -5) else 12
+    p = torch.arange(2.0 * 5 * columns).view((2, columns, 5) if transposed else (2, 5, columns))
+    positive = tuple(-x for x in blocks) if isinstance(blocks, tuple) else -blocks
+    by_columns = matrix_views.split_blocks(tuple(p.shape), blocks, transposed=transposed)
+    by_rows = matrix_views.split_blocks(tuple(p.shape), positive, transposed=not transposed)
+    for x, y in zip(by_columns, by_rows, strict=True):
+        (b, m, n), (_, rows, width) = x.dims, y.dims
+        assert (m, n) == (width, rows)
+        view, other = x.view_of(p, transposed), y.view_of(p, not transposed)
+        assert torch.equal(view.reshape(b, m, n), other.reshape(b, n, m).mT)
+        assert view.untyped_storage().data_ptr() == p.untyped_storage().data_ptr()
+
+
+def test_columns_that_do_not_divide() -> None:
+    for blocks in (-5, (-5, -2)):
+        with pytest.raises(ValueError, match="12 columns"):
+            matrix_views.split_blocks((4, 12), blocks)
+    assert matrix_views.are_valid(None) and matrix_views.are_valid((-1, -1))
+    assert not any(map(matrix_views.are_valid, (0, (0, 1), (1, -1), (), ((2, -1), (1, 1)))))

@@ -36,7 +36,9 @@ def compare_groups(collective_guard: guard.CollectiveGuard, groups: Sequence[Gro
     if len(ranks) > 1:
         lines: list[str] = []
         for group in groups:
-            lines.append(repr({k: v for k, v in group.group.items() if k not in ("params", "param_names")}))
+            lines.append(
+                repr({k: v for k, v in group.group.items() if k not in ("params", "param_names", "role_sources")})
+            )
             lines += [f"{s.plan.name} {tuple(s.plan.shape)}" for s in group.params]
         collective_guard.compare(sorted(ranks), lines)
 

@@ -1,0 +1,42 @@
+"""What the user says of parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_optim import assign, build_optimizer
+from lightning_optim.build.overrides import checked, matches
+from tests.build.test_dataflow import Layers
+
+
+def test_patterns_match_names_roles_and_kinds() -> None:
+    assert matches("*.q.*", "module.a.q.weight", "hidden") and matches("a.q.*", "module.a.q.weight", "hidden")
+    assert matches("head", "x", "head") and matches("bias", "x", "vector", "bias") and not matches("x.*", "x", "head")
+    with pytest.raises(ValueError, match="an override is"):
+        checked(("a", "muon", {}, 1))  # pyright: ignore[reportArgumentType]
+
+
+def test_an_override_says_what_a_parameter_is() -> None:
+    overrides: Any = [
+        ("turned", None, {"role": "gate_up", "blocks": 2, "transposed": True}),
+        ("back", None, {"role": "head"}),
+    ]
+    owners = {a.name: a for a in assign(Layers(), "muon", "adamw", overrides)}
+    turned, back = owners["turned"], owners["back"]
+    assert (turned.rule, turned.blocks, turned.transposed, turned.trait.source) == ("muon", 2, True, "user")
+    assert (back.rule, back.role, owners["down"].rule) == ("adamw", "head", "adamw")
+    with pytest.raises(ValueError, match="turned: role: unknown value 'gate'"):
+        assign(Layers(), "muon", "adamw", [("turned", None, {"role": "gate"})])
+
+
+def test_sources_are_in_the_checkpoint() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    optimizer = build_optimizer(model, "muon", lr=0.1, example_inputs=torch.ones(1, 4))
+    saved: dict[str, str] = {}
+    for group in optimizer.state_dict()["param_groups"]:
+        saved |= dict(zip(group["param_names"], group["role_sources"], strict=True))
+    assert (saved["0.weight"], saved["1.weight"], saved["0.bias"]) == ("measured", "measured", "structure")
