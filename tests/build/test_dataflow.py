@@ -16,6 +16,15 @@ D = 8
 class Layers(nn.Module):
     """Embedding, fused attention, gated layer, router with experts, head, each from plain parameters."""
 
+    table: Tensor
+    qkv: Tensor
+    back: Tensor
+    turned: Tensor
+    down: Tensor
+    route: Tensor
+    experts: Tensor
+    shift: Tensor
+
     def __init__(self, heads: int = 1) -> None:
         super().__init__()
         sizes = {

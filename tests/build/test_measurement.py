@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers as hf
@@ -10,15 +12,21 @@ from torch import Tensor, nn
 from lightning_optim.build import measurement
 from lightning_optim.build.measurement import measure
 
-BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
+BERT: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+}
 
 
 class Refusing(nn.Sequential):
     """Runs with values only."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return y if float(y.detach().numpy().sum()) < 1e9 else x
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)
+        return y if float(y.detach().numpy().sum()) < 1e9 else input
 
 
 def test_inputs_of_the_user_or_nothing() -> None:
@@ -41,10 +49,13 @@ def test_a_model_that_needs_values_is_run_with_them_if_it_is_small(monkeypatch: 
 
 def test_modules_within_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.ModuleDict({"body": hf.BertModel(hf.BertConfig(**BERT)), "out": nn.Linear(16, 3)})
-    query = model["body"].encoder.layer[0].attention.self.query.weight
+    query = model.get_parameter("body.encoder.layer.0.attention.self.query.weight")
     assert measure(model).facts[id(query)].kinds == {"matmul"}
     monkeypatch.setattr(measurement, "watch", None)  # would raise
-    assert measure(model).facts[id(query)].kinds == {"matmul"} and id(model["out"].weight) not in measure(model).facts
+    assert (
+        measure(model).facts[id(query)].kinds == {"matmul"}
+        and id(model.get_parameter("out.weight")) not in measure(model).facts
+    )
 
 
 def test_measuring_draws_no_random_number() -> None:
