@@ -49,7 +49,7 @@ def test_tied_weights_frozen_ones_and_wrappers() -> None:
     model[1].weight = model[0].weight
     model.requires_grad_(False)
     wrapped: Any = torch.compile(nn.Sequential(cast("Any", torch.compile(model)), nn.Linear(4, 2)))
-    assert unwrapped(wrapped)[1].out_features == 2
+    assert unwrapped(wrapped).get_submodule("1").out_features == 2
     twin = Twin(wrapped).module
     inner: Any = twin.get_submodule("0")
     assert type(inner) is nn.Sequential and inner[0].weight is inner[1].weight and inner[0].weight.requires_grad
