@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
+
+from lightning_optim.core.parallel.sharding import unsharded_class
 
 SMALL_BUFFER = 2**20
 """Buffers of up to so many elements keep their values (masks, position ids, grids); larger ones have a shape only."""
@@ -64,10 +65,7 @@ class Twin:
         module = unwrapped(module)
         if id(module) in self._copies:
             return self._copies[id(module)]
-        kind = type(module)
-        if isinstance(module, FSDPModule):
-            kind = next(c for c in kind.__mro__ if not issubclass(c, FSDPModule))
-        copy = object.__new__(kind)
+        copy = object.__new__(unsharded_class(module))
         self._copies[id(module)] = copy
         attributes = {k: v for k, v in module.__dict__.items() if k not in ("_parameters", "_buffers", *_HOOKS)}
         copy.__dict__.update({k: self._value(v) for k, v in attributes.items() if k != "_compiled_call_impl"})

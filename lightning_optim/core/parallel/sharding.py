@@ -325,3 +325,19 @@ def is_tensor_parallel(p: Tensor, model: torch.nn.Module) -> bool:
 
     count = sum(not isinstance(x, Replicate) for x in p.placements)
     return count > 1 or (count == 1 and not any(isinstance(m, FSDPModule) for m in model.modules()))
+
+
+def unsharded_class(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """The class of a module before `fully_shard` derived another one from it.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Its class, where it is not the root of a shard.
+    """
+    mro = type(module).__mro__
+    sharded = next(
+        (c for c in mro if c.__name__ == "FSDPModule" and c.__module__.startswith("torch.distributed")), None
+    )
+    return next(c for c in mro if sharded is None or not issubclass(c, sharded))
