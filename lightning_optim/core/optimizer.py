@@ -96,7 +96,6 @@ class RuleOptimizer(StatefulOptimizer):
         self.has_curvature = False
         self.loss_oracle = None
         self.bias_of = WeakTensorKeyDictionary()
-        self.example_inputs: Any = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, completed by its rule's defaults and checked.

@@ -46,6 +46,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Replicas that reduce less than the gradients of some rules."""
         self.averages: Averages | None = None
         self.curve: Any = None
+        self.example_inputs: Any = None
+        """Of the model, with which its roles were measured."""
         self._total_steps: int | Callable[[], int | None] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
