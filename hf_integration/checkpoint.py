@@ -85,6 +85,8 @@ class KeepSchedule(TrainerCallback):
         if isinstance(scheduler, LambdaLR) and all("rule" in group for group in groups):
             scheduler.base_lrs = [group["initial_lr"] for group in groups]
             scheduler._last_lr = [group["lr"] for group in groups]
+        elif optimizer is not None:
+            _fit_bounds(scheduler, len(groups))
         if optimizer is not None:
             optimizer.total_steps = state.max_steps
         if optimizer is not None and optimizer.curve is not None:
@@ -134,6 +136,22 @@ class KeepSchedule(TrainerCallback):
             optimizer.eval()
         elif optimizer.averages is not None:  # evaluations to come are of what was loaded
             optimizer.averages.replaced(optimizer)
+
+
+def _fit_bounds(scheduler: Any, groups: int) -> None:
+    """Give a schedule that follows a metric (`reduce_lr_on_plateau`, `greedy`) as many bounds as there are groups.
+
+    A checkpoint of AdamW with two groups has left it two of each, all the same.
+    """
+    for name in ("min_lrs", "max_lrs"):
+        bounds = getattr(scheduler, name, None)
+        if bounds and len(bounds) != groups:
+            setattr(scheduler, name, [bounds[0]] * groups)
+    for name in ("_init_lrs", "_last_lr"):
+        rates = getattr(scheduler, name, None)
+        if rates and len(rates) != groups:
+            now = [group["lr"] for group in scheduler.optimizer.param_groups]
+            setattr(scheduler, name, [rates[0] * lr / now[0] for lr in now])
 
 
 def _ours(optimizer: Any) -> RuleOptimizer | None:
@@ -211,13 +229,14 @@ def _translated(optimizer: RuleOptimizer, saved: Mapping[str, Any], numbers: Map
     if unknown:
         raise ValueError(f"the checkpoint's optimizer is not torch's AdamW: it has {', '.join(sorted(unknown))}")
     first = saved["param_groups"][0]
+    moved = first["lr"] / optimizer.defaults["lr"]  # by a schedule that follows a metric and stores no first rate
     factor = first["lr"] / first["initial_lr"] if first.get("initial_lr") else 1.0
     groups: list[dict[str, Any]] = []
     state: dict[int, Any] = {}
     for group in optimizer.param_groups:
         start = sum(len(g["params"]) for g in groups)
         settings = {k: v for k, v in group.items() if k != "params"}
-        settings |= {"lr": settings["initial_lr"] * factor} if "initial_lr" in settings else {}
+        settings["lr"] = settings["initial_lr"] * factor if "initial_lr" in settings else settings["lr"] * moved
         groups.append({**settings, "params": list(range(start, start + len(group["params"])))})
         if group["rule"] in ADAM:
             keys = ("step", *MOMENTS[: 3 if group["amsgrad"] else 2])

@@ -537,6 +537,39 @@ def stopped_adamw(folder: Path, model: PreTrainedModel, **settings: Any) -> Trai
     return trainer
 
 
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_a_metric_goes_on_from_adamw(tmp_path: Path, schedule: str):
+    bound = {"min_lr": 1e-5, "threshold": 1e3, "threshold_mode": "abs"}  # no loss is ever better
+    flags: dict[str, Any] = {
+        "lr_scheduler_type": schedule,
+        "lr_scheduler_kwargs": {"factor": 0.5, "patience": 0, **bound},
+    }
+    flags |= {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "metric_for_best_model": "loss",
+        "warmup_steps": 0,
+        "max_steps": 8,
+    }
+
+    def made(**more: Any) -> Trainer:
+        args = arguments(tmp_path, save_strategy="steps", save_steps=4, **flags | more)
+        data: Any = {"train_dataset": Tokens(), "eval_dataset": Tokens()}
+        factory = args.optimizer_cls_and_kwargs()
+        return Trainer(llama(), args, callbacks=[KeepSchedule()], optimizer_cls_and_kwargs=factory, **data)
+
+    theirs = made(optim="adamw_torch", max_steps=4)
+    theirs.train()
+    before = cast("Any", theirs.optimizer).param_groups[0]["lr"]
+    assert before != theirs.args.learning_rate, "the schedule has moved"
+    ours = made(optim="muon", rest_learning_rate=theirs.args.learning_rate / 2)
+    ours.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    logged = [x["learning_rate"] for x in ours.state.log_history if "learning_rate" in x and x["step"] > 4]
+    assert len(logged) == 4 and logged[0] == pytest.approx(before) and len(set(logged)) > 1
+    rates = {g["name"]: g["lr"] for g in cast("Any", ours.optimizer).param_groups}
+    assert rates["adamw/vector"] == pytest.approx(max(rates["muon/hidden"] / 2, 1e-5))
+
+
 @pytest.mark.parametrize(("optim", "make"), [("adamw_torch_fused", llama), ("adamw_torch", lambda: llama(tied=False))])
 def test_adamw_goes_on_from_adamw(tmp_path: Path, make: Callable[[], PreTrainedModel], optim: str):
     """In the same `output_dir`; bit for bit where the kernel is the same."""
