@@ -64,12 +64,16 @@ class KeepSchedule(TrainerCallback):
     * The schedule of a checkpoint of Transformers' AdamW, which has two groups, is fitted to the groups of our
       optimizer, which takes AdamW's `optimizer.pt` by itself; this is for `scheduler.pt`.
     * An optimizer built with `schedule=` or a preset follows that, whatever `--lr_scheduler_type` says.
+    * Parameters that are unfrozen while it trains, and that the optimizer therefore lacks, are named in a warning.
     * A wrapped optimizer shows the averaged weights to what is saved, and at the end of the run; a resumed run has
       those to train, bit for bit. (The Trainer itself does so for evaluations.) Under FSDP2 checkpoints have those to
       train.
 
     `attach` and `register` add it. Where nothing of this is asked for, it changes nothing.
     """
+
+    def __init__(self) -> None:
+        self._warned = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give every group its own learning rate at the schedule's present place.
@@ -110,6 +114,23 @@ class KeepSchedule(TrainerCallback):
         optimizer = _ours(kwargs["optimizer"])
         if optimizer is not None and optimizer.curve is not None:
             optimizer.curve.move_momentum(optimizer, state.global_step, state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name parameters that have a gradient and are in no group."""
+        optimizer, model = _ours(kwargs["optimizer"]), kwargs["model"]
+        if optimizer is None or self._warned:
+            return
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.grad is not None]
+        missing = [name for name, p in trained if id(p) not in owned]
+        if missing and len(missing) < len(trained):  # DeepSpeed has replaced all
+            self._warned = True
+            _log.warning(
+                "%s parameters have gradients and are not in the optimizer, as they were frozen when it was built: %s; "
+                "unfreeze them before train(), or call optimizer.add_param_group({'params': ...}) afterwards",
+                len(missing),
+                ", ".join(missing[:6]) + ("" if len(missing) <= 6 else ", ..."),
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show what is to be saved."""

@@ -537,6 +537,24 @@ def stopped_adamw(folder: Path, model: PreTrainedModel, **settings: Any) -> Trai
     return trainer
 
 
+class Unfreeze(TrainerCallback):
+    """Somebody's gradual unfreezing."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            kwargs["model"].model.layers[0].requires_grad_(True)
+
+
+def test_parameters_unfrozen_while_training_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    model: Any = llama()
+    model.model.layers[0].requires_grad_(False)
+    trainer = trainer_of(model, arguments(tmp_path, max_steps=4), Unfreeze(), KeepSchedule())
+    with caplog.at_level("WARNING", "hf_integration"):
+        trainer.train()
+    said = [r.getMessage() for r in caplog.records if "not in the optimizer" in r.getMessage()]
+    assert len(said) == 1 and "model.layers.0.self_attn.q_proj.weight" in said[0] and "add_param_group" in said[0]
+
+
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
 def test_a_schedule_that_follows_a_metric_goes_on_from_adamw(tmp_path: Path, schedule: str):
     bound = {"min_lr": 1e-5, "threshold": 1e3, "threshold_mode": "abs"}  # no loss is ever better

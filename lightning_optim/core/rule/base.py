@@ -306,15 +306,17 @@ class Rule:
         for key in hyperparameters(type(self)):
             check_value(f"{self.name}: {key}", getattr(self, key), hints[key], signed=key in self.signed)
         if self.preconditioners:
-            policy = parse(getattr(self, "refresh", "staggered:10"))
+            text = getattr(self, "refresh", "staggered:10")
+            policy = parse(text)
             if (policy.measures or policy.compares) and not self.measures_staleness():
                 reason = self.unmeasurable_reason or "it has no measure of staleness"
-                raise ValueError(f"{self.name}: {reason}, so refresh={policy} cannot decide; take fixed or staggered")
+                raise ValueError(f"{self.name}: {reason}, so refresh={text!r} cannot decide; take fixed or staggered")
         if self.curvature_input and self.curvature_input != "loss":
-            policy = parse(getattr(self, self.curvature_schedule))
+            text = getattr(self, self.curvature_schedule)
+            policy = parse(text)
             if policy.reads or policy.timed:
                 raise ValueError(
-                    f"{self.name}: {self.curvature_schedule}={policy} decides for single matrices, but one "
+                    f"{self.name}: {self.curvature_schedule}={text!r} decides for single matrices, but one "
                     "measurement is for all: use fixed, warmup_dense, or any, all and until of these"
                 )
         betas = getattr(self, "betas", ())

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 
+import lightning_optim
 from lightning_optim.core.rule import check_value, nearest
 
 Word = Literal["raise", "skip"]
@@ -75,3 +77,13 @@ def test_signed_settings_may_be_negative_but_must_be_finite() -> None:
 def test_similar_names_are_suggested_likeliest_first_and_else_all_are_named() -> None:
     assert nearest("adamv", ["lion", "adamw", "adam"]) == "did you mean 'adam' or 'adamw'?"
     assert nearest("zzz", ["lion", "adam"]) == "known: adam, lion"
+
+
+def test_every_known_name_is_listed_once():
+    assert nearest("xyz", ["b", "a", "b"]) == "known: a, b"
+
+
+@pytest.mark.parametrize(("cls", "policy"), [("Flora", "off_diagonal:0.3"), ("SophiaG", "lazy:10")])
+def test_a_policy_that_cannot_decide_is_quoted_as_it_was_written(cls: str, policy: str):
+    with pytest.raises(ValueError, match=f"refresh='{policy}'"):
+        getattr(lightning_optim, cls)([torch.nn.Parameter(torch.ones(4, 4))], refresh=policy)
