@@ -34,6 +34,10 @@ def main() -> None:
         epilog="Any other --SETTING VALUE (or =VALUE) is a hyperparameter or another argument of build_optimizer.",
     )
     planning.add_argument("--model", required=True, help="directory or hub id of a Transformers model; only its config")
+    planning.add_argument("--adapter", metavar="DIR", help="directory or hub id of a PEFT adapter; only its config")
+    planning.add_argument(
+        "--trust-remote-code", "--trust_remote_code", action="store_true", help="run code that comes with the model"
+    )
     planning.add_argument("--optim", metavar="NAME", help="default: the recipe's")
     planning.add_argument("--recipe", metavar="NAME", help="published settings; `recipes` prints them")
     planning.add_argument("--rest", metavar="NAME", help="rule of what the main one does not take")
@@ -92,22 +96,55 @@ def print_plan(args: argparse.Namespace) -> None:
     Raises:
         ValueError: neither an optimizer nor a recipe is given, or one is unknown.
     """
-    import torch
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from lightning_optim.build.plan import plan
 
     if args.optim is None and args.recipe is None:
         raise ValueError("plan: give --optim or --recipe")
     name = args.optim or find(args.recipe).rule
-    config = AutoConfig.from_pretrained(args.model)
-    classes = [getattr(transformers, x, None) for x in getattr(config, "architectures", None) or ()]
-    with torch.device("meta"):
-        model = classes[0](config) if classes and classes[0] else AutoModelForCausalLM.from_config(config)
+    model = model_without_weights(args.model, args.adapter, trust_remote_code=args.trust_remote_code)
     mesh = {"world_size": args.world_size, "strategy": args.strategy, "node_size": args.node_size}
     arguments = {"rest": args.rest, "last_layer": args.last_layer, **args.settings}
     print(plan(model, name, recipe=args.recipe, **mesh, **arguments))
+
+
+AUTO_CLASSES = (
+    *("CausalLM", "Seq2SeqLM", "ImageTextToText", "SpeechSeq2Seq", "CTC", "MaskedLM", "ImageClassification"),
+    *("ObjectDetection", "SemanticSegmentation", "AudioClassification", "ZeroShotImageClassification"),
+)
+"""Tasks of Transformers, in the order in which a configuration without `architectures` is taken for one."""
+
+
+def model_without_weights(source: str, adapter: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """A model of Transformers with its parameters on the meta device, by its configuration alone.
+
+    Args:
+        source: directory or hub id.
+        adapter: directory or hub id of a PEFT adapter, whose configuration is applied.
+        trust_remote_code: run code that comes with the model.
+
+    Returns:
+        The model; its buffers have values.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    remote = getattr(config, "auto_map", {}) if trust_remote_code else {}
+    tasks = [getattr(transformers, f"AutoModelFor{task}") for task in AUTO_CLASSES]
+    tasks = [auto for auto in tasks if auto.__name__ in remote or type(config) in auto._model_mapping]
+    with init_empty_weights(include_buffers=False):
+        if hasattr(transformers, named):
+            model = getattr(transformers, named)(config)
+        else:
+            auto = (tasks or [transformers.AutoModel])[0]
+            model = auto.from_config(config, trust_remote_code=trust_remote_code)
+        model.tie_weights()
+        if adapter is not None:
+            import peft
+
+            model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(adapter))
+    return model
 
 
 if __name__ == "__main__":

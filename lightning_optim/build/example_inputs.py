@@ -34,7 +34,7 @@ def as_inputs(example: Any) -> Inputs:
     return Inputs(tuple(example), {}) if isinstance(example, (tuple, list)) else Inputs((example,), {})
 
 
-def inputs_of(module: nn.Module) -> Inputs | None:
+def inputs_of(module: nn.Module) -> list[Inputs]:
     """The smallest inputs of a module that describes its own.
 
     Args:
@@ -42,19 +42,18 @@ def inputs_of(module: nn.Module) -> Inputs | None:
             `main_input_name` say what it takes), or one of timm (`pretrained_cfg["input_size"]`); no wrapper.
 
     Returns:
-        None for other modules.
+        Inputs to be tried one after the other; none for other modules.
     """
     example = getattr(module, "example_input_array", None)
     if example is not None and not callable(example):
-        return as_inputs(example)
+        return [as_inputs(example)]
     if hasattr(type(module), "base_model_prefix") and hasattr(module, "config"):
-        kwargs = _of_config(module)
-        return Inputs((), kwargs) if kwargs else None
+        return [Inputs((), kwargs) for kwargs in _of_config(module)]
     size = getattr(module, "pretrained_cfg", None)
     size = size.get("input_size") if isinstance(size, Mapping) else None
     if size is not None and hasattr(module, "reset_classifier"):
-        return Inputs((torch.zeros(1, *_own_size(module, tuple(size))),), {})
-    return None
+        return [Inputs((torch.zeros(1, *_own_size(module, tuple(size))),), {})]
+    return []
 
 
 def _own_size(module: nn.Module, size: tuple[int, ...]) -> tuple[int, ...]:
@@ -63,25 +62,38 @@ def _own_size(module: nn.Module, size: tuple[int, ...]) -> tuple[int, ...]:
     return (size[0], *built) if isinstance(built, tuple) and len(built) == 2 else size
 
 
-def _of_config(module: nn.Module) -> dict[str, Any]:
-    """Inputs of a model of Transformers: what its main input is, and what its forward pass needs beside it."""
+def _of_config(module: nn.Module) -> list[dict[str, Any]]:
+    """Inputs of a model of Transformers: the main one with what it needs beside it, or all that it takes."""
     config: Any = module.config
-    main = getattr(module, "main_input_name", "input_ids")
     parameters = inspect.signature(type(module).forward).parameters
+    if "grid_thw" in parameters:
+        return [_patches(config, next(k for k in parameters if k != "self"))]
+    main = getattr(module, "main_input_name", "input_ids")
     names = [main, *(k for k, x in parameters.items() if x.default is inspect.Parameter.empty)]
-    if "input_ids" in parameters and main in ("pixel_values", "input_features", "input_values"):
+    if main in ("pixel_values", "input_features", "input_values"):
         names += ["input_ids"]
     if getattr(config, "is_encoder_decoder", False) or main in ("input_features", "input_values"):
         names += ["decoder_input_ids"]
-    if "pixel_values" in parameters and "input_ids" not in parameters:
+    if "input_ids" not in parameters:
         names += ["pixel_values"]
+    known = [k for k in parameters if k in MAKERS]
+    needed = [k for k in known if k in names]
     with torch.device("cpu"):
-        out: dict[str, Any] = {k: MAKERS[k](config) for k in dict.fromkeys(names) if k in parameters and k in MAKERS}
-        if "bbox" in parameters and "input_ids" in out:
-            out["bbox"] = torch.zeros(1, TOKENS, 4, dtype=torch.long)
-    if "use_cache" in parameters and out:
-        out["use_cache"] = False
-    return out
+        made = {k: MAKERS[k](config) for k in known}
+        if "input_ids" in made and "bbox" in parameters:
+            needed, made["bbox"] = [*needed, "bbox"], torch.zeros(1, TOKENS, 4, dtype=torch.long)
+    cache = {"use_cache": False} if "use_cache" in parameters else {}
+    out = [{k: made[k] for k in needed} | cache] if needed else []
+    return out + ([made | cache] if len(made) > len(needed) else [])
+
+
+def _patches(config: Any, name: str) -> dict[str, Any]:
+    """A small image as the patches that vision towers of the Qwen-VL kind take, and its size in patches."""
+    side = 2 * _first(config, "spatial_merge_size", default=1)
+    channels = _first(config, "in_channels", "in_chans", "num_channels", default=3)
+    width = channels * _first(config, "temporal_patch_size", default=1) * _first(config, "patch_size", default=14) ** 2
+    with torch.device("cpu"):
+        return {name: torch.zeros(side * side, width), "grid_thw": torch.tensor([[1, side, side]])}
 
 
 def _first(config: Any, *names: str, default: Any = None) -> Any:

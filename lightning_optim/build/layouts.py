@@ -47,6 +47,8 @@ LAYOUTS: dict[str, Layout] = {
         "MptAttention.Wqkv",
         "Phi3Attention.qkv_proj",
         "Phi4MultimodalAttention.qkv_proj",
+        "Qwen2_5_VLVisionAttention.qkv",
+        "VisionAttention.qkv",  # Qwen2-VL
     ),
     **_shipped(
         "grouped",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -47,24 +48,24 @@ def measure(model: nn.Module, example_inputs: object = None) -> Measurement:
     """
     out = Measurement()
     if example_inputs is not None:
-        _run(unwrapped(model), as_inputs(example_inputs), out, keep=False)
+        _run(unwrapped(model), [as_inputs(example_inputs)], out, keep=False)
         return out
     for module, inputs in _modules_with_inputs(unwrapped(model), out):
         _run(module, inputs, out)
     return out
 
 
-def _modules_with_inputs(module: nn.Module, so_far: Measurement) -> Iterator[tuple[nn.Module, Inputs]]:
+def _modules_with_inputs(module: nn.Module, so_far: Measurement) -> Iterator[tuple[nn.Module, Sequence[Inputs]]]:
     """Modules that describe their inputs, outermost first, and those within them whose weights were not used."""
     facts = [so_far.facts.get(id(p)) for p in module.parameters()]
-    inputs = None if any(f is not None and f.kinds for f in facts) else inputs_of(module)
-    if inputs is not None:
+    inputs = [] if any(f is not None and f.kinds for f in facts) else inputs_of(module)
+    if inputs:
         yield module, inputs
     for child in module.children():
         yield from _modules_with_inputs(unwrapped(child), so_far)
 
 
-def _run(module: nn.Module, inputs: Inputs, out: Measurement, *, keep: bool = True) -> None:
+def _run(module: nn.Module, inputs: Sequence[Inputs], out: Measurement, *, keep: bool = True) -> None:
     """Add what a module's forward pass tells."""
     params = dict(module.named_parameters())
     key = type(module), tuple((name, tuple(p.shape)) for name, p in params.items())
@@ -78,15 +79,15 @@ def _run(module: nn.Module, inputs: Inputs, out: Measurement, *, keep: bool = Tr
     out.notes.append(known[2])
 
 
-def _watched(module: nn.Module, inputs: Inputs) -> tuple[dict[str, WeightFacts], str]:
+def _watched(module: nn.Module, inputs: Sequence[Inputs]) -> tuple[dict[str, WeightFacts], str]:
     """Facts by parameter name, and a note."""
     name = type(module).__name__
     start, reason = time.perf_counter(), ""
     size = sum(p.numel() for p in module.parameters())
     has_values = size <= REAL_LIMIT and all(p.device.type == "cpu" for p in module.parameters())
-    for with_values in (False, True) if has_values else (False,):
+    for with_values, case in product((False, True) if has_values else (False,), inputs):
         try:
-            facts = _facts(module, inputs, with_values=with_values)
+            facts = _facts(module, case, with_values=with_values)
         except Exception as error:  # the model's own code, in a setting that it does not expect
             reason = (
                 reason or f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"

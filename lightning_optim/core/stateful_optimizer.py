@@ -18,7 +18,7 @@ from lightning_optim.core.parallel.replicas import Replicas
 from lightning_optim.core.param_groups import plain, validate_param
 from lightning_optim.core.state import allocate, checkpoint, checks
 from lightning_optim.core.state.formats import TRAINED
-from lightning_optim.core.state.matching import match_by_name
+from lightning_optim.core.state.matching import match_by_name, validate_matrices
 from lightning_optim.core.step.averaging_methods import AveragingMethod
 from lightning_optim.core.step.records import GroupStep, PlanCache, is_trained
 from lightning_optim.core.step.weight_averaging import Averages
@@ -228,6 +228,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         averages = [] if self.averages is None else [*self.averages.keys, TRAINED]
 
         def take(_: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+            validate_matrices(self.param_groups, saved["param_groups"])
             saved = match_by_name(self.param_groups, saved)
             ids = list(chain.from_iterable(group["params"] for group in saved["param_groups"]))
             loaded = checkpoint.without_empty(saved["state"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import pytest
@@ -40,3 +41,27 @@ def test_sources_are_in_the_checkpoint() -> None:
     for group in optimizer.state_dict()["param_groups"]:
         saved |= dict(zip(group["param_names"], group["role_sources"], strict=True))
     assert (saved["0.weight"], saved["1.weight"], saved["0.bias"]) == ("measured", "measured", "structure")
+
+
+def test_a_resume_with_other_roles_is_refused_with_the_override_that_mends_it() -> None:
+    model = Layers()
+    saved = build_optimizer(model, "muon", lr=0.1, example_inputs=torch.arange(6)[None])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    saved.step()
+    state = saved.state_dict()
+    unmeasured = build_optimizer(model, "muon", lr=0.1, overrides=[("experts", "muon")])
+    with pytest.raises(
+        ValueError, match=r"back \(and 4 others\): the checkpoint has it under muon.*under adamw"
+    ) as error:
+        unmeasured.load_state_dict(state)
+    assert not unmeasured.state
+    overrides = ast.literal_eval(str(error.value).partition("overrides=")[2])
+    assert ("qkv", "muon", {"role": "qkv", "blocks": 3, "transposed": False}) in overrides
+    build_optimizer(Layers(), "muon", lr=0.1, example_inputs=torch.arange(6)[None]).load_state_dict(state)
+    groups = build_optimizer(Layers(), "muon", lr=0.1, overrides=overrides).param_groups
+    owners, expected = (
+        {n: (g["rule"], g["blocks"], g["transposed"]) for g in of for n in g["param_names"]}
+        for of in (groups, saved.param_groups)
+    )
+    assert owners == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import transformers as hf
 from torch import nn
 
 from lightning_optim import Muon, build_optimizer, lora_plus, plan, roles
+from lightning_optim.__main__ import print_plan
 from lightning_optim.core import matrix_views
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.optimizers import CLASSES
@@ -688,6 +690,13 @@ def test_plan_names_overrides() -> None:
     assert set(reasons.values()) == {"projection of LlamaAttention; override '*.q_proj.*'"}
 
 
+WHISPER: dict[str, Any] = dict(
+    d_model=16, vocab_size=60, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_source_positions=32
+)
+WHISPER |= {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 1), ("ffn_dim", 24))}
+WHISPER |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+
+
 def run_plan(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = (sys.executable, "-m", "lightning_optim", "plan", *words)
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
@@ -696,9 +705,12 @@ def run_plan(*words: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_plan_command(tmp_path: Path) -> None:
     MODELS["llama"][1].save_pretrained(tmp_path)
     out = run_plan("--model", str(tmp_path), "--recipe", "soap-speedrun", "--max_precond_dim", "16").stdout
-    assert "| model.layers.*.mlp.down_proj.weight (2 times) | 16 x 24 | hidden | soap | exp_avg 1.5 KiB" in out
     assert (
-        "factor_left 1 KiB, basis_left 1 KiB" in out and "factor_right" not in out.split("down_proj")[1].split("|")[4]
+        "| model.layers.*.mlp.down_proj.weight (2 times) | 16 x 24 | hidden | soap | 1 of 16 x 24 | exp_avg 1.5 KiB"
+        in out
+    )
+    assert (
+        "factor_left 1 KiB, basis_left 1 KiB" in out and "factor_right" not in out.split("down_proj")[1].split("|")[5]
     )
     assert "B per weight" in out
     wrong = run_plan("--model", str(tmp_path), "--optim", "soap", "--max_precond", "16")
@@ -716,6 +728,69 @@ def test_plan_command_takes_hub_ids(tmp_path: Path) -> None:
     (folder / "refs" / "main").write_text(commit)
     run = run_plan("--model", "someone/tiny-vit", "--optim", "muon", HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="1")
     assert "| classifier.weight | 2 x 16 | head | adamw |" in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (MODELS["vit"][1], "| classifier.weight | 2 x 16 | head | adamw |"),
+        (MODELS["t5"][1], "| shared.weight | 50 x 16 | embedding | adamw |"),
+        (hf.WhisperConfig(**WHISPER), "measured on meta"),
+    ],
+    ids=["vision", "seq2seq", "speech"],
+)
+def test_plan_command_without_architectures(
+    tmp_path: Path, config: Any, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.architectures = None
+    config.save_pretrained(tmp_path)
+    print_plan(arguments(model=str(tmp_path)))
+    assert line in capsys.readouterr().out
+
+
+def arguments(**changes: Any) -> Any:
+    common = dict.fromkeys(("recipe", "rest", "last_layer", "adapter"))
+    mesh = {"world_size": 1, "strategy": "fsdp2", "node_size": 8}
+    return SimpleNamespace(**common | mesh | {"optim": "muon", "trust_remote_code": False, "settings": {}} | changes)
+
+
+def test_plan_command_with_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MODELS["llama"][1].save_pretrained(tmp_path / "model")
+    peft.LoraConfig(r=2, target_modules=["q_proj"]).save_pretrained(str(tmp_path / "adapter"))
+    print_plan(arguments(model=str(tmp_path / "model"), adapter=str(tmp_path / "adapter")))
+    out = capsys.readouterr().out
+    assert "q_proj.lora_A.default.weight (2 times) | 2 x 16 | lora_a | muon | 1 of 2 x 16 |" in out
+    assert "weights frozen: base_model" in out
+
+
+REMOTE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+class TinyConfig(PretrainedConfig):
+    model_type = "tiny_remote"
+    vocab_size = 50
+class TinyForCausalLM(PreTrainedModel):
+    config_class = TinyConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.table, self.out = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 64)
+        self.post_init()
+    def forward(self, input_ids, **kwargs):
+        return self.out(self.table(input_ids))
+"""
+
+
+def test_plan_command_runs_code_of_the_model_only_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.py").write_text(REMOTE)
+    names = {"AutoConfig": "tiny.TinyConfig", "AutoModelForCausalLM": "tiny.TinyForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "tiny_remote", "auto_map": names}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        print_plan(arguments(model=str(tmp_path)))
+    print_plan(arguments(model=str(tmp_path), trust_remote_code=True))
+    assert "| out.weight | 64 x 8 | head | adamw |" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+from lightning_optim.core.matrix_views import frozen
+
 _log = logging.getLogger(__name__)
 
 SHOWN = 6
@@ -52,10 +54,59 @@ def match_by_name(present: Sequence[Mapping[str, Any]], saved: Mapping[str, Any]
     for group, names in zip(present, here, strict=True):
         like = settings_of.get((group.get("name"), group["rule"]), group)
         ids = list(range(count, count := count + len(names)))
-        out.append({**like, "params": ids, "param_names": list(group["param_names"])})
+        own = {key: list(group[key]) for key in ("param_names", "role_sources") if key in group}
+        out.append({**like, "params": ids, **own})
     known = {i: number[name] for i, (_, name) in enumerate(pairs) if name in taken}
     state = {i: saved["state"][k] for i, k in known.items() if k in saved["state"]}
     return {**saved, "state": state, "param_groups": out}
+
+
+def validate_matrices(present: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the parameters of a checkpoint are taken as the matrices that they were when it was saved.
+
+    Roles are measured when an optimizer is built, and another version of a library may give another result. What the
+    user gives to another rule is not meant: there, somebody else says what the parameter is, or nobody another thing.
+
+    Args:
+        present: groups of the optimizer.
+        saved: groups of the checkpoint; without names of parameters nothing is checked.
+
+    Raises:
+        ValueError: a parameter is taken otherwise; the message has the overrides with which it is not.
+    """
+    now, then = _matrices_by_name(present), _matrices_by_name(saved)
+    both = [name for name in then if name in now and then[name][:3] != now[name][:3]]
+    different = [
+        name
+        for name in both
+        if then[name][0] == now[name][0] or ("" not in (a := {then[name][3], now[name][3]}) and len(a | {"user"}) == 3)
+    ]
+    if not different:
+        return
+    role_of = {_bare(name): group["role"] for group in saved for name in group["param_names"]}
+    says = [f"{x[0]} with blocks={x[1]!r}, transposed={x[2]!r}" for x in (then[different[0]], now[different[0]])]
+    overrides = [
+        (name, then[name][0], {"role": role_of[name], "blocks": then[name][1], "transposed": then[name][2]})
+        for name in different
+    ]
+    also = f" (and {len(different) - 1} others)" if len(different) > 1 else ""
+    raise ValueError(
+        f"{different[0]}{also}: the checkpoint has it under {says[0]}, this optimizer under {says[1]}. To continue as "
+        f"it was saved, build the optimizer with overrides={overrides!r}"
+    )
+
+
+def _matrices_by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any, bool, str]]:
+    """Rule, blocks, whether transposed, and who says so."""
+    out = {}
+    for group in groups:
+        if not all(key in group for key in ("rule", "role", "blocks", "transposed", "param_names")):
+            return {}
+        names = group["param_names"]
+        sources = group.get("role_sources") or [""] * len(names)
+        view = group["rule"], frozen(group["blocks"]), group["transposed"]
+        out |= {_bare(name): (*view, source) for name, source in zip(names, sources, strict=False)}
+    return out
 
 
 def _warn(here: Sequence[Sequence[str]], rule_of: Mapping[str, str], taken: set[str]) -> None:
