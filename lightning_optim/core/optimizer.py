@@ -30,12 +30,14 @@ from lightning_optim.core.step import (
     preflight,
     stacked,
 )
+from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.averaging_methods import COUNTERS
 from lightning_optim.core.step.backward_fusion import FusedBackward, validate_fusion
-from lightning_optim.core.step.records import GroupStep, Refresh, count_steps
+from lightning_optim.core.step.records import GroupStep, Refresh, number_steps
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler
 from lightning_optim.ops.lapack import failures
 
+Clip = Callable[[Sequence[GroupStep]], None]
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -155,7 +157,7 @@ class RuleOptimizer(StatefulOptimizer):
             FloatingPointError: a gradient is not finite and its group asks to raise; nothing was written.
             RuntimeError: a sparse gradient, a parameter whose shape is no longer that of its state or gradient, or
                 ranks that disagree on which parameters have a gradient or, at the first step, on the groups; nothing
-                was written.
+                was written. Or a failure in mid-step, whose message names the parameters that were not updated.
         """
         failures.depth += 1
         try:
@@ -204,18 +206,13 @@ class RuleOptimizer(StatefulOptimizer):
             oracle = line_search.ClosureOracle(closure, loss, searching[0])
         return loss, self.take_step(groups, preflight.clip_gradients, oracle)
 
-    def take_step(
-        self,
-        groups: Sequence[GroupStep],
-        clip: Callable[[Sequence[GroupStep]], None],
-        oracle: line_search.LossOracle | None = None,
-    ) -> bool:
+    def take_step(self, groups: Sequence[GroupStep], clip: Clip, oracle: line_search.LossOracle | None = None) -> bool:
         """The phases of a step, for the parameters that have a gradient.
 
         Args:
             groups: of this step.
             clip: finds the factors of clipped gradients.
-            oracle: gives the loss at other weights, for rules that search along a line.
+            oracle: gives the loss at other weights, to rules that search along a line.
 
         Returns:
             False if the step was skipped, since a gradient is not finite.
@@ -233,25 +230,26 @@ class RuleOptimizer(StatefulOptimizer):
             self.allocate_state(groups)
         if any(group.plan.has_constraint for group in groups):
             constraints.check_first(groups)
+        transaction, exchanges, limit = Transaction(groups), (), self.max_temp_bytes
         if oracle is not None:
             line_search.search(groups, oracle)  # the last that may refuse the step
         groups = [group.only([s for s in group.params if s.grad is not None or s.plan.team]) for group in groups]
-        count_steps([s for group in groups for s in group.params if s.grad is not None])
-        exchanges: exchanged.Exchanges = ()
-        if any(s.plan.team is not None for group in groups for s in group.params):
-            exchanges = exchanged.begin_exchanges(groups, self._owners, self._refreshes, self.max_temp_bytes)
+        number_steps(counted := [s for group in groups for s in group.params if s.grad is not None])
         if any(group.rule.needs_all_gradients for group in groups):
-            joint_preconditioning.precondition_jointly(groups, self.bias_of, self._refreshes)
+            joint_preconditioning.precondition_jointly(groups, self.bias_of, self._refreshes, transaction)
+        if any(s.plan.team is not None for group in groups for s in group.params):
+            exchanges = exchanged.begin_exchanges(groups, self._owners, self._refreshes, limit, transaction)
         for group in groups:
             steps = [s for s in group.params if s.plan.team is None]
             if group.rule.elementwise:
-                elementwise.step_elementwise(group, steps, self.max_temp_bytes)
+                elementwise.step_elementwise(group, steps, limit, transaction)
             elif group.rule.reduces:
-                stacked.step_reducing(group, steps, self.max_temp_bytes)
+                stacked.step_reducing(group, steps, limit, transaction)
             else:
-                stacked.step_whole(group, steps, self._refreshes, self.max_temp_bytes)
+                stacked.step_whole(group, steps, self._refreshes, limit, transaction)
         if exchanges:
-            exchanged.finish_exchanges(exchanges)
+            exchanged.finish_exchanges(exchanges, transaction)
+        transaction.finish(counted)
         return True
 
     # -- curvature and parallel modes --------------------------------------------------------------------------
@@ -268,7 +266,7 @@ class RuleOptimizer(StatefulOptimizer):
 
     @torch.no_grad()
     def update_curvature(self, estimates: Mapping[Tensor, curvature_input.Estimate]) -> dict[str, float]:
-        """Hand over what was estimated of parameters; `lightning_optim.curvature` does so for models.
+        """Hand over what was estimated of parameters, as `lightning_optim.curvature` does for models.
 
         Nothing is used while a gradient is not finite: the step is going to be refused, here or by a GradScaler.
 
@@ -295,7 +293,7 @@ class RuleOptimizer(StatefulOptimizer):
         """From now on, step every parameter within the backward pass and free its gradient at once.
 
         Returns:
-            What does so, see there; `optimizer.fused`, too.
+            `optimizer.fused`, which does so.
         """
         self.fused = self.fused or FusedBackward(self)
         return self.fused

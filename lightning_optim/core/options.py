@@ -24,8 +24,9 @@ class Options:
     on_nonfinite: Literal["raise", "skip", "off"] | None = None
     """What happens when a gradient is not finite, before anything is written: `"raise"` FloatingPointError, `"skip"`
     the step, or `"off"` for no check. The default is off for elementwise rules, as in torch, and raise for the others,
-    of which one NaN destroys a whole matrix. A finite gradient whose squares overflow (a norm above 1.8e19 in
-    float32) is scaled down with a warning by the latter, and left out by `"skip"`, unless the group has `clip_norm`."""
+    and for groups with a constraint, of which one NaN destroys a whole matrix. In these, a finite gradient whose
+    squares overflow (a norm above 1.8e19 in float32) is scaled down with a warning under `"raise"`, and left out under
+    `"skip"`, unless the group has `clip_norm`."""
     param_rounding: Literal["stochastic", "nearest", "kahan"] = "stochastic"
     """How bfloat16 weights are rounded: stochastically, to nearest, or to nearest with the rounding error kept in one
     more tensor (Kahan summation). float16 weights are rounded to nearest unless `"kahan"`."""

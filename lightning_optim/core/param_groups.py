@@ -159,7 +159,8 @@ def complete_group(
         raise ValueError(f"two param groups are named {out['name']!r}; names must be unique")
     _check_settings(out)
     if out["on_nonfinite"] is None:
-        out["on_nonfinite"] = "off" if rule.elementwise else "raise"
+        is_whole = not rule.elementwise or options.has_constraint(out)  # one NaN destroys a whole matrix
+        out["on_nonfinite"] = "raise" if is_whole else "off"
     instance = rule_of(out)
     for label, p in _named(out):
         if isinstance(p, Tensor) and p.requires_grad:
@@ -322,9 +323,13 @@ def validate_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -
             "(build_optimizer does)"
         )
     try:
-        blocks_of(rule, group, shape)
+        blocks, _ = blocks_of(rule, group, shape)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    specs = [rule.state_specs(*block.dims[1:], vector=p.ndim < 2) for block in blocks]
+    kinds = [{key: spec.letters == "mn" for key, spec in some.items()} for some in specs]
+    if any(kind.get(key, is_whole) != is_whole for kind in kinds for key, is_whole in kinds[0].items()):
+        raise ValueError(f"{name}: {rule.name} keeps other state for some of its blocks; make their sizes more alike")
 
 
 def _is_zero(p: Tensor) -> bool:

@@ -116,7 +116,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 validate_param(group.rule, s.plan.name, s.plan.param, group.group)
 
     def allocate_state(self, groups: Sequence[GroupStep]) -> None:
-        """Allocate what parameters lack of their state.
+        """Allocate what parameters lack of their state; all of it, or nothing.
 
         Args:
             groups: of this step.
@@ -124,7 +124,19 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.validate_params(groups)
         allocate.assign_owners(groups, self._owners, chain.from_iterable(g["params"] for g in self.param_groups))
         also = None if self.averages is None else self.averages.allocate
-        allocate.allocate_state(groups, self._owners, lambda p: self.state.setdefault(p, {}), also)
+        new = [s for group in groups for s in group.params if s.plan.stored is None]
+        before = [(s, dict(s.state), s.plan.param in self.state) for s in new]
+        try:
+            allocate.allocate_state(groups, self._owners, lambda p: self.state.setdefault(p, {}), also)
+        except Exception:  # out of memory, say
+            for s, tensors, was_there in before:
+                s.plan.stored = None
+                if was_there:
+                    s.state.clear()
+                    s.state.update(tensors)
+                else:
+                    self.state.pop(s.plan.param, None)
+            raise
 
     def with_averaging(self, *members: AveragingMethod) -> Self:
         """Average or shift the weights around every step (`lightning_optim.core.step.averaging_methods`).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from lightning_optim.ops.row_chunks import RUN, column_sums, squares, sum_over_row_chunks
@@ -61,7 +62,8 @@ def inverse_roots(row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (left `[..., m, 1]`, right `[..., 1, n]`) with left right = 1 / sqrt(V).
     """
-    return (row / mean(row, -2)).rsqrt_(), column.rsqrt()
+    least = torch.finfo(row.dtype).tiny  # a row without gradient beside large ones
+    return (row / mean(row, -2)).clamp_(min=least).rsqrt_(), column.rsqrt()
 
 
 def scaled(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -71,23 +71,25 @@ def two_loop(
     Args:
         g: `[b, m, n]`.
         steps: h of them, shaped like `g`, oldest first.
-        changes: likewise. Pairs with <s, y> <= 0, zeros too, are passed over; without pairs the result is g.
+        changes: likewise. Pairs with <s, y> <= 0, zeros and what underflows
+            too, are passed over; without pairs the result is g.
         scale: which factor.
 
     Returns:
         Shaped like `g`; <g, result> > 0 unless g is 0.
     """
-    q, pairs = g.clone(), []
+    q, pairs, least = g.clone(), [], torch.finfo(g.dtype).tiny  # what is smaller has an infinite reciprocal
     for s, y in zip(reversed(steps), reversed(changes), strict=True):
         product = dot(s, y)
-        inverse = torch.where(product > 0, product.reciprocal(), 0.0)
+        inverse = torch.where(product > least, product.reciprocal(), 0.0)
         a = inverse * dot(s, q)
         q.sub_(a * y)
         pairs.append((s, y, a, inverse))
     some = range(len(steps)) if scale == "mean" else [-1]
     products = torch.stack([dot(steps[i], changes[i]) for i in some])
-    used = products > 0
-    ratios = torch.where(used, products / torch.stack([dot(changes[i], changes[i]) for i in some]), 0.0)
+    squares = torch.stack([dot(changes[i], changes[i]) for i in some])
+    used = (products > least) & (squares > least)
+    ratios = torch.where(used, products / squares, 0.0)
     count = used.sum(0)
     q.mul_(torch.where(count > 0, ratios.sum(0) / count, 1.0))
     for s, y, a, inverse in reversed(pairs):

@@ -469,7 +469,7 @@ def test_frozen_parameters_are_not_checked_until_they_train() -> None:
     AdamW(torch.nn.LazyLinear(3).parameters())
 
 
-def test_the_step_count_is_float32_whatever_the_default_dtype() -> None:
+def test_the_step_count_is_float64_whatever_the_default_dtype() -> None:
     p = Parameter(torch.zeros(2, dtype=torch.float32))
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -479,7 +479,7 @@ def test_the_step_count_is_float32_whatever_the_default_dtype() -> None:
             optimizer.step()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert optimizer.state[p]["step"].dtype == torch.float32 and int(optimizer.state[p]["step"]) == 300
+    assert optimizer.state[p]["step"].dtype == torch.float64 and int(optimizer.state[p]["step"]) == 300
 
 
 def test_what_the_user_says_stays() -> None:

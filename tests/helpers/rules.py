@@ -180,6 +180,11 @@ class Bowl:
         return [2 * x for x in v]
 
 
+def show(optimizer: RuleOptimizer) -> None:
+    """Show a rule what it observes, before a step."""
+    _feed(optimizer, (optimizer,), {})
+
+
 def _feed(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Show rules that observe something what `shown` makes of a gradient, at every odd step of a parameter.
 

@@ -148,9 +148,9 @@ class _Rows:
         self.compensation = None if compensation is None else matrix_views.transpose_if(compensation, plan.transposed)
         self.dtype = plan.compute_dtype
         shape = tuple(matrix_views.transpose_if(torch.empty(plan.shape, device="meta"), plan.transposed).shape)
-        row_ndim = len(shape)
-        while row_ndim and math.prod(shape[row_ndim:]) != plan.blocks[0].dims[2]:
-            row_ndim -= 1
+        row_ndim, columns = int(len(shape) > 1), plan.blocks[0].dims[2]
+        while math.prod(shape[row_ndim:]) != columns:
+            row_ndim += 1
         self.row_shape, self.row_ndim = shape[:row_ndim], row_ndim
         """Leading dimensions of the parameter, which index its rows."""
         at = tuple(slice(*bounds) for bounds in sharding.local_bounds(plan.param))

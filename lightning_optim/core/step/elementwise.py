@@ -15,23 +15,35 @@ from lightning_optim.core.rule import Rule
 from lightning_optim.core.state.formats import QUANTIZED_DTYPES
 from lightning_optim.core.state.quantized_view import ElementIndex, no_index, offset
 from lightning_optim.core.step import compiled
-from lightning_optim.core.step.apply import ParamWriter, apply_direction
+from lightning_optim.core.step.apply import ParamWriter, Transaction, apply_direction, state_of
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.stacks import copy_aliased, quantized_views, share_scales
 
 
-def step_elementwise(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: int) -> None:
+def step_elementwise(
+    group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: int, transaction: Transaction
+) -> None:
     """Step parameters of an elementwise rule.
 
     Args:
         group: of the parameters.
         steps: parameters with a gradient.
         max_temp_bytes: bound for copies of clipped gradients.
+        transaction: keeps a parameter whose step needs communication, which fails, as it was.
     """
-    for s in _step_by_kernel(group, steps, max_temp_bytes) if group.plan.has_kernel else steps:
-        step_param(group, s)
-    if group.group["state_storage"] in QUANTIZED_DTYPES:
-        share_scales(steps)
+    is_quantized = group.group["state_storage"] in QUANTIZED_DTYPES
+    divided = [s for s in steps if s.plan.divided] if is_quantized else []
+    transaction.keep(divided)
+    for s in _step_by_kernel(group, steps, max_temp_bytes, transaction) if group.plan.has_kernel else steps:
+        communicates = s.plan.replicas is not None or (group.plan.has_constraint and s.plan.is_sharded)
+        backup = functools.partial(_all_of, s) if communicates else None
+        transaction.run(functools.partial(step_param, group, s), [s], backup, collective=communicates)
+    if divided:
+        transaction.run(functools.partial(share_scales, divided), divided, tuple, collective=True)
+
+
+def _all_of(step: ParamStep) -> list[Tensor]:
+    return [step.local(), *state_of(step)]
 
 
 def step_param(group: GroupStep, step: ParamStep) -> None:
@@ -47,9 +59,10 @@ def step_param(group: GroupStep, step: ParamStep) -> None:
             _walk(group, step, part)
 
 
-def _step_by_kernel(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: int) -> list[ParamStep]:
+def _step_by_kernel(
+    group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: int, transaction: Transaction
+) -> list[ParamStep]:
     """Step what a fused kernel of torch's can take; return the rest."""
-    rule, keys = group.rule, group.plan.kernel_state
     rest: list[ParamStep] = []
     batches: dict[tuple[int, int], list[ParamStep]] = {}
     for s in steps:
@@ -59,27 +72,33 @@ def _step_by_kernel(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes
             rest.append(s)
     for batch in batches.values():
         for portion in portions(batch, max_temp_bytes):
-            taken: list[ParamStep] = []
-            columns: list[list[Tensor]] = [[] for _ in range(2 + len(keys))]
-            for s in portion:
-                row = [s.plan.param, s.grad, *[s.state[k] for k in keys]]
-                if s.plan.is_sharded:
-                    row = [s.local(), s.grad, *[s.local_state(k) for k in keys]]
-                if s.clip != 1:
-                    row[1] = s.gradient()
-                tensors = cast("list[Tensor]", row)
-                if same_strides(tensors):
-                    taken.append(s)
-                    for column, t in zip(columns, tensors, strict=True):
-                        column.append(t)
-                else:
-                    rest.append(s)
-            if not taken:
-                continue
-            p, g, *state = columns
-            if rule.kernel(p, g, dict(zip(keys, state, strict=True)), taken[0].t) is None:
-                rest += taken
+            # what a kernel needs is there before it writes
+            transaction.run(functools.partial(_step_portion, group, portion, rest), portion, tuple)
     return rest
+
+
+def _step_portion(group: GroupStep, portion: Sequence[ParamStep], rest: list[ParamStep]) -> None:
+    """Step parameters by one call of a kernel; put those that it cannot take behind the `rest`."""
+    keys, taken, left = group.plan.kernel_state, list[ParamStep](), list[ParamStep]()
+    columns: list[list[Tensor]] = [[] for _ in range(2 + len(keys))]
+    for s in portion:
+        row = [s.plan.param, s.grad, *[s.state[k] for k in keys]]
+        if s.plan.is_sharded:
+            row = [s.local(), s.grad, *[s.local_state(k) for k in keys]]
+        if s.clip != 1:
+            row[1] = s.gradient()
+        tensors = cast("list[Tensor]", row)
+        if same_strides(tensors):
+            taken.append(s)
+            for column, t in zip(columns, tensors, strict=True):
+                column.append(t)
+        else:
+            left.append(s)
+    if taken:
+        p, g, *state = columns
+        if group.rule.kernel(p, g, dict(zip(keys, state, strict=True)), taken[0].t) is None:
+            left += taken
+    rest += left
 
 
 def portions(steps: Sequence[ParamStep], max_temp_bytes: int) -> Iterator[Sequence[ParamStep]]:

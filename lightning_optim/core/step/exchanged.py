@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,17 +11,22 @@ from torch import Tensor
 from lightning_optim.core.matrix_views import bucket
 from lightning_optim.core.parallel.exchange import Team, make_exchange
 from lightning_optim.core.parallel.ownership import Owners
-from lightning_optim.core.step.apply import apply_direction
+from lightning_optim.core.step.apply import Backup, Transaction, apply_direction, is_written_at_once, state_of
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler
 from lightning_optim.core.step.stacked import chunks, needs_param, update_stack
 
-Exchanges = Sequence[Iterator[None]]
-"""Exchanges that are under way, one per team and dtype; `finish_exchanges` ends them."""
+Exchange = tuple[Sequence[ParamStep], Generator[None]]
+Exchanges = Sequence[Exchange]
+"""Parameters and exchanges that are under way, one per team and dtype; `finish_exchanges` ends them."""
 
 
 def begin_exchanges(
-    groups: Sequence[GroupStep], owners: Owners, refreshes: RefreshScheduler, max_temp_bytes: int
+    groups: Sequence[GroupStep],
+    owners: Owners,
+    refreshes: RefreshScheduler,
+    max_temp_bytes: int,
+    transaction: Transaction,
 ) -> Exchanges:
     """Begin to send the gradients of all matrices to their owners.
 
@@ -29,30 +35,38 @@ def begin_exchanges(
         owners: of the matrices.
         refreshes: decides which preconditioners are due.
         max_temp_bytes: bound for a stack and the temporaries of its update.
+        transaction: keeps the parameters of an exchange that fails as they were.
 
     Returns:
         The exchanges.
     """
-    out = []
+    out: list[Exchange] = []
     for group in groups:
         exchanged = [(s, s.plan.team) for s in group.params if s.plan.team is not None]
         for run in bucket(exchanged, lambda x: (x[1].ranks, x[0].plan.dtype)) if exchanged else ():
             if any(s.grad is not None for s, _ in run):  # on every rank, or on none
                 steps, teams = [s for s, _ in run], [team for _, team in run]
-                out.append(_exchange(group, steps, teams, owners, refreshes, max_temp_bytes))
-    for exchange in out:
-        next(exchange)
+                out.append((steps, _exchange(group, steps, teams, owners, refreshes, max_temp_bytes, transaction)))
+    _advance(out, transaction)
     return out
 
 
-def finish_exchanges(exchanges: Exchanges) -> None:
+def finish_exchanges(exchanges: Exchanges, transaction: Transaction) -> None:
     """Step the matrices that this rank owns, send their directions back, and apply those that come back.
 
     Args:
         exchanges: that were begun.
+        transaction: keeps the parameters of an exchange that fails as they were.
     """
-    for exchange in (*exchanges, *exchanges):
-        next(exchange, None)
+    _advance(exchanges, transaction)
+    _advance(exchanges, transaction)
+
+
+def _advance(exchanges: Exchanges, transaction: Transaction) -> None:
+    for steps, exchange in exchanges:
+        if transaction.is_disconnected:
+            exchange.close()
+        transaction.run(functools.partial(next, exchange, None), steps, collective=True)
 
 
 def _exchange(
@@ -62,7 +76,8 @@ def _exchange(
     owners: Owners,
     refreshes: RefreshScheduler,
     max_temp_bytes: int,
-) -> Iterator[None]:
+    transaction: Transaction,
+) -> Generator[None]:
     """Bring matrices to their owners and the directions back; yields while they are on their way.
 
     Splits are static: a parameter without a gradient sends zeros, and its direction is not applied.
@@ -82,12 +97,31 @@ def _exchange(
         directions[at[id(s)]] = d
 
     mine = [steps[i] for i in exchange.mine if steps[i].grad is not None]
-    refreshes.decide(group, mine, lambda s: gradients[at[id(s)]])
-    for chunk in chunks(mine, max_temp_bytes):
-        here = [at[id(s)] for s in chunk]
-        update_stack(group, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=store)
-    returning = exchange.from_owners(directions, steps[0].local().new_empty((), dtype=dtype), comm_dtype)
-    yield
-    for s, d in zip(steps, returning(), strict=True):
+    backups = {id(s): Backup(state_of(s)) for s in mine}
+    try:
+        refreshes.decide(group, mine, lambda s: gradients[at[id(s)]])
+        for chunk in chunks(mine, max_temp_bytes):
+            here = [at[id(s)] for s in chunk]
+            update_stack(group, chunk, [params[i] for i in here], [gradients[i] for i in here], sink=store)
+        returning = exchange.from_owners(directions, steps[0].local().new_empty((), dtype=dtype), comm_dtype)
+        yield
+        arrived = returning()
+    except BaseException:  # of `close`, too
+        for backup in backups.values():
+            backup.restore()
+        raise
+    for s, d in zip(steps, arrived, strict=True):
         if s.grad is not None and not group.rule.skips_update(s.t):
-            apply_direction(group, s, d.view_as(s.local()))
+            weights = None if is_written_at_once(group, s) else functools.partial(_local, s)
+            work, communicates = functools.partial(_apply, group, s, d), group.plan.has_constraint
+            transaction.run(work, [s], weights, collective=communicates)
+            if id(s) in transaction.failed and id(s) in backups:
+                backups[id(s)].restore()
+
+
+def _local(step: ParamStep) -> list[Tensor]:
+    return [step.local()]
+
+
+def _apply(group: GroupStep, step: ParamStep, d: Tensor) -> None:
+    apply_direction(group, step, d.view_as(step.local()))

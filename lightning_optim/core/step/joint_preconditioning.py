@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from lightning_optim.core.matrix_views import transpose_if
+from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler, refresh_if_due
 from lightning_optim.core.step.stacks import (
@@ -22,7 +23,10 @@ from lightning_optim.core.step.stacks import (
 
 
 def precondition_jointly(
-    groups: Sequence[GroupStep], bias_of: Mapping[Tensor, Tensor], refreshes: RefreshScheduler
+    groups: Sequence[GroupStep],
+    bias_of: Mapping[Tensor, Tensor],
+    refreshes: RefreshScheduler,
+    transaction: Transaction,
 ) -> None:
     """Let rules with `needs_all_gradients` replace the gradients of all their parameters.
 
@@ -30,24 +34,31 @@ def precondition_jointly(
         groups: of this step, with the parameters that have a gradient.
         bias_of: the bias of a layer by its weight.
         refreshes: decides which preconditioners are due.
+        transaction: keeps the parameters of a rule that fails as they were.
     """
     groups_together = [
         g for g in groups if g.rule.needs_all_gradients and g.rule.curvature_input != "loss" and g.params
     ]
     for kind in dict.fromkeys(type(group.rule) for group in groups_together):
         mine = [group for group in groups_together if type(group.rule) is kind]
-        for group in mine:
-            refreshes.decide(group, group.params)
-        members = [(s, *_member(group, s)) for group in mine for s in group.params]
-        member_of = {s.plan.param: x for s, x, _ in members}
-        for s, x, _ in members:
-            bias = bias_of.get(s.plan.param)
-            x.has_bias, x.bias = bias is not None, None if bias is None else member_of.get(bias)
-        mine[0].rule.precondition_jointly([x for _, x, _ in members])
-        for s, x, store in members:
-            store()
-            shape = transpose_if(s.gradient(), s.plan.transposed).shape
-            s.grad, s.clip = transpose_if(x.g.reshape(shape), s.plan.transposed), 1.0
+        work = functools.partial(_precondition, mine, bias_of, refreshes)
+        transaction.run(work, [s for group in mine for s in group.params], tuple)
+
+
+def _precondition(mine: Sequence[GroupStep], bias_of: Mapping[Tensor, Tensor], refreshes: RefreshScheduler) -> None:
+    """Let one rule replace the gradients of its parameters, and store the state it leaves."""
+    for group in mine:
+        refreshes.decide(group, group.params)
+    members = [(s, *_member(group, s)) for group in mine for s in group.params]
+    member_of = {s.plan.param: x for s, x, _ in members}
+    for s, x, _ in members:
+        bias = bias_of.get(s.plan.param)
+        x.has_bias, x.bias = bias is not None, None if bias is None else member_of.get(bias)
+    mine[0].rule.precondition_jointly([x for _, x, _ in members])
+    for s, x, store in members:
+        store()
+        shape = transpose_if(s.gradient(), s.plan.transposed).shape
+        s.grad, s.clip = transpose_if(x.g.reshape(shape), s.plan.transposed), 1.0
 
 
 def _member(group: GroupStep, step: ParamStep) -> tuple[SimpleNamespace, Callable[[], None]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor
 
 from lightning_optim.core.parallel import collectives, guard, sharding
 from lightning_optim.core.parallel.replicas import Replicas
-from lightning_optim.core.rule import Rule
-from lightning_optim.core.state.formats import compute_dtype_of
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.ops.lapack import failures
 
@@ -99,7 +97,7 @@ def gradients_usable(groups: Sequence[GroupStep], replicas: Replicas | None, *, 
     asked: dict[str, list[tuple[ParamStep, bool]]] = {"raise": [], "skip": []}
     compared: list[ParamStep] = []
     for group in groups:
-        policy, squared = group.group["on_nonfinite"], has_square_sums(group.rule, group.group)
+        policy, squared = group.group["on_nonfinite"], has_square_sums(group)
         for s in group.params:
             if s.grad is not None:
                 if s.grad.layout != torch.strided:
@@ -140,7 +138,7 @@ def shrink(steps: Sequence[ParamStep], replicas: Replicas | None) -> None:
     tops = all_reduce_max([_largest([s.gradient()]) for s in steps], steps, replicas)
     shrunk = []
     for s, top in zip(steps, tops, strict=True):
-        bound = torch.finfo(compute_dtype_of(s.plan.dtype)).max ** 0.5 / 16
+        bound = torch.finfo(_dtype_of_squares(s)).max ** 0.5 / 16
         excess = top * math.sqrt(s.plan.shape.numel()) / bound
         if excess > 1:
             s.clip *= 2.0 ** -math.ceil(math.log2(excess))
@@ -167,7 +165,7 @@ def any_unusable(groups: Sequence[GroupStep], replicas: Replicas | None) -> bool
     steps = [s for group in groups for s in group.params]
     present: list[tuple[ParamStep, bool]] = []
     for group in groups:
-        squared = group.group["on_nonfinite"] == "skip" and has_square_sums(group.rule, group.group)
+        squared = group.group["on_nonfinite"] == "skip" and has_square_sums(group)
         present += [(s, squared) for s in group.params if s.grad is not None and s.grad.layout == torch.strided]
     return bool(all_reduce_max([float(unusable(present))], steps, replicas)[0])
 
@@ -184,17 +182,16 @@ def unreduced_gradients(groups: Sequence[GroupStep]) -> list[Tensor]:
     return [s.grad for group in groups for s in group.params if s.grad is not None and s.plan.replicas is None]
 
 
-def has_square_sums(rule: Rule, group: Mapping[str, Any]) -> bool:
+def has_square_sums(group: GroupStep) -> bool:
     """Whether a rule sums squares of a gradient as large as it is: if they overflow, its state is lost.
 
     Args:
-        rule: of the group.
-        group: its settings.
+        group: of this step.
 
     Returns:
-        False for elementwise rules, and for groups that clip.
+        False for elementwise rules without a constraint, and for groups that clip.
     """
-    return not rule.elementwise and group["clip_norm"] is None
+    return (not group.rule.elementwise or group.plan.has_constraint) and group.group["clip_norm"] is None
 
 
 def unusable(steps: Sequence[tuple[ParamStep, bool]]) -> int:
@@ -213,8 +210,8 @@ def unusable(steps: Sequence[tuple[ParamStep, bool]]) -> int:
     for s, squared in steps:
         g = s.gradient()
         if squared and g.dtype != torch.float16:
-            key = g.device, g.dtype, sharding.num_shards(s.plan.param) if s.plan.is_sharded else 1
-            norms.setdefault(key, []).append(torch.linalg.vector_norm(g))
+            key = g.device, _dtype_of_squares(s), sharding.num_shards(s.plan.param) if s.plan.is_sharded else 1
+            norms.setdefault(key, []).append(torch.linalg.vector_norm(g).double())
         else:
             sums.setdefault(g.device, []).append(g.sum().double())
     bounded = [(torch.stack(x) < _largest_norm(dtype, ranks)).all() for (_, dtype, ranks), x in norms.items()]
@@ -226,9 +223,14 @@ def unusable(steps: Sequence[tuple[ParamStep, bool]]) -> int:
     return 0 if all(bounded) else TOO_LARGE
 
 
+def _dtype_of_squares(step: ParamStep) -> torch.dtype:
+    """The dtype in which a rule sums squares, or keeps them: narrow formats have the range of float32 at most."""
+    return step.plan.compute_dtype if step.plan.is_compute_format else torch.float32
+
+
 def _largest_norm(dtype: torch.dtype, ranks: int) -> float:
     """The norm from which on squares overflow; the parts of a tensor on other ranks may be as large."""
-    return (torch.finfo(compute_dtype_of(dtype)).max / ranks) ** 0.5
+    return (torch.finfo(dtype).max / ranks) ** 0.5
 
 
 def _by_device(flags: Sequence[Tensor]) -> Iterator[bool]:

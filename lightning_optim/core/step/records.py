@@ -280,20 +280,27 @@ def _readers(kind: type[Rule]) -> tuple[Callable[[Mapping[str, Any]], tuple[Any,
     return itemgetter(*_names(kind)), itemgetter(*OPTIONS)
 
 
-def count_steps(steps: Sequence[ParamStep]) -> None:
-    """Count one step of each parameter.
+def number_steps(steps: Sequence[ParamStep]) -> None:
+    """Number the coming step of each parameter; it is counted when it has been taken.
 
     Counters are on the CPU: Lightning moves all loaded state to the device, where reading it would wait.
 
     Args:
         steps: parameters with complete state.
     """
-    counters = [s.state["step"] for s in steps]
-    for s, counter in zip(steps, counters, strict=True):
+    for s in steps:
+        counter = s.state["step"]
         if not counter.is_cpu:
-            s.state["step"] = counter.cpu()
+            counter = s.state["step"] = counter.cpu()
+        s.t = int(counter.item()) + 1
+
+
+def count_steps(steps: Sequence[ParamStep]) -> None:
+    """Count one step of each parameter.
+
+    Args:
+        steps: parameters that have taken one.
+    """
     if counters := [s.state["step"] for s in steps]:
         one = torch.ones((), dtype=STEP_DTYPE, device="cpu")
         cast("Any", torch)._foreach_add_(counters, one, alpha=1.0)  # a number is four times slower
-        for s, counter in zip(steps, counters, strict=True):
-            s.t = int(counter.item())

@@ -16,7 +16,7 @@ from lightning_optim.core.rule import DirectionByRows, Rule, StateSpec
 from lightning_optim.core.state.formats import QUANTIZED_DTYPES
 from lightning_optim.core.state.quantized_view import QuantizedView
 from lightning_optim.core.step import compiled
-from lightning_optim.core.step.apply import apply_by_rows, apply_directions
+from lightning_optim.core.step.apply import Transaction, apply_by_rows, apply_directions, is_written_at_once, state_of
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler, refresh_if_due
 from lightning_optim.core.step.stacks import (
@@ -63,7 +63,13 @@ def chunks(steps: Sequence[ParamStep], max_temp_bytes: int) -> Iterator[Sequence
             yield from stacks(batch, plan.param.numel(), max_temp_bytes, plan.elements_beside)
 
 
-def step_whole(group: GroupStep, steps: Sequence[ParamStep], refreshes: RefreshScheduler, max_temp_bytes: int) -> None:
+def step_whole(
+    group: GroupStep,
+    steps: Sequence[ParamStep],
+    refreshes: RefreshScheduler,
+    max_temp_bytes: int,
+    transaction: Transaction,
+) -> None:
     """Step parameters of a rule for whole matrices.
 
     Args:
@@ -71,22 +77,53 @@ def step_whole(group: GroupStep, steps: Sequence[ParamStep], refreshes: RefreshS
         steps: parameters with a gradient that are whole on this rank.
         refreshes: decides which preconditioners are due.
         max_temp_bytes: bound for a stack and the temporaries of its update.
+        transaction: keeps a stack whose update fails as it was.
     """
     if group.rule.preconditioners and not group.rule.needs_all_gradients:
-        refreshes.decide(group, steps)
+        transaction.run(functools.partial(refreshes.decide, group, steps), steps, tuple)
+    steps = transaction.taken(steps)
     for chunk in chunks(steps, max_temp_bytes):
-        update_stack(group, chunk, [s.plan.param for s in chunk], [s.gradient() for s in chunk])
+        transaction.run(
+            functools.partial(_update_whole, group, chunk),
+            chunk,
+            functools.partial(written_early, group, chunk),
+            collective=chunk[0].plan.replicas is not None,
+        )
 
 
-def step_reducing(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: int) -> None:
+def _update_whole(group: GroupStep, chunk: Sequence[ParamStep]) -> None:
+    update_stack(group, chunk, [s.plan.param for s in chunk], [s.gradient() for s in chunk])
+
+
+def written_early(group: GroupStep, chunk: Sequence[ParamStep]) -> list[Tensor]:
+    """What the update of a stack writes before everything that can fail has been done.
+
+    Args:
+        group: of the parameters.
+        chunk: parameters with one `stack_id`.
+
+    Returns:
+        State and weights on this rank; none where the rule works on a copy, which is stored and applied in place.
+    """
+    plain = is_written_at_once(group, chunk[0])
+    if plain and len(chunk) > 1 and chunk[0].plan.is_compute_format:
+        return []
+    return [t for s in chunk for t in (*state_of(s), *([] if plain else [s.local()]))]
+
+
+def step_reducing(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: int, transaction: Transaction) -> None:
     """Step parameters of a rule that only needs sums over rows, columns or matrices.
 
     Args:
         group: of the parameters.
         steps: parameters with a gradient.
         max_temp_bytes: bound for a stack and the temporaries of its update.
+        transaction: keeps a stack that is sharded, and whose update fails, as it was.
     """
     batches: dict[Any, list[ParamStep]] = {}
+    is_quantized = group.group["state_storage"] in QUANTIZED_DTYPES
+    divided = [s for s in steps if s.plan.divided and s.plan.team is None] if is_quantized else []
+    transaction.keep(divided)
     frames = {id(s): StackSharding(s.plan.param, s.plan.dims, s.plan.name, s.plan.transposed) for s in steps}
     for s in steps:
         batches.setdefault((s.plan.stack_id, s.t, frames[id(s)].cut), []).append(s)
@@ -94,9 +131,19 @@ def step_reducing(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: 
         frame = frames[id(batch[0])]
         elements = batch[0].local().numel() if frame.stackable else STACK_LIMIT + 1
         for chunk in stacks(batch, elements, max_temp_bytes):
-            update_stack(group, chunk, [s.local() for s in chunk], [s.gradient() for s in chunk], frame)
-    if group.group["state_storage"] in QUANTIZED_DTYPES:
-        share_scales(steps)
+            is_sharded = frame.cut is not None
+            transaction.run(
+                functools.partial(_update_reducing, group, chunk, frame),
+                chunk,
+                functools.partial(written_early, group, chunk) if is_sharded else None,
+                collective=is_sharded,
+            )
+    if divided:
+        transaction.run(functools.partial(share_scales, divided), divided, tuple, collective=True)
+
+
+def _update_reducing(group: GroupStep, chunk: Sequence[ParamStep], frame: StackSharding) -> None:
+    update_stack(group, chunk, [s.local() for s in chunk], [s.gradient() for s in chunk], frame)
 
 
 def update_stack(

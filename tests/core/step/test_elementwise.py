@@ -9,8 +9,9 @@ from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer
 from lightning_optim.core.matrix_views import BLOCK
+from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.elementwise import portions, step_elementwise
-from lightning_optim.core.step.records import GroupStep, count_steps
+from lightning_optim.core.step.records import GroupStep, number_steps
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -21,14 +22,14 @@ def begun(optimizer: RuleOptimizer) -> GroupStep:
     """The only group at its next step."""
     (group,) = optimizer.group_steps()
     optimizer.allocate_state([group])
-    count_steps(group.params)
+    number_steps(group.params)
     return group
 
 
 def taken(optimizer: RuleOptimizer) -> None:
     group = begun(optimizer)
     with torch.no_grad():
-        step_elementwise(group, group.params, 2**20)
+        step_elementwise(group, group.params, 2**20, Transaction())
 
 
 def test_a_walk_in_blocks_reaches_every_element_once() -> None:
@@ -79,7 +80,7 @@ def test_clipped_gradients_are_copied_in_portions_and_stay_as_they_are() -> None
         s.clip = 0.5
     assert sizes(1) == [1] * 5 and sizes(800) == [3, 2] and sizes(2**20) == [5]
     with torch.no_grad():
-        step_elementwise(group, group.params, 800)
+        step_elementwise(group, group.params, 800, Transaction())
     assert [p.unique().tolist() for p in params] == [[-1.0], *[[-0.5]] * 4]
     assert all(p.grad is not None and p.grad.eq(1).all() for p in params)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer
 from lightning_optim.core.parallel.ownership import Owners
+from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.exchanged import begin_exchanges, finish_exchanges
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler
 from tests.helpers import jobs
@@ -23,25 +24,25 @@ def test_nothing_is_exchanged_by_one_process() -> None:
     p.grad = torch.ones(6, 4)
     optimizer = RuleOptimizer([{"params": [p], "rule": "soap"}])
     groups = optimizer.group_steps()
-    assert begin_exchanges(groups, Owners(), RefreshScheduler(), 2**20) == []
-    finish_exchanges([])
+    assert begin_exchanges(groups, Owners(), RefreshScheduler(), 2**20, Transaction()) == []
+    finish_exchanges([], Transaction())
     assert p.eq(1).all() and not optimizer.state
 
 
 def test_every_matrix_is_computed_before_the_first_direction_is_waited_for() -> None:
     log: list[str] = []
 
-    def exchange(name: str) -> Iterator[None]:
+    def exchange(name: str) -> Generator[None]:
         log.append(f"send {name}")
         yield
         log.append(f"compute {name}")
         yield
         log.append(f"apply {name}")
 
-    exchanges = [exchange("a"), exchange("b")]
-    for x in exchanges:
+    exchanges = [((), exchange("a")), ((), exchange("b"))]
+    for _, x in exchanges:
         next(x)
-    finish_exchanges(exchanges)
+    finish_exchanges(exchanges, Transaction())
     assert log == ["send a", "send b", "compute a", "compute b", "apply a", "apply b"]
 
 

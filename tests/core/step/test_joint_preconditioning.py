@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer
+from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.joint_preconditioning import precondition_jointly
-from lightning_optim.core.step.records import GroupStep, count_steps
+from lightning_optim.core.step.records import GroupStep, count_steps, number_steps
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler
 
 LR, DAMPING = 0.1, 0.25
@@ -26,7 +27,7 @@ def begun(*groups: dict[str, Any]) -> list[GroupStep]:
     optimizer = RuleOptimizer([{"rule": "kfac", "lr": LR, "damping": DAMPING, "kl_clip": None, **g} for g in groups])
     steps = optimizer.group_steps()
     optimizer.allocate_state(steps)
-    count_steps([s for group in steps for s in group.params])
+    number_steps([s for group in steps for s in group.params])
     return steps
 
 
@@ -34,7 +35,7 @@ def preconditioned(groups: list[GroupStep], bias_of: dict[Tensor, Tensor] | None
     refreshes = RefreshScheduler()
     refreshes.begin_step(groups, None)
     with torch.no_grad():
-        precondition_jointly(groups, bias_of or {}, refreshes)
+        precondition_jointly(groups, bias_of or {}, refreshes, Transaction())
     return [s.gradient() for group in groups for s in group.params]
 
 
@@ -90,10 +91,12 @@ def test_factors_are_decomposed_when_they_are_due_and_stored() -> None:
     torch.testing.assert_close(state["output_values"].flatten().sort()[0], values)
     state["output_factor"].mul_(2)
     count_steps(groups[0].params)
-    count_steps(groups[0].params)  # step 3 is due
+    count_steps(groups[0].params)
+    number_steps(groups[0].params)  # step 3 is due
     preconditioned(groups)
     torch.testing.assert_close(state["output_values"].flatten().sort()[0], 2 * values)
     count_steps(groups[0].params)
+    number_steps(groups[0].params)
     state["output_factor"].mul_(2)
     preconditioned(groups)
     torch.testing.assert_close(state["output_values"].flatten().sort()[0], 2 * values)

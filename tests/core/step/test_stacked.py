@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer
 from lightning_optim.core.rule import REGISTRY
-from lightning_optim.core.step.records import ParamStep, count_steps
+from lightning_optim.core.step.records import ParamStep, number_steps
 from lightning_optim.core.step.stacked import chunks, needs_param, update_stack
 from tests.helpers.rules import gradient
 
@@ -61,7 +61,7 @@ def test_a_sink_takes_the_directions_of_all_blocks_and_no_weight_is_written() ->
     p.grad = gradient(p, "p", 1)
     (group,) = optimizer.group_steps()
     optimizer.allocate_state([group])
-    count_steps(group.params)
+    number_steps(group.params)
     taken: list[tuple[ParamStep, Tensor]] = []
     update_stack(group, group.params, [p.detach()], [p.grad], sink=lambda s, d: taken.append((s, d)))
     ((step, d),) = taken
