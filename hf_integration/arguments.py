@@ -10,7 +10,8 @@ import transformers
 from transformers.training_args import OptimizerNames
 
 from hf_integration.factory import OptimizerFactory
-from hf_integration.settings import PREFIX, settings_of_flag, with_flags
+from hf_integration.settings import settings_of_flag, with_flags
+from hf_integration.startup.optimizer_names import PREFIX
 from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import REGISTRY, lookup, nearest
 

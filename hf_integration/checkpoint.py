@@ -15,15 +15,14 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
-from hf_integration.settings import ADAM, PREFIX
+from hf_integration.settings import ADAM
+from hf_integration.startup.optimizer_names import MEMBER_PREFIX, PREFIX
 from lightning_optim import RuleOptimizer, lookup
 from lightning_optim.core.parallel import engines
 from lightning_optim.schedule import ScheduleConfig
 
 _log = logging.getLogger(__name__)
 
-MEMBER_PREFIX = "LIGHTNING_OPTIM_"
-"""Of the names that `register` adds to Transformers' `OptimizerNames`."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """Slots of `torch.optim.AdamW`, the last with `amsgrad` only."""
 

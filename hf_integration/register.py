@@ -12,11 +12,11 @@ from transformers import trainer as of_transformers
 from transformers.training_args import OptimizerNames
 
 from hf_integration.arguments import TrainingArguments
-from hf_integration.checkpoint import MEMBER_PREFIX, Consolidate, KeepSchedule
+from hf_integration.checkpoint import Consolidate, KeepSchedule
 from hf_integration.curvature import CurvatureCallback
 from hf_integration.factory import OptimizerFactory
-from hf_integration.settings import PREFIX, check_settings, settings_of_flag
-from lightning_optim.core.rule import REGISTRY
+from hf_integration.settings import check_settings, settings_of_flag
+from hf_integration.startup.optimizer_names import MEMBER_PREFIX, PREFIX, add_names
 
 
 def register() -> list[str]:
@@ -50,11 +50,7 @@ def register() -> list[str]:
     callbacks = getattr(of_transformers, "DEFAULT_CALLBACKS", None)
     if isinstance(callbacks, list):
         callbacks.extend(x for x in (KeepSchedule, Consolidate, CurvatureCallback) if x not in callbacks)
-    names = [*sorted(REGISTRY), *(f"{PREFIX}{name}" for name in sorted(REGISTRY))]
-    added = [name for name in names if name not in OptimizerNames._value2member_map_]
-    for name in added:
-        _add_member(name)
-    return added
+    return add_names(OptimizerNames)
 
 
 def _check_release() -> None:
@@ -97,20 +93,3 @@ class _OptimizerLookup:
         settings = settings_of_flag(args.optim_args)
         check_settings(name, settings)
         return OptimizerFactory, {"name": name, "args": args, **settings}
-
-
-def _add_member(name: str) -> OptimizerNames:
-    member = str.__new__(OptimizerNames, name)
-    vars(member).update(
-        _name_=MEMBER_PREFIX + name.replace(".", "_").upper(),  # LION is Transformers' lion_32bit
-        _value_=name,
-        __objclass__=OptimizerNames,
-        _sort_order_=len(OptimizerNames._member_names_),
-        # pickled as its value: training_args.bin must load where nobody has called register()
-        __reduce_ex__=lambda protocol: (str, (name,)),
-    )
-    setattr(OptimizerNames, member._name_, member)
-    OptimizerNames._member_names_.append(member._name_)
-    OptimizerNames._member_map_[member._name_] = member
-    OptimizerNames._value2member_map_[name] = member
-    return member

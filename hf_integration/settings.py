@@ -18,8 +18,6 @@ from lightning_optim.settings import parse_settings
 
 ADAM = ("adam", "adamw")
 """Rules that the `adam_*` flags are for."""
-PREFIX = "lightning_optim."
-"""Makes a name of `--optim` ours, where Transformers has one that is the same."""
 BY_FLAG = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
 """Arguments of `build_optimizer` that `--optim_args` may not give, as the Trainer has flags for them."""
 

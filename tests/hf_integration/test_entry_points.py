@@ -276,9 +276,11 @@ def test_a_command_s_processes_take_our_names(tmp_path: Path):
         """
 import sys
 import torch
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()
+from transformers import Trainer  # after the parser, as TRL's commands do
+
 size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **size))
 trainer = Trainer(model, args, train_dataset=[{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4)

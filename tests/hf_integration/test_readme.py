@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
 
 from hf_integration import OptimizerFactory, TrainingArguments
-from hf_integration.checkpoint import MEMBER_PREFIX
+from hf_integration.startup.optimizer_names import MEMBER_PREFIX
 from lightning_optim import RuleOptimizer
 from tests.hf_integration.test_entry_points import STOCK_SCRIPT, others_use_old_names
 from tests.hf_integration.test_trainer import ENVIRONMENT, ROOT, llama, make_model, one_thread, stopped_adamw  # noqa: F401
