@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
-from lightning_optim.core.rule import check_value, lookup
+from lightning_optim.build.param_role import ParamRole, Role
+from lightning_optim.core.rule import check_value, lookup, nearest
 
 Override = tuple[str, str | None] | tuple[str, str | None, Mapping[str, Any]]
 """(pattern or role, rule or None to keep it, settings): `("*.gate.*", "adamw", {"lr": 1e-4})`."""
@@ -91,6 +92,34 @@ def matches(pattern: str, name: str, role: str, kind: str = "") -> bool:
         True if so.
     """
     return pattern in (role, kind) or fnmatchcase(name, pattern) or fnmatchcase(_bare(name), pattern)
+
+
+def why_unmatched(pattern: str, roles: Mapping[str, ParamRole], model: nn.Module) -> str:
+    """Why an override applies to nothing, and what could be meant.
+
+    Args:
+        pattern: of the override.
+        roles: of trainable parameters.
+        model: it is about.
+
+    Returns:
+        The end of an error message.
+    """
+    if any(matches(pattern, name, trait.role, trait.kind) for name, trait in roles.items()):
+        return "earlier overrides have taken everything it matches; put it before them"
+    if any(matches(pattern, name, "") for name, p in model.named_parameters() if not p.requires_grad):
+        return "what it matches is frozen"
+    present = sorted({trait.role for trait in roles.values()})
+    if pattern in get_args(Role):
+        tied = pattern == "head" and _shares_weights(model)
+        shared = " (the output layer shares the weights of another: override that one)" if tied else ""
+        return f"no parameter has this role here{shared}; the roles are {', '.join(present)}"
+    return nearest(pattern, [*present, *roles]) if len(roles) < 200 else f"the roles are {', '.join(present)}"
+
+
+def _shares_weights(model: nn.Module) -> bool:
+    """Whether a parameter has several names."""
+    return len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters()))
 
 
 def _bare(name: str) -> str:

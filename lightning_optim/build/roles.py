@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_optim.build.overrides import Override, checked, matches
+from lightning_optim.build.overrides import Override, checked, matches, why_unmatched
 from lightning_optim.build.param_role import MATRIX_ROLES, ParamRole, Role
 from lightning_optim.build.role_report import roles
 from lightning_optim.core import options
 from lightning_optim.core.matrix_views import Blocks, counts_columns, frozen
-from lightning_optim.core.rule import Rule, check_value, lookup, nearest
+from lightning_optim.core.rule import Rule, check_value, lookup
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,9 @@ def assign(
         out.append(Assignment(name, params[name], trait, owner, group, view.settings, view.blocks, view.transposed))
     for i, (pattern, _, _) in enumerate(requested):
         if i not in used:
-            hint = nearest(pattern, [*get_args(Role), *roles_by_name]) if len(roles_by_name) < 200 else ""
-            raise ValueError(f"override {pattern!r} matches no parameter that an earlier one left; {hint}")
+            raise ValueError(
+                f"override {pattern!r} applies to no parameter: {why_unmatched(pattern, roles_by_name, model)}"
+            )
     return out
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_optim import assign, build_optimizer
-from lightning_optim.build.overrides import checked, matches
+from lightning_optim.build.overrides import checked, matches, why_unmatched
+from lightning_optim.build.param_role import ParamRole
 from tests.build.test_dataflow import Layers
 
 
@@ -65,3 +66,15 @@ def test_a_resume_with_other_roles_is_refused_with_the_override_that_mends_it() 
         for of in (groups, saved.param_groups)
     )
     assert owners == expected
+
+
+def test_an_override_that_applies_to_nothing_says_why() -> None:
+    tied = nn.ModuleDict({"embed": nn.Embedding(8, 4), "layer": nn.Linear(4, 4), "out": nn.Linear(4, 8, bias=False)})
+    cast("Any", tied["out"]).weight = tied["embed"].weight
+    tied["layer"].weight.requires_grad_(False)
+    roles = {name: ParamRole("embedding", "") for name, p in tied.named_parameters() if p.requires_grad}
+    assert "shares the weights of another" in why_unmatched("head", roles, tied)
+    assert why_unmatched("router", roles, tied) == "no parameter has this role here; the roles are embedding"
+    assert why_unmatched("layer.weight", roles, tied) == "what it matches is frozen"
+    assert why_unmatched("embed.*", roles, tied).startswith("earlier overrides have taken everything it matches")
+    assert why_unmatched("embed.weigt", roles, tied).startswith("did you mean 'embed.weight'")
