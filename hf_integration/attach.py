@@ -10,6 +10,7 @@ from transformers import Trainer
 from hf_integration.checkpoint import Consolidate, KeepSchedule
 from hf_integration.curvature import CurvatureCallback
 from hf_integration.factory import OptimizerFactory
+from hf_integration.first_batch import first_batch
 from hf_integration.settings import check_settings, with_flags
 from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import lookup
@@ -48,7 +49,8 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
     arguments = settings if lr is None else settings | {"lr": lr}
     check_settings(name, arguments)
     with_flags(trainer.args, name, arguments)  # raises what the flags do not allow; they are read at building
-    kwargs = {"name": name, "args": partial(getattr, trainer, "args"), **arguments}
+    kwargs = {"name": name, "args": partial(getattr, trainer, "args"), "first_batch": partial(first_batch, trainer)}
+    kwargs |= arguments
     trainer.optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(KeepSchedule())
     trainer.add_callback(Consolidate())

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from hf_integration.checkpoint import accept_adamw
+from hf_integration.first_batch import describes_inputs
 from hf_integration.parameter_flags import check_adam_flags, overrides_of_flags
 from hf_integration.settings import with_flags
 from lightning_optim import RuleOptimizer, build_optimizer
@@ -34,6 +35,7 @@ class OptimizerFactory:
         name: str | None = None,
         lr: float | None = None,
         args: TrainingArguments | Callable[[], TrainingArguments] | None = None,
+        first_batch: Callable[[], Any] | None = None,
         **settings: Any,
     ) -> RuleOptimizer:
         """Build the optimizer.
@@ -44,6 +46,7 @@ class OptimizerFactory:
             lr: learning rate; with the default convention, AdamW's. Needed unless `args` or a `recipe` is given.
             args: of the Trainer, or what returns them; `--learning_rate`, `--weight_decay` and the `--adam_*` flags
                 hold where `lr` and `settings` do not say otherwise.
+            first_batch: gives `example_inputs` for a model that describes none, where `settings` have none.
             **settings: of `build_optimizer`.
 
         Returns:
@@ -67,6 +70,8 @@ class OptimizerFactory:
                 **arguments,
                 "overrides": [*own, *overrides_of_flags(model, flags, own, arguments.get("rest", "adamw"))],
             }
+        if first_batch is not None and arguments.get("example_inputs") is None and not describes_inputs(model):
+            arguments = {**arguments, "example_inputs": first_batch()}
         optimizer = create_optimizer(model, **arguments)
         if flags is not None:
             check_adam_flags(flags, optimizer)

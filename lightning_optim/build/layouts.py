@@ -34,7 +34,21 @@ def _shipped(blocks: Blocks | Order, role: Role, *keys: str) -> dict[str, Layout
     return {key: Layout(role, blocks) for key in keys}
 
 
+_VISION = """
+BlipAttention Blip2Attention CohereCompassVisionAttention DeepseekOcr2SamVisionAttention
+Dots3NoteVisionAttention Ernie4_5_VLMoeVisionAttention Florence2VisionChannelAttention
+Florence2VisionWindowAttention Glm4vVisionAttention Glm4vMoeVisionAttention Glm5NextVisionAttention
+GlmImageVisionAttention GlmOcrVisionAttention GotOcr2VisionAttention InstructBlipAttention
+InstructBlipVideoAttention MgpstrAttention PPFormulaNetVisionAttention PPOCRV5MobileRecAttention
+PPOCRV5ServerRecAttention PPOCRV6SmallRecAttention Qwen2_5_VLVisionAttention Qwen3_5VisionAttention
+Qwen3_5MoeVisionAttention Qwen3OmniMoeVisionAttention Qwen3VLVisionAttention Qwen3VLMoeVisionAttention
+Qwen4ExpVisionAttention SamVisionAttention SamHQVisionAttention SegGptAttention SLANeXtVisionAttention
+TimesformerSelfAttention UnlimitedOcrSamVisionAttention VitDetAttention
+""".split()
+"""Attention of vision towers whose `qkv` is read as [3, heads, width of a head] in the source of Transformers 5.24."""
+
 LAYOUTS: dict[str, Layout] = {
+    **_shipped("apart", "qkv", *(f"{kind}.qkv" for kind in _VISION)),
     **_shipped(
         "apart",
         "qkv",
@@ -47,7 +61,6 @@ LAYOUTS: dict[str, Layout] = {
         "MptAttention.Wqkv",
         "Phi3Attention.qkv_proj",
         "Phi4MultimodalAttention.qkv_proj",
-        "Qwen2_5_VLVisionAttention.qkv",
         "VisionAttention.qkv",  # Qwen2-VL
     ),
     **_shipped(
@@ -62,7 +75,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     **_shipped(2, "experts", "Llama4TextExperts.gate_up_proj"),
 }
-"""By `Class.path`. The orders of rows are what `tests/helpers/fused_rows.py` finds by running the classes."""
+"""By `Class.path`. The orders of language models are tested with values: without values nothing comes out."""
 
 
 def register_layout(

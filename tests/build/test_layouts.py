@@ -12,6 +12,7 @@ from torch import nn
 from lightning_optim import register_layout, roles
 from lightning_optim.build.layouts import LAYOUTS
 from tests.build.test_dataflow import Layers
+from tests.build.test_roles import FUSED
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,19 @@ def test_what_is_measured_goes_before_the_packages_own() -> None:
     with torch.device("meta"):
         trait = roles(hf.GPT2Model(config))["h.0.attn.c_attn.weight"]
     assert (trait.blocks, trait.source) == (3, "measured")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the models themselves
+@pytest.mark.parametrize("name", [x for x in FUSED if not x.startswith("bigcode_")])
+def test_the_packages_own_layouts_are_those_of_the_values(name: str) -> None:
+    """An attention module alone cannot be run; `test_fused_layers_are_cut_into_query_key_and_value` has the values."""
+    cls, config, blocks = FUSED[name]
+    with torch.device("meta"):
+        model = cls(config)
+    (label,) = [n for n, t in roles(model).items() if t.role == "qkv"]
+    attention, path = model.get_submodule(label.rsplit(".", 2)[0]), label.rsplit(".", 2)[1]
+    trait = roles(nn.ModuleList([attention]))[f"0.{path}.weight"]
+    assert (trait.role, trait.blocks, trait.source) == ("qkv", blocks, "registry")
 
 
 @pytest.mark.parametrize(
