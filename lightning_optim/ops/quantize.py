@@ -24,6 +24,9 @@ Format = Literal["int8", "int8_grid", "fp8"]
 
 E4M3_MAX = 448.0
 TINY = torch.finfo(torch.float32).tiny
+LARGEST: dict[Format, float] = dict.fromkeys(("int8", "int8_grid"), torch.finfo(torch.float32).max)
+LARGEST["fp8"] = torch.finfo(torch.float32).max / E4M3_MAX
+"""The largest scale: that of the largest number."""
 GRID_HALF = (2**16 - 1) / 2
 """Half the number of steps of the even grid, by which `"int8_grid"` rounds to -1 ... 1."""
 PIECE = 2**17
@@ -124,8 +127,9 @@ def computed(x: Tensor, form: Format, *, nonnegative: bool) -> tuple[Tensor, Ten
         (codes `[blocks, block]`, scales `[blocks, 1]`).
     """
     scale = (x if nonnegative else x.abs()).amax(1, keepdim=True)
-    scale = (scale / E4M3_MAX if form == "fp8" else scale).clamp(min=TINY)
-    quotients = x / scale
+    scale = (scale / E4M3_MAX if form == "fp8" else scale).clamp(min=TINY, max=LARGEST[form])
+    end = E4M3_MAX if form == "fp8" else 1.0
+    quotients = (x / scale).clamp(-end, end)
     if form == "fp8":
         return _patterns(quotients, nonnegative), scale
     if form == "int8_grid":
@@ -227,14 +231,14 @@ def _encode(x: Tensor, codes: Tensor, scale: Tensor, form: Format, nonnegative: 
     torch.amax(rows if nonnegative else rows.abs(), dim=1, out=scale)
     if form == "fp8":
         scale.div_(E4M3_MAX)
-    scale.clamp_(min=TINY)
+    scale.clamp_(min=TINY, max=LARGEST[form])  # an infinite one would make zeros NaN
     quotients = (rows / scale.unsqueeze(1)).view(-1)
     if form == "fp8":
-        encoded = quotients.to(torch.float8_e4m3fn).view(torch.uint8)
+        encoded = quotients.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
         if nonnegative:
             encoded = torch.maximum(encoded, (quotients > 0).view(torch.uint8))
     elif form == "int8_grid":
-        point = quotients.mul_(GRID_HALF).add_(GRID_HALF).round_().nan_to_num_(0.0).int()
+        point = quotients.mul_(GRID_HALF).add_(GRID_HALF).round_().nan_to_num_(0.0).clamp_(0, 2**16 - 1).int()
         encoded = _grid(nonnegative, x.device).index_select(0, point)
     else:
         _, lower, above = _tables(form, nonnegative, x.device)

@@ -125,6 +125,19 @@ def test_zero_blocks_tiny_blocks_and_nan() -> None:
     assert encoded(torch.empty(0))[2].numel() == 0
 
 
+@pytest.mark.parametrize("form", ["int8", "int8_grid", "fp8"])
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_infinity_is_stored_as_the_largest_number(form: Any, nonnegative: bool) -> None:
+    """A second moment that overflows, beside zeros."""
+    x = torch.zeros(256)
+    x[3], x[5] = math.inf, 0.0 if nonnegative else -math.inf
+    _, _, back = encoded(x, form, nonnegative=nonnegative)
+    assert back.isfinite().all() and back[3] > 3e38 and (nonnegative or back[5] < -3e38)
+    codes, scales = quantize.computed(x.view(1, -1), form, nonnegative=nonnegative)
+    table = quantize.table(form, nonnegative, x.device)
+    assert quantize.looked_up(codes, scales, table).isfinite().all()
+
+
 # -- what rests -------------------------------------------------------------------------------------------------------
 
 

@@ -56,10 +56,10 @@ def optimizer_of(run: Run, model: nn.Module, layout: str) -> RuleOptimizer:
 
 
 def content(optimizer: RuleOptimizer) -> list[Tensor]:
-    """Copies of this rank's weights and state."""
+    """Copies of this rank's weights and state, but for what other ranks own."""
     every = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = [t for p in every for _, t in sorted(optimizer.state[p].items())] if optimizer.state else []
-    return [local(t).detach().clone() for t in (*every, *tensors)]
+    return [local(t).detach().clone() for t in (*every, *tensors) if local(t).numel()]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -333,7 +333,7 @@ def take_step(trial: Trial, t: int, events: Sequence[str]) -> None:
 
 def _weights_same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     kept = [[x for x in some if isinstance(x, Tensor)] for some in (a, b)]
-    return all(map(torch.equal, *kept))
+    return same(*kept)
 
 
 def _check_counts(trial: Trial, before: Sequence[Any], grads: Sequence[Tensor | None]) -> None:
@@ -349,7 +349,7 @@ def _check_counts(trial: Trial, before: Sequence[Any], grads: Sequence[Tensor | 
         elif run.rule not in SEARCHING:
             trial.check("a step counts for parameters with a gradient", steps == last)
         if not is_used and not run.averaging:
-            trial.check("without a gradient, or frozen, nothing moves", torch.equal(p, old))
+            trial.check("without a gradient, or frozen, nothing moves", same([p.detach()], [old]))
     trial.check("a step is taken, or it is not", counted in (set(), {0}, {1}), str(counted))
     if counted == {0}:
         trial.check("what is not counted moves nothing", _weights_same(before, contents(optimizer)))
