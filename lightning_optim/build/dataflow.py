@@ -365,12 +365,13 @@ def final_outputs(outputs: Any) -> Iterator[Tensor]:
     """
     if hasattr(outputs, "keys"):
         loss = outputs.get("loss") if hasattr(outputs, "get") else None
-        if isinstance(loss, Tensor):
-            yield loss
-            return
         keys = [k for k in outputs.keys() if k == "last_hidden_state" or not any(x in k for x in INSIDE)]
-        outputs = [outputs[k] for k in keys]
-    yield from (t for t in _tensors(outputs) if t.is_floating_point())
+        outputs = [loss] if isinstance(loss, Tensor) else [outputs[k] for k in keys]
+    if isinstance(outputs, (list, tuple)):
+        for x in outputs:
+            yield from final_outputs(x)
+    else:
+        yield from (t for t in _tensors(outputs) if t.is_floating_point())
 
 
 def _is_linear(facts: WeightFacts) -> bool:

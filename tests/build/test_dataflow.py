@@ -105,4 +105,5 @@ def test_what_a_model_is_trained_for() -> None:
     assert list(final_outputs({"loss": x, "logits": x + 1})) == [x]
     names = ("last_hidden_state", "hidden_states", "attentions", "logits")
     assert len(list(final_outputs({k: torch.ones(1) for k in names}))) == 2
+    assert list(final_outputs([{"text": {"pooler_output": x + 1, "logits": x}}])) == [x]
     assert not list(final_outputs([torch.ones(1, dtype=torch.long), None]))
