@@ -72,6 +72,7 @@ def _tables(form: Format, nonnegative: bool, device: torch.device) -> tuple[Tens
         middle[0] = 0.0
     top = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
     least = torch.where(top < 0, top | 0xFFFF, top).view(torch.float32)  # of each interval
+    least[top.view(torch.float32) == -torch.inf] = -torch.inf  # the only number of its interval
     lower = torch.searchsorted(middle, least.nan_to_num(0.0, 2.0, -2.0)).to(torch.uint8)
     above = torch.cat([middle, torch.tensor([torch.inf])])
     return table.to(device), lower.to(device), above.to(device)
