@@ -326,7 +326,7 @@ def validate_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -
         blocks, _ = blocks_of(rule, group, shape)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    specs = [rule.state_specs(*block.dims[1:], vector=p.ndim < 2) for block in blocks] if len(blocks) > 1 else [{}]
+    specs = [rule.state_specs(*block.dims[1:], vector=p.ndim < 2) for block in blocks if p.numel() and len(blocks) > 1]
     kinds = [{key: spec.letters == "mn" for key, spec in some.items()} for some in specs]
     if any(kind.get(key, is_whole) != is_whole for kind in kinds for key, is_whole in kinds[0].items()):
         raise ValueError(f"{name}: {rule.name} keeps other state for some of its blocks; make their sizes more alike")

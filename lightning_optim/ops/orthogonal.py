@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.ops.norms import gram_norm
+from lightning_optim.ops.norms import gram_norm, magnitude
 
 Coefficients = tuple[float, float, float]
 IterationDtype = Literal["bfloat16", "float32", "float64"]
@@ -129,6 +129,8 @@ def orthogonalize(
     """
     named = isinstance(coefficients, str)
     schedule = SCHEDULES[coefficients] if named else (coefficients,)
+    if x.dtype == torch.float64 != dtype:  # beyond the range of narrower ones
+        x = x / magnitude(x).clamp_(min=1.0)
     y = x.to(dtype, copy=True)
     is_transposed = y.stride(-2) < y.stride(-1)
     y = y.mT if is_transposed else y  # rows lie in memory: products with the other view are up to half as fast

@@ -316,7 +316,7 @@ def take_step(trial: Trial, t: int, events: Sequence[str]) -> None:
         return
     if any(g is not None and p.requires_grad and bool(g.isnan().any()) for p, g in zip(ps, grads, strict=True)):
         is_kept = _weights_same(before, contents(optimizer))
-        trial.is_spoiled = optimizer.param_groups[0]["on_nonfinite"] == "off" and not is_kept
+        trial.is_spoiled = trial.is_spoiled or optimizer.param_groups[0]["on_nonfinite"] == "off" and not is_kept
         trial.check("a gradient that is not finite is not used", is_kept or trial.is_spoiled)
     sane = all(p.isfinite().all() for p in ps)
     trial.check("weights are finite", sane or trial.is_spoiled, f"step {t}")
