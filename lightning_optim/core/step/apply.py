@@ -262,7 +262,7 @@ class Transaction:
             collective: whether it communicates.
         """
         if collective and self.is_disconnected:
-            self._fail(steps, None)
+            self.fail(steps, None)
             return
         saved = None
         try:
@@ -272,11 +272,18 @@ class Transaction:
             if saved is not None:
                 saved.restore()
             self.is_disconnected = self.is_disconnected or collective
-            if backup is None and not collective:
-                self.half_updated += [s for s in steps if id(s) not in self._early]
-            self._fail(steps, error)
+            self.fail(steps, error, is_restored=backup is not None or collective)
 
-    def _fail(self, steps: Sequence[ParamStep], error: Exception | None) -> None:
+    def fail(self, steps: Sequence[ParamStep], error: Exception | None, *, is_restored: bool = True) -> None:
+        """Note that parameters did not take the step.
+
+        Args:
+            steps: the parameters.
+            error: why.
+            is_restored: whether they are as they were before the step.
+        """
+        if not is_restored:
+            self.half_updated += [s for s in steps if id(s) not in self._early]
         for s in steps:
             s.views = {}  # nothing of it is stored any more
             if id(s) in self._early:
@@ -292,7 +299,7 @@ class Transaction:
         """
         self._early |= {id(s): Backup([s.local(), *state_of(s)]) for s in steps}
 
-    def taken(self, steps: Iterable[ParamStep]) -> list[ParamStep]:
+    def taken(self, steps: Sequence[ParamStep]) -> Sequence[ParamStep]:
         """The parameters that took the step.
 
         Args:
@@ -301,7 +308,7 @@ class Transaction:
         Returns:
             All but those that failed.
         """
-        return [s for s in steps if id(s) not in self.failed] if self.failed else list(steps)
+        return [s for s in steps if id(s) not in self.failed] if self.failed else steps
 
     def finish(self, steps: Sequence[ParamStep]) -> None:
         """Count the step of the parameters that took it, and raise if a unit failed.

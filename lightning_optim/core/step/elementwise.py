@@ -35,9 +35,14 @@ def step_elementwise(
     divided = [s for s in steps if s.plan.divided] if is_quantized else []
     transaction.keep(divided)
     for s in _step_by_kernel(group, steps, max_temp_bytes, transaction) if group.plan.has_kernel else steps:
-        communicates = s.plan.replicas is not None or (group.plan.has_constraint and s.plan.is_sharded)
-        backup = functools.partial(_all_of, s) if communicates else None
-        transaction.run(functools.partial(step_param, group, s), [s], backup, collective=communicates)
+        if s.plan.replicas is not None or (group.plan.has_constraint and s.plan.is_sharded):
+            work, backup = functools.partial(step_param, group, s), functools.partial(_all_of, s)
+            transaction.run(work, [s], backup, collective=True)
+            continue
+        try:
+            step_param(group, s)
+        except Exception as error:
+            transaction.fail([s], error, is_restored=False)
     if divided:
         transaction.run(functools.partial(share_scales, divided), divided, tuple, collective=True)
 
