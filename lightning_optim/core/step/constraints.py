@@ -172,14 +172,21 @@ class _Rows:
         dims = tuple(range(self.row_ndim, self.x.ndim))
         rows = None if rows is None else matrix_views.transpose_if(rows, self.plan.transposed)
         chunks = []
+
+        def reduced(*tensors: Tensor | None) -> Tensor:
+            return torch.stack([t.sum() if self.is_single else t.sum(dims) if dims else t for t in terms(*tensors)])
+
         for at in self._chunks():
             x = self.x[at].to(self.dtype) if self.row_ndim else self.x.to(self.dtype)
             d = self.d[at] if self.row_ndim else self.d
             if self.compensation is not None:
                 x = x + (self.compensation[at] if self.row_ndim else self.compensation)
             k = None if rows is None else rows[at] if self.row_ndim else rows
-            row_sums = [t.sum() if self.is_single else t.sum(dims) if dims else t for t in terms(x, d, k)]
-            chunks.append(torch.stack(row_sums))
+            part = reduced(x, d, k)
+            if part.is_cpu and not part.isfinite().all():  # squares of a long direction overflow
+                part = reduced(x.double(), d.double(), None if k is None else k.double())
+            chunks.append(part)
+        chunks = [part.double() for part in chunks]
         if self.is_single:
             return collectives.add_up(torch.stack(chunks, 1).sum(1, keepdim=True, dtype=torch.float64), self.plan.param)
         local_sums = torch.cat(chunks, 1) if self.row_ndim else chunks[0]
