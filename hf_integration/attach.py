@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from transformers import Trainer
 
 from hf_integration.checkpoint import Consolidate, KeepSchedule
-from hf_integration.curvature import CurvatureCallback
+from hf_integration.curvature import add_curvature_callback
 from hf_integration.factory import OptimizerFactory
 from hf_integration.first_batch import first_batch
 from hf_integration.settings import check_settings, with_flags
@@ -54,6 +54,5 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
     trainer.optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.add_callback(KeepSchedule())
     trainer.add_callback(Consolidate())
-    if not any(isinstance(callback, CurvatureCallback) for callback in trainer.callback_handler.callbacks):
-        trainer.add_callback(CurvatureCallback())
+    add_curvature_callback(trainer)
     return trainer

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from lightning_optim.diagnostics.hessian import frozen, in_full_precision, measuring
+from lightning_optim.diagnostics.batches import map_tensors
+from lightning_optim.diagnostics.undisturbed import frozen, in_full_precision, measuring, unchanged_attributes
 
 ROW_BY_ROW = {"transformers.trainer.Trainer", "trl.trainer.sft_trainer.SFTTrainer"}
 """Trainers whose `compute_loss` is a mean over rows that do not depend on one another."""
-FEW = 4096
-"""Most elements of a tensor, and members of a container, among a trainer's attributes that are put back."""
 
 
 def current_trainer() -> Trainer | None:
@@ -48,6 +46,8 @@ class Batches:
         model: its model, outside DDP and compiled wrappers.
         see: told each batch before `compute_loss` gets it: a copy, with the same tensors.
         forwarded: told when `compute_loss` is done.
+        reported: told how to get the loss that the trainer has computed of a batch, as if that were the whole step.
+        failed: told when `compute_loss` raises an exception.
     """
 
     def __init__(
@@ -56,12 +56,16 @@ class Batches:
         model: nn.Module,
         see: Callable[[Any], None],
         forwarded: Callable[[], None] = lambda: None,
+        reported: Callable[[Callable[[], Tensor]], None] = lambda _: None,
+        failed: Callable[[], None] = lambda: None,
     ) -> None:
         self.trainer, self.model = trainer, model
-        self.see, self.forwarded = see, forwarded
+        self.see, self.forwarded, self.reported, self.failed = see, forwarded, reported, failed
         self._counted = False
         """Whether the trainer tells `compute_loss` how many items the step has."""
-        self._kind: Callable[[Any], Any] = lambda inputs: inputs
+        self._items_of_step: Any = None
+        self._inputs: Any = None
+        """Of the batch whose loss is being computed."""
         self._by_items: bool | None = None
         """Whether the loss of a batch is divided by the number of items of the step."""
 
@@ -99,11 +103,29 @@ class Batches:
             inputs: of `compute_loss`.
             items: `num_items_in_batch`.
         """
-        self._counted = items is not None
-        if isinstance(inputs, Mapping) and type(inputs) is not dict:  # BatchEncoding
-            kind: Any = type(inputs)
-            self._kind = lambda plain: kind(plain)
+        self._counted, self._items_of_step = items is not None, items
+        self._inputs = copied(inputs)
         self.see(copied(inputs))
+
+    def end(self, out: Any) -> None:
+        """The loss of a batch has been computed.
+
+        Args:
+            out: what `compute_loss` has returned.
+        """
+        self.forwarded()
+        inputs, self._inputs = self._inputs, None
+        self.reported(lambda: self._of_whole_step(_scalar(out).detach(), inputs))
+
+    def _of_whole_step(self, loss: Tensor, inputs: Any) -> Tensor:
+        """A loss that was divided by the items of the step, divided by those of its batch instead."""
+        if not self._by_items:
+            return loss
+        trainer: Any = self.trainer
+        shared = trainer.args.average_tokens_across_devices and trainer.args.n_gpu <= 1
+        ranks = trainer.accelerator.num_processes if shared else 1
+        with self._alone():
+            return loss * self._items_of_step / (self._items(inputs) * ranks)
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of a batch, or of some of its rows, as if the batch were the whole step of one process.
@@ -121,12 +143,11 @@ class Batches:
     def _loss(self, batch: Any, factor: int = 1) -> Tensor:
         trainer: Any = self.trainer
         with self._alone(), trainer.compute_loss_context_manager():
-            inputs = self._kind(copied(batch))
+            inputs = copied(batch)
             items = self._items(inputs)
             items = None if items is None else items * factor
             out = trainer.compute_loss(self.model, inputs, num_items_in_batch=items)
-        loss = out[0] if isinstance(out, tuple) else out
-        return loss.mean() if loss.ndim else loss
+        return _scalar(out)
 
     def weight(self, batch: Any) -> float:
         """The weight of a batch in the step's loss, of which the trainer takes a mean over micro-batches or over items.
@@ -160,13 +181,15 @@ class Batches:
         trainer, model = self.trainer, self.model
         dropout = model.training
         with ExitStack() as stack:
-            stack.enter_context(unchanged(trainer))
+            own_loss = getattr(trainer, "compute_loss_func", None)
+            stack.enter_context(unchanged_attributes(trainer, trainer.state, own_loss))
             watched = vars(trainer).get("compute_loss")
             if isinstance(watched, _Watched):
                 stack.enter_context(_set(watched, "paused", True))
             for owner, key, value in (
                 (trainer.args, "average_tokens_across_devices", False),
                 (trainer.args, "_n_gpu", 1),
+                (trainer, "log", lambda *_, **__: None),
                 (trainer, "current_gradient_accumulation_steps", 1),
                 (trainer, "model_wrapped", model),
                 (trainer.model, "training", True),
@@ -206,10 +229,12 @@ class _Watched:
                 listener.begin(inputs, items)
             out = self.original(*args, **kwargs)
         except BaseException:  # the next step, if there is one, watches again
-            self.remove()
+            for listener in listeners:
+                listener.failed()
+                listener.close()
             raise
         for listener in listeners:
-            listener.forwarded()
+            listener.end(out)
         return out
 
     def remove(self) -> None:
@@ -224,6 +249,12 @@ class _Watched:
     def __reduce__(self) -> Any:
         """A copy of the trainer has the trainer's own method."""
         return (_itself, (self.original,)) if self.own else (getattr, (self.trainer, "compute_loss"))
+
+
+def _scalar(out: Any) -> Tensor:
+    """The loss in what `compute_loss` returns."""
+    loss = out[0] if isinstance(out, tuple) else out
+    return loss.mean() if loss.ndim else loss
 
 
 def _itself(x: Any) -> Any:
@@ -252,85 +283,6 @@ def copied(inputs: Any) -> Any:
         inputs: tensors and anything else, in any nesting.
 
     Returns:
-        The same tensors; the outermost mapping is a plain dict.
+        The same tensors.
     """
-    if isinstance(inputs, Mapping):
-        return {key: _copied(value) for key, value in inputs.items()}
-    return _copied(inputs)
-
-
-def _copied(x: Any) -> Any:
-    if type(x) in (list, tuple):
-        return type(x)(_copied(value) for value in x)
-    return {key: _copied(value) for key, value in x.items()} if type(x) is dict else x
-
-
-@contextmanager
-def unchanged(trainer: Any) -> Iterator[None]:
-    """Put back the numbers and containers among a trainer's attributes, such as TRL's metrics.
-
-    Args:
-        trainer: any object.
-
-    Yields:
-        Nothing.
-    """
-    attributes = vars(trainer)
-    before = {key: (value, _snapshot(value)) for key, value in attributes.items() if not key.endswith("_dataset")}
-    try:
-        yield
-    finally:
-        for key in [k for k, v in attributes.items() if k not in before and isinstance(v, _PLAIN)]:
-            if not key.endswith("_dataset"):
-                del attributes[key]
-        for key, (value, restore) in before.items():
-            if restore is not None:
-                restore()
-                attributes[key] = value
-
-
-_CONTAINERS = (dict, list, set, deque)
-_PLAIN = (*_CONTAINERS, int, float, str, Tensor, type(None))
-
-
-def _snapshot(value: Any) -> Callable[[], None] | None:
-    """What puts the contents of a value back; None for what is left alone."""
-    if isinstance(value, Tensor):
-        if value.numel() > FEW or value.requires_grad:
-            return None
-        version, copy = value._version, value.clone()
-
-        def restore_tensor() -> None:
-            if value._version != version:
-                value.copy_(copy)
-
-        return restore_tensor
-    if not isinstance(value, _PLAIN) or (isinstance(value, _CONTAINERS) and len(value) > FEW):
-        return None
-    if isinstance(value, dict):
-        items = dict(value)
-        inner = [_snapshot(x) for x in items.values()]
-
-        def restore_dict() -> None:
-            if len(value) != len(items) or any(value.get(k, value) is not x for k, x in items.items()):
-                value.clear()
-                value.update(items)
-            for restore in inner:
-                if restore is not None:
-                    restore()
-
-        return restore_dict
-    if isinstance(value, list | deque | set):
-        members = list(value)
-        inside = [_snapshot(x) for x in members]
-
-        def restore_members() -> None:
-            if len(value) != len(members) or any(a is not b for a, b in zip(value, members, strict=True)):
-                value.clear()
-                (value.update if isinstance(value, set) else value.extend)(members)
-            for restore in inside:
-                if restore is not None:
-                    restore()
-
-        return restore_members
-    return lambda: None
+    return map_tensors(inputs, lambda t: t)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
 from hf_integration.batches import Batches, copied, current_trainer
@@ -31,7 +31,7 @@ class CurvatureCallback(TrainerCallback):
         method: `"exact"` products with the Hessian, `"difference"` of gradients where kernels do not allow those, or
             `"auto"`: exact until a kernel turns out not to allow it.
         loss: function of (model, batch as `compute_loss` receives it) that replaces `compute_loss`. The two must be
-            equal, and are compared on the first batch.
+            equal, and are compared in the first step.
 
     Raises:
         ValueError: a value out of range.
@@ -74,7 +74,13 @@ class CurvatureCallback(TrainerCallback):
                 "CurvatureCallback finds no transformers.Trainer whose batches and compute_loss it could take; in a "
                 "loop of your own use lightning_optim.curvature.CurvatureEstimator"
             )
-        batches = Batches(trainer, model, lambda batch: estimator.record_batch(batch))
+        batches = Batches(
+            trainer,
+            model,
+            lambda batch: estimator.record_batch(batch),
+            reported=lambda loss: estimator.report_losses([loss()]) if estimator.compares else None,
+            failed=lambda: estimator.discard(),
+        )
         settings = dict(self._settings)
         if settings["share"] is None and not batches.rows_are_independent:
             settings["share"] = 1.0
@@ -84,7 +90,7 @@ class CurvatureCallback(TrainerCallback):
             optimizer,  # pyright: ignore[reportArgumentType]
             batches.loss if custom_loss is None else lambda batch: custom_loss(model, copied(batch)),
             weight=batches.weight,
-            trained=None if custom_loss is None else batches.loss,
+            compare=custom_loss is not None or curvature.searches(optimizer),
             loss_scale=lambda: None if scaler is None else scaler.get_scale(),
             rank=args.process_index,
             **settings,
@@ -155,3 +161,13 @@ class CurvatureCallback(TrainerCallback):
         if self._batches is not None:
             self._batches.close()
         self.estimator = self._batches = None
+
+
+def add_curvature_callback(trainer: Trainer) -> None:
+    """Have a trainer measure curvature; one that has a callback for it is left as it is.
+
+    Args:
+        trainer: the trainer.
+    """
+    if not any(isinstance(callback, CurvatureCallback) for callback in trainer.callback_handler.callbacks):
+        trainer.add_callback(CurvatureCallback())

@@ -8,11 +8,14 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from hf_integration.batches import current_trainer
 from hf_integration.checkpoint import accept_adamw
+from hf_integration.curvature import add_curvature_callback
 from hf_integration.first_batch import describes_inputs
 from hf_integration.parameter_flags import check_adam_flags, overrides_of_flags
 from hf_integration.settings import with_flags
 from lightning_optim import RuleOptimizer, build_optimizer
+from lightning_optim.curvature import needs_curvature
 
 
 class OptimizerFactory:
@@ -75,6 +78,9 @@ class OptimizerFactory:
         optimizer = create_optimizer(model, **arguments)
         if flags is not None:
             check_adam_flags(flags, optimizer)
+        trainer = current_trainer()
+        if trainer is not None and needs_curvature(optimizer):
+            add_curvature_callback(trainer)
         return optimizer
 
 

@@ -36,6 +36,7 @@ from lightning_optim.data.presets import PRESETS, build_model
 from lightning_optim.data.text import read, standard_library
 from lightning_optim.data.tokenizer import encode
 from lightning_optim.diagnostics import figures, hessian
+from lightning_optim.diagnostics.undisturbed import frozen
 
 EXAMPLES = Path(__file__).parents[1]
 sys.path.insert(0, str(EXAMPLES))
@@ -122,7 +123,7 @@ def measure(model: LlamaForCausalLM, batch: Tensor, v: dict[str, Tensor] | None,
     def loss() -> Tensor:
         return model(input_ids=batch, labels=batch).loss
 
-    with hessian.frozen(model):
+    with frozen(model):
         for name, p in model.named_parameters():
             kind = name.split(".")[-2]
             if kind in KINDS:

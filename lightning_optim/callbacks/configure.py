@@ -15,6 +15,7 @@ from lightning_optim.callbacks.averaged_weights import AveragedWeights
 from lightning_optim.callbacks.curvature import CurvatureCallback
 from lightning_optim.callbacks.module_order import ModuleOrder
 from lightning_optim.callbacks.run_length import RunStart, total_steps_of
+from lightning_optim.callbacks.training_step import watch_steps
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import lookup
@@ -149,4 +150,6 @@ def _add_curvature_callback(module: LightningModule, optimizer: RuleOptimizer) -
     trainer = getattr(module, "_trainer", None)
     if trainer is not None and needs_curvature(optimizer):
         if not any(isinstance(callback, CurvatureCallback) for callback in trainer.callbacks):
-            trainer.callbacks.insert(0, CurvatureCallback())
+            callback = CurvatureCallback()
+            trainer.callbacks.insert(0, callback)
+            watch_steps(trainer, callback)  # its setup is not going to be called

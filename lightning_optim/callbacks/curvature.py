@@ -5,31 +5,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optim import curvature
-from lightning_optim.callbacks.training_step import loss_scale, training_loss
-from lightning_optim.diagnostics.hessian import again
+from lightning_optim.callbacks.training_step import (
+    StepInputs,
+    StepListener,
+    loss_scale,
+    training_loss,
+    unwatch_steps,
+    watch_steps,
+)
 from lightning_optim.diagnostics.view import unwrap_optimizer
 
 
-class CurvatureCallback(Callback):
+class CurvatureCallback(Callback, StepListener):
     """Measures what some rules need beside gradients; see `lightning_optim.curvature.CurvatureEstimator`.
 
     `configure_optimizers` and `HybridOptimizer` add it to the trainer by themselves; add one of your own,
     `Trainer(callbacks=[CurvatureCallback(share=0.25)])`, for other settings, or for an optimizer made otherwise. It
     logs `curvature/win_rate` (Sophia: the share of coordinates that are not clipped, best between 0.1 and 0.5) and
-    `curvature/seconds`.
+    `curvature/seconds`. It measures in whatever calls the training step, finders that replace the callbacks included.
 
     Args:
         share: of the rows of every batch that is measured; see `CurvatureEstimator`.
         method: `"exact"` products with the Hessian, `"difference"` of gradients where kernels do not allow those, or
             `"auto"`: exact until a kernel turns out not to allow it.
-        loss: of (module, batch), where `training_step` has side effects beside logging. It must be what `training_step`
-            returns: the two are compared on the first batch, in the same mode and with the same random numbers.
+        loss: of (module, batch), for manual optimization: the loss of which the optimizer gets the gradient. It is
+            compared with those that `manual_backward` gets in the first step, or with what `training_step` returns.
+        optimizer: index of the optimizer, where several of a module need curvature: one callback for each.
 
     Raises:
         ValueError: a value out of range.
@@ -40,64 +46,48 @@ class CurvatureCallback(Callback):
         share: float | None = None,
         method: curvature.EstimatorMethod = "auto",
         loss: Callable[[LightningModule, Any], Tensor] | None = None,
+        optimizer: int | None = None,
     ) -> None:
         curvature.check_settings(share, method)
         self._settings: dict[str, Any] = {"share": share, "method": method}
-        self._loss = loss
+        self._loss, self._index = loss, optimizer
         self.estimator: curvature.CurvatureEstimator | None = None
-        self._first: FirstBatch | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Watch the training steps.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+            stage: only `"fit"` trains.
+        """
+        if stage == "fit":
+            watch_steps(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the estimator, if the optimizer needs one.
+        """Make the estimator, if an optimizer needs one; refuse before the first step what cannot be measured.
 
         Args:
             trainer: the trainer.
             pl_module: its module.
-
-        Raises:
-            ValueError: manual optimization, whose `training_step` cannot be called for its loss.
         """
-        optimizer: Any = unwrap_optimizer(trainer.optimizers[0]) if trainer.optimizers else None
-        if not curvature.needs_curvature(optimizer) or optimizer.has_curvature:
-            return
-        if self._loss is None and not pl_module.automatic_optimization:
-            raise ValueError(
-                "CurvatureCallback: training_step of manual optimization steps the optimizer; give "
-                "CurvatureCallback(loss=...)"
-            )
+        self._attach(trainer)
 
-        def loss(batch: Any) -> Tensor:
-            with trainer.precision_plugin.train_step_context():
-                return training_loss(pl_module, batch) if self._loss is None else self._loss(pl_module, batch)
-
-        settings = self._settings | {"loss_scale": loss_scale(trainer), "rank": trainer.global_rank}
-        self.estimator = curvature.CurvatureEstimator(pl_module, optimizer, loss, **settings)
-        self._first = None if self._loss is None else FirstBatch(trainer, pl_module, loss)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record a batch.
-
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            batch: the batch.
-            batch_idx: its number.
-        """
-        if self._first is not None:
-            self._first.begin(batch)
+    def begin_step(self, trainer: Trainer, inputs: StepInputs) -> None:
+        """Record a batch."""
+        self._attach(trainer)
         if self.estimator is not None:
-            self.estimator.record_batch(batch)
+            self.estimator.record_batch(inputs)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Note what the first batch is trained by.
+    def report_losses(self, trainer: Trainer, losses: list[Tensor]) -> None:
+        """Note what a batch is trained by."""
+        if self.estimator is not None:
+            self.estimator.report_losses(losses)
 
-        Args:
-            trainer: the trainer.
-            pl_module: its module.
-            loss: what `training_step` returned.
-        """
-        if self._first is not None:
-            self._first.trained(loss)
+    def fail_step(self) -> None:
+        """Forget the batches of a step that is not taken."""
+        if self.estimator is not None:
+            self.estimator.discard()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, if it is due.
@@ -105,14 +95,24 @@ class CurvatureCallback(Callback):
         Args:
             trainer: the trainer.
             pl_module: its module.
-            optimizer: not looked at.
+            optimizer: that is about to step.
         """
-        if self._first is not None:
-            self._first.compare()
-            self._first = None
-        metrics = self.estimator.estimate() if self.estimator is not None else {}
+        if self.estimator is None or unwrap_optimizer(optimizer) is not self.estimator.optimizer:
+            return
+        metrics = self.estimator.estimate()
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Watch the training steps no more.
+
+        Args:
+            trainer: the trainer.
+            pl_module: its module.
+            stage: unused.
+        """
+        self._close()
+        unwatch_steps(trainer, self)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the estimator.
@@ -132,76 +132,61 @@ class CurvatureCallback(Callback):
             exception: any.
         """
         self._close()
+        unwatch_steps(trainer, self)
 
     def _close(self) -> None:
         if self.estimator is not None:
             self.estimator.close()
-        self.estimator = self._first = None
+        self.estimator = None
 
-
-class FirstBatch:
-    """Compares the loss that a user gave with that of `training_step`, on the first batch of a run.
-
-    Args:
-        trainer: the trainer.
-        module: its module.
-        loss: of a batch.
-    """
-
-    def __init__(self, trainer: Trainer, module: LightningModule, loss: Callable[[Any], Tensor]) -> None:
-        self.trainer, self.module, self.loss = trainer, module, loss
-        self.scale = loss_scale(trainer)
-        self._batch: Any = None
-        self._random: Any = None
-        self._measured: float | None = None
-        self._trained: list[float] = []
-
-    def begin(self, batch: Any) -> None:
-        """A batch is about to be trained on.
-
-        Args:
-            batch: the batch.
-        """
-        if self._random is None:
-            self._batch = batch
-            self._random = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in self._devices()]
-        elif self._batch is not None:  # the second batch
-            self.compare()
-
-    def trained(self, loss: Tensor) -> None:
-        """A backward pass begins.
-
-        Args:
-            loss: scaled, and divided by the number of accumulated batches.
-        """
-        if self._batch is None:
+    def _attach(self, trainer: Trainer) -> None:
+        """Make the estimator of the trainer's present optimizer."""
+        optimizers: list[Any] = [unwrap_optimizer(optimizer) for optimizer in trainer.optimizers]
+        if self.estimator is not None:
+            if any(self.estimator.optimizer is x for x in optimizers):
+                return
+            self._close()
+        module = trainer.lightning_module
+        chosen = optimizers if self._index is None else optimizers[self._index : self._index + 1]
+        chosen = [x for x in chosen if curvature.needs_curvature(x) and not x.has_curvature]
+        if not chosen:
             return
-        many = self.trainer.accumulate_grad_batches if self.module.automatic_optimization else 1
-        self._trained.append(float(loss.detach()) * many / (self.scale() or 1.0))
-        if self._measured is None:
-            with again(self.module), torch.random.fork_rng(self._devices()):
-                torch.set_rng_state(self._random[0])
-                for device, state in zip(self._devices(), self._random[1], strict=True):
-                    torch.cuda.set_rng_state(state, device)
-                self._measured = float(self.loss(self._batch).detach())
+        self._validate(module, optimizers, chosen)
+        optimizer = chosen[0]
 
-    def compare(self) -> None:
-        """Compare what is known; of several backward passes of a batch, the given loss may be one or the sum.
+        def loss(inputs: StepInputs) -> Tensor:
+            with trainer.precision_plugin.train_step_context():
+                return training_loss(module, inputs) if self._loss is None else self._loss(module, inputs.batch)
 
-        Raises:
-            ValueError: the losses differ.
-        """
-        self._batch = None
-        measured, self._measured = self._measured, None
-        if measured is None:
+        self.estimator = curvature.CurvatureEstimator(
+            module,
+            optimizer,
+            loss,
+            weight=lambda inputs: 1.0,  # the trainer's loss is the plain mean over micro-batches and ranks
+            compare=self._loss is not None or curvature.searches(optimizer),
+            repeats=not module.automatic_optimization,
+            loss_scale=loss_scale(trainer),
+            rank=trainer.global_rank,
+            **self._settings,
+        )
+
+    def _validate(self, module: LightningModule, optimizers: list[Any], chosen: list[Any]) -> None:
+        """Refuse what cannot be measured."""
+        if len(chosen) > 1:
+            raise ValueError(
+                f"CurvatureCallback: {len(chosen)} optimizers need curvature, each of its own loss; give the trainer "
+                "CurvatureCallback(optimizer=0, loss=...), CurvatureCallback(optimizer=1, loss=...) and so on"
+            )
+        kinds = curvature.inputs_of(chosen[0])
+        if module.automatic_optimization:
             return
-        candidates = [*self._trained, sum(self._trained)]
-        nearest = min(candidates, key=lambda x: abs(x - measured))
-        dtypes = {p.dtype for p in self.module.parameters() if p.is_floating_point()}
-        precision = str(self.trainer.precision)
-        dtypes |= {torch.bfloat16} if precision.startswith("bf16") else set()
-        dtypes |= {torch.float16} if precision.startswith("16") else set()
-        curvature.compare_losses(measured, nearest, dtypes)
-
-    def _devices(self) -> list[int]:
-        return sorted({p.device.index or 0 for p in self.module.parameters() if p.device.type == "cuda"})
+        if "factors" in kinds and len(optimizers) > 1:
+            raise ValueError(
+                "CurvatureCallback: kfac takes its factors from all passes of a training step, which with several "
+                "optimizers are those of several losses; use another rule, such as soap or muon"
+            )
+        if self._loss is None and kinds - {"factors"}:
+            raise ValueError(
+                "CurvatureCallback: training_step of manual optimization steps the optimizer, so it cannot be called "
+                "for its loss; give CurvatureCallback(loss=...), a function of the module and a batch"
+            )

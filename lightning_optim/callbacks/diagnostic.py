@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_optim.callbacks.training_step import loss_scale, training_loss
+from lightning_optim.callbacks.training_step import (
+    StepInputs,
+    StepListener,
+    loss_scale,
+    training_loss,
+    unwatch_steps,
+    watch_steps,
+)
 from lightning_optim.diagnostics.probes import tensorboard
 from lightning_optim.diagnostics.probes.base import Probe
 from lightning_optim.diagnostics.probes.context import TrainingContext
@@ -21,7 +28,7 @@ from lightning_optim.diagnostics.report import Report
 from lightning_optim.diagnostics.view import unwrap_optimizer
 
 
-class Diagnostic(Callback):
+class Diagnostic(Callback, StepListener):
     """Base of all diagnostic callbacks; their arguments are those of the probe.
 
     Scalars go to every logger of the trainer, pictures and tables to TensorBoard (pictures also to loggers with
@@ -31,7 +38,9 @@ class Diagnostic(Callback):
 
     kind: ClassVar[type[Probe]]
     loss_type: ClassVar[Any] = Callable[[LightningModule, Any], Tensor] | None
-    loss_help: ClassVar[str] = "of (module, batch), where `training_step` has side effects beside logging."
+    loss_help: ClassVar[str] = "of (module, batch), where it is not what `training_step` returns: manual optimization."
+    loss: Callable[[LightningModule, Any], Tensor] | None = None
+    """The loss of a batch, in place of what `training_step` returns. A subclass may have it as a method."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         loss = settings.pop("loss", None) if self.kind.needs_loss else None
@@ -42,18 +51,6 @@ class Diagnostic(Callback):
         self._folder: Path | None = None
         self._charts: Any = None
 
-    def loss(self, module: LightningModule, batch: Any, /) -> Tensor:
-        """The loss of a batch, without logging.
-
-        Args:
-            module: the module.
-            batch: what `training_step` takes.
-
-        Returns:
-            A scalar.
-        """
-        return training_loss(module, batch)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the probe."""
         if not trainer.optimizers:
@@ -63,7 +60,7 @@ class Diagnostic(Callback):
         context = TrainingContext(
             model=pl_module,
             optimizer=unwrap_optimizer(trainer.optimizers[0]),
-            loss=lambda batch: self.loss(pl_module, batch),
+            loss=self._loss_of(pl_module),
             clip=_clip(trainer),
             loss_scale=loss_scale(trainer),
             step=trainer.global_step,
@@ -75,17 +72,24 @@ class Diagnostic(Callback):
         context.extra["group"] = torch.distributed.group.WORLD if trainer.world_size > 1 else None
         self._charts = None
         self.probe.start(context)
-        own_loss = "loss" in vars(self) or type(self).loss is not Diagnostic.loss
-        if self.kind.needs_loss and not own_loss and not pl_module.automatic_optimization:
+        watch_steps(trainer, self)
+        if self.kind.needs_loss and self.loss is None and not pl_module.automatic_optimization:
             self.probe.give_up(
                 "under manual optimization training_step steps the optimizer, so it cannot be called for its loss",
                 alone=False,
             )
 
+    def _loss_of(self, module: LightningModule) -> Callable[[StepInputs], Tensor]:
+        own_loss = self.loss
+        return lambda inputs: training_loss(module, inputs) if own_loss is None else own_loss(module, inputs.batch)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Show the probe a batch."""
+        """Tell the probe that a step begins."""
         self.probe.begin_batch()
-        self.probe.record_batch(batch)
+
+    def begin_step(self, trainer: Trainer, inputs: StepInputs) -> None:
+        """Show the probe a batch."""
+        self.probe.record_batch(inputs if self.kind.needs_loss else inputs.batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Tell the probe that the forward pass has ended."""
@@ -131,11 +135,13 @@ class Diagnostic(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the probe."""
         self.probe.stop()
+        unwatch_steps(trainer, self)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop the probe."""
         self.probe.on_exception(exception)
         self.probe.stop()
+        unwatch_steps(trainer, self)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the probe, from which a resumed run continues.

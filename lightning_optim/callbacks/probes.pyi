@@ -113,7 +113,7 @@ class HessianBlocks(Diagnostic):
             first MLP matrix, () none.
         method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
         detail: whether every measure is also a scalar, not only those of the charts.
-        loss: of (module, batch), where `training_step` has side effects beside logging.
+        loss: of (module, batch), where it is not what `training_step` returns: manual optimization.
     """
 
     def __init__(

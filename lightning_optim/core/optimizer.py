@@ -69,6 +69,8 @@ class RuleOptimizer(StatefulOptimizer):
     """Gives a group that is added without a rule as groups with rules; set by `build_optimizer`."""
     has_curvature: bool
     """True once a curvature estimator is attached. Rules that need curvature refuse to step without one."""
+    estimator: curvature_input.Estimator | None
+    """The curvature estimator that is attached; a step has it measure what is due."""
     loss_oracle: line_search.LossOracle | None
     """The loss of the coming step's batches; set by a curvature estimator, used once."""
     bias_of: WeakTensorKeyDictionary
@@ -95,8 +97,7 @@ class RuleOptimizer(StatefulOptimizer):
         self.on_refresh: Callable[[Refresh], None] | None = None
         self.process_group: Any = None
         self.fused: FusedBackward | None = None
-        self.has_curvature = False
-        self.loss_oracle = None
+        self.has_curvature, self.estimator, self.loss_oracle = False, None, None
         self.bias_of = WeakTensorKeyDictionary()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -159,6 +160,8 @@ class RuleOptimizer(StatefulOptimizer):
                 ranks that disagree on which parameters have a gradient or, at the first step, on the groups; nothing
                 was written. Or a failure in mid-step, whose message names the parameters that were not updated.
         """
+        if self.estimator is not None:
+            closure = curvature_input.estimate_first(self.estimator, closure)
         failures.depth += 1
         try:
             if self.averages is None:
@@ -178,10 +181,8 @@ class RuleOptimizer(StatefulOptimizer):
 
     def _step(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
         """Take one step; what the closure returned, and whether anything was written."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         oracle, self.loss_oracle = self.loss_oracle, None
         groups = self._plans.collect(self.param_groups, self.state)
         if not all(group.is_complete for group in groups):

@@ -3,8 +3,9 @@
 from lightning_optim.curvature.estimator import CurvatureEstimator
 from lightning_optim.curvature.labels import Labels, categorical
 from lightning_optim.curvature.loss_oracle import BatchLossOracle
-from lightning_optim.curvature.measurement import EstimatorMethod, first_rows
-from lightning_optim.curvature.validation import check_settings, compare_losses, needs_curvature
+from lightning_optim.curvature.measurement import EstimatorMethod
+from lightning_optim.curvature.validation import check_settings, inputs_of, needs_curvature, searches
+from lightning_optim.diagnostics.batches import first_rows
 
 __all__ = [
     "BatchLossOracle",
@@ -13,7 +14,8 @@ __all__ = [
     "Labels",
     "categorical",
     "check_settings",
-    "compare_losses",
     "first_rows",
+    "inputs_of",
     "needs_curvature",
+    "searches",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.parallel import collectives, sharding
 from lightning_optim.core.step.curvature_input import Estimate
+from lightning_optim.curvature.comparison import LossComparison
 from lightning_optim.curvature.kfac_factors import KFACFactors
 from lightning_optim.curvature.labels import LOSSES_WITH_LABELS, Labels
 from lightning_optim.curvature.loss_oracle import BatchLossOracle
@@ -25,11 +26,12 @@ from lightning_optim.curvature.measurement import (
     EstimatorMethod,
     LossMeasurement,
     explain_checkpointing,
-    first_rows,
     gradients,
 )
-from lightning_optim.curvature.validation import check_params, check_settings, compare_losses
-from lightning_optim.diagnostics.hessian import Hessian, Method, frozen, hutchinson, signs
+from lightning_optim.curvature.validation import check_params, check_settings
+from lightning_optim.diagnostics.batches import RecordedBatch, first_rows
+from lightning_optim.diagnostics.hessian import Hessian, Method, hutchinson, signs
+from lightning_optim.diagnostics.undisturbed import RandomState, frozen
 from lightning_optim.ops.rounding import hash_key
 
 SHARE = {"gauss_newton": 0.5, "hutchinson": 0.125, "loss": 1.0}
@@ -43,26 +45,25 @@ class CurvatureEstimator:
         for batch in data:
             estimator.record_batch(batch)  # every micro-batch, where gradients are accumulated
             loss_of(model, batch).backward()
-            estimator.estimate()
-            optimizer.step()
+            optimizer.step()  # measures what is due; estimator.estimate() does so earlier and returns metrics
             optimizer.zero_grad()
 
-    Over micro-batches and data-parallel ranks the estimate is that of one large batch. The loss is computed without
-    dropout; labels are sampled from the model wherever the loss calls torch's `cross_entropy`, `nll_loss`,
-    `binary_cross_entropy_with_logits` or `mse_loss`.
+    Where a GradScaler may skip steps, call `estimate` before it does. Over micro-batches and data-parallel ranks the
+    estimate is that of one large batch. The loss is computed without dropout; labels are sampled from the model
+    wherever the loss calls torch's `cross_entropy`, `nll_loss`, `binary_cross_entropy_with_logits` or `mse_loss`.
 
     Args:
         model: the plain module, inside DDP or a compiled wrapper.
         optimizer: an optimizer of this package. One whose rules need no curvature is left alone.
-        loss: the mean training loss of a batch, without side effects.
+        loss: the mean training loss of a batch. Buffers, metrics and counters of the model are as before it.
         share: share of the rows of every batch that is measured, in (0, 1]. The default is a half for sampled labels,
             an eighth for Hessian products, and all rows for rules that search by the loss.
         method: method of products with the Hessian and the Gauss-Newton matrix: `"exact"`; `"difference"` of gradients
             or predictions, for models with kernels that have no second derivative; or `"auto"`, the default: exact
             until a kernel turns out to have none, and differences from then on, with one warning.
         weight: weight of a batch in the mean over micro-batches and ranks; by default the number of its labels.
-        trained: the loss by which the batch is trained, if that is not `loss` itself: the two are compared on the
-            first batch that is measured.
+        compare: whether the loss is compared, in the first step, with what `report_losses` is told.
+        repeats: whether the optimizer may take several steps with the same batch.
         loss_scale: the present factor of mixed precision; None without.
         rank: rank of this process among those that train together.
         group: process group of those ranks; all processes by default.
@@ -80,40 +81,72 @@ class CurvatureEstimator:
         share: float | None = None,
         method: EstimatorMethod = "auto",
         weight: Callable[[Any], float] | None = None,
-        trained: Callable[[Any], Tensor] | None = None,
+        compare: bool = False,
+        repeats: bool = False,
         loss_scale: Callable[[], float | None] = lambda: None,
         rank: int = 0,
         group: Any = None,
     ) -> None:
         check_settings(share, method)
-        self.optimizer, self.share, self.rank, self.trained = optimizer, share, rank, trained
+        self.optimizer, self.share, self.rank, self.repeats = optimizer, share, rank, repeats
         self.measurement = LossMeasurement(
             model, loss, method=method, weight=weight, loss_scale=loss_scale, group=group
         )
         self._has_no_labels = False
         """True once the loss has turned out to call nothing whose labels can be sampled."""
         self._due: dict[str, list[Tensor]] | None = None
-        self._batches: list[Any] = []
+        self._batches: list[RecordedBatch] = []
+        self._is_measured = False
+        """True once the recorded batches have been measured, until the next one is recorded."""
+        self._comparison = LossComparison(self.measurement) if compare else None
         check_params(model, optimizer)
         self._factors = KFACFactors(model, optimizer)
-        optimizer.has_curvature = True
+        optimizer.has_curvature, optimizer.estimator = True, self
 
     @property
     def seconds(self) -> float:
         """Time spent on measurements so far."""
         return self.measurement.seconds
 
+    @property
+    def compares(self) -> bool:
+        """Whether the losses of the coming step are to be reported."""
+        return self._comparison is not None
+
     def record_batch(self, batch: Any) -> None:
         """Record a batch that is about to be trained on.
 
         Args:
             batch: what `loss` takes: tensors, in any nesting, rows first.
+
+        Raises:
+            ValueError: a loss that is to be compared cannot be measured.
         """
+        if self._is_measured:
+            self.discard()
         if self._due is None:
             self._due = self.optimizer.pending_curvature()
             self._factors.select(set(self._due.get("factors", ())))
-        if self._due:
-            self._batches.append(batch)
+        if self._due.keys() - {"factors"} or self.repeats:
+            self._batches.append(RecordedBatch(batch, RandomState(self.measurement.model)))
+            if self._comparison is not None:
+                with explain_checkpointing():
+                    self._comparison.measure(self._batches[-1])
+
+    def report_losses(self, losses: Sequence[Tensor | float]) -> None:
+        """Note the trainer's losses of the batch that was recorded last.
+
+        Args:
+            losses: see `LossComparison.report`.
+        """
+        if self._comparison is not None and self._batches:
+            self._comparison.report([float(x) for x in losses])
+
+    def discard(self) -> None:
+        """Forget the recorded batches, as their step is not going to be taken."""
+        self._due, self._batches, self._is_measured = None, [], False
+        if self._comparison is not None:
+            self._comparison.clear()
 
     def estimate(self) -> dict[str, float]:
         """Measure what is due and pass it to the optimizer, which is about to step.
@@ -126,18 +159,23 @@ class CurvatureEstimator:
             RuntimeError: no batch was recorded, or a kernel or a way of checkpointing stands in the way; the message
                 says what to change.
         """
+        if self._is_measured and self.repeats:  # another step within the same batch
+            self._due = self.optimizer.pending_curvature()
+            self._due.pop("factors", None)
         due, batches = dict(self._due or {}), self._batches
-        self._due, self._batches = None, []
+        self._due, self._is_measured = None, True
+        if not self.repeats:
+            self._batches = []
         if not due:
             return {}
-        if not batches:
+        if not batches and due.keys() - {"factors"}:
             raise RuntimeError(
                 "the curvature estimator has no batch of this step; call record_batch(batch) before the forward pass"
             )
         started = time.perf_counter()
-        if self.trained is not None and set(due) - {"factors"}:
-            self._compare_losses(self.trained, batches[0])
-            self.trained = None
+        if self._comparison is not None and batches:
+            self._comparison.compare()
+            self._comparison = None
         if due.pop("loss", None):
             rows = [first_rows(batch, self.share or SHARE["loss"]) for batch in batches]
             self.optimizer.loss_oracle = BatchLossOracle(self.measurement, rows)
@@ -161,22 +199,15 @@ class CurvatureEstimator:
     def close(self) -> None:
         """Stop measuring. The rules then refuse to step."""
         self._factors.close()
-        self.optimizer.has_curvature, self.optimizer.loss_oracle = False, None
-        self._due, self._batches = None, []
+        self.optimizer.has_curvature, self.optimizer.loss_oracle, self.optimizer.estimator = False, None, None
+        self.discard()
 
     def _update(self, estimates: dict[Tensor, Estimate]) -> dict[str, float]:
         return self.optimizer.update_curvature(estimates) if estimates else {}
 
-    def _compare_losses(self, trained: Callable[[Any], Tensor], batch: Any) -> None:
-        model = self.measurement.model
-        with frozen(model, twice=False):
-            with Labels() as labels:
-                measured_loss = self.measurement.loss(batch)
-            trained_loss = trained(batch)
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        compare_losses(float(measured_loss.detach()), float(trained_loss.detach()), dtypes | labels.dtypes)
-
-    def _estimates(self, kind: str, params: Sequence[Tensor], batches: Sequence[Any]) -> dict[Tensor, Estimate] | None:
+    def _estimates(
+        self, kind: str, params: Sequence[Tensor], batches: Sequence[RecordedBatch]
+    ) -> dict[Tensor, Estimate] | None:
         """Estimates by parameter: empty if one is not finite, None where no labels can be sampled."""
         measure = {"gauss_newton": self._gauss_newton, "hutchinson": self._hutchinson}[kind]
         with explain_checkpointing():
@@ -209,11 +240,11 @@ class CurvatureEstimator:
             stacklevel=5,
         )
 
-    def _gauss_newton(self, params: Sequence[Tensor], batches: Sequence[Any]) -> tuple[list[Tensor], float]:
+    def _gauss_newton(self, params: Sequence[Tensor], batches: Sequence[RecordedBatch]) -> tuple[list[Tensor], float]:
         """The gradient under labels sampled from the model, and over how many of them it is the mean."""
         model = self.measurement.model
 
-        def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
+        def measure(batch: RecordedBatch, i: int) -> tuple[list[Tensor], float]:
             if self._has_no_labels:
                 return [torch.zeros_like(sharding.local(p)) for p in params], 0.0
             scale = self.measurement.loss_scale()
@@ -230,12 +261,12 @@ class CurvatureEstimator:
 
         return self.measurement.mean(measure, params, batches)
 
-    def _hutchinson(self, params: Sequence[Tensor], batches: Sequence[Any]) -> tuple[list[Tensor], float]:
+    def _hutchinson(self, params: Sequence[Tensor], batches: Sequence[RecordedBatch]) -> tuple[list[Tensor], float]:
         """U * (H u) with the same random signs u for every micro-batch and rank."""
         generator = torch.Generator(params[0].device).manual_seed(self._seed(0, everywhere=True))
         u = [signs(p.detach(), generator) for p in params]
 
-        def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
+        def measure(batch: RecordedBatch, i: int) -> tuple[list[Tensor], float]:
             scale = self.measurement.loss_scale()
 
             def product(method: Method) -> tuple[list[Tensor], Labels]:

@@ -15,7 +15,7 @@ from lightning_optim.build.output_layers import is_linear
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.parallel import collectives
 from lightning_optim.core.step.curvature_input import Estimate
-from lightning_optim.diagnostics.hessian import measuring
+from lightning_optim.diagnostics.undisturbed import measuring
 
 
 class LayerFactors:
@@ -129,8 +129,10 @@ class KFACFactors:
         used = [(x, n) for x, n in zip(layers, counts.tolist(), strict=True) if n]  # by any rank
         if not used and any(x.weight.grad is not None for x in layers):
             raise RuntimeError(
-                "the curvature estimator saw no pass through the layers it measures, though they have gradients; call "
-                "them as modules, not by their weights, between record_batch(batch) and estimate()"
+                "the curvature estimator saw no pass through the layers it measures, though they have gradients; "
+                "nothing was updated. Call them as modules, not by their weights, between record_batch(batch) and "
+                "estimate(). A compiled model calls no hooks of its layers: train without torch.compile "
+                "(--torch_compile), or with a rule that needs no factors of layers, such as soap"
             )
         for x, _ in used:
             x.allocate()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_optim.curvature.labels import LOSSES_WITH_LABELS, Labels
 from lightning_optim.curvature.measurement import BatchMeasure, LossMeasurement, explain_checkpointing, gradients
-from lightning_optim.diagnostics.hessian import GaussNewton, Method, frozen
+from lightning_optim.diagnostics.batches import RecordedBatch
+from lightning_optim.diagnostics.hessian import GaussNewton, Method
+from lightning_optim.diagnostics.undisturbed import frozen
 
 
 class BatchLossOracle:
@@ -25,7 +26,7 @@ class BatchLossOracle:
         batches: micro-batches.
     """
 
-    def __init__(self, measurement: LossMeasurement, batches: Sequence[Any]) -> None:
+    def __init__(self, measurement: LossMeasurement, batches: Sequence[RecordedBatch]) -> None:
         self.measurement, self.batches = measurement, batches
         self._matrices: dict[int, tuple[GaussNewton, Labels]] = {}
 
@@ -40,7 +41,7 @@ class BatchLossOracle:
         """
         self._matrices = {}  # their graphs hold other weights
 
-        def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
+        def measure(batch: RecordedBatch, i: int) -> tuple[list[Tensor], float]:
             scale = self.measurement.loss_scale()
             with frozen(self.measurement.model, twice=False):
                 with Labels() as labels:
@@ -67,7 +68,7 @@ class BatchLossOracle:
             RuntimeError: a kernel stands in the way; the message says what to change.
         """
 
-        def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
+        def measure(batch: RecordedBatch, i: int) -> tuple[list[Tensor], float]:
             def multiply(method: Method) -> tuple[list[Tensor], Labels]:
                 matrix = self._matrices[i][0] if i in self._matrices else None
                 if matrix is None or matrix.method != method:
@@ -87,7 +88,7 @@ class BatchLossOracle:
         return self._mean(measure, params)
 
     def _matrix(
-        self, params: Sequence[Tensor], batch: Any, v: Sequence[Tensor], method: Method
+        self, params: Sequence[Tensor], batch: RecordedBatch, v: Sequence[Tensor], method: Method
     ) -> tuple[GaussNewton, Labels]:
         """The Gauss-Newton matrix of one micro-batch, and the labels of its loss."""
         labels = Labels()

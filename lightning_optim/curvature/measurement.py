@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_optim.core.parallel import collectives, sharding
 from lightning_optim.curvature.labels import Labels
+from lightning_optim.diagnostics.batches import RecordedBatch
 from lightning_optim.diagnostics.hessian import (
     TOLERANCE,
     Method,
@@ -28,7 +27,7 @@ NO_SECOND_DERIVATIVE = (
 )
 
 EstimatorMethod = Literal["auto"] | Method
-BatchMeasure = Callable[[Any, int], tuple[list[Tensor], float]]
+BatchMeasure = Callable[[RecordedBatch, int], tuple[list[Tensor], float]]
 """Of a micro-batch and its index: tensors, and the weight of the micro-batch in their mean."""
 T = TypeVar("T")
 
@@ -55,7 +54,8 @@ class LossMeasurement:
         loss_scale: Callable[[], float | None],
         group: Any,
     ) -> None:
-        self.model, self.loss, self.group = model, loss, group
+        self.model, self.group = model, group
+        self._loss = loss
         self.method: EstimatorMethod = method
         self._weight, self._loss_scale = weight, loss_scale
         self.seconds = 0.0
@@ -72,7 +72,18 @@ class LossMeasurement:
         """
         return self._loss_scale() or 1.0
 
-    def batch_weight(self, batch: Any, labels: Labels) -> float:
+    def loss(self, batch: RecordedBatch) -> Tensor:
+        """The loss of a batch, always the same for the same weights.
+
+        Args:
+            batch: the batch.
+
+        Returns:
+            A scalar.
+        """
+        return batch.evaluate(self._loss, self.model)
+
+    def batch_weight(self, batch: RecordedBatch, labels: Labels) -> float:
         """The weight of a batch in the mean over micro-batches and ranks.
 
         Args:
@@ -82,7 +93,7 @@ class LossMeasurement:
         Returns:
             Its weight.
         """
-        return float(labels.count or 1) if self._weight is None else self._weight(batch)
+        return float(labels.count or 1) if self._weight is None else self._weight(batch.inputs)
 
     def second_order(self, measure: Callable[[Method], T]) -> T:
         """Measure what needs second derivatives, by differences of gradients where a kernel has none.
@@ -143,7 +154,7 @@ class LossMeasurement:
         self._is_exact = True
 
     def mean(
-        self, measure: BatchMeasure, params: Sequence[Tensor], batches: Sequence[Any]
+        self, measure: BatchMeasure, params: Sequence[Tensor], batches: Sequence[RecordedBatch]
     ) -> tuple[list[Tensor], float]:
         """The mean over micro-batches and ranks, weighted by what `measure` returns beside the tensors.
 
@@ -196,31 +207,6 @@ def gradients(loss: Tensor, params: Sequence[Tensor], module_params: Sequence[Te
         return [torch.zeros_like(sharding.local(p)) if g is None else g for p, g in zip(params, out, strict=True)]
     out = torch.autograd.grad(loss, params, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, out, strict=True)]
-
-
-def first_rows(batch: Any, share: float) -> Any:
-    """The first rows of a batch.
-
-    Args:
-        batch: tensors in any nesting; those with as many rows as the first one are cut.
-        share: share of the rows, rounded up.
-
-    Returns:
-        The same nesting of views.
-    """
-    sizes = [len(t) for t in tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch) if _has_rows(t)]
-    if share == 1 or not sizes:
-        return batch
-    rows, count = sizes[0], math.ceil(sizes[0] * share)
-
-    def cut(t: Any) -> Any:
-        return t[:count] if _has_rows(t) and len(t) == rows else t
-
-    return tree_map(cut, dict(batch) if isinstance(batch, Mapping) else batch)
-
-
-def _has_rows(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.ndim > 0
 
 
 @contextmanager

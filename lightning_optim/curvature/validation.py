@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_optim.core.optimizer import RuleOptimizer
@@ -15,15 +12,41 @@ from lightning_optim.core.parallel.flat_parameters import is_flat
 from lightning_optim.core.rule import REGISTRY
 
 
+def inputs_of(optimizer: Any) -> set[str]:
+    """What the rules of an optimizer need beside gradients.
+
+    Args:
+        optimizer: any optimizer.
+
+    Returns:
+        The `curvature_input` of its rules that have one; nothing for optimizers of other packages.
+    """
+    groups = optimizer.param_groups if isinstance(optimizer, RuleOptimizer) else ()
+    return {kind for g in groups if (kind := REGISTRY[g["rule"]].curvature_input)}
+
+
 def needs_curvature(optimizer: Any) -> bool:
     """Whether an optimizer needs a curvature estimator.
+
+    Args:
+        optimizer: any optimizer.
 
     Returns:
         True for an optimizer of this package that has a rule with `curvature_input`.
     """
-    return isinstance(optimizer, RuleOptimizer) and any(
-        REGISTRY[g["rule"]].curvature_input for g in optimizer.param_groups
-    )
+    return bool(inputs_of(optimizer))
+
+
+def searches(optimizer: Any) -> bool:
+    """Whether an optimizer has a rule that searches by the loss.
+
+    Args:
+        optimizer: any optimizer.
+
+    Returns:
+        True if one of its groups has such a rule.
+    """
+    return "loss" in inputs_of(optimizer)
 
 
 def check_settings(share: float | None, method: str) -> None:
@@ -40,25 +63,6 @@ def check_settings(share: float | None, method: str) -> None:
         raise ValueError(f"share must lie in (0, 1], got {share}")
     if method not in ("auto", "exact", "difference"):
         raise ValueError(f"method must be 'auto', 'exact' or 'difference', got {method!r}")
-
-
-def compare_losses(measured: float, trained: float, dtypes: Iterable[torch.dtype]) -> None:
-    """Check that the loss that is measured is the one that is trained.
-
-    Args:
-        measured: the estimator's loss of a batch.
-        trained: the trainer's loss of the same batch, in the same mode and with the same random numbers.
-        dtypes: the dtypes of the weights and of the computation; the narrowest sets the tolerance.
-
-    Raises:
-        ValueError: they differ.
-    """
-    tolerance = max([torch.finfo(dtype).eps for dtype in dtypes], default=1e-7) ** 0.5
-    if not math.isclose(measured, trained, rel_tol=tolerance, abs_tol=tolerance * 1e-3) and measured == measured:
-        raise ValueError(
-            f"CurvatureCallback(loss=...) is not the loss that is trained: on the first batch it is {measured:.6g}, "
-            f"and the trainer's is {trained:.6g}; leave loss out, or give the trainer's own. Nothing was updated"
-        )
 
 
 def check_params(model: nn.Module, optimizer: RuleOptimizer) -> None:

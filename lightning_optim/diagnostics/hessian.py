@@ -7,16 +7,13 @@ call (one batch, no dropout). Products never touch `.grad`.
 from __future__ import annotations
 
 import math
-import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Loss = Callable[[], Tensor]
 Block = Sequence[int]
@@ -32,9 +29,6 @@ ENDS = ("torch::autograd::NotImplemented", "torch::autograd::Error")
 TOLERANCE = 0.1
 """Relative difference above which second derivatives are not believed; differences are off by 1e-3."""
 
-_active = 0
-_precise = 0
-
 
 class NoSecondDerivativeError(RuntimeError):
     """A kernel of the model has a gradient, but no derivative of that."""
@@ -42,7 +36,7 @@ class NoSecondDerivativeError(RuntimeError):
     def __init__(self) -> None:
         super().__init__(
             "a kernel of the model has no second derivative (flash attention, say); compute the loss inside "
-            "diagnostics.hessian.frozen(model), or use method='difference'"
+            "diagnostics.undisturbed.frozen(model), or use method='difference'"
         )
 
 
@@ -70,126 +64,6 @@ def _refused() -> Iterator[None]:
         if not any(words in str(error) for words in DIFFERENTIATED_TWICE):
             raise
         raise NoSecondDerivativeError from error
-
-
-def measuring() -> bool:
-    """Whether a Hessian product is being computed, so that gradient hooks can stay out of it.
-
-    Returns:
-        True inside `frozen`.
-    """
-    return _active > 0
-
-
-def in_full_precision() -> bool:
-    """Whether second derivatives are being taken, for which autocast is to be off.
-
-    Returns:
-        True inside `frozen` with `twice`.
-    """
-    return _precise > 0
-
-
-@contextmanager
-def frozen(model: nn.Module, *, twice: bool = True) -> Iterator[None]:
-    """Make a model's loss a fixed, twice differentiable function, and put everything back.
-
-    No module is in training mode (dropout), random numbers are restored (torch's, Python's and NumPy's), gradients
-    are out of reach, autocast is off, attention has a second derivative (kernels without one are switched for the
-    duration).
-
-    Args:
-        model: any module.
-        twice: whether there are to be second derivatives; without, kernels, autocast and Transformers' activation
-            checkpointing stay as they are.
-
-    Yields:
-        Nothing.
-    """
-    global _active, _precise
-    flags = [(m, m.training) for m in model.modules()]
-    params = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    fused = [(c, k) for c in configs.values() if (k := getattr(c, "_attn_implementation", None)) not in _TWICE]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    kinds = {p.device.type for p in model.parameters()} | {"cpu"}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(_other_random_numbers())
-        stack.enter_context(torch.enable_grad())
-        if twice:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            for kind in sorted(kinds):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        try:
-            _active += 1
-            _precise += twice
-            for p, g, _ in params:
-                if g is not None:  # a loss that calls backward() must not add to it
-                    p.grad = None
-            for m, flag in flags:
-                m.training = flag and not twice and getattr(m, "gradient_checkpointing", False) is True
-            for c, _ in fused if twice else ():
-                c._attn_implementation = "eager"
-            yield
-        finally:
-            _active -= 1
-            _precise -= twice
-            for m, flag in flags:
-                m.training = flag
-            for c, kind in fused:
-                c._attn_implementation = kind
-            for p, g, wanted in params:
-                if p.grad is not g:
-                    p.grad = g
-                if p.requires_grad != wanted:
-                    p.requires_grad_(wanted)
-
-
-@contextmanager
-def again(model: nn.Module) -> Iterator[None]:
-    """Compute a loss a second time as it was trained, dropout included, and put gradients and buffers back.
-
-    Args:
-        model: any module.
-
-    Yields:
-        Nothing.
-    """
-    global _active
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
-    grads = [(p, p.grad) for p in model.parameters()]
-    try:
-        _active += 1
-        for p, _ in grads:
-            p.grad = None
-        with torch.enable_grad(), _other_random_numbers():
-            yield
-    finally:
-        _active -= 1
-        with torch.no_grad():
-            for b, version, before in buffers:
-                if b._version != version:
-                    b.copy_(before)
-        for p, g in grads:
-            if p.grad is not g:
-                p.grad = g
-
-
-@contextmanager
-def _other_random_numbers() -> Iterator[None]:
-    """Put Python's and NumPy's random numbers back, which a loss may draw."""
-    state, numpy = random.getstate(), sys.modules.get("numpy")
-    arrays: Any = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(arrays)
-
-
-_TWICE = (None, "eager", "sdpa")
 
 
 class Hessian:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from lightning_optim.curvature import BatchLossOracle
 from lightning_optim.curvature.measurement import LossMeasurement
+from lightning_optim.diagnostics.batches import RecordedBatch
+from lightning_optim.diagnostics.undisturbed import RandomState
 
 
 class Net(nn.Module):
@@ -38,7 +40,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def oracle(model: nn.Module, loss: Any, batches: Any, scale: float | None = None) -> BatchLossOracle:
     measurement = LossMeasurement(model, loss, method="exact", weight=None, loss_scale=lambda: scale, group=None)
-    return BatchLossOracle(measurement, batches)
+    return BatchLossOracle(measurement, [RecordedBatch(batch, RandomState(model)) for batch in batches])
 
 
 @pytest.mark.parametrize("scale", [None, 1024.0])

@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_optim.curvature import Labels, first_rows
 from lightning_optim.curvature.measurement import LossMeasurement, explain_checkpointing, gradients
+from lightning_optim.diagnostics.batches import RecordedBatch
 from lightning_optim.diagnostics.hessian import NoSecondDerivativeError
+from lightning_optim.diagnostics.undisturbed import RandomState
 
 
 def measurement(method: Any = "auto", weight: Any = None) -> LossMeasurement:
@@ -23,10 +25,10 @@ def measurement(method: Any = "auto", weight: Any = None) -> LossMeasurement:
 
 def test_a_mean_is_weighted_and_batches_without_labels_do_not_count() -> None:
     params = [torch.zeros(2, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.float64)]
-    given = [(1.0, 3.0), (float("nan"), 0.0), (5.0, 1.0)]
+    given: Any = [(1.0, 3.0), (float("nan"), 0.0), (5.0, 1.0)]
 
     def measure(batch: Any, i: int) -> tuple[list[Tensor], float]:
-        assert batch == given[i]
+        assert batch is given[i]
         return [torch.full_like(p, batch[0]) for p in params], batch[1]
 
     (a, b), total = measurement().mean(measure, params, given)
@@ -35,11 +37,11 @@ def test_a_mean_is_weighted_and_batches_without_labels_do_not_count() -> None:
 
 
 def test_weights_of_batches_and_the_scale_of_the_loss() -> None:
-    labels = Labels()
-    assert measurement().batch_weight(None, labels) == 1.0 and measurement().loss_scale() == 1.0
+    labels, batch = Labels(), RecordedBatch("abc", RandomState(nn.Linear(1, 1)))
+    assert measurement().batch_weight(batch, labels) == 1.0 and measurement().loss_scale() == 1.0
     labels._counts = [3, 4]
-    assert measurement().batch_weight(None, labels) == 7.0
-    assert measurement(weight=len).batch_weight("abc", labels) == 3
+    assert measurement().batch_weight(batch, labels) == 7.0
+    assert measurement(weight=len).batch_weight(batch, labels) == 3
 
 
 def test_a_kernel_without_second_derivative_is_measured_by_differences_from_then_on() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
 from lightning_optim import AdamW, build_optimizer
-from lightning_optim.curvature import check_settings, compare_losses, needs_curvature
+from lightning_optim.curvature import check_settings, inputs_of, needs_curvature, searches
 from lightning_optim.curvature.validation import check_params
 from tests.helpers.fake_mesh import cut, fake_mesh
 
@@ -19,6 +19,8 @@ def test_optimizers_with_a_rule_that_measures_need_an_estimator() -> None:
     model = nn.Linear(3, 2)
     for name, expected in (("sophia_g", True), ("sophia_h", True), ("kfac", True), ("lbfgs", True), ("muon", False)):
         assert needs_curvature(build_optimizer(model, name, lr=0.1)) == expected
+        assert searches(build_optimizer(model, name, lr=0.1)) == (name == "lbfgs")
+    assert inputs_of(build_optimizer(model, "sophia_g", lr=0.1)) == {"gauss_newton"}
     assert not needs_curvature(torch.optim.SGD(model.parameters(), lr=0.1)) and not needs_curvature(None)
 
 
@@ -30,16 +32,6 @@ def test_settings_out_of_range_are_refused() -> None:
             check_settings(share, "exact")
     with pytest.raises(ValueError, match="method must be 'auto', 'exact' or 'difference', got 'differences'"):
         check_settings(None, "differences")
-
-
-def test_losses_are_compared_in_the_precision_of_the_narrowest_dtype() -> None:
-    narrow, wide = [torch.float32, torch.bfloat16], [torch.float32]
-    compare_losses(2.0, 2.0 * (1 + 1e-4), wide)
-    compare_losses(2.0, 2.05, narrow)
-    for measured, trained, dtypes in ((2.0, 2.05, wide), (2.0, 2.5, narrow), (2.0, math.nan, wide), (0.0, 1e-3, wide)):
-        with pytest.raises(ValueError, match=f"is not the loss that is trained: .*{measured:.6g}.*Nothing was updated"):
-            compare_losses(measured, trained, dtypes)
-    compare_losses(math.nan, 2.0, wide)  # nothing can be told; the step is refused for what is not finite
 
 
 def test_parameters_of_which_curvature_cannot_be_measured_are_named() -> None:

@@ -18,9 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_optim import SGD, build_optimizer
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.diagnostics import hessian, lanczos, memory, noise, spectrum, subspace
-from lightning_optim.diagnostics.hessian import Hessian, frozen
+from lightning_optim.diagnostics.hessian import Hessian
 from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.probes.curvature import HessianBlocks
+from lightning_optim.diagnostics.undisturbed import frozen, measuring
 from lightning_optim.ops import eigenbasis
 from lightning_optim.ops.orthogonal import QUINTIC
 from tests.helpers.rules import drawing
@@ -500,15 +501,15 @@ def test_frozen_puts_everything_back() -> None:
     expected = torch.rand(2)
     torch.manual_seed(3)
     with frozen(model):
-        assert not any(m.training for m in model.modules()) and hessian.measuring()
+        assert not any(m.training for m in model.modules()) and measuring()
         assert model.loss() == model.loss()
         torch.rand(5)
-    assert not hessian.measuring()
+    assert not measuring()
     assert {m for m in model.modules() if not m.training} == {model.mlp}
     assert torch.equal(torch.rand(2), expected)
     with pytest.raises(ZeroDivisionError), frozen(model):
         raise ZeroDivisionError
-    assert model.training and not hessian.measuring()
+    assert model.training and not measuring()
 
 
 def test_directional_curvature() -> None:

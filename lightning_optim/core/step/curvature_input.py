@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +14,40 @@ from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.stacks import copy_aliased, quantized_views, share_scales, with_values
 from lightning_optim.refresh import Clock, View, parse
 
+
+class Estimator(Protocol):
+    """Source of what rules need beside gradients."""
+
+    def estimate(self) -> dict[str, float]:
+        """Measure what is due and has not been measured, and hand it to the optimizer."""
+        ...
+
+
 Estimate = SimpleNamespace
 """Curvature estimate of one parameter; `Rule.update_curvature` lists the fields."""
+
+
+def estimate_first(estimator: Estimator, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+    """Have an estimator measure what is due once the gradients of a step are there.
+
+    Args:
+        estimator: of the optimizer.
+        closure: of the step.
+
+    Returns:
+        A closure that measures after its first call; None without a closure, after measuring at once.
+    """
+    if closure is None:
+        estimator.estimate()
+        return None
+
+    def measured_closure() -> Any:
+        loss = closure()
+        with torch.no_grad():
+            estimator.estimate()
+        return loss
+
+    return measured_closure
 
 
 def pending(groups: Iterable[GroupStep]) -> dict[str, list[Tensor]]:

@@ -55,7 +55,11 @@ class ClosureOracle:
 
     def __init__(self, closure: Callable[[], Any], value: Any, name: str) -> None:
         if value is None:
-            raise ValueError(f"{name}: the closure must return the loss")
+            raise ValueError(
+                f"{name} needs the loss of the batch at other weights, and the closure of this step returns none; "
+                "nothing was updated. Return it, or add a curvature estimator: under Lightning's manual optimization "
+                "Trainer(callbacks=[CurvatureCallback(loss=...)])"
+            )
         if collectives.world_size() > 1:
             raise RuntimeError(
                 f"{name}: each process's closure computes the loss of its own batch only; nothing was updated. Add "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -9,15 +10,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_optim.core import matrix_views
 from lightning_optim.core.parallel import collectives
 from lightning_optim.diagnostics import figures, hessian, lanczos, view
+from lightning_optim.diagnostics.batches import RecordedBatch, first_rows, map_tensors
 from lightning_optim.diagnostics.hessian import Hessian
 from lightning_optim.diagnostics.probes.base import Probe
 from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report, before_exchange, over_ranks
+from lightning_optim.diagnostics.undisturbed import RandomState, frozen
 
 EXACT_LIMIT, AUTO_LIMIT = 512, 64
 """Largest number of weights whose Hessian entries are computed, on request and by default. Each costs a product."""
@@ -109,7 +111,7 @@ class HessianBlocks(Probe):
         self.coupling_every, self.coupling_probes = coupling_every, coupling_probes
         self.exact, self.method = exact, method
         self.measured = 0
-        self._batch: Any = None
+        self._batch: RecordedBatch | None = None
         self._start: list[Tensor] = []
         self._warned = self._difference = False
 
@@ -126,7 +128,10 @@ class HessianBlocks(Probe):
     def record_batch(self, batch: Any) -> None:  # noqa: D102
         if self._batch is None and self.context is not None:
             one = None if self.context.extra.get("rows_belong_together") else 1
-            self._batch = first_sequences(batch, one if self.sequences is None else self.sequences)
+            count = one if self.sequences is None else self.sequences
+            rows = batch if count is None else first_rows(batch, count=count)
+            random = RandomState(self.context.model)
+            self._batch = RecordedBatch(map_tensors(rows, lambda t: t.detach().clone()), random)
 
     def before_step(self, context: TrainingContext) -> None:  # noqa: D102
         self._start = [e.param.detach().clone() for e in context.entries()]
@@ -134,14 +139,14 @@ class HessianBlocks(Probe):
     def complete(self, context: TrainingContext, report: Report) -> None:  # noqa: D102
         entries, start, self._start = context.entries(), self._start, []
         params = [e.param for e in entries]
-        unusable = context.loss is None or self._batch is None or any(view.is_sharded(p) for p in params)
-        if unusable or len(start) != len(params):
+        unusable = any(view.is_sharded(p) for p in params) or len(start) != len(params)
+        if context.loss is None or self._batch is None or unusable:
             if not self._warned:
                 warnings.warn(self._missing(context, params), stacklevel=2)
                 self._warned = True
             return
-        loss: Callable[[], Tensor] = lambda: context.loss(self._batch)  # type: ignore[misc]  # noqa: E731
-        with hessian.frozen(context.model):
+        loss = functools.partial(self._batch.evaluate, context.loss, context.model)
+        with frozen(context.model):
             full = self._hessian(loss, params)
             roles = view.by_role(entries)
             generator = self.generator(params[0].device)
@@ -378,27 +383,6 @@ def starts_of(runs: Sequence[lanczos.Ritz]) -> Tensor:
 def _average(tensors: Sequence[Tensor]) -> None:
     before_exchange()
     collectives.average_(tensors)
-
-
-def first_sequences(batch: Any, count: int | None) -> Any:
-    """Copies of the first sequences of a batch.
-
-    Args:
-        batch: tensors in any nesting; those with as many rows as the first one are cut.
-        count: how many; None for all.
-
-    Returns:
-        The same nesting.
-    """
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    rows = next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim > 0), 0)
-
-    def cut(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return t
-        return (t[:count] if t.ndim > 0 and len(t) == rows else t).detach().clone()
-
-    return tree_map(cut, batch)
 
 
 def indices_of(entries: Sequence[view.Entry], patterns: Sequence[str] | Literal["auto"]) -> list[int]:

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_optim.core.parallel import sharding
 from lightning_optim.diagnostics import noise, view
-from lightning_optim.diagnostics.hessian import measuring
 from lightning_optim.diagnostics.probes.base import MeasurementTimer, Probe
 from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report, before_exchange, over_ranks
+from lightning_optim.diagnostics.undisturbed import measuring
 
 
 class GradientNoiseScale(Probe):

@@ -748,7 +748,7 @@ def test_without_a_loss_the_error_says_what_to_add() -> None:
         RuntimeError, match=r"loss of the batch at other weights, but no curvature estimator.*or step\(closure\)"
     ):
         optimizer.step()
-    with pytest.raises(ValueError, match="the closure must return the loss"):
+    with pytest.raises(ValueError, match="the closure of this step returns none; nothing was updated"):
         optimizer.step(lambda: backward(model))
     CurvatureEstimator(model, optimizer, model.loss)
     with pytest.raises(RuntimeError, match=r"call estimate\(\) of the curvature estimator before step\(\)"):
