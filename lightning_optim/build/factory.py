@@ -21,6 +21,7 @@ from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.options import OPTIONS
 from lightning_optim.core.parallel import collectives, sharding
 from lightning_optim.core.parallel.flat_parameters import check_unflattened
+from lightning_optim.core.parallel.zero import square_of_partition, whole_shapes
 from lightning_optim.core.param_groups import rule_of, settings_of, unused
 from lightning_optim.core.rule import Rule, check_value, lookup, nearest
 from lightning_optim.core.step.averaging_methods import AveragingMethod, averages_of
@@ -98,10 +99,9 @@ def build_optimizer(
         An instance of the main rule's class with one group per rule and role.
 
     Raises:
-        ValueError: an unknown name, setting or pattern, a parameter its rule cannot take, or parameters that FSDP1 or
-            ZeRO-3 has flattened or emptied.
+        ValueError: an unknown name, setting or pattern, a parameter its rule cannot take, or parameters that FSDP1 has
+            flattened.
     """
-    check_unflattened(lookup(name), model.named_parameters())
     arguments: dict[str, Any] = {
         "lr": lr,
         "weight_decay": weight_decay,
@@ -116,8 +116,10 @@ def build_optimizer(
         "overrides": overrides,
         "example_inputs": example_inputs,
     }
-    request = _resolve(model, name, recipe, preset, arguments, options.expand_options(settings))
-    optimizer = _with_groups(model, request)
+    with whole_shapes(model.parameters()):
+        check_unflattened(lookup(name), model.named_parameters())
+        request = _resolve(model, name, recipe, preset, arguments, options.expand_options(settings))
+        optimizer = _with_groups(model, request)
 
     def divide(group: dict[str, Any]) -> list[dict[str, Any]]:
         like = arguments | {"overrides": request.overrides, "averaging": {}}
@@ -309,7 +311,10 @@ def _rms(params: Sequence[Tensor]) -> float:
     """The root mean square of weights, over the whole mesh; 1 where there are none yet."""
     if any(p.is_meta for p in params):
         return 1.0
-    norm = collectives.total_norms([[(p, sharding.local(p.detach())) for p in params]])[0]
+    partitions = [square_of_partition(p) for p in params]
+    left = [p for p, square in zip(params, partitions, strict=True) if square is None]
+    norm = collectives.total_norms([[(p, sharding.local(p.detach())) for p in left]])[0] if left else 0.0
+    norm = (norm**2 + sum(square or 0.0 for square in partitions)) ** 0.5 if len(left) < len(params) else norm
     return norm / sum(p.numel() for p in params) ** 0.5 or 1.0
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.core.parallel import sharding, stack_sharding
+from lightning_optim.core.parallel import stack_sharding
+from lightning_optim.core.parallel.hypothetical_mesh import rows_over
 from lightning_optim.core.parallel.ownership import assign_owners
 from lightning_optim.core.parallel.sharding import Sharding
 from lightning_optim.core.param_groups import blocks_of, rule_of
@@ -82,7 +83,7 @@ def estimate_mesh(
     size = node_size if strategy == "hsdp" else world_size
     if world_size < 1 or size < 1 or world_size % size:
         raise ValueError(f"{strategy}: {world_size} ranks are not a multiple of a node's {size}")
-    cut = None if strategy == "ddp" else sharding.rows_over(size)
+    cut = None if strategy == "ddp" else rows_over(size)
     state, sent, summed = [0] * size, [0] * size, 0
     travelling: list[tuple[Rule, Mapping[str, Any], Tensor, Sequence[Any], dict[str, StateFormat]]] = []
     for group in optimizer.param_groups:

@@ -7,6 +7,7 @@ of a step; the modules of `lightning_optim.core.step` do them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -164,16 +165,17 @@ class RuleOptimizer(StatefulOptimizer):
             closure = curvature_input.estimate_first(self.estimator, closure)
         failures.depth += 1
         try:
-            if self.averages is None:
-                return self._step(closure)[0]
-            self.validate_shapes(self.group_steps(frozen=True))
-            self.averages.begin(self, closure=closure is not None)
-            taken = False
-            try:
-                loss, taken = self._step(closure)
-            finally:
-                self.averages.end(self, taken=taken, closure=closure is not None)
-            return loss
+            with nullcontext() if self.flat_groups is None else self.flat_groups.shown(self):
+                if self.averages is None:
+                    return self._step(closure)[0]
+                self.validate_shapes(self.group_steps(frozen=True))
+                self.averages.begin(self, closure=closure is not None)
+                taken = False
+                try:
+                    loss, taken = self._step(closure)
+                finally:
+                    self.averages.end(self, taken=taken, closure=closure is not None)
+                return loss
         finally:
             failures.depth -= 1
             if failures.named or failures.unnamed:
@@ -191,9 +193,10 @@ class RuleOptimizer(StatefulOptimizer):
         if not self._is_compared:
             preflight.compare_groups(self._guard, groups, self.process_group)
             self._is_compared = True
+            self.flat_groups = self.flat_groups or self.known_params.release()
         if any(group.rule.preconditioners for group in groups):
             self._refreshes.callback = self.on_refresh
-            self._refreshes.begin_step(groups, self.process_group)
+            self._refreshes.begin_step(self._all_steps() if self.flat_groups else groups, self.process_group)
         if not self.state and preflight.only_allocates(groups, self.replicas or self.compressing):
             self.allocate_state(groups)
             return loss, False
@@ -302,12 +305,11 @@ class RuleOptimizer(StatefulOptimizer):
     def shard_work(self, group: Any = None) -> None:
         """From now on, shard optimizer work and state of whole-matrix rules over DDP ranks, as ZeRO-1 does.
 
-        Each matrix is stepped, and its state kept, by one rank of the group; the directions go to all others. Ranks of
-        a group must have equal gradients; a group within a node keeps communication there. To be called on all ranks.
-        Before one rank saves alone, `consolidate` is to be called on all.
+        One rank of the group steps each matrix and keeps its state; the directions go to all others. Gradients must be
+        equal on all ranks. To be called on all of them, as `consolidate` before one saves alone.
 
         Args:
-            group: process group of the replicas; of all ranks, if not given.
+            group: of the replicas, those of a node to keep communication there; of all ranks, if not given.
 
         Raises:
             ValueError: there is state already, or the backward pass is fused.

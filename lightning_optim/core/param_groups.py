@@ -17,6 +17,7 @@ from lightning_optim.core.momentum_alias import MOMENTUM_NAMES, is_other_name, m
 from lightning_optim.core.options import OPTION_TYPES, OPTIONS
 from lightning_optim.core.parallel import sharding
 from lightning_optim.core.parallel.flat_parameters import check_flat, is_flat
+from lightning_optim.core.parallel.zero import whole_shapes
 from lightning_optim.core.rule import GlobalStepRule, Rule, check_value, hyperparameters, lookup
 from lightning_optim.core.torch_arguments import accept_torch_arguments
 from lightning_optim.ops.quantize import PIECE
@@ -162,9 +163,10 @@ def complete_group(
         is_whole = not rule.elementwise or options.has_constraint(out)  # one NaN destroys a whole matrix
         out["on_nonfinite"] = "raise" if is_whole else "off"
     instance = rule_of(out)
-    for label, p in _named(out):
-        if isinstance(p, Tensor) and p.requires_grad:
-            validate_param(instance, label, p, out)
+    with whole_shapes(p for _, p in _named(out) if isinstance(p, Tensor)):
+        for label, p in _named(out):
+            if isinstance(p, Tensor) and p.requires_grad:
+                validate_param(instance, label, p, out)
     _check_owned_once(groups, out)
     _match_param_names(groups, out)
     if not groups and "name" not in group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, Self
 
@@ -15,8 +16,9 @@ from lightning_optim.core.parallel.flat_parameters import KnownParameters, is_fl
 from lightning_optim.core.parallel.guard import CollectiveGuard
 from lightning_optim.core.parallel.ownership import Owners
 from lightning_optim.core.parallel.replicas import Replicas
+from lightning_optim.core.parallel.zero import FlatGroups
 from lightning_optim.core.param_groups import plain, validate_param
-from lightning_optim.core.state import allocate, checkpoint, checks
+from lightning_optim.core.state import allocate, checkpoint, checks, rank_checkpoint
 from lightning_optim.core.state.formats import TRAINED
 from lightning_optim.core.state.matching import match_by_name, validate_matrices
 from lightning_optim.core.step.averaging_methods import AveragingMethod
@@ -35,6 +37,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.max_temp_bytes = max_temp_bytes
         self._is_built = False
         self.known_params = KnownParameters()
+        self.flat_groups: FlatGroups | None = FlatGroups()
         self._plans = PlanCache()
         self._owners = Owners()
         self._guard = CollectiveGuard()
@@ -85,6 +88,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
             One entry per group.
         """
         return self._plans.collect(self.param_groups, self.state, frozen=frozen)
+
+    def _parameters_shown(self) -> AbstractContextManager[None]:
+        """Put parameters into the groups where an engine has put flat tensors, until the end of the context."""
+        return nullcontext() if self.flat_groups is None else self.flat_groups.shown(self)
+
+    def _all_steps(self) -> Sequence[GroupStep]:
+        """The parameters in all flat tensors of an engine, which steps one at a time."""
+        return [g.only([s for s in g.params if s.plan.is_sharded]) for g in self.group_steps(frozen=True)]
 
     def validate_shapes(self, groups: Sequence[GroupStep]) -> None:
         """Check that every parameter still has the shape of its state.
@@ -192,15 +203,17 @@ class StatefulOptimizer(torch.optim.Optimizer):
             RuntimeError: in a collective call, when some rank does not make it; a parameter whose shape is no longer
                 that of its state.
         """
-        live = {id(p) for group in self.param_groups for p in group["params"]}
-        for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in live]:
-            del self.state[p]
-        state = self.state
-        self.state = self._state_to_save() if state else state
-        try:
-            out = super().state_dict()
-        finally:
-            self.state = state
+        with self._parameters_shown():
+            live = {id(p) for group in self.param_groups for p in group["params"]}
+            for p in [p for p in self.state if isinstance(p, Tensor) and id(p) not in live]:
+                del self.state[p]
+            state = self.state
+            self.state = self._state_to_save() if state else state
+            try:
+                out = super().state_dict()
+            finally:
+                self.state = state
+        out |= {"flat_groups": self.flat_groups.layout()} if self.flat_groups else {}
         out["param_groups"] = [plain(group) for group in out["param_groups"]]
         return out
 
@@ -234,6 +247,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the groups, rules or shapes do not fit; nothing is changed then.
         """
+        with self._parameters_shown():
+            self._load(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """Load into parameters as they are now."""
         loaded_of: dict[int, Mapping[str, Any]] = {}
         names = [group["name"] for group in self.param_groups]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -253,8 +271,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
             if self.averages is not None:
                 self.averages.check_loaded(groups, loaded.values())
             loaded_of.update({id(p): loaded[i] for i, p in zip(ids, params, strict=False) if i in loaded})
+            if saved.get("flat_groups") is not None:
+                (self.flat_groups or FlatGroups()).check_layout(saved["flat_groups"])
+            rank_checkpoint.restore_runs(present, loaded_of)
+            elsewhere = rank_checkpoint.keep_owners(present, loaded_of, self._owners)
             if len(ids) == len(params) and len(groups) == len(present):  # torch names the group that differs
-                checkpoint.validate_state(present, groups, loaded_of, averages)
+                checkpoint.validate_state(present, groups, loaded_of, averages, elsewhere)
             return {**saved, "state": {}, "param_groups": groups}
 
         def install(_: torch.optim.Optimizer) -> None:

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from lightning_optim import AdamW, Muon, RuleOptimizer
 from lightning_optim.build.mesh_estimate import MeshEstimate, estimate_mesh
-from lightning_optim.core.parallel.sharding import rows_over
+from lightning_optim.core.parallel.hypothetical_mesh import rows_over
 from tests.helpers.rules import gradient, make
 
 SHAPES = ((7, 4), (5, 3), (9,))

@@ -1,21 +1,21 @@
 """Reductions over the ranks that share parameters: norms, sums and maxima that are equal on every rank.
 
-The mesh of a DTensor says which ranks those are; for parameters that are whole on every rank, a process group does.
-Without a mesh or a process group nothing is communicated.
+The mesh of a DTensor says which ranks those are, and the sharding of a fragment; for parameters that are whole on every
+rank, a process group does. Without a mesh or a process group nothing is communicated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from lightning_optim.core.parallel.fragment import Fragment
 from lightning_optim.core.parallel.sharding import local
 
 
@@ -25,8 +25,11 @@ def ranks_of(params: Iterable[Tensor]) -> tuple[int, ...]:
     Returns:
         Sorted global ranks; an empty tuple for plain tensors.
     """
+    params = list(params)
     meshes = {p.device_mesh for p in params if isinstance(p, DTensor)}
-    return tuple(sorted({r for mesh in meshes for r in mesh.mesh.flatten().tolist()}))
+    ranks = {r for mesh in meshes for r in mesh.mesh.flatten().tolist()}
+    shared = {p.sharding.group: p.sharding.ranks for p in params if isinstance(p, Fragment)}
+    return tuple(sorted(ranks.union(*shared.values())))
 
 
 def all_reduce_max(
@@ -50,6 +53,10 @@ def all_reduce_max(
         for d in range(mesh.ndim):
             dist.all_reduce(on_device, dist.ReduceOp.MAX, group=mesh.get_group(d))
         out = on_device.cpu()
+    for sharding in {p.sharding.group: p.sharding for p in params if isinstance(p, Fragment)}.values():
+        on_device = out.to(sharding.device)
+        dist.all_reduce(on_device, dist.ReduceOp.MAX, group=sharding.group)
+        out = on_device.cpu()
     if group is not None:
         on_device = out.to(next((local(p).device for p in params), out.device))
         dist.all_reduce(on_device, dist.ReduceOp.MAX, group=group)
@@ -66,24 +73,28 @@ def total_norms(sets: Sequence[Sequence[tuple[Tensor, Tensor | None]]]) -> list[
     Returns:
         One norm per set, equal on every rank; replicas count once.
     """
-    squares: dict[tuple[torch.device, DeviceMesh | None, tuple[int, ...]], Tensor] = {}
+    squares: dict[Hashable, Tensor] = {}
+    like: dict[Hashable, Tensor] = {}
     for i, pairs in enumerate(sets):
         for p, g in pairs:
-            mesh = p.device_mesh if isinstance(p, DTensor) else None
-            placements = p.placements if isinstance(p, DTensor) else ()
-            mesh_dims = tuple(d for d, x in enumerate(placements) if not x.is_replicate())
-            key = local(p).device, mesh, mesh_dims
+            key = local(p).device, _summed_over(p)
             if key not in squares:
-                squares[key] = torch.zeros(len(sets), dtype=torch.float64, device=key[0])
+                squares[key], like[key] = torch.zeros(len(sets), dtype=torch.float64, device=key[0]), p
             if g is not None:
                 squares[key][i] += _square(g)
     by_device: dict[torch.device, Tensor] = {}
-    for (device, mesh, mesh_dims), sums in squares.items():
-        for d in mesh_dims:
-            dist.all_reduce(sums, group=cast("DeviceMesh", mesh).get_group(d))
-        by_device[device] = by_device.get(device, 0) + sums
+    for key, partial in squares.items():
+        sums = add_up(partial, like[key])
+        by_device[sums.device] = by_device.get(sums.device, 0) + sums
     totals = [sums.tolist() for sums in by_device.values()]
     return [math.sqrt(sum(x)) for x in zip(*totals, strict=True)] if totals else [0.0] * len(sets)
+
+
+def _summed_over(p: Tensor) -> Hashable:
+    """The ranks over which sums over a parameter are added up, as a mesh and its dimensions or a process group."""
+    if isinstance(p, Fragment):
+        return p.sharding.group
+    return (p.device_mesh, *(x.is_replicate() for x in p.placements)) if isinstance(p, DTensor) else None
 
 
 def norm(p: Tensor, g: Tensor) -> Tensor:
@@ -118,6 +129,10 @@ def add_up(sums: Tensor, p: Tensor) -> Tensor:
     Returns:
         The sums over the whole parameter, equal on every rank.
     """
+    if isinstance(p, Fragment):
+        on_device = sums.to(p.sharding.device)
+        dist.all_reduce(on_device, group=p.sharding.group)
+        return sums.copy_(on_device)
     for d, x in enumerate(p.placements) if isinstance(p, DTensor) else ():
         if not x.is_replicate():
             dist.all_reduce(sums, group=cast("DTensor", p).device_mesh.get_group(d))
@@ -144,9 +159,9 @@ def is_replicated(p: Tensor) -> bool:
     """Whether a tensor is whole on each of several ranks, so that DDP or the like has to reduce its gradients.
 
     Returns:
-        False for DTensors, and in a single process.
+        False for DTensors and fragments, and in a single process.
     """
-    return not isinstance(p, DTensor) and world_size() > 1
+    return not isinstance(p, (DTensor, Fragment)) and world_size() > 1
 
 
 def agree_times(seconds: Sequence[float], params: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[float]:

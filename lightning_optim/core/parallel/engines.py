@@ -22,7 +22,7 @@ def validate_engine(rules: Iterable[type[Rule]]) -> None:
         rules: the rules of an optimizer, the main one first.
 
     Raises:
-        ValueError: the engine would flatten matrices that a rule needs, or replace the optimizer.
+        ValueError: the engine would do what a rule cannot work with, or replace the optimizer.
     """
     rules = list(rules)
     config = _deepspeed_config()
@@ -41,29 +41,43 @@ def check_deepspeed(config: Mapping[str, Any], rules: Iterable[type[Rule]]) -> N
         rules: the rules of an optimizer, the main one first.
 
     Raises:
-        ValueError: DeepSpeed would replace the optimizer by another one, or flatten matrices that a rule needs.
+        ValueError: DeepSpeed would replace the optimizer by another one, or do what a rule cannot work with.
     """
     rules = list(rules)
-    name, matrix_rule = rules[0].name, _matrix_rule(rules)
+    name, zero = rules[0].name, config.get("zero_optimization") or {}
     if "optimizer" in config:
         raise ValueError(
             f"DeepSpeed's configuration has an 'optimizer' of its own, which would replace {name!r} silently; "
             "remove that entry"
         )
-    zero = config.get("zero_optimization") or {}
-    stage = zero.get("stage", 0)
-    device = (zero.get("offload_optimizer") or {}).get("device", "none")
-    zero_error = (
-        f"ZeRO-{stage} refuses {matrix_rule}, which needs whole matrices; {REMEDY}" if matrix_rule and stage else ""
-    )
+    stage, offload = zero.get("stage", 0), zero.get("offload_optimizer") or {}
+    measured = next((rule.name for rule in rules if rule.curvature_input), "")
+    if measured and stage:
+        raise ValueError(
+            f"{measured} cannot be measured in the flat parameters of ZeRO: DeepSpeed's ZeRO stage is {stage}; {REMEDY}"
+        )
+    device = offload.get("device", "none")
+    if device == "nvme":
+        raise ValueError(
+            f"offload_optimizer.device='nvme' in DeepSpeed's configuration moves state that {name!r} works on; "
+            "give 'cpu' or leave it out"
+        )
     if device not in ("none", "auto", None) and config.get("zero_force_ds_cpu_optimizer", True):
-        consequence = f". Even so, {zero_error}" if zero_error else f"; {name} then steps on the host"
         raise ValueError(
             f"offload_optimizer.device={device!r} in DeepSpeed's configuration puts DeepSpeedCPUAdam in the place of "
-            f'{name!r}; add "zero_force_ds_cpu_optimizer": false, which keeps it{consequence}'
+            f'{name!r}; add "zero_force_ds_cpu_optimizer": false, which keeps it; {name} then steps on the host'
         )
-    if zero_error:
-        raise ValueError(f"{matrix_rule} needs whole matrices, {HIDDEN}: DeepSpeed's ZeRO stage is {stage}; {REMEDY}")
+    if device == "cpu" and offload.get("ratio", 1.0) != 1.0:
+        raise ValueError(
+            f"offload_optimizer.ratio={offload['ratio']!r} in DeepSpeed's configuration lets an AdamW of its own step "
+            f"a share of the weights in the place of {name!r}; leave it out"
+        )
+    matrix_rule = _matrix_rule(rules)
+    if matrix_rule and zero.get("round_robin_gradients") and stage in (1, 2):
+        raise ValueError(
+            "round_robin_gradients in DeepSpeed's configuration, under which DeepSpeed says wrongly where parameters "
+            f"are, does not work with {matrix_rule}; leave it out"
+        )
 
 
 def _matrix_rule(rules: Iterable[type[Rule]]) -> str:

@@ -1,4 +1,8 @@
-"""Parameters that FSDP1 or DeepSpeed ZeRO has flattened, and the checks of rules and options that cannot step them."""
+"""Parameters that FSDP1 or DeepSpeed ZeRO has flattened, and the checks of rules and options that cannot step them.
+
+Of what DeepSpeed flattens, `parallel.zero` finds the parameters again; what is refused here is what FSDP1 or an unknown
+engine has made, and what cannot be either way.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from torch.nn.parameter import is_lazy
 
 from lightning_optim.core import options
 from lightning_optim.core.options import OPTIONS
-from lightning_optim.core.rule import Rule
+from lightning_optim.core.parallel.fragment import Fragment
+from lightning_optim.core.rule import Rule, lookup
 
-HIDDEN = "which FSDP1 and ZeRO hide in flat parameters"
+HIDDEN = "which FSDP1 hides in flat parameters"
 REMEDY = "use FSDP2 (fully_shard, Lightning's ModelParallelStrategy, accelerate fsdp_version 2) or DDP"
 
 
@@ -23,7 +28,8 @@ def is_flat(p: Tensor) -> bool:
     Returns:
         True if it has.
     """
-    return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) or hasattr(p, "ds_id"))
+    emptied = p.shape != getattr(p, "ds_shape", p.shape)
+    return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) or emptied)
 
 
 def check_unflattened(rule: type[Rule], named: Iterable[tuple[str, Tensor]]) -> None:
@@ -34,13 +40,13 @@ def check_unflattened(rule: type[Rule], named: Iterable[tuple[str, Tensor]]) -> 
         named: names and parameters of the model.
 
     Raises:
-        ValueError: FSDP1 or DeepSpeed's `zero.Init` has flattened or emptied a trainable parameter.
+        ValueError: FSDP1 has flattened a trainable parameter.
     """
     name = next((name for name, p in named if p.requires_grad and is_flat(p)), None)
     if name is not None:
         _check_shapeless(rule, name)
         raise ValueError(
-            f"{name}: FSDP1 or ZeRO-3 has flattened it, so roles (vectors are not decayed, say) cannot be derived; "
+            f"{name}: FSDP1 has flattened it, so roles (vectors are not decayed, say) cannot be derived; "
             f"{REMEDY}, or give the class of {rule.name} all parameters with the same settings"
         )
 
@@ -61,14 +67,67 @@ def check_flat(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> No
         ValueError: the rule or an option needs the parameters themselves.
     """
     _check_shapeless(rule, name)
+    remedies = _about_parameters(group, p.dtype)
+    for key, allowed in remedies.items():
+        raise ValueError(f"{name}: {key}={group[key]!r} needs whole parameters, {HIDDEN}; give {allowed}, or {REMEDY}")
+
+
+def _about_parameters(group: Mapping[str, Any], dtype: torch.dtype) -> dict[str, str]:
+    """Options of a group that depend on shapes, on the position of an element or on other ranks.
+
+    Args:
+        group: settings of the group.
+        dtype: of the weights.
+
+    Returns:
+        What to give instead, by option.
+    """
     defaults = OPTIONS | {"on_nonfinite": "off"}
     keys = ["clip_norm", "on_nonfinite", *(options.CONSTRAINTS if options.has_constraint(group) else ())]
     keys += ["state_storage"] if group["state_storage"] != "host" else []
     remedies = {key: f"{key}={defaults[key]!r}" for key in keys if group[key] != defaults[key]}
-    if p.dtype == torch.bfloat16 and group["param_rounding"] == "stochastic":
+    if dtype == torch.bfloat16 and group["param_rounding"] == "stochastic":
         remedies["param_rounding"] = "param_rounding='nearest' or 'kahan'"
+    return remedies
+
+
+def needs_parameters(rule: type[Rule], group: Mapping[str, Any], dtype: torch.dtype) -> bool:
+    """Whether a group is stepped by parameters, and not by flat tensors that hold elements of several.
+
+    Args:
+        rule: of the group.
+        group: its settings.
+        dtype: of the flat tensors.
+
+    Returns:
+        False for rules that work element by element without options about parameters.
+    """
+    return not rule.elementwise or bool(_about_parameters(group, dtype))
+
+
+def check_fragments(group: Mapping[str, Any], flats: Sequence[Tensor], *, has_fragments: bool) -> None:
+    """Check what cannot be where DeepSpeed steps flat tensors one after the other.
+
+    Args:
+        group: settings of a group.
+        flats: its flat tensors.
+        has_fragments: whether it is stepped by parameters.
+
+    Raises:
+        ValueError: the rule or an option.
+    """
+    rule, label = lookup(group["rule"]), f"group {group['name']!r}"
+    if rule.curvature_input:
+        raise ValueError(f"{label}: {rule.name} cannot be measured in the flat parameters of ZeRO; {REMEDY}")
+    remedies = {}
+    if group["on_nonfinite"] == "skip":  # other groups may have been stepped
+        remedies["on_nonfinite"] = "on_nonfinite='raise' or 'off'"
+    if group["clip_norm"] is not None and len(flats) > 1:
+        remedies["clip_norm"] = "DeepSpeed's gradient_clipping, or a sub_group_size that holds the whole group"
+    if has_fragments and rule.elementwise and group["state_storage"] in ("int8", "fp8"):
+        remedies["state_storage"] = "state_storage='bf16' or 'fp32'"
     for key, allowed in remedies.items():
-        raise ValueError(f"{name}: {key}={group[key]!r} needs whole parameters, {HIDDEN}; give {allowed}, or {REMEDY}")
+        raise ValueError(f"{label}: {key}={group[key]!r} does not work under DeepSpeed ZeRO; give {allowed}")
 
 
 def _check_shapeless(rule: Rule | type[Rule], name: str) -> None:
@@ -79,22 +138,41 @@ def _check_shapeless(rule: Rule | type[Rule], name: str) -> None:
         raise ValueError(f"{name}: {rule.name} cannot be measured in the flat parameters of FSDP1 and ZeRO; {REMEDY}")
 
 
+def _shape_of(p: Tensor) -> torch.Size | None:
+    """The shape of a whole parameter; None for a lazy one."""
+    return None if is_lazy(p) else getattr(p, "ds_shape", p.shape)
+
+
 class KnownParameters:
     """The parameters with which each group was created, to recognize those by which an engine replaces them."""
 
     def __init__(self) -> None:
         self._groups: dict[str, list[tuple[int, torch.Size | None]]] = {}
+        self._held: dict[str, tuple[dict[str, Any], list[Tensor]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
-    def remember(self, group: Mapping[str, Any]) -> None:
+    def remember(self, group: dict[str, Any]) -> None:
         """Record the parameters of a group.
 
         Args:
             group: a member of `param_groups`.
         """
-        self._groups[group["name"]] = [(id(p), None if is_lazy(p) else p.shape) for p in group["params"]]
+        self._held[group["name"]] = group, list(group["params"])
+        self._groups[group["name"]] = [(id(p), _shape_of(p)) for p in group["params"]]
+
+    def held(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """The groups with the parameters with which they were created.
+
+        Returns:
+            Nothing after `release`.
+        """
+        return list(self._held.values())
+
+    def release(self) -> None:
+        """Keep no parameter alive from now on, since the first step is taken and no engine has replaced them."""
+        self._held.clear()
 
     def rename(self, names: Sequence[str], groups: Sequence[Mapping[str, Any]]) -> None:
         """Record the new names of groups that a checkpoint has renamed.
@@ -105,6 +183,8 @@ class KnownParameters:
         """
         before = [self._groups.get(name, []) for name in names]
         self._groups |= {group["name"]: params for group, params in zip(groups, before, strict=True)}
+        held = [self._held.pop(name, None) for name in names]
+        self._held |= {g["name"]: (g, of[1]) for g, of in zip(groups, held, strict=True) if of is not None}
 
     def flat_tensors(self, group: Mapping[str, Any]) -> list[Tensor]:
         """The flat tensors by which an engine (DeepSpeed ZeRO) has replaced a group's parameters.
@@ -120,7 +200,7 @@ class KnownParameters:
         before, params = self._groups.get(group["name"], []), group["params"]
         ids, out = {number for number, _ in before}, []
         for i, p in enumerate(params) if before else ():
-            if id(p) in ids or p.ndim != 1:
+            if id(p) in ids or p.ndim != 1 or isinstance(p, Fragment):
                 continue
             shape = before[i][1] if i < len(before) else None
             # users may replace one vector by another; DeepSpeed's flat tensors are no Parameters

@@ -76,3 +76,18 @@ class Owners:
             owners = assign_owners([cost for *_, cost in same_team], loads)
             for (p, _, _), owner in zip(same_team, owners, strict=True):
                 self._owner[p] = owner
+
+    def give(self, p: Tensor, team: Team, owner: int, cost: float) -> None:
+        """Assign an owner that is known.
+
+        Args:
+            p: the parameter.
+            team: the ranks that share it.
+            owner: index in the team.
+            cost: of its step.
+        """
+        loads = self._loads.setdefault(team.ranks, [0.0] * team.size)
+        if p in self._owner:
+            loads[self._owner[p]] -= cost
+        loads[owner] += cost
+        self._owner[p] = owner

@@ -23,6 +23,11 @@ class Replicas:
     group: dist.ProcessGroup
 
     @property
+    def is_saved_by_rank(self) -> bool:
+        """False: one replica saves what all have."""
+        return False
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """Global ranks of the team."""
         return tuple(dist.get_process_group_ranks(self.group))

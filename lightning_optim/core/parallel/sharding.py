@@ -8,7 +8,10 @@ repeat the work). Its step is computed in one of three ways:
 - rules that only reduce get a DTensor around each stack (`StackSharding`), so that torch.distributed adds up the sums;
 - every other rule needs whole matrices: `parallel.exchange` sends each to its owner and the directions back.
 
-No module outside `core.parallel` checks whether a tensor is a DTensor.
+DeepSpeed ZeRO's flat tensors hold runs of elements of parameters; `Fragment` stands for a parameter there. Sums are not
+taken over runs: rules that reduce get whole matrices, too.
+
+No module outside `core.parallel` checks whether a tensor is a DTensor or a fragment.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -27,22 +30,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from lightning_optim.core.parallel.fragment import Fragment
+
 
 def local(t: Tensor) -> Tensor:
     """The shard of a tensor on this rank.
 
     Returns:
-        The shard of a DTensor (shared memory), or the tensor itself.
+        The shard of a DTensor or the run of a fragment (shared memory), or the tensor itself.
     """
+    if isinstance(t, Fragment):
+        return t.part
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def placement_of(p: Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]] | None:
-    """Device mesh and placements of a parameter.
+def placement_of(p: Tensor) -> Hashable:
+    """Device mesh and placements of a parameter, or the sharding of a fragment.
 
     Returns:
-        (mesh, placements) of a DTensor; None for a plain tensor.
+        Equal for equal placements; None for a plain tensor.
     """
+    if isinstance(p, Fragment):
+        return p.sharding
     return (p.device_mesh, tuple(p.placements)) if isinstance(p, DTensor) else None
 
 
@@ -118,6 +127,11 @@ class Sharding:
         return all(self._dim(d) == 0 for d in self.dims)
 
     @property
+    def is_saved_by_rank(self) -> bool:
+        """Whether checkpoints hold what each rank has, and not DTensors."""
+        return False
+
+    @property
     def is_plain(self) -> bool:
         """Whether the shards are those of `torch.chunk`, applied mesh dimension by mesh dimension."""
         return all(isinstance(self.placements[d], Shard) for d in self.dims)
@@ -156,27 +170,6 @@ class Sharding:
             A DTensor of shape `whole_shape`.
         """
         return to_dtensor(self.mesh, self.placements, whole_shape, shard)
-
-
-class _HypotheticalMesh:
-    """Size of a one-dimensional mesh that need not exist."""
-
-    ndim = 1
-
-    def __init__(self, ranks: int):
-        self.ranks = ranks
-
-    def size(self, d: int) -> int:
-        return self.ranks
-
-
-def rows_over(ranks: int) -> Sharding:
-    """Sharding of rows over a number of ranks as by `fully_shard`, to compute the bounds of shards without a mesh.
-
-    Returns:
-        A sharding without process groups, which cannot communicate.
-    """
-    return Sharding(cast("DeviceMesh", _HypotheticalMesh(ranks)), (Shard(0),))
 
 
 @functools.lru_cache(maxsize=64)
@@ -232,6 +225,8 @@ def sharding_of(p: Tensor, name: str = "parameter") -> Sharding | None:
     Raises:
         ValueError: a DTensor is neither sharded nor replicated along some mesh dimension.
     """
+    if isinstance(p, Fragment):
+        return p.sharding
     if not isinstance(p, DTensor) or all(isinstance(x, Replicate) for x in p.placements):
         return None
     if not all(isinstance(x, (Shard, _StridedShard, Replicate)) for x in p.placements):
@@ -253,8 +248,10 @@ def within(t: Tensor, bounds: Bounds) -> Tensor:
     """The part of a whole tensor within bounds.
 
     Returns:
-        A view.
+        A view, if the tensor is contiguous.
     """
+    if len(bounds) != t.ndim:  # a run of elements
+        return t.reshape(-1)[slice(*bounds[0])]
     return t[tuple(slice(first, end) for first, end in bounds)]
 
 
@@ -262,12 +259,14 @@ def place(value: Tensor, sharding: Sharding | None) -> Tensor:
     """Bring a loaded state tensor into the placement in which it is stored.
 
     Args:
-        value: a whole tensor, equal on all ranks, or a DTensor.
+        value: a whole tensor, equal on all ranks, a DTensor, or a fragment of this sharding.
         sharding: how it is stored; None if it is whole on every rank.
 
     Returns:
         A DTensor whose local shard has storage of its own, or a plain tensor.
     """
+    if isinstance(value, Fragment):
+        return value
     if sharding is None:
         return value.full_tensor() if isinstance(value, DTensor) else value
     if isinstance(value, DTensor) and value.placements != sharding.placements:
@@ -284,18 +283,20 @@ def place_like(value: Tensor, p: Tensor) -> Tensor:
     """Bring a loaded tensor of a parameter's shape into the parameter's placement.
 
     Returns:
-        A DTensor for a DTensor, else a plain tensor.
+        A DTensor for a DTensor, a fragment for a fragment, else a plain tensor.
     """
     placed = place(value, sharding_of(p))
-    return placed if isinstance(placed, DTensor) else placed_like(placed, p)
+    return placed if isinstance(placed, (DTensor, Fragment)) else placed_like(placed, p)
 
 
 def placed_like(shard: Tensor, p: Tensor) -> Tensor:
     """Wrap this rank's shard of a tensor of a parameter's shape in the parameter's placement.
 
     Returns:
-        A DTensor for a DTensor, else the shard itself.
+        A DTensor for a DTensor, a fragment for a fragment, else the shard itself.
     """
+    if isinstance(p, Fragment):
+        return p.like(shard)
     return to_dtensor(p.device_mesh, p.placements, p.shape, shard) if isinstance(p, DTensor) else shard
 
 

@@ -47,11 +47,13 @@ def axes_of(p: Tensor, sharding: Sharding, dims: StackShape, transposed: bool) -
     Returns:
         "" for a mesh dimension that does not shard; None where sums cannot run over the shards.
     """
+    if not sharding.is_plain:
+        return None
     axes = tuple(
         _axis(p, sharding._dim(d), dims, transposed) if d in sharding.dims else "" for d in range(sharding.mesh.ndim)
     )
     used = [axes[d] for d in sharding.dims]
-    if not sharding.is_plain or "" in used or len(set(used)) < len(used) or ("b" in used and len(used) > 1):
+    if "" in used or len(set(used)) < len(used) or ("b" in used and len(used) > 1):
         return None
     if used == ["b"]:
         d, (_, m, n) = sharding._dim(sharding.dims[0]), dims

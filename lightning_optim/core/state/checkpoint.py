@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lightning_optim.core.parallel.sharding import Sharding
 from lightning_optim.core.parallel.stack_sharding import StackSharding
 from lightning_optim.core.param_groups import blocks_of, rule_of, validate_loaded
 from lightning_optim.core.rule import Rule, lookup
-from lightning_optim.core.state import resharding
+from lightning_optim.core.state import rank_checkpoint, resharding
 from lightning_optim.core.state.formats import COMPENSATION, RADIUS, STEP_DTYPE, StateFormat, scale_key
 from lightning_optim.core.state.initial_values import to_storage_device
 from lightning_optim.core.step.plan import state_formats
@@ -53,6 +53,7 @@ def state_to_save(
         State by parameter.
     """
     entries = [e for e in _entries(groups, owners, lambda p, key: p in state) if e.param not in gathered]
+    entries = [e for e in entries if not e.team.is_saved_by_rank]
     out = defaultdict(dict, {p: dict(tensors) for p, tensors in state.items()})
     for p, key, table in _scale_tables(groups, state):
         out[p][key] = table
@@ -61,6 +62,7 @@ def state_to_save(
         out[e.param][e.key] = value
     for p, tensors in gathered.items():
         out[p] |= tensors
+    rank_checkpoint.keep_own(groups, out, owners)
     return out
 
 
@@ -198,6 +200,7 @@ def validate_state(
     saved: Sequence[dict[str, Any]],
     loaded_of: Mapping[int, Mapping[str, Any]],
     averages: Iterable[str],
+    elsewhere: Collection[int] = (),
 ) -> None:
     """Check that every loaded state is that of its parameter under the loaded settings.
 
@@ -206,6 +209,7 @@ def validate_state(
         saved: the completed groups of the checkpoint.
         loaded_of: loaded state by the identity of its parameter.
         averages: keys of the state of averaging methods.
+        elsewhere: identities of parameters whose state another rank has loaded.
 
     Raises:
         ValueError: state is missing, or has another shape.
@@ -215,7 +219,8 @@ def validate_state(
         for s in group.params:
             loaded, p, name = loaded_of.get(id(s.plan.param), {}), s.plan.param, s.plan.name
             blocks, _ = blocks_of(rule, settings, p.shape)
-            for key, shape in _expected(state_formats(rule, settings, p, blocks), loaded) if loaded else ():
+            declared = state_formats(rule, settings, p, blocks) if loaded and id(p) not in elsewhere else {}
+            for key, shape in _expected(declared, loaded):
                 value = loaded.get(key)
                 if value is None and float(loaded.get("step", 1)) > 0:
                     raise ValueError(f"{name}: the checkpoint has no {key!r}; was it another optimizer's?")
@@ -261,7 +266,8 @@ def install_state(
             _place(group.rule, s, state[s.plan.param], loaded_of[id(s.plan.param)], averages)
     entries = _entries(groups, owners, lambda p, key: key in loaded_of[id(p)])
     described = [(e.key, e.shape, str(e.dtype), e.owner) for e in entries]
-    sharded = [e for e in entries if not isinstance(e.team, Replicas)]  # replicas load alone
+    # replicas load alone
+    sharded = [e for e in entries if not isinstance(e.team, Replicas) and not e.team.is_saved_by_rank]
     _wait_for_ranks(guard, sharded, "load_state_dict()", f"{content} {described}")
     for e, whole in resharding.collect(entries, lambda e: loaded_of[id(e.param)][e.key]):
         state[e.param][e.key] = whole

@@ -74,6 +74,10 @@ def collect(entries: Sequence[Entry], loaded: Callable[[Entry], Tensor]) -> list
     """
     out: list[tuple[Entry, Tensor]] = []
     for batch in _batches(entries):
+        if batch[0].team.is_saved_by_rank:  # loaded whole
+            mine = [e for e in batch if e.owner == e.team.rank]
+            out += [(e, loaded(e).to(e.param.device, e.dtype, copy=True)) for e in mine]
+            continue
         exchange = make_exchange([e.team for e in batch], [e.shape for e in batch], [e.owner for e in batch])
         shardings = [e.team if isinstance(e.team, Sharding) else None for e in batch]
         tensors = [place(loaded(e), sharding) for e, sharding in zip(batch, shardings, strict=True)]

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lightning_optim.core import matrix_views
 from lightning_optim.core.options import ZERO_MATRIX
-from lightning_optim.core.parallel import collectives, sharding
+from lightning_optim.core.parallel import collectives, element_positions
 from lightning_optim.core.rule import ADAMW_RMS
 from lightning_optim.core.state.formats import RADIUS
 from lightning_optim.core.step.records import GroupStep, ParamStep
@@ -127,7 +127,8 @@ def factors(group: Mapping[str, Any], param: ParamStep, d: Tensor, step: Step, c
         if group["pin"]:
             scale = torch.where(norm > 0, scale, 1.0)
         scale = per_row(scale)
-    return Factors(*(rows.local(x) for x in (scale * keep, scale * lift, scale * length, brake)))
+    local = (rows.local(x) for x in (scale * keep, scale * lift, scale * length, brake))
+    return Factors(*(element_positions.part_of_rows(param.plan.param, x) for x in local))
 
 
 def _decayed_terms(x: Tensor, d: Tensor, brake: Tensor) -> Sequence[Tensor]:
@@ -144,8 +145,8 @@ class _Rows:
         plan = param.plan
         self.is_single = not by_row and len(plan.blocks) == plan.blocks[0].dims[0] == 1
         """Whether there is only one factor, for one matrix."""
-        self.x, self.d = (matrix_views.transpose_if(t, plan.transposed) for t in (param.local(), d))
-        self.compensation = None if compensation is None else matrix_views.transpose_if(compensation, plan.transposed)
+        self.x, self.d = (self._rows_of(t) for t in (param.local(), d))
+        self.compensation = None if compensation is None else self._rows_of(compensation)
         self.dtype = plan.compute_dtype
         shape = tuple(matrix_views.transpose_if(torch.empty(plan.shape, device="meta"), plan.transposed).shape)
         row_ndim, columns = int(len(shape) > 1), plan.blocks[0].dims[2]
@@ -153,9 +154,13 @@ class _Rows:
             row_ndim += 1
         self.row_shape, self.row_ndim = shape[:row_ndim], row_ndim
         """Leading dimensions of the parameter, which index its rows."""
-        at = tuple(slice(*bounds) for bounds in sharding.local_bounds(plan.param))
+        at = tuple(slice(*bounds) for bounds in element_positions.bounds_of_rows(plan.param))
         is_transposed = plan.transposed and 2 <= len(at) <= 3
         self.local_rows = (at[:-2] + (at[-1], at[-2]) if is_transposed else at)[:row_ndim]
+
+    def _rows_of(self, part: Tensor) -> Tensor:
+        """Whole rows of what this rank has, as rows x columns."""
+        return matrix_views.transpose_if(element_positions.whole_rows(self.plan.param, part), self.plan.transposed)
 
     @property
     def sizes(self) -> Tensor:

@@ -208,7 +208,7 @@ class PlanCache:
                 complete = complete and stored is not None
                 steps.append(step)
             out.append(GroupStep(plan.rule, group, steps, plan, complete))
-            index += len(params)
+            index += max(len(params), len(group.get("param_names", ())))  # one flat tensor may be there for many
         del self._groups[len(groups) :]
         return out
 

@@ -28,7 +28,7 @@ class _Pool:
     def __init__(self, costs: tuple[float, ...]):
         self.costs = costs
         self.ranks: dict[int, int] = {}
-        """By the identity of a parameter's step, its place in the pool."""
+        """By the identity of a parameter's plan, its place in the pool."""
         self._phases: dict[int, tuple[int, ...]] = {}
         self._next: dict[int, tuple[int, int]] = {}
 
@@ -76,7 +76,7 @@ class RefreshScheduler:
             costs, pool = tuple([s.plan.refresh_cost for s in steps]), self._pools.get(text)
             if pool is None or pool.costs != costs:
                 pool = self._pools[text] = _Pool(costs)
-            pool.ranks = {id(s): rank for rank, s in enumerate(steps)}
+            pool.ranks = {id(s.plan): rank for rank, s in enumerate(steps)}
         if any(parse(text).timed for text in members):
             self.clock.tick()
             params = [s.plan.param for steps in members.values() for s in steps]
@@ -111,13 +111,13 @@ class RefreshScheduler:
         pool = self._pools[group.group["refresh"]]
         if policy.is_periodic:
             for s in steps:
-                s.due = "interval" if pool.is_due(policy, pool.ranks[id(s)], s.t) else ""
+                s.due = "interval" if pool.is_due(policy, pool.ranks[id(s.plan)], s.t) else ""
             return
         records = [[0.0] * len(RECORD)] * len(steps)
         if policy.reads:
             records = torch.stack([torch.cat(s.refresh_records()).amin(0) for s in steps]).tolist()
         views = [
-            View(s.t, s.plan.refresh_cost, functools.partial(pool.phase, pool.ranks[id(s)]), dict(zip(RECORD, r)))  # noqa: B905
+            View(s.t, s.plan.refresh_cost, functools.partial(pool.phase, pool.ranks[id(s.plan)]), dict(zip(RECORD, r)))  # noqa: B905
             for s, r in zip(steps, records, strict=True)
         ]
         step_of = {id(view): s for view, s in zip(views, steps, strict=True)}

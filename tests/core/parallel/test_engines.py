@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
-import os
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_optim
 from lightning_optim import RuleOptimizer, build_optimizer, lookup
 from lightning_optim.core.parallel import engines
 from lightning_optim.core.rule import REGISTRY
 from tests.helpers.pool import opened
+from tests.helpers.zero_jobs import Run, config_of, net, start_deepspeed
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-REFUSED = "needs whole matrices, which FSDP1 and ZeRO hide in flat parameters; use FSDP2"
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(8, 6, generator=generator), torch.randn(8, 4, generator=generator)
 
 
 # -- an engine that replaces parameters, without an engine ------------------------------------------------------------
@@ -146,8 +137,14 @@ def test_parameters_that_the_user_replaces_are_not_flat() -> None:
     [
         ({}, "muon", None),
         ({"zero_optimization": {"stage": 0}}, "muon", None),
-        ({"zero_optimization": {"stage": 1}}, "muon", "muon needs whole matrices.*ZeRO stage is 1; use FSDP2"),
-        ({"zero_optimization": {"stage": 3}}, "sophia_h", "sophia_h needs whole matrices.*stage is 3"),
+        ({"zero_optimization": {"stage": 1}}, "muon", None),
+        ({"zero_optimization": {"stage": 3}}, "sophia_h", "sophia_h cannot be measured.*stage is 3; use FSDP2"),
+        ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, "lion", None),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "soap",
+            "round_robin_gradients.*soap; leave",
+        ),
         ({"zero_optimization": {"stage": 2}}, "lion", None),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}, "lion", None),
         (
@@ -158,7 +155,15 @@ def test_parameters_that_the_user_replaces_are_not_flat() -> None:
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
             "muon",
-            "zero_force_ds_cpu_optimizer.*Even so, ZeRO-2 refuses muon.*use FSDP2",
+            "device='nvme' .* moves state that 'muon' works on; give 'cpu'",
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}},
+                "zero_force_ds_cpu_optimizer": False,
+            },
+            "lion",
+            "ratio=0.3 .* an AdamW of its own step a share of the weights in the place of 'lion'",
         ),
         (
             {
@@ -182,102 +187,59 @@ def test_configurations_of_deepspeed(config: dict[str, Any], name: str, match: s
 # -- DeepSpeed itself -------------------------------------------------------------------------------------------------
 
 
-def start_deepspeed(rank: int, world: int) -> Any:
-    """DeepSpeed on the CPU, over the process group there is, without compiling anything."""
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel("ERROR")
-    deepspeed.init_distributed("gloo", verbose=False)
-    return deepspeed
-
-
-def config_of(stage: int, **more: Any) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 4,
-        "zero_optimization": {"stage": stage, **more.pop("zero", {})},
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,
-        **more,
-    }
-
-
-OFFLOAD: dict[str, Any] = {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
-
-RUNS = (("adamw", 1), ("signum", 2), ("adamw", 3), ("soap", 1), ("adafactor", 2), ("sophia_g", 2), ("muon", 3))
-
-
-def zero(rank: int, world: int) -> dict[str, Any]:
-    """Three steps of several rules under ZeRO: weights, or what was said and whether they had moved."""
+def refused(rank: int, world: int) -> dict[str, str]:
+    """What is said under ZeRO to what cannot be, and whether weights had moved."""
     deepspeed = start_deepspeed(rank, world)
-    full = deepspeed.utils.safe_get_full_fp32_param
-    out: dict[str, Any] = {}
-    for name, stage in RUNS:
+    out: dict[str, str] = {}
+    round_robin = {"round_robin_gradients": True}
+    averaging = {"averaging": {"tail_ema": {}}}
+    cases: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
+        "curvature": ("sophia_g", 2, {}, {}),
+        "round robin": ("adafactor", 1, {}, round_robin),  # two matrices would stay where they are
+        "skip": ("soap", 3, {"on_nonfinite": "skip"}, {}),
+        "8 bits": ("lion", 2, {"state_storage": "int8"}, {}),
+        "sub-groups": ("muon", 3, {"clip_norm": 1.0}, {"sub_group_size": 20}),
+        "averaging": ("muon", 2, averaging, {}),
+    }
+    for label, (name, stage, settings, zero) in cases.items():
         model = net()
-        optimizer = build_optimizer(model, name, lr=0.01, weight_decay=0.1)
-        config = config_of(stage, **(OFFLOAD if name == "signum" else {}))
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        record = ""
-        for step in range(3):
-            x, y = (t.chunk(world)[rank] for t in batch(step))
-            engine.backward((engine(x) - y).square().mean())
-            try:
-                engine.step()
-            except ValueError as error:
-                record = str(error)
-                break
-        empty = not any(optimizer.state.values())
-        out[f"{name} {stage}"] = record, empty, [full(p).clone() for p in model.parameters()]
-    with deepspeed.zero.Init(config_dict_or_path=config_of(3)):
-        model = net()
-    for name in ("muon", "adafactor", "adamw"):
-        try:
-            build_optimizer(model, name, lr=0.01)
-        except ValueError as error:
-            out[f"init {name}"] = str(error)
-    optimizer = lightning_optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config_of(3))
-    for step in range(3):
-        x, y = (t.chunk(world)[rank] for t in batch(step))
-        engine.backward((engine(x) - y).square().mean())
-        engine.step()
-    out["init class"] = [full(p).clone() for p in model.parameters()]
-    return out
+        build = functools.partial(build_optimizer, name=name, lr=0.01, **settings)
+        run = Run(deepspeed, config_of(stage, zero=zero), build)
+        with pytest.raises(ValueError) as error:
+            run.step(0, rank, world)
+        unmoved = all(torch.equal(a, b) for a, b in zip(run.weights(), model.parameters(), strict=True))
+        out[label] = f"{error.value} {unmoved}"
+    run = Run(deepspeed, config_of(2, zero=round_robin), lambda m: build_optimizer(m, "lion", lr=0.01))
+    run.step(0, rank, world)  # works element by element
 
-
-def alone(build: Callable[[nn.Module], RuleOptimizer]) -> list[Tensor]:
-    model = net()
-    optimizer = build(model)
-    for step in range(3):
-        x, y = batch(step)
-        optimizer.zero_grad()
-        (model(x) - y).square().mean().backward()
+    def used(model: nn.Module) -> RuleOptimizer:
+        optimizer = build_optimizer(model, "muon", lr=0.01)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
         optimizer.step()
-    return [p.detach() for p in model.parameters()]
+        return optimizer
+
+    with pytest.raises(ValueError) as error:
+        Run(deepspeed, config_of(1), used).step(0, rank, world)
+    out["used before"] = str(error.value)
+    return out
 
 
 @needs_deepspeed
 @pytest.mark.dist
-def test_zero_steps_as_one_process_or_refuses() -> None:
+def test_what_cannot_be_under_zero_is_refused_on_every_rank() -> None:
     with opened() as pool:  # DeepSpeed stays in its processes, whatever runs there next
-        ranks = pool.run("tests.core.parallel.test_engines:zero", 2)
-    start = [p.detach() for p in net().parameters()]
+        ranks = pool.run("tests.core.parallel.test_engines:refused", 2)
     for out in ranks:
-        for name, stage in RUNS:
-            record, empty, weights = out[f"{name} {stage}"]
-            if name in ELEMENTWISE:
-                expected = alone(lambda model, name=name: build_optimizer(model, name, lr=0.01, weight_decay=0.1))
-                torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
-                assert record == ""
-                continue
-            assert f"group '{name}/hidden'" in record and "0.weight" in record and "use FSDP2" in record, (name, record)
-            assert empty and all(torch.equal(a, b) for a, b in zip(weights, start, strict=True))
-        for name in ("muon", "adafactor"):
-            assert f"0.weight: {name} {REFUSED}" in out[f"init {name}"]
-        assert "0.weight: FSDP1 or ZeRO-3 has flattened it, so roles" in out["init adamw"]
-        expected = alone(lambda model: lightning_optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1))
-        torch.testing.assert_close(out["init class"], expected, rtol=1e-5, atol=1e-6)
+        assert re.search("group 'sophia_g/hidden'.*flat.*use FSDP2.*True", out["curvature"])
+        assert re.search("asks for round_robin_gradients, .* leave it out", out["round robin"])
+        assert re.search("'soap/hidden': on_nonfinite='skip' .* give on_nonfinite='raise' or 'off' True", out["skip"])
+        assert re.search(
+            "'lion/hidden': state_storage='int8' .* give state_storage='bf16' or 'fp32' True", out["8 bits"]
+        )
+        assert re.search("'muon/hidden': clip_norm=1.0 .* give DeepSpeed's gradient_clipping", out["sub-groups"])
+        assert re.search("the averages of `with_averaging` would not reach the model", out["averaging"])
+        assert "a flat tensor: muon needs whole matrices" in out["used before"]
 
 
 def trainer(rank: int, world: int, folder: str) -> dict[str, Any]:
@@ -351,12 +313,14 @@ def trainer(rank: int, world: int, folder: str) -> dict[str, Any]:
             build(model.parameters())
         out[f"offload accelerate {label}"] = str(actual.value)
     AcceleratorState._reset_state(reset_partial_state=True)
-    out |= {f"zero {way}": tried(way, "muon", zero) for way in ("attach", "flag")}
     out |= {f"offload {way}": tried(way, "lion", offload) for way in ("flag", "arguments", "factory", "instance")}
     out |= {f"own {way}": tried(way, "lion", ours) for way in ("flag", "attach", "instance", "callback")}
     curve = {"schedule": "linear", "warmup_steps": 2}  # which a callback of ours follows
     snapshot = offload | {"zero_force_ds_cpu_optimizer": False}
     out["losses"] = [tried("attach", "adamw", config, schedule=curve) for config in (snapshot, {})]
+    out["matrices"] = [
+        tried("flag", "muon", config) for config in (zero, auto | {"zero_optimization": {"stage": 3}}, {})
+    ]
     AcceleratorState._reset_state(reset_partial_state=True)
     state = Accelerator(cpu=True).state
     state.distributed_type = DistributedType.FSDP  # as Accelerator does with a card, which FSDP1 needs
@@ -377,15 +341,15 @@ def trainer(rank: int, world: int, folder: str) -> dict[str, Any]:
 
 @needs_deepspeed
 @pytest.mark.dist
-def test_the_trainer_refuses_what_deepspeed_would_change(tmp_path: Any) -> None:
+def test_the_trainer_refuses_what_deepspeed_would_change_and_trains_the_rest(tmp_path: Any) -> None:
     with opened() as pool:
         (out,) = pool.run("tests.core.parallel.test_engines:trainer", 1, folder=str(tmp_path))
-    (with_zero, plain), fsdp1 = out.pop("losses"), out.pop("fsdp1")
+    (with_zero, plain), fsdp1, matrices = out.pop("losses"), out.pop("fsdp1"), out.pop("matrices")
     record = {
-        "zero": "muon needs whole matrices, which FSDP1 and ZeRO hide in flat parameters: DeepSpeed's ZeRO stage is 2",
         "offload": "DeepSpeedCPUAdam in the place of 'lion'; add \"zero_force_ds_cpu_optimizer\": false",
         "own": "'optimizer' of its own, which would replace 'lion'",
     }
     assert not {label: text for label, text in out.items() if record[label.split()[0]] not in text}
     assert with_zero == pytest.approx(plain, abs=1e-3) and len(plain) == 2
+    assert matrices[0] == matrices[1] == matrices[2] and len(matrices[2]) == 2
     assert "accelerate's fsdp_version is 1; use FSDP2" in fsdp1

@@ -10,19 +10,8 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_optim.core.parallel import sharding
-from lightning_optim.core.parallel.sharding import Sharding, rows_over
+from lightning_optim.core.parallel.sharding import Sharding
 from tests.helpers.fake_mesh import cut, fake_mesh
-
-
-def test_rows_are_cut_as_by_torch_chunk() -> None:
-    for rows, ranks in itertools.product(range(1, 12), range(1, 8)):
-        chunks = torch.arange(rows).chunk(ranks)
-        for rank in range(ranks):
-            ((first, end), columns) = rows_over(ranks).shard_slices((rows, 3), rank)
-            expected = chunks[rank].tolist() if rank < len(chunks) else []
-            assert list(range(first, end)) == expected and columns == (0, 3)
-            assert first <= rows, "an empty shard lies at the end"
-
 
 SEVERAL: list[tuple[Placement, ...]] = [
     (Shard(0), Shard(1)),
