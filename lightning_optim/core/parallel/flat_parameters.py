@@ -83,7 +83,7 @@ def _about_parameters(group: Mapping[str, Any], dtype: torch.dtype) -> dict[str,
         What to give instead, by option.
     """
     defaults = OPTIONS | {"on_nonfinite": "off"}
-    keys = ["clip_norm", "on_nonfinite", *(options.CONSTRAINTS if options.has_constraint(group) else ())]
+    keys = ["clip_norm", *(options.CONSTRAINTS if options.has_constraint(group) else ()), "on_nonfinite"]
     keys += ["state_storage"] if group["state_storage"] != "host" else []
     remedies = {key: f"{key}={defaults[key]!r}" for key in keys if group[key] != defaults[key]}
     if dtype == torch.bfloat16 and group["param_rounding"] == "stochastic":
