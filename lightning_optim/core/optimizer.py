@@ -326,9 +326,8 @@ class RuleOptimizer(StatefulOptimizer):
         """From now on, reduce the gradients of a DistributedDataParallel module here, where a rule can send less.
 
         `dion` sends its low-rank factors, `signum` and `signsgd` vote on signs, one byte per element; the gradients of
-        other rules are averaged in the step. To be called on all ranks before the first backward pass. What replicas
-        then keep of their own gradients is averaged by `consolidate`, which has to precede `state_dict` on every rank,
-        also where all of them call it.
+        other rules are averaged in the step. To be called on all ranks before the first backward pass. `consolidate`
+        averages what replicas keep of their own gradients; it has to precede `state_dict` on every rank.
 
         Args:
             module: of the parameters.
