@@ -161,8 +161,8 @@ class RuleOptimizer(StatefulOptimizer):
                 ranks that disagree on which parameters have a gradient or, at the first step, on the groups; nothing
                 was written. Or a failure in mid-step, whose message names the parameters that were not updated.
         """
-        if self.estimator is not None:
-            closure = curvature_input.estimate_first(self.estimator, closure)
+        if closure is not None or self.estimator is not None:
+            closure = curvature_input.estimate_first(lambda: self.estimator, closure)
         failures.depth += 1
         try:
             with nullcontext() if self.flat_groups is None else self.flat_groups.shown(self):

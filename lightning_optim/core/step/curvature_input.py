@@ -27,27 +27,34 @@ Estimate = SimpleNamespace
 """Curvature estimate of one parameter; `Rule.update_curvature` lists the fields."""
 
 
-def estimate_first(estimator: Estimator, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+def estimate_first(
+    estimator: Callable[[], Estimator | None], closure: Callable[[], Any] | None
+) -> Callable[[], Any] | None:
     """Have an estimator measure what is due once the gradients of a step are there.
 
     Args:
-        estimator: of the optimizer.
+        estimator: returns the optimizer's; the first training step, which a closure runs, may attach it.
         closure: of the step.
 
     Returns:
-        A closure that measures after its first call; None without a closure, after measuring at once.
+        A closure that measures after every call what is still due; None without a closure, after measuring at once.
     """
     if closure is None:
-        estimator.estimate()
+        _estimate(estimator())
         return None
 
     def measured_closure() -> Any:
         loss = closure()
-        with torch.no_grad():
-            estimator.estimate()
+        _estimate(estimator())
         return loss
 
     return measured_closure
+
+
+@torch.no_grad()
+def _estimate(estimator: Estimator | None) -> None:
+    if estimator is not None:
+        estimator.estimate()
 
 
 def pending(groups: Iterable[GroupStep]) -> dict[str, list[Tensor]]:
