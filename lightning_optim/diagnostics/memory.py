@@ -113,7 +113,8 @@ def predicted_state(optimizer: torch.optim.Optimizer) -> int | None:
         for p in group["params"]:
             if p.requires_grad:
                 parts, _ = blocks_of(rule, group, p.shape)
-                total += 4 + sum(form.nbytes for form in state_formats(rule, group, p, parts).values())
+                total += formats.STEP_DTYPE.itemsize
+                total += sum(form.nbytes for form in state_formats(rule, group, p, parts).values())
                 total += p.numel() * p.dtype.itemsize if formats.compensated(p.dtype, group) else 0
     return total
 

@@ -191,7 +191,7 @@ def test_a_nan_on_one_rank_is_agreed_by_all(pool: Pool, name: str) -> None:
     assert same and also
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", ["muon", "soap", "galore"])
 def test_state_dict_on_one_rank_raises(pool: Pool, name: str) -> None:
     (first, saved), (second, also) = pool.run("tests.helpers.jobs:lonely_state_dict", 2, name=name)
     assert "collective" in first and second == ""
@@ -216,4 +216,4 @@ def test_state_is_spread_over_ranks(pool: Pool, name: str) -> None:
     declared = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
     content = sum(size for _, size in pool.run("tests.helpers.jobs:train", 2, name=name, steps=1, dtype=torch.float32))
     replicated = sum(4 * math.prod(s[1:]) for s in jobs.SHAPES.values() if len(s) == 2) if name == "adafactor" else 0
-    assert content == declared + 4 * len(list(model.parameters())) + replicated
+    assert content == declared + 8 * len(list(model.parameters())) + replicated
