@@ -69,7 +69,8 @@ def test_other_groups_and_another_order_continue_by_name(caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING):
         other.load_state_dict(there)
     assert "4 of 4 parameters is continued; groups differ" in caplog.text
-    step(net, saved, 2), step(twin, other, 2)
+    step(net, saved, 2)
+    step(twin, other, 2)
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
 
