@@ -16,7 +16,7 @@ from lightning_optim.core import matrix_views, options
 from lightning_optim.core.momentum_alias import MOMENTUM_NAMES, is_other_name, momentum_field
 from lightning_optim.core.options import OPTION_TYPES, OPTIONS
 from lightning_optim.core.parallel import sharding
-from lightning_optim.core.parallel.flat_parameters import check_flat, is_flat
+from lightning_optim.core.parallel.flat_parameters import check_flat, check_measurable, is_flat
 from lightning_optim.core.parallel.zero import whole_shapes
 from lightning_optim.core.rule import GlobalStepRule, Rule, check_value, hyperparameters, lookup
 from lightning_optim.core.torch_arguments import accept_torch_arguments
@@ -306,6 +306,7 @@ def validate_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -
         raise ValueError(f"{name}: {rule.name} needs a floating-point parameter, got {p.dtype}")
     if p.layout != torch.strided:
         raise ValueError(f"{name}: sparse parameters are not supported, got layout {p.layout}")
+    check_measurable(rule, name, p)
     if is_flat(p):
         check_flat(rule, name, p, group)
     if group["constraint"] == "hyperball" and _is_zero(p):

@@ -475,7 +475,7 @@ def test_bfloat16_weights_keep_float32_state(name: str) -> None:
     again = {k: Parameter(p.detach().clone()) for k, p in ps.items()}
     resumed = make(name, again)
     resumed.load_state_dict(saved)
-    assert all(t.dtype == torch.float32 for t in tensors(resumed))
+    assert all(t.dtype == torch.float32 for t in tensors(resumed) if t.ndim)
     run(name, ps, range(4, 7), optimizer)
     run(name, again, range(4, 7), resumed)
     assert_equal(ps, again)

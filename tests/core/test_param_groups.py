@@ -162,15 +162,11 @@ def test_sparse_gradient_is_refused_before_anything_is_written() -> None:
 
 
 @pytest.mark.parametrize("cls", [Muon, Adafactor])
-def test_flat_parameters_of_fsdp1_and_zero_are_refused(cls: Any) -> None:
+def test_flat_parameters_of_fsdp1_are_refused(cls: Any) -> None:
     flat = Parameter(torch.randn(12))
     flat._fsdp_flattened = True  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(ValueError, match="FSDP1 and ZeRO hide in flat parameters; use FSDP2"):
+    with pytest.raises(ValueError, match="FSDP1 hides in flat parameters; use FSDP2"):
         cls([("layer.weight", flat)])
-    emptied = Parameter(torch.empty(0))
-    emptied.ds_id = 7  # pyright: ignore[reportAttributeAccessIssue]  (as DeepSpeed ZeRO-3 marks its parameters)
-    with pytest.raises(ValueError, match="layer.weight: .*use FSDP2"):
-        cls([("layer.weight", emptied)])
     AdamW([flat])
 
 
@@ -553,7 +549,6 @@ def test_squares_of_clipped_and_of_elementwise_gradients_may_be_large() -> None:
 
 ZEROS = [
     ("apollo", {"scale": 0.0}),
-    ("adafactor", {"d": 0.0}),
     ("fira", {"alpha": 0.0}),
     ("cosmos", {"lr_ratio": 1e-300}),
     ("adalomo", {"clip_threshold": 0}),

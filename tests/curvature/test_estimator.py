@@ -550,8 +550,8 @@ def test_without_a_feed_the_error_says_what_to_add(tmp_path: Path) -> None:
     assert_same(before, weights(model))
     assert not optimizer.state
     run = test_hf.trainer_of(test_hf.llama(), test_hf.arguments(tmp_path, optim="sophia_g"))
-    with pytest.raises(RuntimeError, match=r"callbacks=\[CurvatureCallback\(\)\]"):
-        run.train()
+    run.train()  # the factory brings the callback
+    assert run.state.global_step == run.args.max_steps
 
 
 # -- what stands in the way -------------------------------------------------------------------------------------------
@@ -648,7 +648,7 @@ def test_a_step_that_is_refused_leaves_no_trace(name: str) -> None:
 def test_zero_is_refused_by_name() -> None:
     model = Small()
     model.hidden.weight.ds_id = 1  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(ValueError, match="sophia_g cannot be measured in the flat parameters of FSDP1 and ZeRO"):
+    with pytest.raises(ValueError, match="hidden.weight: sophia_g cannot be measured in the flat parameters of ZeRO"):
         CurvatureEstimator(model, build_optimizer(model, "sophia_g", lr=1e-3), model.loss)
 
 

@@ -621,8 +621,8 @@ def test_every_byte_is_counted_once() -> None:
     actual = memory.categories(model, optimizer)
     assert actual["parameters"] == 4 * (32 * 16 + 16 * 16) and actual["buffers"] == 40
     assert actual["gradients"] == actual["parameters"]
-    assert actual["state"] == 2 * actual["parameters"] + 2 * 4 == memory.predicted_state(optimizer)
-    assert actual["state.exp_avg"] == actual["state.exp_avg_sq"] == actual["parameters"] and actual["state.step"] == 8
+    assert actual["state"] == 2 * actual["parameters"] + 2 * 8 == memory.predicted_state(optimizer)
+    assert actual["state.exp_avg"] == actual["state.exp_avg_sq"] == actual["parameters"] and actual["state.step"] == 16
     assert memory.storages([torch.empty(4, device="meta")]) == {}
 
 

@@ -51,6 +51,21 @@ def check_unflattened(rule: type[Rule], named: Iterable[tuple[str, Tensor]]) -> 
         )
 
 
+def check_measurable(rule: Rule, name: str, p: Tensor) -> None:
+    """Check that what a rule needs beside gradients can be measured for a parameter.
+
+    Args:
+        rule: the rule.
+        name: name of the parameter, for the message.
+        p: the parameter.
+
+    Raises:
+        ValueError: the rule needs curvature, and `zero.Init` has partitioned the parameter.
+    """
+    if rule.curvature_input and hasattr(p, "ds_id"):
+        raise ValueError(f"{name}: {rule.name} cannot be measured in the flat parameters of ZeRO; {REMEDY}")
+
+
 def check_flat(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
     """Check that a flat tensor, which holds elements of one or more parameters, can be stepped like the parameters.
 
