@@ -396,7 +396,7 @@ def test_resuming_inside_an_epoch_is_exact(tmp_path: Path, optim: str, dtype: to
     assert {g["rule"] for g in saved["param_groups"]} == ({"muon", "adamw"} if optim == "muon" else {optim})
     assert len(saved["state"]) == len(list(model_of(whole).parameters()))
     for state in [*saved["state"].values(), *cast("RuleOptimizer", resumed.optimizer).state.values()]:
-        assert {value.dtype for value in state.values()} == {torch.float32}
+        assert {value.dtype for key, value in state.items() if key != "step"} == {torch.float32}
     assert {p.dtype for p in model_of(resumed).parameters()} == {dtype}
 
 
