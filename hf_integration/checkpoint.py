@@ -10,6 +10,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,6 +26,9 @@ _log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """Slots of `torch.optim.AdamW`, the last with `amsgrad` only."""
+
+_BEFORE_ADAMW: WeakKeyDictionary[RuleOptimizer, list[float]] = WeakKeyDictionary()
+"""Learning rates of the groups before a checkpoint of AdamW was loaded."""
 
 
 def last_checkpoint(folder: str | Path, *, before: int | None = None) -> str | None:
@@ -88,8 +92,8 @@ class KeepSchedule(TrainerCallback):
         if isinstance(scheduler, LambdaLR) and all("rule" in group for group in groups):
             scheduler.base_lrs = [group["initial_lr"] for group in groups]
             scheduler._last_lr = [group["lr"] for group in groups]
-        elif optimizer is not None:
-            _fit_bounds(scheduler, len(groups))
+        elif optimizer is not None and optimizer in _BEFORE_ADAMW:
+            _continue_from_adamw(scheduler, groups, _BEFORE_ADAMW.pop(optimizer))
         if optimizer is not None:
             optimizer.total_steps = state.max_steps
         if optimizer is not None and optimizer.curve is not None:
@@ -158,20 +162,21 @@ class KeepSchedule(TrainerCallback):
             optimizer.averages.replaced(optimizer)
 
 
-def _fit_bounds(scheduler: Any, groups: int) -> None:
-    """Give a schedule that follows a metric (`reduce_lr_on_plateau`, `greedy`) as many bounds as there are groups.
+def _continue_from_adamw(scheduler: Any, groups: Sequence[dict[str, Any]], before: Sequence[float]) -> None:
+    """Let a schedule that follows a metric (`reduce_lr_on_plateau`, `greedy`) go on from a checkpoint of AdamW.
 
-    A checkpoint of AdamW with two groups has left it two of each, all the same.
+    That has left it one of each bound and rate for each of its own groups, all the same. Its rate is the present one of
+    the first group here, and the others keep the ratio that they had to it before.
     """
+    rates = [scheduler._last_lr[0] * lr / before[0] for lr in before]
+    for group, lr in zip(groups, rates, strict=True):
+        group["lr"] = lr
+    for name, values in (("_last_lr", rates), ("_init_lrs", list(before))):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, values)
     for name in ("min_lrs", "max_lrs"):
-        bounds = getattr(scheduler, name, None)
-        if bounds and len(bounds) != groups:
-            setattr(scheduler, name, [bounds[0]] * groups)
-    for name in ("_init_lrs", "_last_lr"):
-        rates = getattr(scheduler, name, None)
-        if rates and len(rates) != groups:
-            now = [group["lr"] for group in scheduler.optimizer.param_groups]
-            setattr(scheduler, name, [rates[0] * lr / now[0] for lr in now])
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, [getattr(scheduler, name)[0]] * len(groups))
 
 
 def _ours(optimizer: Any) -> RuleOptimizer | None:
@@ -223,6 +228,7 @@ def accept_adamw(optimizer: RuleOptimizer, model: nn.Module) -> None:
         groups = saved["param_groups"]
         if not groups or any("rule" in group or "betas" not in group for group in groups):
             return None
+        _BEFORE_ADAMW[optimizer] = [group["lr"] for group in optimizer.param_groups]
         return _translated(optimizer, saved, _named(groups, [names] if len(groups) == 1 else split))
 
     optimizer.register_load_state_dict_pre_hook(translated)
@@ -249,14 +255,13 @@ def _translated(optimizer: RuleOptimizer, saved: Mapping[str, Any], numbers: Map
     if unknown:
         raise ValueError(f"the checkpoint's optimizer is not torch's AdamW: it has {', '.join(sorted(unknown))}")
     first = saved["param_groups"][0]
-    moved = first["lr"] / optimizer.defaults["lr"]  # by a schedule that follows a metric and stores no first rate
     factor = first["lr"] / first["initial_lr"] if first.get("initial_lr") else 1.0
     groups: list[dict[str, Any]] = []
     state: dict[int, Any] = {}
     for group in optimizer.param_groups:
         start = sum(len(g["params"]) for g in groups)
         settings = {k: v for k, v in group.items() if k != "params"}
-        settings["lr"] = settings["initial_lr"] * factor if "initial_lr" in settings else settings["lr"] * moved
+        settings |= {"lr": settings["initial_lr"] * factor} if "initial_lr" in settings else {}
         groups.append({**settings, "params": list(range(start, start + len(group["params"])))})
         if group["rule"] in ADAM:
             keys = ("step", *MOMENTS[: 3 if group["amsgrad"] else 2])
