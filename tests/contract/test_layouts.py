@@ -19,7 +19,10 @@ from tests.helpers.pool import Pool
 from tests.helpers.rules import NAMES, make
 
 pytestmark = pytest.mark.dist
-MESHES = [(layout, world) for layout, world in jobs.LAYOUTS.items()]
+MESHES = [
+    pytest.param(layout, world, marks=pytest.mark.slow if layout in ("ddp", "hsdp", "mixed") else ())
+    for layout, world in jobs.LAYOUTS.items()
+]
 PRODUCT = [
     *(("ddp", 2), ("shared", 2), ("shared", 4), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4)),
     *(("tp", 3), ("tp", 4), ("fsdp2+tp", 4), ("mixed", 3)),
@@ -89,7 +92,7 @@ CODED: dict[str, Any] = {"state_storage": "int8", "storage_min": 1, "storage_blo
 @pytest.mark.parametrize(
     ("layout", "world", "settings"),
     [
-        pytest.param(layout, world, settings, marks=() if i == j else pytest.mark.slow)
+        pytest.param(layout, world, settings, marks=() if i == j == 0 else pytest.mark.slow)
         for i, (layout, world) in enumerate([("fsdp2", 3), ("tp", 4), ("fsdp2+tp", 4)])
         for j, settings in enumerate([
             {"lr_convention": "adamw"},

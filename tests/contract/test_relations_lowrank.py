@@ -110,6 +110,7 @@ def test_flora_without_momentum_is_adafactor() -> None:
     assert torch.equal(moved(Flora, grads, rank=2, **settings), moved(AdafactorHF, grads, **settings))
 
 
+@pytest.mark.slow
 def test_flora_keeps_its_momentum_on_average() -> None:
     """Over many seeds, and over a projection that is drawn again: P C is the momentum of steps that are all alike."""
     g = matrices(1, 8, 12)[0].sign()  # a gradient whose step is itself

@@ -205,6 +205,7 @@ def test_pretraining_fills_every_view(pretrained: Path) -> None:
         assert list(pretrained.rglob(f"diagnostics/{name}-*.npz")), name
 
 
+@pytest.mark.slow
 def test_fine_tuning_shows_the_same_tags(pretrained: Path, tmp_path: Path) -> None:
     library = Path(sysconfig.get_path("stdlib"))
     flags = {"model": pretrained / "model", "output_dir": tmp_path / "out", "optim": "soap", "max_steps": STEPS}
