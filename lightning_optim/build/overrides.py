@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any, get_args
@@ -40,7 +41,7 @@ def layerwise_decay(model: nn.Module, factor: float) -> list[Override]:
             inside.update(id(m) for m in module.modules())
             depth = max(depth, len(module))
             for i, layer in enumerate(module):
-                entry = f"{_literal(prefix)}.{i}.*" if prefix else f"{i}.*", factor ** (len(module) - i)
+                entry = f"{glob.escape(prefix)}.{i}.*" if prefix else f"{i}.*", factor ** (len(module) - i)
                 place.update({id(p): entry for p in layer.parameters() if id(p) not in place})
     if not place:
         raise ValueError(f"{type(model).__name__} has no ModuleList of layers; write the overrides yourself")
@@ -49,14 +50,9 @@ def layerwise_decay(model: nn.Module, factor: float) -> list[Override]:
     for name, p in model.named_parameters():
         before = before and id(p) not in place
         if p.requires_grad and (before or id(p) in place):
-            pattern, share = place.get(id(p), (_literal(name), factor ** (depth + 1)))
+            pattern, share = place.get(id(p), (glob.escape(name), factor ** (depth + 1)))
             out[pattern] = share
     return [(pattern, None, {"lr_factor": share}) for pattern, share in out.items()]
-
-
-def _literal(name: str) -> str:
-    """A pattern for one name."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def lora_plus(ratio: float = 16.0) -> list[Override]:
