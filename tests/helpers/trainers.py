@@ -207,20 +207,19 @@ def _share_of_even_words(completion_ids: list[list[int]], **_: Any) -> list[floa
 def rloo(folder: Path, callbacks: list[Any]) -> Any:
     from trl import RLOOConfig, RLOOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-    args = arguments(RLOOConfig, folder, num_generations=4, max_completion_length=6, num_iterations=2)
-    model = _saved(folder, language_model())
-    return RLOOTrainer(
-        model, _share_of_even_words, args=args, train_dataset=_sentences({"prompt": 4}), processing_class=tokenizer(),
-        callbacks=callbacks,
-    )  # fmt: skip
+    return _online(RLOOTrainer, RLOOConfig, folder, callbacks)
 
 
 def grpo(folder: Path, callbacks: list[Any]) -> Any:
     from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
-    args = arguments(GRPOConfig, folder, num_generations=4, max_completion_length=6, num_iterations=2)
+    return _online(GRPOTrainer, GRPOConfig, folder, callbacks)
+
+
+def _online(trainer: Any, config: Any, folder: Path, callbacks: list[Any]) -> Any:
+    args = arguments(config, folder, num_generations=4, max_completion_length=6, num_iterations=2)
     model = _saved(folder, language_model())
-    return GRPOTrainer(
+    return trainer(
         model, _share_of_even_words, args=args, train_dataset=_sentences({"prompt": 4}), processing_class=tokenizer(),
         callbacks=callbacks,
     )  # fmt: skip
