@@ -23,12 +23,12 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(USAGE)
     del sys.argv[0]
-    if Path(sys.argv[0]).is_file():
+    command = None if sys.argv[0].endswith(".py") else shutil.which(sys.argv[0])
+    if command is None and Path(sys.argv[0]).is_file():
         register()
         sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as `python SCRIPT` would
         runpy.run_path(sys.argv[0], run_name="__main__")
         return
-    command = shutil.which(sys.argv[0])
     if command is None:
         sys.exit(f"{sys.argv[0]} is neither a file nor a command\n{USAGE}")
     paths = [str(STARTUP), *filter(None, [os.environ.get("PYTHONPATH")])]
