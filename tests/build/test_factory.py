@@ -35,6 +35,17 @@ class Block(nn.Module):
             self.out.weight = self.lm_head_norm.weight
 
 
+def test_lazy_layers_are_stepped_by_the_main_rule() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(8))
+    optimizer = build_optimizer(model, "muon", lr=1e-2)
+    model(torch.randn(4, 6)).square().mean().backward()
+    before = model[0].weight.detach().clone()
+    optimizer.step()
+    names = [n for g in optimizer.param_groups if g["rule"] == "muon" for n in g["param_names"]]
+    assert names == ["0.weight", "2.weight"]
+    assert not torch.equal(before, model[0].weight)
+
+
 def test_roles_come_from_modules_not_names() -> None:
     actual = {k: trait.role for k, trait in roles(Block()).items()}
     assert actual == {

@@ -28,7 +28,7 @@ def is_flat(p: Tensor) -> bool:
     Returns:
         True if it has.
     """
-    emptied = p.shape != getattr(p, "ds_shape", p.shape)
+    emptied = not is_lazy(p) and p.shape != getattr(p, "ds_shape", p.shape)
     return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False) or emptied)
 
 
