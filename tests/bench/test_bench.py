@@ -286,8 +286,15 @@ def test_precision_table(tmp_path: Path, cache: Path, precision: Any, weights: s
     assert {v for k, v in table["state"].items() if k != "step"} == {"float32"}
 
 
-@pytest.mark.parametrize("microbatch", [0, 2])
-@pytest.mark.parametrize("name", [name for name in sorted(REGISTRY) if REGISTRY[name].curvature_input])
+@pytest.mark.parametrize(
+    ("name", "microbatch"),
+    [
+        pytest.param(name, size, marks=() if (name, size) in (("sophia_g", 2), ("kfac", 0)) else pytest.mark.slow)
+        for name in sorted(REGISTRY)
+        if REGISTRY[name].curvature_input
+        for size in (0, 2)
+    ],
+)
 def test_rules_that_observe_curvature_are_fed(tmp_path: Path, cache: Path, name: str, microbatch: int) -> None:
     setup = dataclasses.replace(TOY, microbatch=microbatch)
     rule = lookup(name)

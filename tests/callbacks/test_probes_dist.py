@@ -44,7 +44,7 @@ def test_two_processes_report_what_one_reports(tmp_path: Path, pool: Pool, frame
     assert {t for t in events(logs[0]).Tags()["images"]} == {t for t in events(logs[1]).Tags()["images"]}
 
 
-@pytest.mark.parametrize("framework", TRAINERS)
+@pytest.mark.parametrize("framework", [pytest.param("lightning", marks=pytest.mark.slow), "transformers"])
 def test_ranks_refresh_together_within_a_time_budget(tmp_path: Path, pool: Pool, framework: str) -> None:
     """The callback tells the optimizer who its replicas are; their clocks differ, their weights do not."""
     job = f"tests.helpers.callback_jobs:{framework}"

@@ -28,6 +28,7 @@ from tests.helpers.rules import (
     give,
     gradient,
     make,
+    others_slow,
     params,
     reference,
     run,
@@ -275,7 +276,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.filterwarnings(
     "ignore:.*an inverse root could not be computed"
 )  # of singular factors, by Newton's iteration
-@searching_too
+@pytest.mark.parametrize("name", others_slow([*NAMES, *SEARCHING]))
 def test_gradients_with_zeros_are_finite_under_every_option(name: str) -> None:
     for convention in ("native", "adamw"):
         for case in [*switches(name), *(OPTIONS if name not in SEARCHING else [])]:

@@ -16,7 +16,7 @@ from lightning_optim.core.rule import REGISTRY
 from tests.core.parallel.test_exchange import compare, straight
 from tests.helpers import jobs
 from tests.helpers.pool import Pool
-from tests.helpers.rules import NAMES, make
+from tests.helpers.rules import KINDS, NAMES, make
 
 pytestmark = pytest.mark.dist
 MESHES = [
@@ -28,10 +28,6 @@ PRODUCT = [
     *(("tp", 3), ("tp", 4), ("fsdp2+tp", 4), ("mixed", 3)),
 ]
 SETTINGS: list[dict[str, Any]] = [{}, {"transposed": True}, {"state_storage": "bf16"}, {"lr_convention": "adamw"}]
-
-
-KINDS = ["lion", "adafactor", "racs", "muon", "soap", "galore", "psgd_kron", "sophia_g"]
-"""Elementwise and reducing rules, rules for whole matrices with and without preconditioners, low-rank ones."""
 
 
 def check(pool: Pool, layout: str, world: int, steps: int, every: list[str] = NAMES, **kwargs: Any) -> None:
@@ -52,8 +48,8 @@ def check(pool: Pool, layout: str, world: int, steps: int, every: list[str] = NA
 
 @pytest.mark.parametrize(("layout", "world"), MESHES)
 def test_rules_on_every_layout_equal_one_process(pool: Pool, layout: str, world: int) -> None:
-    """All of them where shards are cut; the layouts beside those differ in who holds what, not in how it is cut."""
-    check(pool, layout, world, 12, NAMES if layout in ("fsdp2", "tp") else KINDS)
+    """All of them under FSDP2, one of each kind in the others; all in all of them is `test_the_full_product`."""
+    check(pool, layout, world, 12, NAMES if layout == "fsdp2" else KINDS)
 
 
 @pytest.mark.slow
@@ -131,7 +127,9 @@ CHAIN = [("fsdp2+tp", 4, "shared", 2), ("tp", 2, "fsdp2", 3), ("shared", 3, "tp"
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch, of every load in one process
-@pytest.mark.parametrize("name", ["lion", "adafactor", "muon", "soap"])
+@pytest.mark.parametrize(
+    "name", ["adafactor", "soap", *(pytest.param(x, marks=pytest.mark.slow) for x in ("lion", "muon"))]
+)
 @pytest.mark.parametrize(("layout", "world", "other", "ranks"), CHAIN)
 def test_a_checkpoint_goes_on_under_another_strategy(
     pool: Pool, tmp_path: Path, name: str, layout: str, world: int, other: str, ranks: int

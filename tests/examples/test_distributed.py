@@ -81,11 +81,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     return losses_of(output)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [*(pytest.param(flags, marks=pytest.mark.slow) for flags in (("ddp",), ("ddp", "--shard_work"))), ("fsdp2",)],
-    ids=" ".join,
-)
+@pytest.mark.slow  # a run of it that is killed and resumed in one process is in tests/test_lightning.py
+@pytest.mark.parametrize("flags", [("ddp",), ("ddp", "--shard_work"), ("fsdp2",)], ids=" ".join)
 def test_pretraining_killed_on_two_processes_goes_on_in_one(
     tmp_path: Path, alone: dict[int, float], flags: tuple[str, ...]
 ) -> None:

@@ -23,7 +23,14 @@ from lightning_optim.core.rule import REGISTRY, Rule, hyperparameters
 NAMES = [name for name in sorted(REGISTRY) if REGISTRY[name].curvature_input != "loss"]
 SEARCHING = [name for name in sorted(REGISTRY) if REGISTRY[name].curvature_input == "loss"]
 """Rules whose parameters are one vector: none is as if it were alone."""
+KINDS = ["lion", "adafactor", "racs", "muon", "soap", "galore", "psgd_kron", "sophia_g"]
+"""Elementwise and reducing rules, rules for whole matrices with and without preconditioners, low-rank ones."""
 SHAPES = {"wide": (5, 12), "tall": (12, 5), "square": (8, 8), "again": (5, 12), "vector": (7,), "scalar": ()}
+
+
+def others_slow(names: list[str], *settings: Any) -> list[Any]:
+    """Cases of a test that takes a rule's name, and maybe more: those of one rule of each kind are not slow."""
+    return [pytest.param(name, *settings, marks=() if name in KINDS else pytest.mark.slow) for name in names]
 
 
 def reference(name: str) -> ModuleType:

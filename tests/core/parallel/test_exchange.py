@@ -16,11 +16,11 @@ from lightning_optim.core.state.formats import stored_shape
 from tests.helpers import jobs
 from tests.helpers.pool import Pool
 from tests.helpers.rules import NAMES as ALL_NAMES
-from tests.helpers.rules import make
+from tests.helpers.rules import make, others_slow
 
 pytestmark = pytest.mark.dist
 NAMES = [n for n in ALL_NAMES if not REGISTRY[n].needs_all_gradients]  # the others need whole parameters
-every_rule = pytest.mark.parametrize("name", NAMES)
+every_rule = pytest.mark.parametrize("name", others_slow(NAMES))
 WHOLE = [n for n in NAMES if not REGISTRY[n].elementwise and not REGISTRY[n].reduces]
 STATEFUL = [n for n in WHOLE if REGISTRY[n]().state_specs(5, 12)]
 ONE_OF_EACH = ["lion", "adafactor", "muon"]
