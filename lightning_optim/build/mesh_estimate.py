@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_optim.core.optimizer import RuleOptimizer
 
 
-Strategy = Literal["ddp", "fsdp2", "hsdp"]
+Strategy = Literal["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class MeshEstimate:
     """Of whole-matrix rules by rank, see `step_cost`; empty where nothing is shared out."""
     largest: float = 0.0
     """Of one parameter: no way to share out the work gives every rank less than this."""
+    held: Mapping[str, list[int]] = field(default_factory=dict)
+    """Under ZeRO, bytes by rank of weights, gradients and masters; DeepSpeed's buckets come on top."""
 
     @property
     def imbalance(self) -> float:
@@ -55,6 +57,18 @@ class MeshEstimate:
     def bound(self) -> float:
         """What the imbalance cannot be below: 1, or that of the largest parameter."""
         return max(1.0, self.largest * len(self.work) / sum(self.work)) if sum(self.work) else 1.0
+
+
+class Travelling(NamedTuple):
+    """A parameter whose matrices one rank steps."""
+
+    rule: Rule
+    group: Mapping[str, Any]
+    p: Tensor
+    parts: Sequence[Any]
+    forms: Mapping[str, StateFormat]
+    volumes: Sequence[int] | None
+    """Elements by rank; None where every rank has all."""
 
 
 def estimate_mesh(
@@ -69,7 +83,8 @@ def estimate_mesh(
 
     Args:
         optimizer: of the whole model, on any device; the meta device will do.
-        strategy: `"ddp"`; `"fsdp2"`, rows over all ranks; or `"hsdp"`, rows over the ranks of a node.
+        strategy: `"ddp"`; `"fsdp2"`, rows over all ranks; or `"hsdp"`, rows over the ranks of a node. For ZeRO see
+            `lightning_optim.build.zero_estimate`.
         world_size: number of ranks.
         node_size: ranks of a node.
         shard_work: under DDP, whether replicas share out the work (`RuleOptimizer.shard_work`).
@@ -85,7 +100,7 @@ def estimate_mesh(
         raise ValueError(f"{strategy}: {world_size} ranks are not a multiple of a node's {size}")
     cut = None if strategy == "ddp" else rows_over(size)
     state, sent, summed = [0] * size, [0] * size, 0
-    travelling: list[tuple[Rule, Mapping[str, Any], Tensor, Sequence[Any], dict[str, StateFormat]]] = []
+    travelling: list[Travelling] = []
     for group in optimizer.param_groups:
         rule = rule_of(group)
         for p in group["params"]:
@@ -106,7 +121,8 @@ def estimate_mesh(
             else:
                 travels = not rule.elementwise and not (rule.reduces and axes is not None and whole)
             if travels:
-                travelling.append((rule, group, p, parts, forms))
+                volumes = None if cut is None else _volumes(cut, p.shape, size)
+                travelling.append(Travelling(rule, group, p, parts, forms, volumes))
                 continue
             for form in forms.values():
                 cut_form = (
@@ -117,20 +133,34 @@ def estimate_mesh(
                 for r, size_on_rank in enumerate(_bytes(cut_form, form, size)):
                     state[r] += size_on_rank
                 summed += 4 * math.prod(form.shape) if cut is not None and cut_form is None else 0
-    work = [0.0] * size
-    costs = [step_cost(parts) for _, _, _, parts, _ in travelling]
-    for (rule, group, p, _, forms), owner in zip(travelling, assign_owners(costs, work), strict=True):
-        state[owner] += sum(form.nbytes for form in forms.values())
-        wide = formats.compute_dtype_of(p.dtype).itemsize
-        there, back = (2, 2) if group["comm_dtype"] == "bf16" else (p.dtype.itemsize, wide)
-        there += p.dtype.itemsize if needs_param(rule) else 0
-        if cut is None:  # a broadcast leaves its source once for every other rank, or fewer times, on a tree
-            sent[owner] += p.numel() * back * (size - 1)
+    work, largest = share_out(travelling, state, sent)
+    return MeshEstimate(strategy, world_size, state, sent, summed, work, largest)
+
+
+def share_out(travelling: Sequence[Travelling], state: list[int], sent: list[int]) -> tuple[list[float], float]:
+    """Give matrices owners, as a run does.
+
+    Args:
+        travelling: in the order of the groups.
+        state: bytes by rank, to which theirs are added.
+        sent: bytes by rank, to which theirs are added.
+
+    Returns:
+        Work by rank and the largest of one parameter; nothing where there are no matrices.
+    """
+    work, costs = [0.0] * len(state), [step_cost(x.parts) for x in travelling]
+    for x, owner in zip(travelling, assign_owners(costs, work), strict=True):
+        state[owner] += sum(form.nbytes for form in x.forms.values())
+        wide = formats.compute_dtype_of(x.p.dtype).itemsize
+        there, back = (2, 2) if x.group["comm_dtype"] == "bf16" else (x.p.dtype.itemsize, wide)
+        there += x.p.dtype.itemsize if needs_param(x.rule) else 0
+        if x.volumes is None:  # a broadcast leaves its source once for every other rank, or fewer times, on a tree
+            sent[owner] += x.p.numel() * back * (len(state) - 1)
             continue
-        for r, volume in enumerate(_volumes(cut, p.shape, size)):
+        for r, volume in enumerate(x.volumes):
             sent[r] += 0 if r == owner else volume * there
             sent[owner] += 0 if r == owner else volume * back
-    return MeshEstimate(strategy, world_size, state, sent, summed, work if travelling else [], max(costs, default=0.0))
+    return (work if travelling else []), max(costs, default=0.0)
 
 
 def _volumes(cut: Sharding | None, shape: torch.Size, size: int) -> list[int]:

@@ -16,6 +16,7 @@ from lightning_optim.build.overrides import matches
 from lightning_optim.build.param_role import ParamRole
 from lightning_optim.build.role_report import report
 from lightning_optim.build.role_warnings import Owned, warnings_of
+from lightning_optim.build.zero_estimate import estimate_zero
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.options import has_constraint
 from lightning_optim.core.param_groups import blocks_of, rule_of
@@ -119,6 +120,10 @@ class Plan:
 def _lines(mesh: MeshEstimate) -> list[str]:
     """What falls on each rank, in words."""
     out = [f"\n{mesh.strategy} on {mesh.world_size} ranks: at most {_bytes(max(mesh.state))} of state on a rank"]
+    if mesh.held:
+        total = max(map(sum, zip(mesh.state, *mesh.held.values(), strict=True)))
+        parts = ", ".join(f"{key} {_bytes(max(by_rank))}" for key, by_rank in mesh.held.items())
+        out.append(f"with it {parts}: {_bytes(total)}, without DeepSpeed's buffers and activations")
     matrices = f"matrices: at most {_bytes(max(mesh.sent))} sent by a rank in a step" if max(mesh.sent) else ""
     sums = f"sums: about {_bytes(mesh.summed)} in a step" if mesh.summed else ""
     out.append("; ".join(x for x in (matrices, sums) if x) or "the optimizer sends nothing")
@@ -149,7 +154,7 @@ def plan(
         lr: learning rate; does not matter here.
         recipe: name of published settings.
         world_size: number of ranks; for more than one the plan says what falls on each.
-        strategy: `"ddp"`, `"fsdp2"` or `"hsdp"`.
+        strategy: `"ddp"`, `"fsdp2"`, `"hsdp"`, `"zero1"`, `"zero2"` or `"zero3"`.
         node_size: ranks of a node, over which HSDP shards.
         **settings: of `build_optimizer`.
 
@@ -160,7 +165,9 @@ def plan(
     optimizer = build_optimizer(model, name, lr=lr, recipe=recipe, **settings)
     description, shared = describe(model, optimizer), bool(settings.get("shard_work"))
     on_mesh = None
-    if world_size > 1:
+    if strategy in ("zero1", "zero2", "zero3"):
+        on_mesh = estimate_zero(optimizer, model, strategy, world_size)
+    elif world_size > 1:
         on_mesh = estimate_mesh(optimizer, strategy, world_size, node_size=node_size, shard_work=shared)
     patterns = [pattern for pattern, *_ in settings.get("overrides", ())]
     rows = []

@@ -306,7 +306,8 @@ def validate_param(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -
         raise ValueError(f"{name}: {rule.name} needs a floating-point parameter, got {p.dtype}")
     if p.layout != torch.strided:
         raise ValueError(f"{name}: sparse parameters are not supported, got layout {p.layout}")
-    check_measurable(rule, name, p)
+    if hasattr(p, "ds_id"):  # of `zero.Init`
+        check_measurable(rule, name)
     if is_flat(p):
         check_flat(rule, name, p, group)
     if group["constraint"] == "hyperball" and _is_zero(p):

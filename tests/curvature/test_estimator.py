@@ -648,7 +648,9 @@ def test_a_step_that_is_refused_leaves_no_trace(name: str) -> None:
 def test_zero_is_refused_by_name() -> None:
     model = Small()
     model.hidden.weight.ds_id = 1  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(ValueError, match="hidden.weight: sophia_g cannot be measured in the flat parameters of ZeRO"):
+    with pytest.raises(
+        ValueError, match="hidden.weight: sophia_g cannot be measured in the flat parameters of FSDP1 and ZeRO"
+    ):
         CurvatureEstimator(model, build_optimizer(model, "sophia_g", lr=1e-3), model.loss)
 
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_optim import RuleOptimizer, build_optimizer
+from lightning_optim.core.parallel.sharding import local
 
 STEPS = 4
 
 
 def start_deepspeed(rank: int, world: int) -> Any:
     """DeepSpeed on the CPU, over the process group there is, without compiling anything."""
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -141,3 +143,31 @@ class tied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.middle(torch.tanh(self.first(x)))
         return self.out(torch.tanh(self.last(x))) * self.scale + 0 * self.unused.sum()
+
+
+def measure(rank: int, world: int, cases: Sequence[dict[str, Any]]) -> list[dict[str, int]]:
+    """For each case the bytes on this rank: of state after a step, of the rest before it."""
+    deepspeed = start_deepspeed(rank, world)
+    return [_measured(deepspeed, rank, world, **case) for case in cases]
+
+
+def _measured(deepspeed: Any, rank: int, world: int, name: str, **config: Any) -> dict[str, int]:
+    run = Run(deepspeed, config_of(**config), lambda model: build_optimizer(model, name, lr=0.01))
+    zero, params, alive = run.engine.optimizer, run.params, [0]
+    for p in params:  # under ZeRO-1 every rank has all gradients, until the end of the backward pass
+        p.register_post_accumulate_grad_hook(lambda _: alive.append(bytes_of(p.grad for p in params)))
+    run.backward(0, rank, world)
+    if config["stage"] == 3:
+        held = {"weights": bytes_of(p.ds_tensor for p in cast("Any", params))}
+        held["gradients"] = bytes_of([zero.grad_partitions_flat_buffer])
+        held["masters"] = bytes_of(zero.fp32_partitioned_groups_flat)
+    else:
+        here = bytes_of(g for of in zero.averaged_gradients.values() for g in of)
+        held = {"weights": bytes_of(params), "gradients": max(alive) if config["stage"] == 1 else here}
+        held["masters"] = bytes_of(zero.single_partition_of_fp32_groups)
+    run.engine.step()
+    return {"state": bytes_of(local(t) for s in run.optimizer.state.values() for t in s.values()), **held}
+
+
+def bytes_of(tensors: Iterable[Tensor | None]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -51,19 +51,18 @@ def check_unflattened(rule: type[Rule], named: Iterable[tuple[str, Tensor]]) -> 
         )
 
 
-def check_measurable(rule: Rule, name: str, p: Tensor) -> None:
-    """Check that what a rule needs beside gradients can be measured for a parameter.
+def check_measurable(rule: Rule | type[Rule], name: str) -> None:
+    """Check that an engine that flattens parameters leaves what a rule needs beside gradients.
 
     Args:
         rule: the rule.
-        name: name of the parameter, for the message.
-        p: the parameter.
+        name: name of the parameter or the group, for the message.
 
     Raises:
-        ValueError: the rule needs curvature, and `zero.Init` has partitioned the parameter.
+        ValueError: the rule needs curvature.
     """
-    if rule.curvature_input and hasattr(p, "ds_id"):
-        raise ValueError(f"{name}: {rule.name} cannot be measured in the flat parameters of ZeRO; {REMEDY}")
+    if rule.curvature_input:
+        raise ValueError(f"{name}: {rule.name} cannot be measured in the flat parameters of FSDP1 and ZeRO; {REMEDY}")
 
 
 def check_flat(rule: Rule, name: str, p: Tensor, group: Mapping[str, Any]) -> None:
@@ -132,8 +131,7 @@ def check_fragments(group: Mapping[str, Any], flats: Sequence[Tensor], *, has_fr
         ValueError: the rule or an option.
     """
     rule, label = lookup(group["rule"]), f"group {group['name']!r}"
-    if rule.curvature_input:
-        raise ValueError(f"{label}: {rule.name} cannot be measured in the flat parameters of ZeRO; {REMEDY}")
+    check_measurable(rule, label)
     remedies = {}
     if group["on_nonfinite"] == "skip":  # other groups may have been stepped
         remedies["on_nonfinite"] = "on_nonfinite='raise' or 'off'"
@@ -149,8 +147,7 @@ def _check_shapeless(rule: Rule | type[Rule], name: str) -> None:
     """Refuse a flat tensor for a rule that needs the parameters in it."""
     if not rule.elementwise:
         raise ValueError(f"{name}: {rule.name} needs whole matrices, {HIDDEN}; {REMEDY}")
-    if rule.curvature_input:
-        raise ValueError(f"{name}: {rule.name} cannot be measured in the flat parameters of FSDP1 and ZeRO; {REMEDY}")
+    check_measurable(rule, name)
 
 
 def _shape_of(p: Tensor) -> torch.Size | None:

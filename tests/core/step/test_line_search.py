@@ -825,7 +825,9 @@ def test_a_kernel_without_a_second_derivative() -> None:
 def test_zero_is_refused_by_name() -> None:
     model = Small()
     model.hidden.weight.ds_id = 1  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(ValueError, match="hidden.weight: lbfgs cannot be measured in the flat parameters of ZeRO"):
+    with pytest.raises(
+        ValueError, match="hidden.weight: lbfgs cannot be measured in the flat parameters of FSDP1 and ZeRO"
+    ):
         build_optimizer(model, "lbfgs", lr=1.0)
 
 
