@@ -10,6 +10,7 @@ import pytest
 
 from lightning_optim.core.rule import REGISTRY
 from tests.helpers.pool import opened
+from tests.helpers.zero_trainer import check
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -31,11 +32,12 @@ CASES: list[dict[str, Any]] = [
 
 @needs_deepspeed
 @pytest.mark.dist
-def test_rules_step_and_resume_as_in_one_process(tmp_path: Path) -> None:
+def test_rules_step_and_resume_as_in_one_process_and_a_trainer_as_under_ddp(tmp_path: Path) -> None:
     with opened() as pool:  # DeepSpeed stays in its processes, whatever runs there next
-        ranks = pool.run("tests.helpers.zero_jobs:compare", 2, cases=CASES, folder=str(tmp_path))
-    assert ranks[0] == ranks[1]
-    for case, (difference, moved, resumed) in zip(CASES, ranks[0], strict=True):
+        ranks = pool.run("tests.helpers.zero_trainer:beside_one_process", 2, cases=CASES, folder=str(tmp_path))
+    check([trainer for _, trainer in ranks], (3,))
+    assert ranks[0][0] == ranks[1][0]
+    for case, (difference, moved, resumed) in zip(CASES, ranks[0][0], strict=True):
         assert difference <= ULP < 1e-3 < moved and resumed == 0, (case, difference, moved, resumed)
 
 
