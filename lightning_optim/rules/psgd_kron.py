@@ -83,19 +83,24 @@ class PSGDKron(MomentumRule):
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         m = self.update_ema(s, g, self.momentum, t) / self.bias_correction(self.momentum, t)
         if t == 1:
-            size = rms(m)
+            size = rms(m / magnitude(m)) * magnitude(m)
             scale = size.pow(-0.25).where(size > 0, 1.0) if self.init_scale is None else self.init_scale
             s.left, s.right = _one(s.left) * scale, _one(s.right) * scale
         if t >= self.start:
             s.refresh(m)
-        d = _times(_times(m, s.left), s.left, transposed=True)
-        d = _times(_times(d.mT, s.right), s.right, transposed=True).mT
-        return normalized(d) if self.normalize else d * (self.max_rms / (rms(d) + 1e-6)).clamp(max=1.0)
+        x, left, right, k = _scaled(m, s)
+        d = _times(_times(x, left), left, transposed=True)
+        d = _times(_times(d.mT, right), right, transposed=True).mT
+        if self.normalize:
+            return normalized(d)
+        longest = self.max_rms / (rms(d) + 1e-6 / k)  # of k d, which may overflow
+        return d * torch.minimum(k, longest).clamp(max=torch.finfo(d.dtype).max)
 
     def refresh_preconditioner(self, g: Tensor, s: SimpleNamespace, t: int) -> None:  # noqa: D102
-        a = _times(_times(g, s.left).mT, s.right).mT
+        x, left, right, k = _scaled(g, s)
+        a = _times(_times(x, left).mT, right).mT * k.clamp(max=1)
         try:
-            b = _solve(_solve(s.noise("mn"), s.left).mT, s.right).mT
+            b = _solve(_solve(s.noise("mn"), left).mT, right).mT / k.clamp(min=1)
         except LinAlgError:
             failures.add("a triangular system could not be solved; the preconditioner stays as it is")
             return
@@ -113,6 +118,15 @@ class PSGDKron(MomentumRule):
             return q - self.step_size * (up - down) * q / (up + down).amax(-1, keepdim=True).clamp(min=tiny)
         up, down = gram(a, left=True), gram(b, left=True)
         return q - self.step_size * product(torch.triu(up - down), q) / norm_lower_bound(up + down).clamp(min=tiny)
+
+
+def _scaled(m: Tensor, s: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """M, L and R divided by powers of two, and the factor k of L^T L M R^T R, which may overflow by itself.
+
+    L M R^T is sqrt(k c) of its scaled one, with c the size of M, and L^-T Z R^-1 sqrt(c / k): their ratio is k.
+    """
+    (x, c), (left, a), (right, b) = ((y / magnitude(y), magnitude(y)) for y in (m, s.left, s.right))
+    return x, left, right, c * (a * b) * (a * b)
 
 
 def _one(q: Tensor) -> Tensor:

@@ -22,9 +22,11 @@ from lightning_optim.core.step import stacked
 from tests.helpers.pool import Pool
 from tests.helpers.random_ranks import WORLDS
 from tests.helpers.random_ranks import check as check_ranks
-from tests.helpers.random_runs import Run, carry_out, runs
+from tests.helpers.random_runs import Run, carry_out, compiled_runs, runs
 from tests.helpers.rules import NAMES, refreshing, without_draws
 
+FUSING = [n for n in NAMES if (REGISTRY[n].elementwise or REGISTRY[n].reduces) and not REGISTRY[n].curvature_input]
+"""Rules that can step shards within the backward pass."""
 QUIET: dict[str, Any] = {
     "deadline": None,
     "database": None,
@@ -63,12 +65,32 @@ def test_thousands_of_random_runs(capsys: pytest.CaptureFixture[str]) -> None:
         report(capsys, counts)
 
 
+@pytest.mark.slow
+def test_random_runs_of_graphs(capsys: pytest.CaptureFixture[str]) -> None:
+    counts: Counter[str] = Counter()
+
+    @seed(SEED)
+    @settings(max_examples=int(os.environ.get("PROPERTY_RUNS_OF_GRAPHS", "60")), **QUIET)
+    @given(compiled_runs())
+    def check(run: Run) -> None:
+        carry_out(run, counts)
+
+    try:
+        check()
+    finally:
+        report(capsys, counts)
+
+
 @st.composite
 def on_ranks(draw: st.DrawFn) -> tuple[str, int, Run]:
     """A layout, a number of ranks, and a run, every other one with gradients by which ranks can be compared."""
     layout = draw(st.sampled_from(sorted(WORLDS)))
     world = draw(st.sampled_from(WORLDS[layout]))
-    run = draw(runs(NAMES, steps=4, sharded=True))
+    fusing = layout in ("fsdp2", "hsdp") and draw(st.sampled_from([False, False, True]))
+    run = draw(runs(FUSING if fusing else NAMES, steps=4, sharded=True))
+    if fusing:
+        kept = {k: v for k, v in run.settings if k != "clip_norm" and (k, v) != ("on_nonfinite", "skip")}
+        run = dataclasses.replace(run, backward="fused", settings=tuple(kept.items()), averaging="")
     if draw(st.booleans()):
         plain = tuple(tuple(("normal", "dense") for _ in step) for step in run.gradients)
         run = dataclasses.replace(run, gradients=plain)

@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer
+from lightning_optim.core.options import OPTIONS as OPTION_DEFAULTS
 from lightning_optim.core.options import has_constraint
-from lightning_optim.core.rule import REGISTRY
+from lightning_optim.core.rule import REGISTRY, Rule
+from lightning_optim.core.step import compiled
 from lightning_optim.core.step.averaging_methods import averages_of
 from tests.helpers.rules import NAMES, SEARCHING, refreshing, switches
 
@@ -54,7 +56,15 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "seed": (1,),
     "blocks": (1, (2, 1)),
 }
-EVENTS = ("save", "copy", "pickle", "freeze", "thaw", "still", "zeros", "add", "narrow", "scaler", "nan")
+EVENTS = ("save", "copy", "pickle", "freeze", "thaw", "still", "zeros", "add", "narrow", "scaler", "nan", "evaluate")
+AVERAGING: dict[str, dict[str, Any]] = {
+    "ema_nesterov": {"step_size": 0.5, "beta": 0.5, "start": 1, "stop": 4},
+    "tail_ema": {"start": 1, "tau": 2.0},
+    "muloco": {"every": 2},
+}
+"""Methods with settings under which they act within a few steps."""
+LARGE: dict[bool, Sequence[tuple[int, ...]]] = {False: ((131, 127), (20000,), (3, 74, 76)), True: ((521, 509),)}
+"""Shapes that are stepped by compiled graphs, for elementwise rules and for those that reduce."""
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -72,6 +82,8 @@ class Run:
     events: tuple[tuple[int, str], ...]
     """Before which step something happens."""
     averaging: str = ""
+    backward: str = ""
+    """How gradients come: assigned, by a `closure`, or stepped as they are computed (`fused`)."""
     seed: int = 0
 
 
@@ -109,10 +121,38 @@ def runs(draw: st.DrawFn, names: Sequence[str] = (*NAMES, *SEARCHING), *, steps:
         kinds = ["save"] if REGISTRY[rule].curvature_input else ["save", "still", "nan"]
     events = tuple(draw(st.lists(st.tuples(st.integers(1, count), st.sampled_from(kinds)), max_size=3)))
     dtype = draw(st.sampled_from(DTYPES[:3] if sharded else DTYPES))
-    averaging = draw(st.sampled_from(["", "", "", "ema_nesterov", "tail_ema", "muloco"])) if not sharded else ""
-    return Run(
-        rule, shapes, layouts, dtype, tuple(settings.items()), gradients, events, averaging, draw(st.integers(0, 9))
-    )
+    averaging = draw(st.sampled_from(["", "", "", *AVERAGING]))
+    backward = draw(st.sampled_from(["", "", *_backwards(rule)])) if not sharded else ""
+    if backward == "fused":
+        settings = {k: v for k, v in settings.items() if (k, v) != ("on_nonfinite", "skip")}
+    given, number = tuple(settings.items()), draw(st.integers(0, 9))
+    return Run(rule, shapes, layouts, dtype, given, gradients, events, averaging, backward, number)
+
+
+def _backwards(name: str) -> list[str]:
+    """Other ways in which a rule may get its gradients."""
+    rule = REGISTRY[name]
+    return [] if rule.curvature_input else ["closure"] if rule.preconditioners else ["closure", "fused"]
+
+
+COMPILED = [n for n in NAMES if REGISTRY[n].reduces or REGISTRY[n].elementwise]
+
+
+@st.composite
+def compiled_runs(draw: st.DrawFn) -> Run:
+    """Draw a run with `compile=True` and a tensor that a graph steps, every other one for ordinary steps to compare."""
+    run = draw(runs(COMPILED, steps=3))
+    rule, options = REGISTRY[run.rule], {**dict(run.settings), "compile": True}
+    if rule.elementwise and rule.kernel is not Rule.kernel:
+        options |= {"state_storage": "int8", "storage_min": 1, "storage_block": 16}
+    shapes = (draw(st.sampled_from(LARGE[rule.reduces])), *run.shapes[:1])
+    options = {k: v for k, v in options.items() if compiled.refusal(rule(), {**OPTION_DEFAULTS, k: v}) is None}
+    dtype, layouts = "float64" if run.dtype == "float64" else "float32", (run.layouts[0], *run.layouts[:1])
+    run = dataclasses.replace(run, shapes=shapes, layouts=layouts, dtype=dtype, settings=tuple(options.items()))
+    if draw(st.booleans()):
+        plain = tuple((("normal", "dense"),) * 2 for _ in run.gradients)
+        return dataclasses.replace(run, gradients=plain, events=(), averaging="", backward="")
+    return dataclasses.replace(run, gradients=tuple((one[0], one[-1]) for one in run.gradients))
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -166,10 +206,20 @@ def gradient(run: Run, p: Tensor, i: int, t: int) -> Tensor | None:
 
 def make_optimizer(run: Run, ps: Sequence[Any]) -> RuleOptimizer:
     """The optimizer of a run; ValueError where its settings contradict each other."""
-    group = {"params": list(ps), "rule": run.rule, "lr": 1e-3, **refreshing(run.rule), **dict(run.settings)}
-    optimizer = RuleOptimizer([group])
+    return complete(run, RuleOptimizer([settings_of_group(run, ps)]))
+
+
+def settings_of_group(run: Run, ps: Sequence[Any]) -> dict[str, Any]:
+    """A group of a run."""
+    return {"params": list(ps), "rule": run.rule, "lr": 1e-3, **refreshing(run.rule), **dict(run.settings)}
+
+
+def complete(run: Run, optimizer: RuleOptimizer) -> RuleOptimizer:
+    """Add what is around the steps of a run."""
     if run.averaging:
-        optimizer.with_averaging(*averages_of({run.averaging: {}}))
+        optimizer.with_averaging(*averages_of({run.averaging: AVERAGING[run.averaging]}))
+    if run.backward == "fused":
+        optimizer.fuse_backward()
     return optimizer
 
 
@@ -259,35 +309,26 @@ def happen(trial: Trial, event: str) -> None:
         for group in optimizer.param_groups:
             part = copies[first : first + len(group["params"])]
             first += len(part)
-            groups.append({
-                "params": part,
-                "rule": run.rule,
-                "name": group["name"],
-                **refreshing(run.rule),
-                **dict(run.settings),
-            })
-        twin = RuleOptimizer(groups)
-        if run.averaging:
-            twin.with_averaging(*averages_of({run.averaging: {}}))
+            groups.append({"name": group["name"], **settings_of_group(run, part)})
+        twin = complete(run, RuleOptimizer(groups))
         twin.load_state_dict(torch.load(file, weights_only=True))
         trial.twins.append(twin)
-    elif event == "copy":
-        trial.twins.append(copy.deepcopy(optimizer))
-    elif event == "pickle":
-        trial.twins.append(pickle.loads(pickle.dumps(optimizer)))
+    elif event in ("copy", "pickle"):  # such copies take ordinary steps, which clip by the norm of all gradients
+        if run.backward != "fused" or optimizer.param_groups[0]["clip_norm"] is None:
+            trial.twins.append(copy.deepcopy(optimizer) if event == "copy" else pickle.loads(pickle.dumps(optimizer)))
     elif event in ("freeze", "thaw"):
         for one in (optimizer, *trial.twins):
             all_params(one)[0].requires_grad_(event == "thaw")
-    elif event == "add" and not run.averaging:
+    elif event == "add":
         for one in (optimizer, *trial.twins):
             more = [Parameter(p.detach().clone()) for p in parameters(dataclasses.replace(run, seed=run.seed + 1))]
-            one.add_param_group({
-                "params": more,
-                "rule": run.rule,
-                "lr": 1e-3,
-                **refreshing(run.rule),
-                **dict(run.settings),
-            })
+            one.add_param_group(settings_of_group(run, more))
+    elif event == "evaluate":
+        before = contents(optimizer)
+        for one in (optimizer, *trial.twins):
+            one.eval()
+            one.train()
+        trial.check("training weights return bit for bit", same(before, contents(optimizer)))
     elif event == "narrow" and run.dtype == "float32" and run.rule not in SEARCHING and not run.averaging:
         for one in (optimizer, *trial.twins):  # as Module.to
             for p in all_params(one):
@@ -299,21 +340,25 @@ def layouts(trial: Trial) -> Iterable[str]:
     return [trial.run.layouts[i % len(trial.run.layouts)] for i in range(len(all_params(trial.optimizer)))]
 
 
-def take_step(trial: Trial, t: int, events: Sequence[str]) -> None:
-    """One step of a run and of what continues it, and everything that has to hold of it."""
+def take_step(trial: Trial, t: int, events: Sequence[str]) -> bool:
+    """One step of a run and of what continues it, and everything that has to hold of it; whether it can go on."""
     run, optimizer = trial.run, trial.optimizer
     before = contents(optimizer)
     outcomes = [_step(trial, one, t, events) for one in (optimizer, *trial.twins)]
     (outcome, grads), ps = outcomes[0], all_params(optimizer)
     trial.check("the copy raises what the original raises", len({x for x, _ in outcomes}) == 1, str(outcomes))
-    for p, g in zip(ps, grads, strict=True):
-        trial.check(
-            "gradients are left as they are",
-            g is None or (p.grad is not None and bool((p.grad == g).all()) or bool(g.isnan().any())),
-        )
+    if run.backward == "fused":
+        if outcome == "refused":  # in the middle of the pass
+            return False
+    else:
+        for p, g in zip(ps, grads, strict=True):
+            trial.check(
+                "gradients are left as they are",
+                g is None or (p.grad is not None and bool((p.grad == g).all()) or bool(g.isnan().any())),
+            )
     if outcome == "refused":
         trial.check("a refused step changes nothing", same(before, contents(optimizer)))
-        return
+        return True
     if any(g is not None and p.requires_grad and bool(g.isnan().any()) for p, g in zip(ps, grads, strict=True)):
         is_kept = _weights_same(before, contents(optimizer))
         trial.is_spoiled = trial.is_spoiled or optimizer.param_groups[0]["on_nonfinite"] == "off" and not is_kept
@@ -329,6 +374,7 @@ def take_step(trial: Trial, t: int, events: Sequence[str]) -> None:
         if not any(p.dtype == torch.bfloat16 for p in ps) or dict(run.settings).get("param_rounding") != "kahan":
             trial.check("no learning rate, no move", _weights_same(before, contents(optimizer)), f"step {t}")
     _check_counts(trial, before, grads)
+    return True
 
 
 def _weights_same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -356,25 +402,39 @@ def _check_counts(trial: Trial, before: Sequence[Any], grads: Sequence[Tensor | 
 
 
 def _step(trial: Trial, optimizer: RuleOptimizer, t: int, events: Sequence[str]) -> tuple[str, list[Tensor | None]]:
-    ps = all_params(optimizer)
+    ps, backward = all_params(optimizer), trial.run.backward
+    grads: list[Tensor | None] = []
     for i, p in enumerate(ps):
         g = gradient(trial.run, p.detach(), i, t)
         if g is not None and "nan" in events and i == 0 and g.numel():
             g = g.clone()
             g.view(-1)[0] = math.nan
-        if p.requires_grad:
-            p.grad = torch.zeros_like(p) if g is None and "zeros" in events else g  # set_to_none=False
-    kept = [None if p.grad is None else p.grad.clone() for p in ps]
+        g = torch.zeros_like(p) if g is None and "zeros" in events else g  # set_to_none=False
+        grads.append(g if p.requires_grad else p.grad)
+    kept = [None if g is None else g.clone() for g in grads]
+
+    def assign() -> float:
+        for p, g in zip(ps, grads, strict=True):
+            p.grad = g
+        return 0.0
+
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups if "still" in events else ():
         group["lr"] = 0.0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            if "scaler" in events and all(p.dtype == torch.float32 for p in ps):
-                _scaled_step(optimizer, ps, kept)
-            else:
+            if backward == "closure":
+                optimizer.step(assign)
+            elif backward == "fused":
+                _backward(ps, grads)
                 optimizer.step()
+            else:
+                assign()
+                if "scaler" in events and all(p.dtype == torch.float32 for p in ps):
+                    _scaled_step(optimizer, ps, kept)
+                else:
+                    optimizer.step()
         outcome = "taken"
     except FloatingPointError:
         outcome = "refused"
@@ -382,6 +442,15 @@ def _step(trial: Trial, optimizer: RuleOptimizer, t: int, events: Sequence[str])
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
     return outcome, kept
+
+
+def _backward(ps: Sequence[Parameter], grads: Sequence[Tensor | None]) -> None:
+    """A backward pass with these gradients."""
+    for p in ps:
+        p.grad = None if p.requires_grad else p.grad
+    terms = [(p * g).sum() for p, g in zip(ps, grads, strict=True) if g is not None and p.requires_grad]
+    if terms:
+        torch.autograd.backward(terms)
 
 
 def _scaled_step(optimizer: RuleOptimizer, ps: Sequence[Parameter], kept: list[Tensor | None]) -> None:
@@ -412,7 +481,11 @@ def carry_out(run: Run, counts: Counter[str]) -> None:
         events = [event for at, event in run.events if at == t]
         for event in events:
             happen(trial, event)
-        take_step(trial, t, events)
+        if not take_step(trial, t, events):
+            counts["ended by a gradient that is not finite, in a fused backward pass"] += 1
+            return
+    if dict(run.settings).get("compile"):
+        _compare_with_ordinary_steps(trial)
     for twin in trial.twins:
         pairs = zip(all_params(trial.optimizer), all_params(twin), strict=True)
         if any(p.stride() != q.stride() for p, q in pairs):
@@ -421,3 +494,19 @@ def carry_out(run: Run, counts: Counter[str]) -> None:
         trial.check(
             "a copy, or a checkpoint, continues bit for bit", same(contents(trial.optimizer)[1:], contents(twin)[1:])
         )
+
+
+def _compare_with_ordinary_steps(trial: Trial) -> None:
+    """Graphs do what ordinary steps do, to rounding, where that is not amplified."""
+    run = trial.run
+    if run.events or any(one != ("normal", "dense") for step in run.gradients for one in step):
+        return
+    ordinary = tuple((k, v) for k, v in run.settings if k != "compile")
+    other = start(dataclasses.replace(run, settings=ordinary), Counter())
+    assert other is not None
+    for t in range(1, len(run.gradients) + 1):
+        _step(other, other.optimizer, t, ())
+    coarse = 2e-2 if "state_storage" in dict(run.settings) else 1e-4
+    for p, q, x in zip(trial.ps, other.ps, parameters(run), strict=True):
+        bound = coarse * (q - x).norm() + 4 * torch.finfo(p.dtype).eps * q.norm()
+        trial.check("graphs step as ordinary steps do, to rounding", bool((p - q).norm() <= bound), str(p.shape))
