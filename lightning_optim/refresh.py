@@ -85,6 +85,8 @@ class Policy:
     """Whether it looks at what a refresh changed, which not every rule's state tells."""
     timed: ClassVar[bool] = False
     """Whether it looks at the clock."""
+    needs_all: ClassVar[bool] = True
+    """Whether it decides about all parameters together: it spreads their refreshes, or shares a budget among them."""
     is_periodic: ClassVar[bool] = False
     """Whether `next_step` tells the next refresh, so that nothing has to be decided before it."""
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
@@ -136,6 +138,7 @@ class Fixed(Policy):
 
     interval: int = 10
     offset: int = 1
+    needs_all: ClassVar = False
     is_periodic: ClassVar = True
 
     def next_step(self, t: int, phase: Callable[[int], int]) -> int:  # noqa: D102
@@ -305,8 +308,10 @@ class TimeBudget(Policy):
 class _Combined(Policy):
     """Needs what one of its parts needs."""
 
+    needs_all: ClassVar = False
+
     def __post_init__(self) -> None:
-        for need in ("reads", "measures", "compares", "timed"):
+        for need in ("reads", "measures", "compares", "timed", "needs_all"):
             is_needed = any(getattr(p, need) for p in self.inner()) or getattr(type(self), need)
             object.__setattr__(self, need, is_needed)
 

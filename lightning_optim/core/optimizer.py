@@ -194,9 +194,6 @@ class RuleOptimizer(StatefulOptimizer):
             preflight.compare_groups(self._guard, groups, self.process_group)
             self._is_compared = True
             self.flat_groups = self.flat_groups or self.known_params.release()
-        if any(group.rule.preconditioners for group in groups):
-            self._refreshes.callback = self.on_refresh
-            self._refreshes.begin_step(self._all_steps() if self.flat_groups else groups, self.process_group)
         if not self.state and preflight.only_allocates(groups, self.replicas or self.compressing):
             self.allocate_state(groups)
             return loss, False
@@ -221,6 +218,9 @@ class RuleOptimizer(StatefulOptimizer):
         Returns:
             False if the step was skipped, since a gradient is not finite.
         """
+        if any(group.rule.preconditioners for group in groups):
+            self._refreshes.callback = self.on_refresh
+            self._refreshes.begin_step(self._all_steps() if self.flat_groups else groups, self.process_group)
         sharers = self.replicas or self.compressing
         if any(group.rule.curvature_input for group in groups):
             curvature_input.require_curvature(groups, self.has_curvature, has_oracle=oracle is not None)

@@ -21,6 +21,7 @@ from lightning_optim.core.parallel.flat_parameters import is_flat
 from lightning_optim.core.rule import Rule
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.ops.lapack import failures
+from lightning_optim.refresh import parse
 
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Owner and hook of each parameter that is stepped in the backward pass: (weak `FusedBackward` reference, handle)."""
@@ -72,7 +73,8 @@ class FusedBackward:
     `on_nonfinite="raise"` checks each gradient before its parameter is written; parameters earlier in the pass have
     then been updated. After a norm pass nothing has. To continue after an error call `zero_grad()` and `step()`.
 
-    Refused: rules with preconditioners, whose refreshes are staggered over all parameters, or with `curvature_input`;
+    Refused: refresh policies that decide about all parameters together (`fixed` and combinations of it do not), so
+    that `refresh="fixed:200"` is GaLore's, Fira's and Apollo's update layer by layer; rules with `curvature_input`;
     rules for whole matrices whose parameters are sharded, since these are exchanged together; `on_nonfinite="skip"`;
     parameters that are whole on several ranks (DDP, FSDP1), whose gradients are not reduced yet when the hook runs; a
     `GradScaler`. FSDP2 is supported.
@@ -288,8 +290,11 @@ def validate_fusion(rule: Rule, group: dict[str, Any], steps: Sequence[ParamStep
         ValueError: the rule, an option or a parameter does not allow it.
     """
     label = f"group {group['name']!r}: fused_backward"
-    if rule.preconditioners:
-        raise ValueError(f"{label} is not for {rule.name}, whose refreshes are staggered over all parameters")
+    if rule.preconditioners and parse(group["refresh"]).needs_all:
+        raise ValueError(
+            f"{label} steps one parameter at a time, and refresh={group['refresh']!r} of {rule.name} spreads refreshes "
+            'over all of them; give a policy that decides about each alone, as refresh="fixed:200"'
+        )
     if rule.curvature_input:
         raise ValueError(f"{label} is not for {rule.name}, which needs a curvature estimate before a step")
     if group["on_nonfinite"] == "skip":
