@@ -1,4 +1,4 @@
-"""Command line: `python -m lightning_optim list | recipes | plan | bench`."""
+"""Command line: `python -m lightning_optim list | show | recipes | options | plan | bench`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_optim.build.recipes import PRESETS, RECIPES, find
-from lightning_optim.catalog import kind, state_bytes, summary
-from lightning_optim.core.rule import REGISTRY
+from lightning_optim.catalog import FAMILIES, kind, state_bytes, summary
+from lightning_optim.core.rule import REGISTRY, nearest
 from lightning_optim.settings import parse_value
+from lightning_optim.terminal import print_table
+
+OVERVIEW = """\
+Optimizers for PyTorch, Transformers and Lightning. What you can do here:
+
+  python -m lightning_optim list                      every optimizer: family, what it works on, state
+  python -m lightning_optim list --family low-rank    one family: {families}
+  python -m lightning_optim list --search muon        by name, description or source
+  python -m lightning_optim show muon                 formula, settings, source, what was measured, how to switch it on
+  python -m lightning_optim recipes                   published settings and presets by name
+  python -m lightning_optim options                   what every optimizer takes beside its own settings
+  python -m lightning_optim plan --model DIR_OR_HUB_ID --optim muon
+                                                      which rule every parameter gets, and the bytes of state
+  python -m lightning_optim bench run --help          compare optimizers with equal tuning
+
+In a script: optimizer = lightning_optim.build_optimizer(model, "muon", lr=3e-4)
+With a Transformers script as it is: python -m hf_integration SCRIPT.py --optim muon"""
 
 
 def main() -> None:
@@ -21,10 +38,20 @@ def main() -> None:
 
         bench(sys.argv[2:])
         return
+    if not sys.argv[1:]:
+        print(OVERVIEW.format(families=", ".join(FAMILIES)))
+        return
     parser = argparse.ArgumentParser(prog="python -m lightning_optim", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="print the optimizers, what they work on and their state")
+    listing.add_argument("--family", metavar="NAME", help=f"only one of: {', '.join(FAMILIES)}")
+    listing.add_argument("--search", metavar="TEXT", help="only those whose name, description or source has this text")
     listing.set_defaults(run=list_optimizers)
+    showing = commands.add_parser("show", help="print everything about an optimizer, a recipe or a preset")
+    showing.add_argument("name", metavar="NAME")
+    showing.set_defaults(run=show_one)
+    listing = commands.add_parser("options", help="print what every optimizer takes beside its own settings")
+    listing.set_defaults(run=list_options)
     listing = commands.add_parser("recipes", help="print the named recipes, their settings and where they are from")
     listing.set_defaults(run=list_recipes)
     commands.add_parser("bench", help="benchmark optimizers with equal tuning budgets", add_help=False)
@@ -77,18 +104,47 @@ def _settings(words: Sequence[str]) -> dict[str, Any]:
 
 
 def list_optimizers(args: argparse.Namespace) -> None:
-    """Print one line per optimizer."""
+    """Print one line per optimizer, of a family or with a text if asked for.
+
+    Raises:
+        ValueError: there is no such family, or nothing has the text.
+    """
+    family, text = args.family, (args.search or "").lower()
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"list: no family {family!r}; {nearest(family, list(FAMILIES))}")
+    rows = [
+        (name, rule.family, kind(rule), f"{state_bytes(rule):.2f} B/weight", summary(rule))
+        for name, rule in sorted(REGISTRY.items())
+        if family in (None, rule.family) and text in f"{name} {rule.__doc__} {rule.source}".lower()
+    ]
+    if not rows:
+        raise ValueError(f"list: no optimizer has {args.search!r} in its name, description or source")
+    print_table(rows, ("name", "family", "works on", "state", "algorithm"))
+
+
+def show_one(args: argparse.Namespace) -> None:
+    """Print the page of an optimizer, a recipe or a preset."""
+    from lightning_optim.show import show
+
+    show(args.name)
+
+
+def list_options(args: argparse.Namespace) -> None:
+    """Print the options of every optimizer."""
+    from lightning_optim.show import show_options
+
     del args
-    for name, rule in sorted(REGISTRY.items()):
-        print(f"{name:12} {kind(rule):9} {state_bytes(rule):5.2f} B/weight  {summary(rule)}")
+    show_options()
 
 
 def list_recipes(args: argparse.Namespace) -> None:
-    """Print one line per recipe."""
+    """Print the recipes and presets."""
     del args
-    for name, recipe in sorted((RECIPES | PRESETS).items()):
-        settings = ", ".join(f"{k}={v!r}" for k, v in recipe.settings.items())
-        print(f"{name:16} {recipe.rule}: {settings}\n{'':16} {recipe.source}")
+    rows = [
+        (name, recipe.rule, ", ".join(f"{k}={v!r}" for k, v in recipe.settings.items()), recipe.source)
+        for name, recipe in sorted((RECIPES | PRESETS).items())
+    ]
+    print_table(rows, ("name", "optimizer", "settings", "source"))
 
 
 def print_plan(args: argparse.Namespace) -> None:

@@ -11,9 +11,10 @@ from lightning_optim.bench.claims import CLAIMS
 from lightning_optim.bench.ledger import Ledger, Line
 from lightning_optim.bench.page import NOTHING, Block, Cell, Chart, Heading, Table, Text, markdown, page
 from lightning_optim.bench.run import SEARCH
-from lightning_optim.bench.space import REGIMES, TRACKS, follows_adamw
+from lightning_optim.bench.space import REGIMES, TRACKS
 from lightning_optim.bench.statistics import front, mean_with_error, power_law, stable_pairs, tau
 from lightning_optim.bench.studies import BASELINE, Study, Variant, studies, tuned_besides, variants
+from lightning_optim.catalog import follows_adamw
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.docs import between
 

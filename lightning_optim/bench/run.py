@@ -22,13 +22,13 @@ from lightning_optim.bench.space import (
     Trial,
     ablation_trials,
     ablations,
-    follows_adamw,
     order,
     propose,
     read_trial,
     trial_at,
 )
 from lightning_optim.bench.trial import DoesNotFit, Workspace, execute, needed_bytes
+from lightning_optim.catalog import follows_adamw
 from lightning_optim.core.rule import REGISTRY, lookup
 
 LR = {"pretrain": 2e-3, "continue": 1e-3, "full": 1e-3, "lora": 3e-3, "dpo": 2e-4}

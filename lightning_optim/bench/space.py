@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lightning_optim.catalog import follows_adamw
 from lightning_optim.core.rule import Rule, hyperparameters, lookup, nearest
 from lightning_optim.refresh import parse
 
@@ -129,18 +130,6 @@ def read_trial(config: Mapping[str, Any]) -> Trial:
     names = {f.name for f in dataclasses.fields(Setup)}
     shared: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in names}
     return Trial(Setup(**shared), config["optimizer"], config["lr"], config["settings"], config["seed"])
-
-
-def follows_adamw(rule: type[Rule]) -> bool:
-    """Whether a rule takes AdamW's learning rate.
-
-    Args:
-        rule: class.
-
-    Returns:
-        False where the direction has no scale, so that the grid is around the rule's own default.
-    """
-    return rule(**rule.adamw_settings).rms(64, 64) is not None
 
 
 def decay(rule: type[Rule], weight_decay: float) -> float:

@@ -33,14 +33,20 @@ class Adafactor(Rule):
 
     lr: float = 1e-2
     beta2_decay: float = -0.8
+    """The decay rate of the second moment at step t is 1 - t^beta2_decay."""
     eps1: float | None = None
+    """Lower bound of the second moment; None for float32's machine epsilon."""
     eps2: float = 1e-3
+    """Smallest RMS of the weights that `scale_parameter` counts with."""
     d: float = 1.0
+    """Largest RMS of an update before it is scaled."""
     weight_decay: float = 0.0
     scale_parameter: bool = True
+    """Whether steps are scaled by the RMS of the weights."""
 
     name: ClassVar = "adafactor"
     source: ClassVar = "Shazeer & Stern 2018, arXiv:1804.04235, Alg. 4, 5"
+    family: ClassVar = "memory-efficient"
     state: ClassVar = {"row_var": zeros("m1"), "col_var": zeros("1n")}
     vector_state: ClassVar = {"variance": zeros("mn", nonnegative=True)}
     reduces: ClassVar = True
@@ -111,16 +117,21 @@ class AdafactorHF(Rule):
 
     lr: float = 1e-2
     eps: tuple[float, float] = (1e-30, 1e-3)
+    """Added to squared gradients; smallest RMS of the weights that `scale_parameter` counts with."""
     clip_threshold: float = 1.0
     decay_rate: float = -0.8
     beta1: float | None = None
+    """Decay rate of a running mean of steps; None for none."""
     weight_decay: float = 0.0
     scale_parameter: bool = True
     relative_step: bool = True
+    """Whether 1 / sqrt(t) bounds the learning rate."""
     warmup_init: bool = False
+    """Whether the relative step starts with a linear warm-up."""
 
     name: ClassVar = "adafactor_hf"
     source: ClassVar = "Shazeer & Stern 2018, arXiv:1804.04235, Alg. 4, 5; as transformers.Adafactor"
+    family: ClassVar = "memory-efficient"
     state: ClassVar = Adafactor.state
     vector_state: ClassVar = Adafactor.vector_state
     reduces: ClassVar = True

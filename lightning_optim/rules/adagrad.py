@@ -26,8 +26,10 @@ class Adagrad(Rule):
 
     lr: float = 1e-2
     lr_decay: float = 0.0
+    """The learning rate at step t is divided by 1 + (t - 1) lr_decay."""
     weight_decay: float = 0.0
     initial_accumulator_value: float = 0.0
+    """Start of the sum of squared gradients."""
     eps: float = 1e-10
 
     name: ClassVar = "adagrad"

@@ -41,10 +41,13 @@ class AdamMini(MomentumRule):
     eps: float = 1e-8
     weight_decay: float = 0.0
     block: Literal["row", "matrix"] = "row"
+    """What shares a second moment: a row, or a matrix of the group's `blocks`."""
     statistic: Literal["mean", "max", "min", "l1"] = "mean"
+    """What of the squared gradients of a block is averaged over time."""
 
     name: ClassVar = "adam_mini"
     source: ClassVar = "Zhang et al. 2024, arXiv:2406.16793, Alg. 1"
+    family: ClassVar = "memory-efficient"
     state: ClassVar = {"exp_avg": zeros("mn"), "exp_avg_sq": zeros("m1", nonnegative=True)}
     reduces: ClassVar = True
     head_settings: ClassVar = {"block": "matrix"}

@@ -35,7 +35,9 @@ class AdamW(MomentumRule):
     eps: float = 1e-8
     weight_decay: float = 1e-2
     amsgrad: bool = False
+    """Whether to divide by the largest second moment so far."""
     eps_mode: Literal["corrected", "uncorrected"] = "corrected"
+    """Whether eps is added after or before the bias correction of the second moment."""
     correct_bias: bool = True
 
     name: ClassVar = "adamw"

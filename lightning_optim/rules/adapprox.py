@@ -37,12 +37,16 @@ class Adapprox(MomentumRule):
     eps: float = 1e-8
     weight_decay: float = 0.1
     rank: int = 32
+    """Rank of the stored second moment."""
     iterations: int = 5
+    """Products with the second moment that find its leading vectors."""
     oversampling: int = 5
+    """Columns of the random sketch beyond `rank`."""
     clip_threshold: float = 1.0
 
     name: ClassVar = "adapprox"
     source: ClassVar = "Zhao et al. 2024, arXiv:2403.14958"
+    family: ClassVar = "memory-efficient"
     vectors: ClassVar = False
 
     def validate(self) -> None:

@@ -45,13 +45,19 @@ class Alice(MomentumRule):
 
     lr: float = 0.02
     betas: tuple[float, float, float] = (0.9, 0.9, 0.999)
+    """Decay rates of momentum, second moment and tracked Gram matrix."""
     rank: int = 128
     leading: int = 40
+    """Leading columns of the basis that stay at a refresh; the others are drawn from the complement."""
     alpha: float = 0.3
+    """Factor of the direction."""
     alpha_c: float = 0.4
+    """Factor of the compensation, the part outside the subspace."""
     limit: float = 1.01
     switch: bool = True
+    """Whether columns beyond `leading` are replaced by random ones at a refresh."""
     compensation: Literal["optimal", "fira_plus", "none"] = "optimal"
+    """What is done with the gradient outside the subspace."""
     eps: float = 1e-8
     weight_decay: float = 0.0
     refresh: str = "staggered:200"
@@ -59,6 +65,7 @@ class Alice(MomentumRule):
 
     name: ClassVar = "alice"
     source: ClassVar = "Gong et al. 2025, arXiv:2502.07752, Alg. 2-4, 10"
+    family: ClassVar = "low-rank"
     vectors: ClassVar = False
     preconditioners: ClassVar = ("basis",)
     adamw_settings: ClassVar = {"normalize": True}

@@ -36,13 +36,18 @@ class APOLLO(Limited):
     """
 
     projection: Literal["random", "svd"] = "random"
+    """Whether the projection is random or holds leading singular vectors."""
     scale: float = 1.0
+    """The direction is multiplied by the root of it."""
     scale_type: Literal["channel", "tensor"] = "channel"
+    """Whether each column or row (channel) or the whole matrix (tensor) has a factor."""
     scale_front: bool = False
+    """Whether the growth is limited after `scale` is applied."""
     normalize: bool = False
 
     name: ClassVar = "apollo"
     source: ClassVar = "Zhu et al. 2024, arXiv:2412.05270, Alg. 1"
+    family: ClassVar = "low-rank"
 
     def measures_staleness(self) -> bool:  # noqa: D102
         return self.projection == "svd"

@@ -27,12 +27,15 @@ class CAME(MomentumRule):
 
     lr: float = 2e-4
     betas: tuple[float, float, float] = (0.9, 0.999, 0.9999)
+    """Decay rates of momentum, second moment and the momentum's confidence."""
     eps: tuple[float, float] = (1e-30, 1e-16)
+    """Added to squared gradients and to squared differences of updates and momentum."""
     clip_threshold: float = 1.0
     weight_decay: float = 0.0
 
     name: ClassVar = "came"
     source: ClassVar = "Luo et al. 2023, arXiv:2307.02047, Alg. 2; vectors as in the authors' code"
+    family: ClassVar = "memory-efficient"
     state: ClassVar = {
         "exp_avg": zeros("mn"),
         "exp_avg_sq_row": zeros("m1"),

@@ -42,8 +42,11 @@ class COSMOS(Rule):
     betas: tuple[float, float] = (0.9, 0.999)
     rank: int = 64
     gamma: float = 0.2
+    """Weight of the orthogonalized rest beside the subspace's Adam."""
     lr_ratio: float = 0.1
+    """Factor of the learning rate for matrices; weight decay uses `lr` itself."""
     momentum: Literal["nesterov", "momentum", "gradient"] = "nesterov"
+    """Which form of the momentum is used: Nesterov's, plain, or the gradient alone."""
     eps: float = 1e-8
     ns_steps: int = 5
     ns_dtype: IterationDtype = "bfloat16"
@@ -52,6 +55,7 @@ class COSMOS(Rule):
 
     name: ClassVar = "cosmos"
     source: ClassVar = "Liu et al. 2025, arXiv:2502.17410, Alg. 1; learning rates as in the authors' code"
+    family: ClassVar = "orthogonalized"
     state: ClassVar = {
         "exp_avg": zeros("mn"),
         "exp_avg_sq": zeros("mr", nonnegative=True),

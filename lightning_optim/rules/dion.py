@@ -36,12 +36,15 @@ class Dion(Rule):
 
     lr: float = 0.01
     momentum: float = 0.95
+    """1 less the share of the step's part of the momentum that is removed after a step."""
     rank: int = 256
+    """Rank of a step; a quarter of the shorter side and more is published."""
     eps: float = 1e-8
     weight_decay: float = 0.01
 
     name: ClassVar = "dion"
     source: ClassVar = "Ahn et al. 2025, arXiv:2504.05295, Alg. 1; order of operations of the authors' dion_simple"
+    family: ClassVar = "orthogonalized"
     state: ClassVar = {"momentum_buffer": zeros("mn"), "basis": zeros("nr", exact=True)}
     vectors: ClassVar = False
     compresses: ClassVar = ("momentum_buffer",)

@@ -38,6 +38,7 @@ class EigenAdam(MomentumRule):
 
     name: ClassVar = "eigen_adam"
     source: ClassVar = "Gong et al. 2025, arXiv:2502.07752, Alg. 7"
+    family: ClassVar = "structured-fisher"
     vectors: ClassVar = False
     preconditioners: ClassVar = ("basis",)
 

@@ -36,12 +36,16 @@ class Fira(Limited):
     """
 
     alpha: float = 0.25
+    """Factor of the low-rank step."""
     side: Literal["std", "reverse_std", "left", "right"] = "std"
+    """Which side of a matrix is projected."""
     residual_uses_alpha: bool = False
+    """Whether the residual is what is left of alpha times the projection (the authors' code)."""
     normalize: bool = False
 
     name: ClassVar = "fira"
     source: ClassVar = "Chen et al. 2024, arXiv:2410.01623, Alg. 1; order of operations of the authors' code"
+    family: ClassVar = "low-rank"
     adamw_settings: ClassVar[Mapping[str, Any]] = {"normalize": True}
 
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
@@ -88,7 +92,9 @@ class FiraPlus(Fira):
     """
 
     alpha_c: float = 0.4
+    """Norm of the residual, relative to that of the low-rank step."""
     limit: float | None = None
+    """Largest growth of the residual per step; None, as published, for no limit."""
 
     name: ClassVar = "fira_plus"
     source: ClassVar = "Gong et al. 2025, arXiv:2502.07752, App. F.7"

@@ -35,6 +35,7 @@ class Flora(FactoredSubspace):
 
     name: ClassVar = "flora"
     source: ClassVar = "Hao et al. 2024, arXiv:2402.03293, Alg. 2; order of operations of the authors' code"
+    family: ClassVar = "low-rank"
 
     def measures_staleness(self) -> bool:  # noqa: D102
         return False

@@ -34,10 +34,13 @@ class GaLore(Projected):
     """
 
     scale: float = 0.25
+    """Factor of the direction."""
     side: Side = "std"
+    """Which side of a matrix is projected."""
 
     name: ClassVar = "galore"
     source: ClassVar = "Zhao et al. 2024, arXiv:2403.03507, Alg. 2; order of operations of the authors' code"
+    family: ClassVar = "low-rank"
 
     def rms(self, m: int, n: int) -> float:  # noqa: D102
         return ADAMW_RMS * (self.scale * self.share(m, n) if self.projected_sides(m, n) else 1.0)
@@ -59,10 +62,13 @@ class GaLoreAdafactor(FactoredSubspace):
     """
 
     scale: float = 0.25
+    """Factor of the direction."""
     side: Side = "std"
+    """Which side of a matrix is projected."""
 
     name: ClassVar = "galore_adafactor"
     source: ClassVar = "Zhao et al. 2024, arXiv:2403.03507, Sec. 3; order of operations of the authors' code"
+    family: ClassVar = "low-rank"
 
     def rms(self, m: int, n: int) -> float | None:  # noqa: D102
         whole = AdafactorHF.rms(self, m, n)

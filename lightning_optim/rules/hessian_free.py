@@ -32,13 +32,18 @@ class HessianFree(GlobalStepRule):
 
     lr: float = 1.0
     damping: float = 0.1
+    """First weight of the quadratic penalty; it adapts to how well the model predicts."""
     cg_iter: int = 50
+    """Most iterations of conjugate gradients per step."""
     cg_decay: float = 0.95
+    """Factor of the last solution, from which conjugate gradients start."""
     tolerance: float = 5e-4
+    """Relative progress below which conjugate gradients stop."""
     weight_decay: float = 0.0
 
     name: ClassVar = "hessian_free"
     source: ClassVar = "Martens 2010, Deep learning via Hessian-free optimization (ICML), sections 4.1 to 4.6"
+    family: ClassVar = "curvature"
 
     def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # the last solution, and lambda

@@ -40,17 +40,24 @@ class KFAC(Rule):
     lr: float = 0.1
     momentum: float = 0.9
     beta: float = 0.95
+    """Decay rate of the Kronecker factors."""
     damping: float = 1e-3
+    """Added to the eigenvalues of the factors."""
     kl_clip: float | None = 1e-3
     weight_decay: float = 0.0
     mode: Literal["eigen", "inverse"] = "eigen"
+    """Whether to divide in the eigenbases or by damped inverses."""
     pi: bool = False
+    """Whether damping is divided between the two factors by their mean eigenvalues."""
     sequence: Literal["expand", "reduce"] = "expand"
+    """Whether positions of a sequence are rows of their own or summed first."""
     factors: str = "fixed:10"
+    """Policy that says at which steps the factors are measured."""
     refresh: str = "fixed:100"
 
     name: ClassVar = "kfac"
     source: ClassVar = "Martens & Grosse 2015, arXiv:1503.05671; as in kfac-pytorch 0.4.2 (Pauloski et al. 2020)"
+    family: ClassVar = "curvature"
     vector_state: ClassVar = {"momentum_buffer": zeros("mn")}
     preconditioners: ClassVar = ("input_basis", "output_basis")
     curvature_input: ClassVar[CurvatureInput | None] = "factors"

@@ -29,6 +29,7 @@ class KLSOAP(SOAP):
     refresh: str = "fixed:1"
     correct_bias: bool = False
     factors: Factors = "kl"
+    """Factors whitened by each other; see SOAP."""
 
     name: ClassVar = "kl_soap"
     source: ClassVar = (

@@ -37,7 +37,9 @@ class LAMB(MomentumRule):
     eps: float = 1e-6
     weight_decay: float = 0.01
     norm_bounds: tuple[float, float] | None = None
+    """Bounds of the norm of the weights that scales a step; None for none."""
     trust_clip: float | None = None
+    """Largest ratio of the norms of weights and update; None for no bound."""
     exclude_vectors: bool = True
     correct_bias: bool = True
 

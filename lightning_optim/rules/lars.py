@@ -34,10 +34,13 @@ class LARS(Rule):
     momentum: float = 0.9
     weight_decay: float = 0.0
     trust_coefficient: float = 1e-3
+    """Norm of a step, relative to that of the weights, per unit lr."""
     nesterov: bool = False
     exclude_vectors: bool = True
     lr_in_momentum: bool = False
+    """Whether the momentum holds steps with their learning rate (the paper's form)."""
     zero_gradient_rate: Literal["formula", "one"] = "formula"
+    """The rate where the gradient is zero: the formula's, or one."""
 
     name: ClassVar = "lars"
     source: ClassVar = "You et al. 2017, arXiv:1708.03888, Alg. 1"

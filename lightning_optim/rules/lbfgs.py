@@ -34,15 +34,22 @@ class LBFGS(GlobalStepRule):
 
     lr: float = 1.0
     max_iter: int = 20
+    """Most quasi-Newton steps on one batch."""
     max_eval: int | None = None
+    """Most evaluations of the loss; None for 1.25 max_iter."""
     tolerance_grad: float = 1e-7
+    """Largest gradient entry at which it stops."""
     tolerance_change: float = 1e-9
+    """Change of loss or weights below which it stops."""
     history_size: int = 10
+    """Pairs of steps and gradient changes that are kept."""
     line_search_fn: Literal["strong_wolfe"] | None = None
+    """Line search; None takes the step lr."""
     weight_decay: float = 0.0
 
     name: ClassVar = "lbfgs"
     source: ClassVar = "Nocedal 1980, Math. Comp. 35; as in torch.optim.LBFGS"
+    family: ClassVar = "curvature"
     tracks_weights: ClassVar = True  # the next pair is of the last gradient and t d, from one step to the next
 
     def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102

@@ -27,6 +27,7 @@ class Lion(MomentumRule):
 
     name: ClassVar = "lion"
     source: ClassVar = "Chen et al. 2023, arXiv:2302.06675, Alg. 2"
+    family: ClassVar = "sign"
     search: ClassVar = Rule.search | {"betas": ((0.9, 0.99), (0.95, 0.98))}
     state: ClassVar = {"exp_avg": zeros("mn")}
     elementwise: ClassVar = True

@@ -28,10 +28,13 @@ class LOMO(Rule):
     lr: float = 1e-3
     weight_decay: float = 0.0
     clip_value: float | None = None
+    """Largest absolute value of a gradient entry; None for no clipping."""
     loss_scale: float = 1.0
+    """What the loss was multiplied by."""
 
     name: ClassVar = "lomo"
     source: ClassVar = "Lv et al. 2023, arXiv:2306.09782, Alg. 1"
+    family: ClassVar = "memory-efficient"
     search: ClassVar = {"lr": (300.0, 1000.0, 100.0, 3000.0, 30.0, 10_000.0, 10.0)}
     elementwise: ClassVar = True
 
@@ -77,6 +80,7 @@ class AdaLOMO(Rule):
 
     name: ClassVar = "adalomo"
     source: ClassVar = "Lv et al. 2023, arXiv:2310.10195, Alg. 1; bound as in the authors' code"
+    family: ClassVar = "memory-efficient"
     state: ClassVar = AdafactorHF.state
     vector_state: ClassVar = AdafactorHF.vector_state
     reduces: ClassVar = True

@@ -37,15 +37,21 @@ class MLBFGS(Rule):
     lr: float = 0.1
     momentum: float = 0.9
     beta: float = 0.99
+    """Decay rate of the running means of weights and gradients."""
     history: int = 10
+    """Pairs per matrix that are kept."""
     interval: int = 100
+    """Steps between two pairs."""
     bounds: tuple[float, float] | None = (0.01, 1.5)
+    """Bounds of the curvature of a pair; None for none."""
     damping: float = 0.01
+    """How far a pair's gradient change is moved towards its step at least."""
     kl_clip: float | None = 0.005
     weight_decay: float = 0.0
 
     name: ClassVar = "mlbfgs"
     source: ClassVar = "Niu et al. 2023, arXiv:2307.13744; blocks of one matrix"
+    family: ClassVar = "curvature"
     reduces: ClassVar = True
     reads_param: ClassVar = True
     decay: ClassVar = "coupled"

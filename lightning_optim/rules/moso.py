@@ -39,9 +39,11 @@ class MOSO(SOAPMuon):
     restore: Literal["gram", "fro", "none"] = "none"
     finish: Literal["polar", "norm", "none"] = "none"
     clip_rms: float | None = None
+    """Largest RMS of the direction; None for no bound."""
 
     name: ClassVar = "moso"
     source: ClassVar = "NVIDIA-NeMo/Emerging-Optimizers, emerging_optimizers/soap/moso.py, commit bc7ba66"
+    family: ClassVar = "structured-fisher"
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         d = super().update(g, s, p, t)

@@ -52,15 +52,21 @@ class Muon(MomentumRule):
     ns_dtype: IterationDtype = "bfloat16"
     eps: float = 1e-7
     scale: Scale = "original"
+    """Factor by the shape of the matrix."""
     weight_decay: float = 0.0
     ns_divisor: Divisor = "fro"
     contra: float = 0.0
+    """Damping of large singular directions; 0.4 is published."""
     contra_size: Size = "gram"
+    """By which norm `contra` tells large from small."""
     soft: float = 0.0
+    """How far to go from the polar factor towards singular values to the power 0.1."""
     aurora: int = 0
+    """Repetitions that equalize row norms of matrices that are not square; 2 is published."""
 
     name: ClassVar = "muon"
     source: ClassVar = "Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982"
+    family: ClassVar = "orthogonalized"
     search: ClassVar = Rule.search | {"momentum": (0.95, 0.9)}
     state: ClassVar = {"momentum_buffer": zeros("mn")}
     first_moment: ClassVar = "momentum_buffer"

@@ -39,14 +39,18 @@ class Muown(Rule):
     eps: float = 1e-8
     weight_decay: float = 0.0
     direction_scale: float = 0.2
+    """Factor of the step of the rows' directions."""
     length: float = 2.688
+    """Length of the rows' auxiliary vectors at the end; longer ones turn more slowly."""
     schedule_steps: int = 0
+    """Steps over which the length is reached."""
     ns_steps: int = 12
     ns_coefficients: str = "polar_express_long"
     ns_dtype: IterationDtype = "bfloat16"
 
     name: ClassVar = "muown"
     source: ClassVar = "2026, arXiv:2605.10797; modded-nanogpt, records/track_3_optimization: pull request 288"
+    family: ClassVar = "orthogonalized"
     state: ClassVar = {
         "momentum_buffer": zeros("mn"),
         "gain": zeros("m1"),

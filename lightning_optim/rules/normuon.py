@@ -32,7 +32,9 @@ class NorMuon(Muon):
     """
 
     beta2: float = 0.95
+    """Decay rate of the second moments of rows."""
     lines: Lines = "rows"
+    """Which lines have a second moment of their own."""
 
     name: ClassVar = "normuon"
     source: ClassVar = "Li et al. 2025, arXiv:2510.05491, Alg. 1; norm as in the authors' code"

@@ -30,11 +30,14 @@ class OLBFGS(GlobalStepRule):
 
     lr: float = 0.1
     history: int = 10
+    """Pairs that are kept."""
     damping: float = 1e-4
+    """Multiple of the step that is added to its gradient change."""
     weight_decay: float = 0.0
 
     name: ClassVar = "olbfgs"
     source: ClassVar = "Schraudolph, Yu & Guenter 2007, A stochastic quasi-Newton method for online convex optimization"
+    family: ClassVar = "curvature"
 
     def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102
         # the pairs, oldest first

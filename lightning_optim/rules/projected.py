@@ -29,6 +29,7 @@ class Subspace(Rule, abstract=True):
     lr: float = 0.01
     weight_decay: float = 0.0
     rank: int = 128
+    """Rank of the projection; 0 for none."""
     refresh: str = "staggered:200"
     basis: Method = "svd"
 

@@ -44,16 +44,22 @@ class PSGDKron(MomentumRule):
     lr: float = 1e-3
     momentum: float = 0.9
     step_size: float = 0.1
+    """Step size of a fit of the preconditioner."""
     init_scale: float | None = None
+    """Start of the factors, times the identity; None measures it at the first gradient."""
     max_rms: float = 1.1
+    """Largest RMS of the direction."""
     max_triangular: int = 8192
+    """Longest side with a triangular factor; longer ones have a diagonal."""
     weight_decay: float = 0.0
     refresh: str = "until(500, fixed:1, staggered:33)"
     start: int = 1
+    """First step at which the preconditioner is fitted."""
     normalize: bool = False
 
     name: ClassVar = "psgd_kron"
     source: ClassVar = "Li 2018, arXiv:1512.04202; Li 2024, arXiv:2402.04553; order of operations of kron_torch"
+    family: ClassVar = "structured-fisher"
     first_moment: ClassVar = "momentum_buffer"
     vectors: ClassVar = False
     preconditioners: ClassVar = ("left", "right")

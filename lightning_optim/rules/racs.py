@@ -33,16 +33,21 @@ class RACS(Rule):
 
     lr: float = 0.02
     beta: float = 0.9
+    """Decay rate of the scales of rows and columns."""
     ema: bool = True
+    """Whether scales are averaged over steps."""
     correct_bias: bool = False
     alpha: float = 0.05
+    """Factor of the direction."""
     limit: float = 1.01
     iterations: int = 5
+    """Steps of the power iteration of the rank-one fit."""
     normalize: bool = False
     weight_decay: float = 0.0
 
     name: ClassVar = "racs"
     source: ClassVar = "Gong et al. 2025, arXiv:2502.07752, Alg. 1"
+    family: ClassVar = "structured-fisher"
     state: ClassVar = {"row_scale": zeros("m1"), "col_scale": zeros("1n"), "norm": zeros("11")}
     reduces: ClassVar = True
     vectors: ClassVar = False

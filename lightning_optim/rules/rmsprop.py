@@ -29,10 +29,12 @@ class RMSprop(Rule):
 
     lr: float = 1e-2
     alpha: float = 0.99
+    """Decay rate of the running mean of squared gradients."""
     eps: float = 1e-8
     weight_decay: float = 0.0
     momentum: float = 0.0
     centered: bool = False
+    """Whether the squared mean gradient is taken off the second moment."""
 
     name: ClassVar = "rmsprop"
     source: ClassVar = "Tieleman & Hinton 2012, lecture 6.5; centered: Graves 2013, arXiv:1308.0850; as in torch"

@@ -37,7 +37,9 @@ class Rotated(Rule, abstract=True):
     max_precond_dim: int
     sides: Sides = "both"
     factors: Factors = "gram"
+    """Factors as Gram matrices, or whitened by each other (kl)."""
     decomposition: Decomposition = "qr"
+    """How a basis is found again: one QR step, or eigenvectors."""
     rotation_dtype: RotationDtype = "float32"
 
     preconditioners: ClassVar = ("basis_left", "basis_right")

@@ -25,6 +25,7 @@ class SGD(Rule):
     lr: float = 1e-3
     momentum: float = 0.0
     dampening: float = 0.0
+    """Share of the gradient that is left out of the heavy-ball sum."""
     weight_decay: float = 0.0
     nesterov: bool = False
 

@@ -46,26 +46,42 @@ class Shampoo(MomentumRule):
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     beta3: float | None = None
+    """Weight of the momentum in the direction; None for betas[0]."""
     eps: float = 1e-8
+    """Added to the eigenvalues of the factors before the root."""
     weight_decay: float = 0.0
     refresh: str = "staggered:10"
     start: int = 1
+    """First preconditioned step; earlier ones take the grafted step."""
     accumulate: Literal["average", "sum"] = "average"
+    """Whether factors are averages or sums."""
     correct_bias: bool = True
     sides: Sides = "both"
+    """Which sides have a factor."""
     exponent: float | None = None
+    """Exponent of the inverse roots; None for 1 / (2 x sides)."""
     root: Method = "eigh"
+    """How inverse roots are computed."""
     preconditioner: Literal["root", "eigenvalue"] = "root"
+    """Inverse roots, or Adam in the eigenbases."""
     graft: Literal["none", "sgd", "adagrad", "rmsprop", "adam"] = "adam"
+    """Method whose step norm is taken over."""
     graft_beta2: float = 0.999
+    """Decay rate of the grafted method's second moment."""
     graft_eps: float = 1e-8
+    """Added to the grafted method's denominator."""
     early: Literal["graft", "decay"] = "graft"
+    """What steps before `start` do: the grafted step, or decay only."""
     max_dim: int | None = 1024
+    """Longest side of a tile; None for no tiles."""
     target_dims: Literal[1, 2] = 2
+    """Whether small matrices are taken as one vector (1) or as matrices (2)."""
     decay: Literal["before", "coupled"] = "before"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Weight decay before the step, or added to the gradient."""
 
     name: ClassVar = "shampoo"
     source: ClassVar = "Gupta et al. 2018, arXiv:1802.09568, Alg. 1, 2; Shi et al. 2023, arXiv:2309.06497"
+    family: ClassVar = "structured-fisher"
     preconditioners: ClassVar = ("root_left", "root_right")
     unmeasurable_reason: ClassVar = "a root is tested by products of matrices, for exponent = 1 / integer only"
     adamw_settings: ClassVar = {"graft": "adam"}

@@ -26,6 +26,7 @@ class SignSGD(Rule):
 
     name: ClassVar = "signsgd"
     source: ClassVar = "Bernstein et al. 2018, arXiv:1802.04434, Alg. 1"
+    family: ClassVar = "sign"
     elementwise: ClassVar = True
     votes: ClassVar = True
 

@@ -45,16 +45,21 @@ class SOAP(MomentumRule, Rotated):
     refresh: str = "staggered:10"
     max_precond_dim: int = 10000
     precondition_1d: bool = False
+    """Whether vectors are rotated, too."""
     normalize_grads: bool = False
+    """Whether the direction is scaled to an RMS of 1."""
     correct_bias: bool = True
     factors: Factors = "gram"
     sides: Sides = "both"
     skip_first: bool = True
+    """Whether the first step only computes the bases."""
     floor: float = 0.0
+    """Share of the RMS of the second moment's root that is added to eps."""
     rotation_dtype: RotationDtype = "float32"
 
     name: ClassVar = "soap"
     source: ClassVar = "Vyas et al. 2024, arXiv:2409.11321, Alg. 3; order of operations of the authors' code"
+    family: ClassVar = "structured-fisher"
     search: ClassVar = Rule.search | {"betas": ((0.95, 0.95), (0.9, 0.95))}
     decay: ClassVar = "after"
 

@@ -50,27 +50,40 @@ class SOAPMuon(Rotated, Muon):
     ns_coefficients: str | tuple[float, float, float] = "converged"
     ns_divisor: Divisor = "gram"
     beta2: float = 0.9
+    """Decay rate of the second moment, and of the factors where `shampoo_beta` is None."""
     shampoo_beta: float | None = None
     inner_eps: float = 1e-8
+    """Smallest root of the second moment."""
     inner_eps_added: bool = False
+    """Whether `inner_eps` is added to the root instead of bounding it."""
     refresh: str = "fixed:1"
     refresh_first: bool = False
+    """Whether bases are moved before their use instead of after it."""
     sides: Sides = "both"
     factors: Factors = "gram"
     factors_of: Literal["gradient", "momentum"] = "gradient"
+    """What the factors are formed of."""
     second_moment: Literal["gradient", "momentum"] = "momentum"
+    """What the second moment is formed of."""
     decomposition: Decomposition = "qr"
     max_precond_dim: int = 10000
     sinkhorn: int = 0
+    """Iterations that balance rows and columns in the place of a second moment; 0 for none."""
     restore: Literal["gram", "fro", "none"] = "gram"
+    """The norm that the preconditioned momentum takes over."""
     trust_gate: tuple[float, float, int, int] | None = None
+    """(floor, cap, first, last) of a share of the preconditioned momentum; None for all of it."""
     finish: Literal["polar", "norm", "none"] = "polar"
+    """Orthogonalize, scale to a polar factor's norm, or leave."""
     lines: Literal["none", "rows", "longer", "unequal"] = "none"
+    """Which lines are divided by a second moment of their own in the end."""
     lines_beta: float = 0.95
+    """Decay rate of the second moments of lines."""
     rotation_dtype: RotationDtype = "float32"
 
     name: ClassVar = "soap_muon"
     source: ClassVar = "Jordan et al., modded-nanogpt, records/track_3_optimization: pull requests 278, 321, 328"
+    family: ClassVar = "orthogonalized"
 
     def validate(self) -> None:
         """Check the hyperparameters.

@@ -32,13 +32,17 @@ class SophiaH(MomentumRule):
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.96, 0.99)
+    """Decay rates of the momentum and of the Hessian's diagonal."""
     rho: float = 0.01
+    """Factor of the Hessian's diagonal; larger values clip fewer coordinates."""
     eps: float = 1e-12
     weight_decay: float = 0.1
     refresh: str = "fixed:10"
+    """Policy that says at which steps the Hessian's diagonal is measured."""
 
     name: ClassVar = "sophia_h"
     source: ClassVar = "Liu et al. 2023, arXiv:2305.14342, Alg. 3 with Alg. 1"
+    family: ClassVar = "curvature"
     state: ClassVar = {"exp_avg": zeros("mn"), "hessian": zeros("mn")}
     elementwise: ClassVar = True
     curvature_input: ClassVar[CurvatureInput | None] = "hutchinson"
@@ -84,7 +88,9 @@ class SophiaG(SophiaH):
     rho: float = 0.04
     eps: float = 1e-15
     form: Literal["reference", "paper"] = "reference"
+    """Whether eps is added (the reference) or bounds the denominator (the paper)."""
     tokens: float | None = None
+    """Labels per estimate; None counts them."""
 
     name: ClassVar = "sophia_g"
     source: ClassVar = "Liu et al. 2023, arXiv:2305.14342, Alg. 3 with Alg. 2; step as in the authors' code"

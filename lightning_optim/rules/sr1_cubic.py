@@ -35,13 +35,18 @@ class SR1Cubic(GlobalStepRule):
 
     lr: float = 1.0
     history: int = 10
+    """Pairs that are kept."""
     mu: float = 1.0
+    """First weight of the cubic term."""
     reach: float = 1.0
+    """First bound of the step's length."""
     eta: tuple[float, float] = (0.1, 0.75)
+    """Ratios of actual and predicted change below which a step is refused, and above which it may grow."""
     weight_decay: float = 0.0
 
     name: ClassVar = "sr1_cubic"
     source: ClassVar = "Ranganath, Singhal & Marcia 2025, arXiv:2502.12298 (ARCs-LSR1)"
+    family: ClassVar = "curvature"
     search: ClassVar = {"lr": (1.0, 0.5, 0.25, 2.0, 0.125), "reach": (1.0, 10.0)}
 
     def declare_state(self, m: int, n: int, *, vector: bool = False) -> Mapping[str, StateSpec]:  # noqa: D102

@@ -34,12 +34,16 @@ class SWAN(Rule):
 
     lr: float = 1e-3
     root: Method = "newton"
+    """How the inverse root is computed."""
     iterations: int = 10
+    """Newton iterations of the root."""
     rescale: Literal["none", "norm"] = "none"
+    """Whether the direction takes over the norm of the normalized gradient."""
     weight_decay: float = 0.0
 
     name: ClassVar = "swan"
     source: ClassVar = "Ma et al. 2024, arXiv:2412.13148; equations as in Gong et al. 2025, arXiv:2502.07752, 30-32"
+    family: ClassVar = "orthogonalized"
     vectors: ClassVar = False
 
     def validate(self) -> None:

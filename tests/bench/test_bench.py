@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lightning_optim.bench import page, report, statistics
+from lightning_optim.bench import measured, page, report, statistics
 from lightning_optim.bench.__main__ import main
 from lightning_optim.bench.claims import CLAIMS
 from lightning_optim.bench.ledger import Ledger
@@ -32,7 +32,6 @@ from lightning_optim.bench.space import (
     ablations,
     decay,
     fitted,
-    follows_adamw,
     propose,
     read_trial,
     trial_at,
@@ -41,6 +40,7 @@ from lightning_optim.bench.studies import studies
 from lightning_optim.bench.tasks import functions, load
 from lightning_optim.bench.training import schedule
 from lightning_optim.bench.trial import Workspace, build, execute, needed_bytes
+from lightning_optim.catalog import follows_adamw
 from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.rule import REGISTRY, hyperparameters, lookup
 from lightning_optim.data.presets import PRESETS
@@ -766,3 +766,5 @@ def test_what_the_repository_says_comes_from_its_trials() -> None:
     again = f"run `python -m lightning_optim bench report --out {folder.relative_to(ROOT)} --readme README.md`"
     assert told in readme, again
     assert page.markdown(report.build(ledger)) == (folder / "report.md").read_text(), again
+    again = "run `python -m lightning_optim.bench.measured`"
+    assert json.loads((ROOT / "lightning_optim/measured.json").read_text()) == measured.collect(), again

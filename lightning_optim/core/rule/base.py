@@ -49,6 +49,8 @@ class Rule:
     name: ClassVar[str]
     source: ClassVar[str]
     """Author, year and address of the publication that the rule implements."""
+    family: ClassVar[str] = "first-order"
+    """Key of `lightning_optim.catalog.FAMILIES`."""
 
     state: ClassVar[Mapping[str, StateSpec]] = {}
     vector_state: ClassVar[Mapping[str, StateSpec] | None] = None
