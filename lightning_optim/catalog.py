@@ -12,6 +12,7 @@ import functools
 import inspect
 import math
 import textwrap
+from collections import Counter
 from typing import Any, Literal
 
 from lightning_optim.core.rule import Rule
@@ -81,16 +82,33 @@ def kind(rule: type[Rule]) -> Kind:
 
 
 def state_formula(rule: type[Rule]) -> str:
-    """The number of state elements of an m x n matrix at the rule's defaults.
+    """The number of state elements of an m x n matrix at the rule's defaults, for sides within its block size.
 
     Returns:
-        A sum such as `2mn` or `m + n`; `0` without state.
+        A sum such as `2mn` or `m + n`; s and l are the shorter and the longer side where it matters which is which, r
+        is the rank. `0` without state.
     """
-    specs = rule().state_specs(1024, 1024).values()
-    letters = ["".join(sorted(spec.letters.replace("1", ""))) for spec in specs]
-    constant = sum(math.prod(map(int, spec.letters)) for spec in specs if spec.letters.isdigit())
-    terms = [x if letters.count(x) == 1 else f"{letters.count(x)}{x}" for x in dict.fromkeys(letters) if x.isalpha()]
+    (wide, constant), (tall, _) = _state_terms(rule, 600, 1000), _state_terms(rule, 1000, 600)
+    if wide != tall:
+        to_sides = str.maketrans("mn", "sl")
+        wide = Counter({"mn" if x == "mn" else "".join(sorted(x.translate(to_sides))): k for x, k in wide.items()})
+    terms = [f"{k if k > 1 else ''}{x}" for x, k in wide.items()]
     return " + ".join([*terms, *([str(constant)] if constant else [])]) or "0"
+
+
+def _state_terms(rule: type[Rule], m: int, n: int) -> tuple[Counter[str], int]:
+    """How often each product of sides and ranks occurs in the state, by its sorted letters; and the rest, a number."""
+    terms, constant = Counter[str](), 0
+    for spec in rule().state_specs(m, n).values():
+        letters = "".join(sorted(spec.letters.replace("1", "")))
+        if spec.letters.isdigit():
+            constant += math.prod(map(int, spec.letters))
+        elif letters == "kk":
+            rows, side = spec.shape(m, n)
+            terms["mm" if side == m else "nn"] += rows // side
+        else:
+            terms[letters] += 1
+    return terms, constant
 
 
 def state_bytes(rule: type[Rule], m: int = 1024, n: int = 1024) -> float:

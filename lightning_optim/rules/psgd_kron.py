@@ -130,6 +130,9 @@ def _scaled(m: Tensor, s: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor, Tens
     """M, L and R divided by powers of two, and the factor k of L^T L M R^T R, which may overflow by itself.
 
     L M R^T is sqrt(k c) of its scaled one, with c the size of M, and L^-T Z R^-1 sqrt(c / k): their ratio is k.
+
+    Returns:
+        The scaled M, L and R, and k.
     """
     (x, c), (left, a), (right, b) = ((y / magnitude(y), magnitude(y)) for y in (m, s.left, s.right))
     return x, left, right, c * (a * b) * (a * b)
