@@ -29,8 +29,8 @@ class TrainingArguments(transformers.TrainingArguments):
     Any other name is Transformers' own and runs as ever. Where both have a name (`sgd`, `adafactor`), it is ours.
     `--optim_args "momentum=0.9, nesterov=False"` sets arguments of `build_optimizer`, in the form that
     `lightning_optim.settings.parse_settings` documents, and `--adam_beta1`, `--adam_beta2` and `--adam_epsilon` hold
-    for every parameter that AdamW or Adam updates. With `--optim_target_modules` our rule gets the weights of these
-    modules only.
+    for every rule with Adam's betas or eps (AdamW, `adam_mini`, `galore`). With `--optim_target_modules` our rule gets
+    the weights of these modules only.
     """
 
     optim: str = field(default="adamw", metadata={"help": "Name of an optimizer of lightning_optim or Transformers."})

@@ -24,8 +24,9 @@ def attach(trainer: AnyTrainer, name: str, *, lr: float | None = None, **setting
     attach(DPOTrainer(model, args=args, ...), "muon", rest_lr=1e-5).train()
 
     `args.optim` and `args.optim_args` are not used. `adam_beta1`, `adam_beta2` and `adam_epsilon` hold for every
-    parameter that AdamW or Adam updates, unless `settings` say otherwise. The trainer's arguments are read whenever it
-    builds the optimizer, so each trial of `hyperparameter_search` has its own; what is given here holds for all.
+    rule with Adam's betas or eps (AdamW, `adam_mini`, `galore`), unless `settings` say otherwise. The trainer's
+    arguments are read whenever it builds the optimizer, so each trial of `hyperparameter_search` has its own; what is
+    given here holds for all.
 
     Args:
         trainer: any subclass whose `create_optimizer` is the Trainer's.

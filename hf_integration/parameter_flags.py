@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 
-from hf_integration.settings import ADAM
+from hf_integration.settings import adam_settings
 from lightning_optim import RuleOptimizer
 from lightning_optim.build.roles import Override, applicable_overrides
+from lightning_optim.core.rule import hyperparameters, lookup
 
-ADAM_FLAGS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+ADAM_FLAGS = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
+"""The setting that each flag is."""
+
+_log = logging.getLogger(__name__)
 
 
 def overrides_of_flags(
@@ -73,20 +78,35 @@ def _rates(names: Sequence[str], mapping: Mapping[str, float]) -> dict[str, floa
 
 
 def check_adam_flags(args: TrainingArguments, optimizer: RuleOptimizer) -> None:
-    """Refuse Adam's flags where nothing is updated by AdamW or Adam.
+    """Refuse Adam's flags that no rule follows, and name the rules that do not follow a flag which others follow.
 
     Args:
         args: of the Trainer.
         optimizer: built for them.
 
     Raises:
-        ValueError: a flag differs from its default, and no group follows it.
+        ValueError: a flag differs from its default, and no group has a rule with Adam's setting.
     """
-    default = {f.name: f.default for f in fields(type(args))}
-    changed = [name for name in ADAM_FLAGS if getattr(args, name) != default[name]]
-    rules = dict.fromkeys(group["rule"] for group in optimizer.param_groups)
-    if changed and not rules.keys() & set(ADAM):
-        raise ValueError(
-            f"--{changed[0]} {getattr(args, changed[0])} is for what AdamW or Adam updates, which is nothing here "
-            f"(only {', '.join(rules)}); leave it out, and give settings of these in optim_args or as arguments"
-        )
+    rules = list(dict.fromkeys(group["rule"] for group in optimizer.param_groups))
+    for flag, key in ADAM_FLAGS.items():
+        value = getattr(args, flag)
+        if value == getattr(type(args), flag):
+            continue
+        followers = [rule for rule in rules if key in adam_settings(args, rule)]
+        if not followers:
+            raise ValueError(
+                f"--{flag} {value} is for rules with Adam's {key}, of which there is none here (only "
+                f"{', '.join(rules)}); leave it out, and give settings of these in optim_args or as arguments"
+            )
+        for rule in rules:
+            own = hyperparameters(lookup(rule)).get(key)
+            if own is not None and rule not in followers and _is_default(optimizer, rule, key, own):
+                _log.warning(
+                    "--%s %s holds for %s; %s keeps its own %s=%s: optim_args or arguments set it",
+                    *(flag, value, ", ".join(followers), rule, key, own),
+                )
+
+
+def _is_default(optimizer: RuleOptimizer, rule: str, key: str, default: Any) -> bool:
+    """Whether nobody has given another value."""
+    return any(group["rule"] == rule and group[key] == default for group in optimizer.param_groups)

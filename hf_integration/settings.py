@@ -13,11 +13,11 @@ import transformers
 from lightning_optim import build_optimizer
 from lightning_optim.core.options import OPTION_TYPES, expand_options
 from lightning_optim.core.param_groups import settings_of
-from lightning_optim.core.rule import check_value, lookup, nearest
+from lightning_optim.core.rule import check_value, hyperparameters, lookup, nearest
 from lightning_optim.settings import parse_settings
 
 ADAM = ("adam", "adamw")
-"""Rules that the `adam_*` flags are for."""
+"""Rules whose state is AdamW's."""
 BY_FLAG = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
 """Arguments of `build_optimizer` that `--optim_args` may not give, as the Trainer has flags for them."""
 
@@ -57,7 +57,6 @@ def with_flags(args: transformers.TrainingArguments, name: str, settings: Mappin
     """
     if settings.get("fused_backward"):
         _refuse_what_needs_gradients(args)
-    adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     flags = {"name": name, "lr": args.learning_rate, "weight_decay": args.weight_decay}
     if settings.get("recipe") is not None or settings.get("preset") is not None:
         default = {f.name: f.default for f in fields(transformers.TrainingArguments)}
@@ -65,9 +64,24 @@ def with_flags(args: transformers.TrainingArguments, name: str, settings: Mappin
         changed |= {"learning_rate"} if settings.get("preset") is not None else set()
         flags = {k: v for k, v in flags.items() if {"lr": "learning_rate"}.get(k, k) in {"name", *changed}}
         return flags | dict(settings)
-    flags |= adam if name in ADAM else {}
-    of_rest = adam if settings.get("rest", "adamw") in ADAM else {}
-    return flags | dict(settings) | {"rest_settings": of_rest | dict(settings.get("rest_settings") or {})}
+    of_rest = adam_settings(args, settings.get("rest", "adamw")) | dict(settings.get("rest_settings") or {})
+    return flags | adam_settings(args, name) | dict(settings) | {"rest_settings": of_rest}
+
+
+def adam_settings(args: transformers.TrainingArguments, name: str) -> dict[str, Any]:
+    """What the `--adam_*` flags say to a rule.
+
+    Args:
+        args: the Trainer's.
+        name: of the rule.
+
+    Returns:
+        `betas` and `eps`, each where the rule has Adam's: the default of its publication is that of the flags.
+    """
+    settings = hyperparameters(lookup(name))
+    of = transformers.TrainingArguments
+    default, chosen = ({"betas": (x.adam_beta1, x.adam_beta2), "eps": x.adam_epsilon} for x in (of, args))
+    return {key: chosen[key] for key in default if settings.get(key) == default[key]}
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:

@@ -474,12 +474,29 @@ def test_every_trial_of_a_search_trains_with_its_own_flags(tmp_path: Path, entry
         assert (rest["betas"], rest["eps"]) == ((0.9, flags["adam_beta2"]), flags["adam_epsilon"])
 
 
+def test_adam_s_flags_hold_for_rules_with_adam_s_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    flags = {"adam_beta2": 0.95, "adam_epsilon": 1e-7}
+    seen = {}
+    for name in ("adam_mini", "galore", "soap"):
+        trainer = attach(plain_trainer(tmp_path, **flags), name)
+        trainer.create_optimizer()
+        seen[name] = {g["rule"]: (g["betas"], g["eps"]) for g in groups_of(trainer).values()}
+    followed = ((0.9, 0.95), 1e-7)
+    assert seen["adam_mini"] == {"adam_mini": followed}
+    assert seen["galore"] == {"galore": ((0.9, 0.95), 1e-6), "adamw": followed}
+    assert seen["soap"] == {"soap": ((0.95, 0.95), 1e-7), "adamw": followed}
+    assert [record.getMessage() for record in caplog.records if "--adam" in record.getMessage()] == [
+        "--adam_epsilon 1e-07 holds for adamw; galore keeps its own eps=1e-06: optim_args or arguments set it",
+        "--adam_beta2 0.95 holds for adamw; soap keeps its own betas=(0.95, 0.95): optim_args or arguments set it",
+    ]
+
+
 def test_flags_count_until_the_optimizer_is_built(tmp_path: Path):
     args = arguments(tmp_path, optim_args="momentum=0.9")
     trainer = trainer_of(llama(), args)
     args.optim, args.optim_args, args.rest_learning_rate, args.lr_convention = "soap", "rank=None", 1e-3, "native"
     args.optim_args, args.rest_optim, args.adam_beta1 = "betas=(0.8, 0.9)", "lion", 0.7
-    with pytest.raises(ValueError, match=r"--adam_beta1 0.7 is for what AdamW or Adam updates, .*only soap, lion"):
+    with pytest.raises(ValueError, match=r"--adam_beta1 0.7 is for rules with Adam's betas, .*only soap, lion"):
         trainer.create_optimizer()
     args.adam_beta1 = 0.9
     trainer.create_optimizer()

@@ -177,7 +177,7 @@ def test_the_settings_of_both_rules(tmp_path: Path):
     )
     assert (embedding["lr"], embedding["betas"]) == (1e-4, (0.9, 0.95))
     args = parse("--output_dir", str(tmp_path), "--optim", "muon", "--rest_optim", "lion", "--adam_beta2", "0.95")
-    with pytest.raises(ValueError, match="--adam_beta2 0.95 is for what AdamW or Adam updates"):
+    with pytest.raises(ValueError, match="--adam_beta2 0.95 is for rules with Adam's betas"):
         trainer_of(llama(), args).create_optimizer()
     args.adam_beta2 = 0.999
     trainer = trainer_of(llama(), args)
