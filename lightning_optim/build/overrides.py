@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_optim.build.param_role import ParamRole, Role
 from lightning_optim.core.rule import check_value, lookup, nearest
+from lightning_optim.core.state.matching import bare_name
 
 Override = tuple[str, str | None] | tuple[str, str | None, Mapping[str, Any]]
 """(pattern or role, rule or None to keep it, settings): `("*.gate.*", "adamw", {"lr": 1e-4})`."""
@@ -87,7 +88,7 @@ def matches(pattern: str, name: str, role: str, kind: str = "") -> bool:
     Returns:
         True if so.
     """
-    return pattern in (role, kind) or fnmatchcase(name, pattern) or fnmatchcase(_bare(name), pattern)
+    return pattern in (role, kind) or fnmatchcase(name, pattern) or fnmatchcase(bare_name(name), pattern)
 
 
 def why_unmatched(pattern: str, roles: Mapping[str, ParamRole], model: nn.Module) -> str:
@@ -116,11 +117,3 @@ def why_unmatched(pattern: str, roles: Mapping[str, ParamRole], model: nn.Module
 def _shares_weights(model: nn.Module) -> bool:
     """Whether a parameter has several names."""
     return len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters()))
-
-
-def _bare(name: str) -> str:
-    """A parameter's name without the prefixes of wrappers."""
-    parts = [x for x in name.split(".") if x != "_orig_mod"]
-    while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:
-        parts = parts[1:] if parts[0] == "module" else parts[2:]
-    return ".".join(parts)

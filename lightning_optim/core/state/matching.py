@@ -18,9 +18,9 @@ SHOWN = 6
 def match_by_name(present: Sequence[Mapping[str, Any]], saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """A checkpoint with the groups and the order of parameters of an optimizer.
 
-    Parameters have the same name if they have it after the prefixes of wrappers (`module.`, `_orig_mod.`). A parameter
-    that the checkpoint lacks, or that another rule updated there, starts from scratch, and a warning names it. Settings
-    are the checkpoint's for groups of the same name and rule.
+    Parameters have the same name if they have it without the prefixes of wrappers (`bare_name`). A parameter that the
+    checkpoint lacks, or that another rule updated there, starts from scratch, and a warning names it. Settings are the
+    checkpoint's for groups of the same name and rule.
 
     Args:
         present: groups of the optimizer.
@@ -35,7 +35,7 @@ def match_by_name(present: Sequence[Mapping[str, Any]], saved: Mapping[str, Any]
     groups = saved["param_groups"]
     if not all("param_names" in group and "rule" in group for group in [*present, *groups]):
         return saved
-    here, there = ([[_bare(x) for x in group["param_names"]] for group in side] for side in (present, groups))
+    here, there = ([[bare_name(x) for x in group["param_names"]] for group in side] for side in (present, groups))
     same_sizes = [len(names) for names in here] == [len(names) for names in there]
     if same_sizes and all(_ends_alike(a, b) for a, b in zip(chain(*here), chain(*there), strict=True)):
         return saved
@@ -83,7 +83,7 @@ def validate_matrices(present: Sequence[Mapping[str, Any]], saved: Sequence[Mapp
     ]
     if not different:
         return
-    role_of = {_bare(name): group["role"] for group in saved for name in group["param_names"]}
+    role_of = {bare_name(name): group["role"] for group in saved for name in group["param_names"]}
     says = [f"{x[0]} with blocks={x[1]!r}, transposed={x[2]!r}" for x in (then[different[0]], now[different[0]])]
     overrides = [
         (name, then[name][0], {"role": role_of[name], "blocks": then[name][1], "transposed": then[name][2]})
@@ -105,7 +105,7 @@ def _matrices_by_name(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[st
         names = group["param_names"]
         sources = group.get("role_sources") or [""] * len(names)
         view = group["rule"], frozen(group["blocks"]), group["transposed"]
-        out |= {_bare(name): (*view, source) for name, source in zip(names, sources, strict=False)}
+        out |= {bare_name(name): (*view, source) for name, source in zip(names, sources, strict=False)}
     return out
 
 
@@ -136,6 +136,16 @@ def _ends_alike(a: str, b: str) -> bool:
     return a == b or a.endswith(f".{b}") or b.endswith(f".{a}")
 
 
-def _bare(name: str) -> str:
-    """A name without the prefixes of wrappers."""
-    return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod")
+def bare_name(name: str) -> str:
+    """The name of a parameter without the prefixes of wrappers: DDP, `torch.compile` and PEFT.
+
+    Args:
+        name: of `named_parameters`.
+
+    Returns:
+        The name in the wrapped model.
+    """
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while parts[:1] == ["module"] or parts[:2] == ["base_model", "model"]:
+        parts = parts[1:] if parts[0] == "module" else parts[2:]
+    return ".".join(parts)
