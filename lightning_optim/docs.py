@@ -33,7 +33,13 @@ def table() -> str:
         cells = f"`{name}`", summary(r), kind(r), state_formula(r), f"{state_bytes(r):.2f}", r.source
         rows.append(f"| {' | '.join(cells)} |")
     head = "| name | algorithm | works on | state | bytes per weight | source |\n|---|---|---|---|---|---|"
-    return "\n".join([head, *rows])
+    normalized = [f"`{name}`" for name, r in sorted(REGISTRY.items()) if r.adamw_settings.get("normalize")]
+    note = (
+        f'{", ".join(normalized)} divide their direction by its RMS in every step under `lr_convention="adamw"`, the\n'
+        "factories' default: the size of the gradient and limiters of growth have no part in it. `native`, and so\n"
+        "`recipe=`, is the publication's."
+    )
+    return "\n".join([head, *rows, "", note])
 
 
 def between(text: str, begin: str, end: str, content: str) -> str:
