@@ -153,7 +153,8 @@ SCALE = "a model of below a million weights and 10^5 to 10^6 tokens instead of 6
 TEXT = "Python sources and 1024 byte-level BPE tokens instead of C4 and 32k; float32 instead of bfloat16"
 LAST = "a tied embedding, trained by AdamW, instead of a last layer of its own"
 NORMALIZED = (
-    'Alice, RACS, Fira and Apollo-svd with directions normalized by `lr_convention="adamw"`, without their own step size'
+    "the directions of Alice, RACS, Fira and Apollo-svd normalized "
+    '(`lr_convention="adamw"`), so without their own step size'
 )
 
 CLAIMS: tuple[Claim, ...] = (
