@@ -40,6 +40,8 @@ class Diagnostic(TrainerCallback, ExportableState):
         "of (model, batch as `compute_loss` receives it), where it is not what the trainer's `compute_loss` gives."
     )
 
+    optimizer_help: ClassVar[str | None] = None
+
     def __init__(self, *args: Any, **settings: Any) -> None:
         loss = settings.pop("loss", None) if self.kind.needs_loss else None
         if loss is not None:

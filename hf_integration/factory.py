@@ -78,9 +78,7 @@ class OptimizerFactory:
         optimizer = create_optimizer(model, **arguments)
         if flags is not None:
             check_adam_flags(flags, optimizer)
-        trainer = current_trainer()
-        if trainer is not None and needs_curvature(optimizer):
-            add_curvature_callback(trainer)
+        _measure_curvature(optimizer)
         return optimizer
 
 
@@ -91,6 +89,7 @@ def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **
 
     The model must be placed already, and the Trainer takes no finished optimizer under FSDP or with `model_init`:
     `OptimizerFactory` and `attach` work there, too. The Trainer's `--learning_rate` and `--weight_decay` are not used.
+    What a rule needs beside gradients is measured as under `attach`.
 
     Unlike `build_optimizer`'s, its `load_state_dict` also takes an `optimizer.pt` of the Trainer's or torch's AdamW:
     AdamW's moments are kept where AdamW still owns the parameter.
@@ -106,4 +105,12 @@ def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **
     """
     optimizer = build_optimizer(model, name, lr=lr, **settings)
     accept_adamw(optimizer, model)
+    optimizer.register_state_dict_pre_hook(_measure_curvature)  # accelerate reads the state as it prepares an optimizer
     return optimizer
+
+
+def _measure_curvature(optimizer: Any) -> None:
+    """Have the trainer whose event is under way, if there is one, measure the curvature that an optimizer needs."""
+    trainer = current_trainer()
+    if trainer is not None and needs_curvature(optimizer):
+        add_curvature_callback(trainer)

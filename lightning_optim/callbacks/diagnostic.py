@@ -32,13 +32,17 @@ class Diagnostic(Callback, StepListener):
     """Base of all diagnostic callbacks; their arguments are those of the probe.
 
     Scalars go to every logger of the trainer, pictures and tables to TensorBoard (pictures also to loggers with
-    `log_image`), arrays into `diagnostics/` beside the log. The callback measures the module's first optimizer. An
-    exception in a measurement, or in what writes it, is one warning: measuring stops and training continues.
+    `log_image`), arrays into `diagnostics/` beside the log. An exception in a measurement, or in what writes it, is one
+    warning: measuring stops and training continues.
+
+    A callback watches one optimizer of the module, the first if `optimizer` names no other; add one callback for each
+    that is to be watched. The tags of others than the first begin with `optimizer_1/` and so on.
     """
 
     kind: ClassVar[type[Probe]]
     loss_type: ClassVar[Any] = Callable[[LightningModule, Any], Tensor] | None
     loss_help: ClassVar[str] = "of (module, batch), where it is not what `training_step` returns: manual optimization."
+    optimizer_help: ClassVar[str | None] = "index of the optimizer, where a module has several."
     loss: Callable[[LightningModule, Any], Tensor] | None = None
     """The loss of a batch, in place of what `training_step` returns. A subclass may have it as a method."""
 
@@ -46,20 +50,31 @@ class Diagnostic(Callback, StepListener):
         loss = settings.pop("loss", None) if self.kind.needs_loss else None
         if loss is not None:
             self.loss = loss
+        self._index = settings.pop("optimizer", 0)
         self.probe = self.kind(*args, **settings)
         self.probe.title = type(self).__name__
+        self.probe.prefix = f"optimizer_{self._index}/" if self._index else ""
         self._folder: Path | None = None
         self._charts: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the probe."""
+        """Start the probe.
+
+        Raises:
+            ValueError: the module has no optimizer of that index.
+        """
         if not trainer.optimizers:
             return
+        if not 0 <= self._index < len(trainer.optimizers):
+            raise ValueError(
+                f"{type(self).__name__}(optimizer={self._index}): the module has {len(trainer.optimizers)} "
+                "optimizer(s), and the first is 0"
+            )
         wrapper = trainer.strategy.model
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective call
         context = TrainingContext(
             model=pl_module,
-            optimizer=unwrap_optimizer(trainer.optimizers[0]),
+            optimizer=unwrap_optimizer(trainer.optimizers[self._index]),
             loss=self._loss_of(pl_module),
             clip=_clip(trainer),
             loss_scale=loss_scale(trainer),
@@ -101,7 +116,9 @@ class Diagnostic(Callback, StepListener):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Tell the probe that the optimizer steps next."""
-        self.probe.before_optimizer_step()
+        context = self.probe.context
+        if context is not None and unwrap_optimizer(optimizer) is context.optimizer:
+            self.probe.before_optimizer_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -113,7 +130,7 @@ class Diagnostic(Callback, StepListener):
 
     def _log(self, trainer: Trainer, report: Report, step: int) -> None:
         scalars, charts = report.finite(), self.probe.layout()
-        layout = None
+        layout, name = None, f"{self.probe.prefix}{self.probe.name}"
         if charts != self._charts:  # the dashboard gets a chart as soon as there is something to show in it
             others = [c.probe for c in trainer.callbacks if isinstance(c, Diagnostic)]  # pyright: ignore[reportAttributeAccessIssue]
             self._charts, layout = charts, tensorboard.layout_of(others)
@@ -123,14 +140,14 @@ class Diagnostic(Callback, StepListener):
             if isinstance(logger, TensorBoardLogger):
                 if layout:
                     logger.experiment.add_custom_scalars(layout)
-                tensorboard.write(report, logger.experiment, step, folder, self.probe.name)
+                tensorboard.write(report, logger.experiment, step, folder, name)
             else:
-                tensorboard.write(report, None, step, folder, self.probe.name)
+                tensorboard.write(report, None, step, folder, name)
                 if hasattr(logger, "log_image"):
                     for tag, picture in report.images.items():
                         logger.log_image(tag, [picture], step=step)  # pyright: ignore[reportAttributeAccessIssue]
         if not trainer.loggers:
-            tensorboard.write(report, None, step, self._folder, self.probe.name)
+            tensorboard.write(report, None, step, self._folder, name)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the probe."""
@@ -142,6 +159,11 @@ class Diagnostic(Callback, StepListener):
         self.probe.on_exception(exception)
         self.probe.stop()
         unwatch_steps(trainer, self)
+
+    @property
+    def state_key(self) -> str:
+        """Name of the state in checkpoints: one for each optimizer."""
+        return self._generate_state_key(optimizer=self._index) if self._index else super().state_key
 
     def state_dict(self) -> dict[str, Any]:
         """State of the probe, from which a resumed run continues.

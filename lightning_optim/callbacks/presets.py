@@ -7,7 +7,7 @@ from lightning_optim.callbacks.probes import CALLBACKS
 from lightning_optim.diagnostics.probes.registry import callbacks_of
 
 
-def diagnostics(preset: str, steps: int | None = None) -> list[Diagnostic]:
+def diagnostics(preset: str, steps: int | None = None, *, optimizer: int = 0) -> list[Diagnostic]:
     """The callbacks of a preset.
 
     `Trainer(callbacks=diagnostics("cheap"))` measures the sizes of gradients and updates, and memory (at most 1 % of
@@ -17,6 +17,7 @@ def diagnostics(preset: str, steps: int | None = None) -> list[Diagnostic]:
     Args:
         preset: `"cheap"`, `"matrix"` or `"curvature"`.
         steps: optimizer steps of the run; in a short one the rare measurements come more often.
+        optimizer: index of the optimizer that is watched, where a module has several.
 
     Returns:
         New callbacks.
@@ -24,4 +25,4 @@ def diagnostics(preset: str, steps: int | None = None) -> list[Diagnostic]:
     Raises:
         ValueError: an unknown preset.
     """
-    return callbacks_of(preset, CALLBACKS, steps)
+    return callbacks_of(preset, CALLBACKS, steps, optimizer=optimizer)

@@ -32,6 +32,7 @@ class GradientNoiseScale(Diagnostic):
         max_overhead: share of training time above which the interval doubles.
         beta: of the averages over measurements.
         detail: whether every measure is also a scalar, not only those of the charts.
+        optimizer: index of the optimizer, where a module has several.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class GradientNoiseScale(Diagnostic):
         max_overhead: float = 0.01,
         beta: float = 0.9,
         detail: bool = False,
+        *,
+        optimizer: int = 0,
     ) -> None: ...
 
 class GradientRank(Diagnostic):
@@ -66,6 +69,7 @@ class GradientRank(Diagnostic):
         ranks: of the energies.
         limit: longest small side of which the whole spectrum is computed.
         detail: whether every measure is also a scalar, not only those of the charts.
+        optimizer: index of the optimizer, where a module has several.
     """
 
     def __init__(
@@ -76,6 +80,8 @@ class GradientRank(Diagnostic):
         ranks: collections.abc.Sequence[int] = (8, 32, 128),
         limit: int = 2048,
         detail: bool = False,
+        *,
+        optimizer: int = 0,
     ) -> None: ...
 
 class HessianBlocks(Diagnostic):
@@ -114,6 +120,7 @@ class HessianBlocks(Diagnostic):
         method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
         detail: whether every measure is also a scalar, not only those of the charts.
         loss: of (module, batch), where it is not what `training_step` returns: manual optimization.
+        optimizer: index of the optimizer, where a module has several.
     """
 
     def __init__(
@@ -132,6 +139,7 @@ class HessianBlocks(Diagnostic):
         *,
         loss: collections.abc.Callable[[lightning.pytorch.core.module.LightningModule, typing.Any], torch.Tensor]
         | None = None,
+        optimizer: int = 0,
     ) -> None: ...
 
 class MemoryLogger(Diagnostic):
@@ -155,6 +163,7 @@ class MemoryLogger(Diagnostic):
             counter; such a step is about 15 % slower.
         snapshot: file for the allocator's history when training runs out of memory (CUDA).
         detail: whether every measure is also a scalar, not only those of the charts.
+        optimizer: index of the optimizer, where a module has several.
     """
 
     def __init__(
@@ -165,6 +174,8 @@ class MemoryLogger(Diagnostic):
         temporary: bool = True,
         snapshot: pathlib.Path | str | None = None,
         detail: bool = False,
+        *,
+        optimizer: int = 0,
     ) -> None: ...
 
 class OptimizerHealth(Diagnostic):
@@ -186,6 +197,7 @@ class OptimizerHealth(Diagnostic):
         max_overhead: share of training time above which the interval doubles.
         image_every: measurements between pictures; early ones come with the 2nd, 4th, 8th ... measurement.
         detail: whether every measure is also a scalar, not only those of the charts.
+        optimizer: index of the optimizer, where a module has several.
     """
 
     def __init__(
@@ -194,6 +206,8 @@ class OptimizerHealth(Diagnostic):
         max_overhead: float = 0.01,
         image_every: int = 10,
         detail: bool = False,
+        *,
+        optimizer: int = 0,
     ) -> None: ...
 
 class PreconditionerRefresh(Diagnostic):
@@ -213,6 +227,7 @@ class PreconditionerRefresh(Diagnostic):
         every: steps between measurements.
         max_overhead: share of training time above which the interval doubles.
         detail: whether every measure is also a scalar, not only those of the charts.
+        optimizer: index of the optimizer, where a module has several.
     """
 
     def __init__(
@@ -222,4 +237,6 @@ class PreconditionerRefresh(Diagnostic):
         every: int = 25,
         max_overhead: float = 0.01,
         detail: bool = False,
+        *,
+        optimizer: int = 0,
     ) -> None: ...

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from lightning_optim.core.parallel import collectives
+from lightning_optim.core.step.line_search import LossOracle
 from lightning_optim.curvature.labels import Labels
 from lightning_optim.curvature.measurement import LossMeasurement
 from lightning_optim.diagnostics.batches import RecordedBatch
@@ -93,3 +95,41 @@ def validate_losses(measured: float, trained: float, dtypes: set[torch.dtype]) -
             "something changes it beside weights, buffers, counters and the random numbers of torch, NumPy and Python. "
             "Use a rule that does not search then"
         )
+
+
+@torch.no_grad()
+def validate_search(oracle: LossOracle, params: Sequence[Tensor]) -> bool:
+    """Check that a loss changes along its own gradient, which that of a policy gradient on policy does not.
+
+    Args:
+        oracle: gives the loss.
+        params: parameters of rules that search; they are restored.
+
+    Returns:
+        False if the gradient is zero, so that nothing can be told yet.
+
+    Raises:
+        ValueError: the gradient is not zero, and the loss is the same at other weights.
+    """
+    eps = max(torch.finfo(p.dtype).eps for p in params)
+    value, gradient = oracle.gradient(params)
+    slope = sum(float(g.double().square().sum()) for g in gradient)
+    weight = sum(float(p.double().square().sum()) for p in params)
+    if not 0 < slope < math.inf:
+        return False
+    rate = (eps * weight / slope) ** 0.5
+    before = [p.clone() for p in params]
+    try:
+        for p, g in zip(params, gradient, strict=True):
+            p.sub_(g.to(p.dtype), alpha=rate)
+        change = oracle.gradient(params)[0] - value
+    finally:
+        for p, x in zip(params, before, strict=True):
+            p.copy_(x)
+    if rate * slope > 10 * eps * abs(value) and abs(change) < 1e-3 * rate * slope:
+        raise ValueError(
+            f"a search needs a loss that changes with the weights, and this one is {value:.6g} at all of them, though "
+            "its gradient is not zero, as that of a policy gradient on policy is; nothing was updated. Use a rule that "
+            "follows gradients, such as muon or soap, or train on each batch more than once (TRL: num_iterations=2)"
+        )
+    return True

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_optim.core.optimizer import RuleOptimizer
 from lightning_optim.core.parallel import collectives, sharding
 from lightning_optim.core.step.curvature_input import Estimate
-from lightning_optim.curvature.comparison import LossComparison
+from lightning_optim.curvature.comparison import LossComparison, validate_search
 from lightning_optim.curvature.kfac_factors import KFACFactors
 from lightning_optim.curvature.labels import LOSSES_WITH_LABELS, Labels
 from lightning_optim.curvature.loss_oracle import BatchLossOracle
@@ -62,7 +62,8 @@ class CurvatureEstimator:
             or predictions, for models with kernels that have no second derivative; or `"auto"`, the default: exact
             until a kernel turns out to have none, and differences from then on, with one warning.
         weight: weight of a batch in the mean over micro-batches and ranks; by default the number of its labels.
-        compare: whether the loss is compared, in the first step, with what `report_losses` is told.
+        compare: whether the loss is compared, in the first step, with what `report_losses` is told, and with itself at
+            other weights, if a rule searches.
         repeats: whether the optimizer may take several steps with the same batch.
         loss_scale: the present factor of mixed precision; None without.
         rank: rank of this process among those that train together.
@@ -99,6 +100,8 @@ class CurvatureEstimator:
         self._is_measured = False
         """True once the recorded batches have been measured, until the next one is recorded."""
         self._comparison = LossComparison(self.measurement) if compare else None
+        self._can_search = not compare
+        """True once the loss has turned out to change with the weights."""
         check_params(model, optimizer)
         self._factors = KFACFactors(model, optimizer)
         optimizer.has_curvature, optimizer.estimator = True, self
@@ -176,9 +179,11 @@ class CurvatureEstimator:
         if self._comparison is not None and batches:
             self._comparison.compare()
             self._comparison = None
-        if due.pop("loss", None):
+        if searching := due.pop("loss", None):
             rows = [first_rows(batch, self.share or SHARE["loss"]) for batch in batches]
-            self.optimizer.loss_oracle = BatchLossOracle(self.measurement, rows)
+            oracle = self.optimizer.loss_oracle = BatchLossOracle(self.measurement, rows)
+            if not self._can_search:
+                self._can_search = validate_search(oracle, searching)
             if not due:
                 return {}
         metrics: dict[str, float] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Collection
 from typing import Any
@@ -86,6 +87,8 @@ class KFACFactors:
         self.seconds = 0.0
         """Time spent in hooks since it was last reset."""
         self.layers = _layers_with_factors(model, optimizer)
+        if self.layers and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # graphs that were compiled before do not call the hooks
         self._hooks = [
             x.module.register_forward_hook(functools.partial(self._after_forward, x), with_kwargs=True)
             for x in self.layers
@@ -131,8 +134,8 @@ class KFACFactors:
             raise RuntimeError(
                 "the curvature estimator saw no pass through the layers it measures, though they have gradients; "
                 "nothing was updated. Call them as modules, not by their weights, between record_batch(batch) and "
-                "estimate(). A compiled model calls no hooks of its layers: train without torch.compile "
-                "(--torch_compile), or with a rule that needs no factors of layers, such as soap"
+                "estimate(). A model that was compiled before calls no hooks: train without torch.compile, or with a "
+                "rule that needs no factors of layers, such as soap"
             )
         for x, _ in used:
             x.allocate()
@@ -147,6 +150,7 @@ class KFACFactors:
         for hook in self._hooks:
             hook.remove()
 
+    @torch.compiler.disable
     def _after_forward(self, layer: LayerFactors, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         """Pair the gradient of a layer's output with the inputs that it belongs to.
 

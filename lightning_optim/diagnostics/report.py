@@ -49,6 +49,20 @@ class Report:
         np.savez_compressed(path, **cast("Any", plain))
         return path
 
+    def under(self, prefix: str) -> Report:
+        """The same report with other tags; the arrays keep their names within their file.
+
+        Args:
+            prefix: of every tag.
+
+        Returns:
+            A report.
+        """
+        scalars, images, texts = (
+            {f"{prefix}{tag}": x for tag, x in some.items()} for some in (self.scalars, self.images, self.texts)
+        )
+        return Report(scalars, images, texts, self.arrays)
+
     def finite(self) -> dict[str, float]:
         """Scalars without those that could not be measured: they are absent, never zero.
 

@@ -39,6 +39,7 @@ from lightning_optim.diagnostics import memory as memory_of
 from lightning_optim.diagnostics.probes import curvature, health, noise, refresh, registry, stubs
 from lightning_optim.diagnostics.report import OverheadBudget
 from tests.diagnostics.test_diagnostics import Detached, Once
+from tests.helpers.lightning_cells import WAYS
 from tests.helpers.paths import ROOT
 from tests.hf_integration.test_trainer import CONTEXT, VOCABULARY, arguments, llama, one_thread, trainer_of  # noqa: F401
 from tests.test_lightning import assert_same, trainer, weights
@@ -602,6 +603,23 @@ def test_manual_optimization_needs_a_loss(tmp_path: Path) -> None:
     assert of(scalars(tmp_path / "b"), "hessian/trace")
 
 
+def test_each_of_several_optimizers_is_watched(tmp_path: Path) -> None:
+    watching = [*diagnostics("cheap", 10), *diagnostics("cheap", 10, optimizer=1)]
+    assert len({c.state_key for c in watching}) == 4  # each saves a state of its own
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    WAYS["GAN"](tmp_path, "muon", watching, logger=logger)
+    actual, shown = scalars(tmp_path), charts_of(tmp_path)
+    names = {f"{prefix}{name}" for prefix in ("", "optimizer_1/") for name in ("health", "memory", "diagnostics")}
+    assert set(shown) == names
+    for category in shown.values():
+        for title, patterns in category.items():
+            assert any(re.fullmatch(p, tag) for p in patterns for tag in actual), title
+    rates = [actual[f"{prefix}health/effective_lr"][-1] for prefix in ("", "optimizer_1/")]
+    assert rates[1] > 10 * rates[0]  # 1e-2 and 1e-4
+    with pytest.raises(ValueError, match=r"OptimizerHealth\(optimizer=2\): the module has 2 optimizer"):
+        WAYS["GAN"](tmp_path, "muon", diagnostics("cheap", 10, optimizer=2))
+
+
 def test_a_policy_is_refused_and_outlives_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="psgd_kron: .*cannot decide"):
         fit(tmp_path / "a", Module("psgd_kron"), PreconditionerRefresh("staggered:3", {4: "lazy:10"}), steps=2)
@@ -639,9 +657,11 @@ def test_callbacks_have_the_signatures_and_docstrings_of_their_probes(framework:
         callback = getattr(framework, entry.callback)
         assert entry.callback in framework.__all__ and callback.kind is entry.probe
         parameters, expected = inspect.signature(callback).parameters, inspect.signature(entry.probe).parameters
-        assert set(parameters) - set(expected) == ({"loss"} if entry.probe.needs_loss else set())
+        more = {"loss"} if entry.probe.needs_loss else set()
+        more |= {"optimizer"} if framework is callbacks else set()
+        assert set(parameters) - set(expected) == more
         assert list(inspect.signature(callback.__init__).parameters)[1:] == list(parameters)
-        assert {k: p.default for k, p in parameters.items() if k != "loss"} == {
+        assert {k: p.default for k, p in parameters.items() if k not in more} == {
             k: p.default for k, p in expected.items()
         }
         assert not any(isinstance(p.annotation, str) for p in parameters.values())

@@ -35,7 +35,6 @@ REINFORCED = ("RLOOTrainer", "GRPOTrainer")
 """Trainers whose batches are drawn from the model, so that only the loss of one batch can fall."""
 NO_LABELS = "the loss calls none of torch's .* use one of these .*, or lbfgs"
 REFUSED = {
-    ("torch_compile", "kfac"): "saw no pass through the layers .* torch.compile",
     **{
         (name, "hessian_free"): NO_LABELS
         for name in (*REINFORCED, "label smoothing", "SentenceTransformerTrainer", "SFTTrainer", "DPOTrainer",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_optim.curvature.comparison import LossComparison, validate_losses
+from lightning_optim.curvature.comparison import LossComparison, validate_losses, validate_search
+from lightning_optim.curvature.loss_oracle import BatchLossOracle
 from lightning_optim.curvature.measurement import LossMeasurement
 from lightning_optim.diagnostics.batches import RecordedBatch
 from lightning_optim.diagnostics.undisturbed import RandomState
@@ -68,3 +69,28 @@ def test_of_several_backward_passes_one_or_their_sum_is_compared() -> None:
     comparison.report([1.0, 2.0])
     with pytest.raises(ValueError, match="it is 4, and the trainer's is 3"):
         comparison.compare()
+
+
+def oracle(model: nn.Module, loss: Any) -> BatchLossOracle:
+    settings: dict[str, Any] = dict(method="auto", weight=lambda batch: 1.0, loss_scale=lambda: None, group=None)
+    return BatchLossOracle(LossMeasurement(model, loss, **settings), [RecordedBatch(None, RandomState(model))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_search_is_refused_where_the_loss_is_the_same_at_all_weights(dtype: torch.dtype) -> None:
+    """As that of a policy gradient on policy; only its gradient tells weights apart."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4).to(dtype)
+    params, x, reward = list(model.parameters()), torch.randn(8, 6, dtype=dtype), torch.randn(8)
+    before = [p.detach().clone() for p in params]
+
+    def policy(_: Any, *, on_policy: bool) -> Tensor:
+        chosen = model(x).float().log_softmax(1)[:, 0]
+        return -(reward * (chosen - (chosen.detach() if on_policy else 0)).exp()).mean()
+
+    with pytest.raises(ValueError, match=r"changes with the weights, and this one is .* such as muon .*num_iterations"):
+        validate_search(oracle(model, lambda _: policy(_, on_policy=True)), params)
+    assert validate_search(oracle(model, lambda _: policy(_, on_policy=False)), params)
+    assert not validate_search(oracle(model, lambda _: 0 * policy(_, on_policy=True)), params)  # nothing can be told
+    assert validate_search(oracle(model, lambda _: 1e6 + policy(_, on_policy=False).mul(1e-3)), params)  # too small
+    assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))

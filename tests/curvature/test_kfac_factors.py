@@ -209,6 +209,18 @@ def test_modes_and_keywords_change_nothing() -> None:
     assert_alike(factors(Layers(), [data()]), factors(model, [data()]))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's, as it compiles
+@pytest.mark.parametrize("is_compiled_before", [False, True])
+def test_a_compiled_model_calls_the_hooks(is_compiled_before: bool) -> None:
+    plain, model = Layers(), Layers()
+    model.compile(backend="aot_eager")
+    if is_compiled_before:
+        model.loss(data()).backward()
+        model.zero_grad()
+    assert_alike(factors(plain, [data(), data(3)]), factors(model, [data(), data(3)]))
+
+
 def test_layers_that_are_not_called_are_an_error() -> None:
     layer = nn.Linear(3, 2)
     estimator = CurvatureEstimator(layer, KFAC(layer.named_parameters()), lambda batch: layer(batch).sum())

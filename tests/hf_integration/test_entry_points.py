@@ -270,6 +270,17 @@ def test_target_modules_and_rates_by_name_are_followed(tmp_path: Path):
             trainer.create_optimizer()
 
 
+def test_a_finished_optimizer_is_measured_for(tmp_path: Path):
+    losses = []
+    for attached in (True, False):
+        model = llama()
+        given: Any = {} if attached else {"optimizers": (create_optimizer(model, "sophia_h", lr=0.1), None)}
+        trainer = Trainer(model, stock(tmp_path, max_steps=3), train_dataset=Tokens(), **given)
+        (attach(trainer, "sophia_h", lr=0.1, weight_decay=0.0) if attached else trainer).train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == losses[1]
+
+
 def test_a_command_s_processes_take_our_names(tmp_path: Path):
     script = tmp_path / "stock.py"
     script.write_text(

@@ -127,7 +127,7 @@ class Probe(FailureContainment, ReportPresentation):
                 self.complete(self.context, report)
                 self.present(report)
             self._adapt_interval(report)
-        return report
+        return report.under(self.prefix)
 
     def state_dict(self) -> dict[str, Any]:
         """State from which a resumed run continues.

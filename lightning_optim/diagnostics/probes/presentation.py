@@ -33,6 +33,8 @@ class ReportPresentation:
 
     def __init__(self, detail: bool = False) -> None:
         self.detail, self.picture_every = detail, 1
+        self.prefix = ""
+        """Of all tags that are logged, where a run has several optimizers."""
         self.filled_charts: set[str] = set()
         """Titles of the charts that have something to show."""
         self._curves: dict[str, CurveHistory] = {}

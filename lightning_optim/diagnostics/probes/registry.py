@@ -93,6 +93,8 @@ class CallbackBase(Protocol):
     """Type of the argument `loss` of callbacks whose probe needs a loss."""
     loss_help: ClassVar[str]
     """Its line in their docstring."""
+    optimizer_help: ClassVar[str | None]
+    """The line of the argument `optimizer` in the docstring; None without one."""
 
 
 Base = TypeVar("Base", bound=CallbackBase)
@@ -122,6 +124,8 @@ def _callback_class(base: type[Base], module: str, entry: ProbeEntry) -> type[Ba
     doc = inspect.cleandoc(entry.probe.__doc__ or "")
     if entry.probe.needs_loss:
         doc += f"\n    loss: {base.loss_help}"
+    if base.optimizer_help:
+        doc += f"\n    optimizer: {base.optimizer_help}"
     body = {"kind": entry.probe, "__init__": __init__, "__doc__": doc, "__module__": module, "__signature__": call}
     return cast("type[Base]", type(entry.callback, (base,), body))
 
@@ -134,25 +138,27 @@ def callback_signature(base: type[CallbackBase], probe: type[Probe]) -> inspect.
         probe: class of the probe.
 
     Returns:
-        The probe's arguments with their types, and `loss` where the probe needs a loss.
+        The probe's arguments with their types, `loss` where the probe needs a loss, and `optimizer`.
     """
     call = inspect.signature(probe, eval_str=True)
-    if not probe.needs_loss:
-        return call
-    loss = inspect.Parameter("loss", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=base.loss_type)
-    return call.replace(parameters=[*call.parameters.values(), loss])
+    more = [("loss", None, base.loss_type)] if probe.needs_loss else []
+    more += [("optimizer", 0, int)] if base.optimizer_help else []
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(name, keyword, default=default, annotation=kind) for name, default, kind in more]
+    return call.replace(parameters=[*call.parameters.values(), *added])
 
 
-def callbacks_of(preset: str, classes: dict[str, type[Base]], steps: int | None) -> list[Base]:
+def callbacks_of(preset: str, classes: dict[str, type[Base]], steps: int | None, **settings: Any) -> list[Base]:
     """The callbacks of a preset, with the preset's settings.
 
     Args:
         preset: see `members`.
         classes: from `callback_classes`.
         steps: see `preset_settings`.
+        **settings: further arguments of every callback.
 
     Returns:
         New callbacks.
     """
     make: dict[str, Callable[..., Base]] = dict(classes)
-    return [make[entry.callback](**preset_settings(entry, steps)) for entry in members(preset)]
+    return [make[entry.callback](**preset_settings(entry, steps), **settings) for entry in members(preset)]

@@ -19,11 +19,12 @@ def layout_of(probes: Sequence[Probe]) -> dict[str, dict[str, list[Any]]]:
     Returns:
         What `SummaryWriter.add_custom_scalars` takes.
     """
-    charts = {p.name: p.layout() for p in probes if p.layout()}
-    charts["diagnostics"] = {"share of training time, by callback": ["diagnostics/share/.*"]}
+    charts = [(p.prefix, p.name, p.layout()) for p in probes if p.layout()]
+    share = {"share of training time, by callback": ["diagnostics/share/.*"]}
+    charts += [(prefix, "diagnostics", share) for prefix in sorted({p.prefix for p in probes})]
     return {
-        name: {title: ["Multiline", list(tags)] for title, tags in of_probe.items()}
-        for name, of_probe in charts.items()
+        f"{prefix}{name}": {title: ["Multiline", [f"{prefix}{x}" for x in tags]] for title, tags in of_probe.items()}
+        for prefix, name, of_probe in charts
     }
 
 
