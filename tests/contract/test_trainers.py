@@ -129,7 +129,9 @@ def test_the_trainers_loss_falls_or_is_refused_before_training(tmp_path: Path, n
     falls = Falls()
     callbacks = hf_integration.diagnostics(column, steps=4 * STEPS) if column in PRESETS else []
     trainer = falls.trainer = make(name, tmp_path, *callbacks)
-    hf_integration.attach(trainer, rule, lr=RULES[rule])
+    # full steps without a line search may leave the region where the ratio of policies is clipped
+    search = {"line_search_fn": "strong_wolfe"} if rule == "lbfgs" and name in REINFORCED else {}
+    hf_integration.attach(trainer, rule, lr=RULES[rule], **search)
     trainer.add_callback(falls)
     before = weights(trainer)
     if (name, column) in REFUSED:
@@ -147,6 +149,17 @@ def test_the_trainers_loss_falls_or_is_refused_before_training(tmp_path: Path, n
         assert sum(falls.after) < sum(falls.before)
     else:
         assert falls.after[-1] < falls.before[0]
+
+
+@pytest.mark.slow
+def test_a_search_is_refused_on_policy(tmp_path: Path) -> None:
+    """Where GRPO trains on each batch once, the ratio of policies is always 1."""
+    trainer = TRANSFORMERS["GRPOTrainer"](tmp_path, [])
+    trainer.num_iterations = trainer.args.num_iterations = 1
+    before = weights(hf_integration.attach(trainer, "lbfgs"))
+    with pytest.raises(ValueError, match=r"a search needs a loss that changes with the weights.*num_iterations=2"):
+        trainer.train()
+    assert all(torch.equal(x, before[k]) for k, x in weights(trainer).items())
 
 
 class Compared(TrainerCallback):
