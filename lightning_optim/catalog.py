@@ -25,7 +25,7 @@ FAMILIES = {
     "sign": "steps of equal size in every element; half of AdamW's state or none",
     "low-rank": "state in a projection of the gradient, for full-parameter training in little memory",
     "structured-fisher": "preconditioners of rows and columns: fewer steps, more state and time per step",
-    "orthogonalized": "steps whose singular values are equal, for hidden matrices: fewer steps, little state",
+    "orthogonalized": "steps of equal singular values, for hidden matrices: fewer steps than AdamW",
     "curvature": "the Hessian, the Gauss-Newton matrix or a line search, beside gradients",
 }
 """Family of a rule to what it is for."""

@@ -1,4 +1,4 @@
-"""Generated documentation: the README's table and the type stubs. `python -m lightning_optim.docs` rewrites both."""
+"""Generated documentation, rewritten by `python -m lightning_optim.docs`: the tables of the guide and the stubs."""
 
 from __future__ import annotations
 
@@ -12,34 +12,59 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from lightning_optim.catalog import documentation, kind, state_bytes, state_formula, summary
-from lightning_optim.core.options import ARGUMENT_TYPES, OPTIONS
+from lightning_optim.catalog import (
+    FAMILIES,
+    attribute_docstrings,
+    documentation,
+    kind,
+    state_bytes,
+    state_formula,
+    summary,
+)
+from lightning_optim.core.options import ARGUMENT_TYPES, OPTIONS, Options
 from lightning_optim.core.rule import REGISTRY
 from lightning_optim.core.torch_arguments import GENERIC, torch_arguments
 from lightning_optim.optimizers import CLASSES
 
 PACKAGE = Path(__file__).parent
-BEGIN, END = "<!-- optimizers: generated -->", "<!-- /optimizers -->"
+GUIDE = PACKAGE / "README.md"
+OPTIMIZER_MARKS = "<!-- optimizers: generated -->", "<!-- /optimizers -->"
+OPTION_MARKS = "<!-- options: generated -->", "<!-- /options -->"
 
 
 def table() -> str:
-    """The table of optimizers.
+    """The optimizers, a table per family.
 
     Returns:
         Markdown.
     """
-    rows = []
-    for name, r in sorted(REGISTRY.items()):
-        cells = f"`{name}`", summary(r), kind(r), state_formula(r), f"{state_bytes(r):.2f}", r.source
-        rows.append(f"| {' | '.join(cells)} |")
-    head = "| name | algorithm | works on | state | bytes per weight | source |\n|---|---|---|---|---|---|"
+    parts = []
+    for family, purpose in FAMILIES.items():
+        head = "| name | algorithm | works on | state | bytes per weight | source |\n|---|---|---|---|---|---|"
+        rules = [(name, rule) for name, rule in sorted(REGISTRY.items()) if rule.family == family]
+        rows = [
+            f"| `{name}` | {summary(r)} | {kind(r)} | {state_formula(r)} | {state_bytes(r):.2f} | {r.source} |"
+            for name, r in rules
+        ]
+        parts.append("\n".join([f"**{family}**: {purpose}.\n", head, *rows]))
     normalized = [f"`{name}`" for name, r in sorted(REGISTRY.items()) if r.adamw_settings.get("normalize")]
     note = (
         f'{", ".join(normalized)} divide their direction by its RMS in every step under `lr_convention="adamw"`, the\n'
         "factories' default: the size of the gradient and limiters of growth have no part in it. `native`, and so\n"
         "`recipe=`, is the publication's."
     )
-    return "\n".join([head, *rows, "", note])
+    return "\n\n".join([*parts, note])
+
+
+def options_table() -> str:
+    """The options of every param group.
+
+    Returns:
+        Markdown.
+    """
+    meanings = attribute_docstrings(Options)
+    rows = [f"| `{name}` | `{value!r}` | {meanings[name]} |" for name, value in OPTIONS.items()]
+    return "\n".join(["| option | default | meaning |\n|---|---|---|", *rows])
 
 
 def between(text: str, begin: str, end: str, content: str) -> str:
@@ -51,13 +76,14 @@ def between(text: str, begin: str, end: str, content: str) -> str:
     return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
 
 
-def readme(text: str) -> str:
-    """Put the present table into a README.
+def guide(text: str) -> str:
+    """Put the present tables into a guide.
 
     Returns:
-        The README with everything between the markers replaced.
+        The guide with everything between the markers replaced.
     """
-    return between(text, BEGIN, END, table())
+    text = between(text, *OPTIMIZER_MARKS, f"\n{table()}\n")
+    return between(text, *OPTION_MARKS, options_table())
 
 
 def _docstring(text: str) -> list[str]:
@@ -130,7 +156,7 @@ def stub() -> str:
 
 
 def main() -> None:
-    """Rewrite the README's table and the stubs, or with `--check` only say whether they are up to date.
+    """Rewrite the guide's tables and the stubs, or with `--check` only say whether they are up to date.
 
     Raises:
         SystemExit: something is out of date.
@@ -139,9 +165,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, fail if something is out of date")
     check = parser.parse_args().check
     files = {PACKAGE / "optimizers.pyi": stub()}
-    page = PACKAGE.parent / "README.md"
-    if page.exists():
-        files[page] = readme(page.read_text())
+    if GUIDE.exists():
+        files[GUIDE] = guide(GUIDE.read_text(encoding="utf-8"))
     stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
     if check and stale:
         raise SystemExit(f"out of date: {', '.join(p.name for p in stale)}; run python -m lightning_optim.docs")

@@ -132,6 +132,7 @@ def _show_rule(rule: type[Rule]) -> None:
     bytes_per_weight = catalog.state_bytes(rule)
     print(f"\nState\n  {catalog.state_formula(rule)} elements per m x n matrix;", end=" ")
     print(f"{bytes_per_weight:.2f} bytes per weight of a 1024 x 1024 one; works on {catalog.kind(rule)}")
+    print("  (s and l are the shorter and the longer side, r the rank)")
     _show_rest(rule.name, rule.source, usage(rule))
     if names := [key for key, recipe in (RECIPES | PRESETS).items() if recipe.rule == rule.name]:
         print(f"\nRecipes and presets\n  {', '.join(names)}")

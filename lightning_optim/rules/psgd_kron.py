@@ -127,7 +127,7 @@ class PSGDKron(MomentumRule):
 
 
 def _scaled(m: Tensor, s: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """M, L and R divided by powers of two, and the factor k of L^T L M R^T R, which may overflow by itself.
+    """Scale what may overflow: L M R^T is sqrt(k c) of its scaled one, L^-T Z R^-1 sqrt(c / k), with c the size of M.
 
     L M R^T is sqrt(k c) of its scaled one, with c the size of M, and L^-T Z R^-1 sqrt(c / k): their ratio is k.
 

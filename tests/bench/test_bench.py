@@ -761,9 +761,10 @@ def test_a_readme_without_marks_is_refused_before_anything_is_written(tmp_path: 
 
 def test_what_the_repository_says_comes_from_its_trials() -> None:
     folder = ROOT / "examples/benchmark/cpu"
-    ledger, readme = Ledger(folder / "trials.jsonl"), (ROOT / "README.md").read_text()
+    ledger, readme = Ledger(folder / "trials.jsonl"), (ROOT / "lightning_optim/bench/README.md").read_text()
     told = f"{report.MARKS[0]}\n\n{report.summary(ledger)}\n\n{report.MARKS[1]}"
-    again = f"run `python -m lightning_optim bench report --out {folder.relative_to(ROOT)} --readme README.md`"
+    command = f"bench report --out {folder.relative_to(ROOT)} --readme lightning_optim/bench/README.md"
+    again = f"run `python -m lightning_optim {command}`"
     assert told in readme, again
     assert page.markdown(report.build(ledger)) == (folder / "report.md").read_text(), again
     again = "run `python -m lightning_optim.bench.measured`"

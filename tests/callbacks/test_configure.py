@@ -31,9 +31,10 @@ import lightning_optim
 from lightning_optim import RuleOptimizer, ScheduleConfig, TailEMA, build_optimizer
 from lightning_optim.callbacks import HybridOptimizer
 from lightning_optim.lightning import OptimizerConfig
+from tests.helpers import guides
 from tests.helpers.lightning_jobs import SETTINGS, Save
 from tests.helpers.pool import Pool
-from tests.test_lightning import ROOT, Net, Rows, assert_same, of_precision, scalars, trainer, weights
+from tests.test_lightning import Net, Rows, assert_same, of_precision, scalars, trainer, weights
 from tests.test_lightning import pytestmark as lightning_warnings
 
 pytestmark = [
@@ -517,19 +518,19 @@ def test_fabric_trains_clips_and_resumes_bitwise(tmp_path: Path, precision: Any)
     assert_same(weights(model.module), weights(plain))
 
 
-# -- the README -------------------------------------------------------------------------------------------------------
+# -- the guide --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:No seed found", "ignore:The number of training batches"
 )
-def test_the_readme_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guide_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("jsonargparse", reason="LightningCLI needs it")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = guides.read("lightning_optim/README.md")
     section = text[text.index("\n## Lightning\n") : text.index("\n## Plain PyTorch\n")]
     files = ("train.py", "hybrid.py", "cli.py", "fabric.py")
-    for name, code in zip(files, re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL), strict=True):
-        (tmp_path / name).write_text(code)
+    for name, block in zip(files, guides.blocks("lightning_optim/README.md", "python", "Lightning"), strict=True):
+        (tmp_path / name).write_text(block.text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     commands = [shlex.split(line) for line in section.splitlines() if line.startswith("python cli.py")]

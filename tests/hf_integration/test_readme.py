@@ -1,4 +1,4 @@
-"""The README's commands for Transformers, run; and its migration table, every right-hand side of which must build."""
+"""The guide to Transformers: its code runs, and so does every right-hand side of its migration table."""
 
 import re
 import shlex
@@ -16,13 +16,13 @@ from transformers.training_args import OptimizerNames
 from hf_integration import OptimizerFactory, TrainingArguments
 from hf_integration.startup.optimizer_names import MEMBER_PREFIX
 from lightning_optim import RuleOptimizer
+from tests.helpers import guides
 from tests.hf_integration.test_entry_points import STOCK_SCRIPT, others_use_old_names
-from tests.hf_integration.test_trainer import ENVIRONMENT, ROOT, llama, make_model, one_thread, stopped_adamw  # noqa: F401
+from tests.hf_integration.test_trainer import ENVIRONMENT, llama, make_model, one_thread, stopped_adamw  # noqa: F401
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README[README.index("\n## Transformers\n") : README.index("\n## Lightning\n")]
-CODE = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
-TABLE = SECTION[SECTION.index("<!-- migration -->") : SECTION.index("<!-- /migration -->")]
+GUIDE = guides.read("hf_integration/README.md")
+CODE = [block.text for block in guides.blocks("hf_integration/README.md", "python")]
+TABLE = GUIDE[GUIDE.index("<!-- migration -->") : GUIDE.index("<!-- /migration -->")]
 FLAGS = re.findall(r"^\|.*?\| `(--optim [^`]*)` \|", TABLE, flags=re.MULTILINE)
 
 
@@ -46,7 +46,7 @@ def test_the_code_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_script_that_knows_nothing_of_us(tmp_path: Path):
     """`python -m hf_integration SCRIPT`, from a checkpoint of AdamW."""
-    command = next(line for line in SECTION.splitlines() if line.startswith("python -m hf_integration"))
+    command = next(line for line in GUIDE.splitlines() if line.startswith("python -m hf_integration"))
     (tmp_path / "SCRIPT.py").write_text(
         re.sub(r"^    ", "", STOCK_SCRIPT, flags=re.MULTILINE) + '\n\nif __name__ == "__main__":\n    import sys\n\n'
         "    main(*sys.argv[1:])\n"
