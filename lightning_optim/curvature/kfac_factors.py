@@ -89,9 +89,9 @@ class KFACFactors:
         self.layers = _layers_with_factors(model, optimizer)
         if self.layers and "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # graphs that were compiled before do not call the hooks
+        after_forward: Any = self._after_forward  # pyright: ignore[reportAttributeAccessIssue]
         self._hooks = [
-            x.module.register_forward_hook(functools.partial(self._after_forward, x), with_kwargs=True)
-            for x in self.layers
+            x.module.register_forward_hook(functools.partial(after_forward, x), with_kwargs=True) for x in self.layers
         ]
         optimizer.bias_of.update({x.weight: x.bias for x in self.layers if x.bias is not None})
 
