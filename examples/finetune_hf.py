@@ -28,6 +28,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, get_peft_model
 from records import Row, collate, pack, read_records, samples, stream
+from results import Result, comparable, print_comparison, print_next, save
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -39,6 +40,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from hf_integration import (
     Consolidate,
@@ -243,9 +245,22 @@ def shown(preset: str, steps: int) -> list[TrainerCallback]:
     return [] if preset == "off" else [*diagnostics(preset, steps if steps > 0 else None), RoleTable()]
 
 
+def say(trainer: Trainer, phase: str) -> None:
+    """Print what begins, once."""
+    if trainer.is_world_process_zero():
+        print(phase, flush=True)
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Bytes of an optimizer's state on this process."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
+
+
 def main() -> None:
     """Fine-tune, evaluate and save."""
     ours, args = parse()
+    disable_progress_bar()  # of loading and saving; training keeps its own
     torch.set_num_threads(ours.threads or (1 if ours.model == PRETRAINED else torch.get_num_threads()))
     resume = checkpoint(args)
     logs = os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir or ".") / "tensorboard"))
@@ -276,20 +291,38 @@ def main() -> None:
         ],
         optimizer_cls_and_kwargs=args.optimizer_cls_and_kwargs(),
     )
+    tokens = sum(len(row["input_ids"]) for row in train)
+    say(trainer, f"evaluating {ours.model} on {len(evaluation)} rows")
     before = trainer.evaluate()["eval_loss"]
     # Accelerate would take the evaluated model for prepared: DDP would not wrap it, and every rank would train alone.
     trainer.accelerator.free_memory()
     trainer.model._is_accelerate_prepared = False  # pyright: ignore
-    trainer.train(resume)
+    say(trainer, f"fine-tuning on {len(train)} rows of {tokens / len(train):.0f} tokens on average")
+    metrics = trainer.train(resume).metrics
+    say(trainer, "evaluating again")
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         print(f"evaluation before: loss {before:.4f}, perplexity {math.exp(before):.2f}")
         print(f"evaluation after:  loss {after:.4f}, perplexity {math.exp(after):.2f}")
-        print(f"model and tokenizer: {args.output_dir}")
-        if "tensorboard" in (args.report_to or []):
-            print(f"TensorBoard: tensorboard --logdir {logs}")
+        print(f"model and tokenizer: {args.output_dir}; TensorBoard logs: {logs}\n")
+        optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        result = Result(
+            optimizer=args.optim,
+            learning_rate=args.learning_rate,
+            before=before,
+            after=after,
+            seconds=metrics["train_runtime"],
+            tokens_per_second=metrics["train_samples_per_second"] * tokens / len(train),
+            state_bytes=state_bytes(optimizer),
+            weights=sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
+        )
+        folder = Path(args.output_dir or ".")
+        save(result, folder)
+        runs = comparable(result, folder)
+        print_comparison(runs)
+        print_next(runs, folder.parent)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ tokenizer are exported to `OUTPUT_DIR/model` for Transformers' `AutoModelForCaus
 from __future__ import annotations
 
 import argparse
+import logging
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from lightning_optim import configure_optimizers
 from lightning_optim.callbacks import RoleTable, diagnostics
@@ -226,6 +229,9 @@ def export(module: Pretraining, folder: Path) -> None:
 def main() -> None:
     """Train, export and say how it went."""
     args = arguments()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # devices and advertisements
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning's use of torch
+    disable_progress_bar()  # of saving; training keeps its own
     torch.set_num_threads(args.threads)
     output, preset = Path(args.output_dir), PRESETS[args.preset]
     runs = sorted(int(path.name.removeprefix("version_")) for path in output.glob("version_*"))
@@ -287,6 +293,7 @@ def main() -> None:
     print(f"processor time: {time.process_time():.1f} s")
     print(f"TensorBoard: tensorboard --logdir {output}")
     print(f"model and tokenizer, {size:,} weights: {output / 'model'}")
+    print(f"next: python examples/finetune_hf.py --model {output / 'model'} --optim muon --learning_rate 1.28e-2")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 
-def print_table(rows: Sequence[Sequence[str]], heading: Sequence[str] = (), indent: int = 0) -> None:
+def print_table(
+    rows: Sequence[Sequence[str]], heading: Sequence[str] = (), indent: int = 0, *, heading_when_piped: bool = False
+) -> None:
     """Print a table.
 
     Args:
         rows: cells, as many in every row.
-        heading: of the columns, on a terminal only: piped lines are rows and nothing else.
+        heading: of the columns.
         indent: spaces before a plain line.
+        heading_when_piped: whether plain lines begin with the heading; else they are rows and nothing else.
     """
     if not rows:
         return
@@ -28,6 +31,7 @@ def print_table(rows: Sequence[Sequence[str]], heading: Sequence[str] = (), inde
             table.add_row(*map(escape, row))
         Console().print(table)
         return
+    rows = [heading, *rows] if heading_when_piped else rows
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
