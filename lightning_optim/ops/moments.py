@@ -135,7 +135,7 @@ def rank_one(a: Tensor, iterations: int = 5, *, squared: bool = False) -> tuple[
     return torch.cat(parts, -2) if len(parts) > 1 else parts[0], s
 
 
-def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float) -> Tensor:
+def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float, out: Tensor | None = None) -> Tensor:
     """(m / mean) / (sqrt(v) / root + eps), with one temporary.
 
     Args:
@@ -144,11 +144,12 @@ def adam_ratio(m: Tensor, v: Tensor, mean: float, root: float, eps: float) -> Te
         mean: correction of m.
         root: correction of sqrt(v).
         eps: added to the corrected root.
+        out: the temporary, shaped like `m`; made if not given.
 
     Returns:
         The ratio.
     """
-    d = v.sqrt().add_(eps * root)
+    d = torch.sqrt(v, out=out).add_(eps * root)
     if mean is not root:  # not `!=`: in a graph they are tensors
         d.mul_(mean / root)
     return torch.div(m, d, out=d)

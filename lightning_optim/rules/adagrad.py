@@ -41,8 +41,9 @@ class Adagrad(Rule):
         return {"sum": StateSpec("mn", self.initial_accumulator_value, nonnegative=True)}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        d = torch.empty_like(g)  # before anything is written, as all memory
         s.sum.addcmul_(g, g)
-        d = s.sum.sqrt().add_(self.eps)
+        torch.sqrt(s.sum, out=d).add_(self.eps)
         if self.lr_decay:
             d.mul_(1 + (t - 1) * self.lr_decay)
         return torch.div(g, d, out=d)

@@ -72,7 +72,7 @@ class AdamW(MomentumRule):
         return ADAMW_RMS
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        b1, b2 = self.betas
+        d, (b1, b2) = torch.empty_like(g), self.betas  # memory, before anything is written
         m = self.update_ema(s, g, b1, t)
         average_square_(s.exp_avg_sq, g, b2)
         v = s.exp_avg_sq
@@ -80,7 +80,7 @@ class AdamW(MomentumRule):
             v = torch.maximum(s.max_exp_avg_sq, v, out=s.max_exp_avg_sq)
         mean, root = (self.bias_correction(b1, t), (1 - b2**t) ** 0.5) if self.correct_bias else (1.0, 1.0)
         eps = self.eps if self.eps_mode == "corrected" else self.eps / root
-        return adam_ratio(m, v, mean, root, eps)
+        return adam_ratio(m, v, mean, root, eps, d)
 
     def kernel(  # noqa: D102
         self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int

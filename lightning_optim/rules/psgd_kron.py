@@ -127,12 +127,12 @@ class PSGDKron(MomentumRule):
 
 
 def _scaled(m: Tensor, s: SimpleNamespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale what may overflow: L M R^T is sqrt(k c) of its scaled one, L^-T Z R^-1 sqrt(c / k), with c the size of M.
+    """Divide M, L and R by powers of two.
 
-    L M R^T is sqrt(k c) of its scaled one, with c the size of M, and L^-T Z R^-1 sqrt(c / k): their ratio is k.
+    L M R^T is then smaller by sqrt(k c), with c the size of M, and L^-T Z R^-1 by sqrt(c / k): their ratio by k.
 
     Returns:
-        The scaled M, L and R, and k.
+        (M, L, R, the factor k by which L^T L M R^T R is smaller, and which may overflow by itself).
     """
     (x, c), (left, a), (right, b) = ((y / magnitude(y), magnitude(y)) for y in (m, s.left, s.right))
     return x, left, right, c * (a * b) * (a * b)

@@ -57,12 +57,13 @@ class RMSprop(Rule):
         return {key: zeros("mn", nonnegative=key == "square_avg") for key, keep in is_needed.items() if keep}
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
+        d = torch.empty_like(g)  # before anything is written, as all memory
         s.square_avg.mul_(self.alpha).addcmul_(g, g, value=1 - self.alpha)
         if self.centered:
             s.grad_avg.lerp_(g, 1 - self.alpha)
-            d = s.square_avg.addcmul(s.grad_avg, s.grad_avg, value=-1).clamp_(min=0).sqrt_()
+            torch.addcmul(s.square_avg, s.grad_avg, s.grad_avg, value=-1, out=d).clamp_(min=0).sqrt_()
         else:
-            d = s.square_avg.sqrt()
+            torch.sqrt(s.square_avg, out=d)
         d = torch.div(g, d.add_(self.eps), out=d)
         return s.momentum_buffer.mul_(self.momentum).add_(d) if self.momentum else d
 

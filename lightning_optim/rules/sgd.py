@@ -51,9 +51,9 @@ class SGD(Rule):
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
         if not self.momentum:
             return g
-        buffer = s.momentum_buffer
+        buffer, d = s.momentum_buffer, torch.empty_like(g) if self.nesterov else None  # before anything is written
         buffer.mul_(self.momentum).add_(g, alpha=1 - self.dampening if self.dampening and t > 1 else 1)
-        return g.add(buffer, alpha=self.momentum) if self.nesterov else buffer
+        return torch.add(g, buffer, alpha=self.momentum, out=d) if self.nesterov else buffer
 
     def kernel(  # noqa: D102
         self, p: list[Tensor], g: list[Tensor], s: Mapping[str, list[Tensor]], t: int

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_optim.core.rule import MomentumRule, Rule, zeros
@@ -66,4 +67,5 @@ class Signum(MomentumRule, SignSGD):
             raise ValueError(f"signum: momentum must be below 1, got {self.momentum}")
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        return s.vote(self.update_ema(s, g, self.momentum, t))
+        signs = torch.empty_like(g)  # before anything is written, as all memory
+        return s.vote(self.update_ema(s, g, self.momentum, t), out=signs)

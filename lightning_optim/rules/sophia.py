@@ -52,7 +52,8 @@ class SophiaH(MomentumRule):
         return ADAMW_RMS
 
     def update(self, g: Tensor, s: SimpleNamespace, p: Tensor | None, t: int) -> Tensor:  # noqa: D102
-        return (self.update_ema(s, g, self.betas[0], t) / self._scale(s.hessian)).clamp_(-1, 1)
+        scale = self._scale(s.hessian)
+        return torch.div(self.update_ema(s, g, self.betas[0], t), scale, out=scale).clamp_(-1, 1)
 
     def update_curvature(self, estimate: SimpleNamespace, s: SimpleNamespace) -> Mapping[str, Tensor]:  # noqa: D102
         s.hessian.lerp_(self._estimate(estimate).to(s.hessian.dtype), 1 - self.betas[1])

@@ -16,10 +16,9 @@ from lightning_optim import RuleOptimizer
 from lightning_optim.core.rule import REGISTRY
 from tests.helpers import rules
 from tests.helpers.pool import Pool
-from tests.helpers.rules import NAMES, SEARCHING, give, params, refreshing
+from tests.helpers.rules import NAMES, SEARCHING, give, others_slow, params, refreshing
 
-RESTORED = [n for n in (*NAMES, *SEARCHING) if not REGISTRY[n].elementwise and not REGISTRY[n].reduces]
-"""Rules whose units are restored. Others have temporaries of cache blocks on a CPU, and are said to be half-updated."""
+EVERY = [*NAMES, *SEARCHING]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"cautious_decay": 0.1, "constraint": "hyperball"},
@@ -104,17 +103,17 @@ def check(name: str, dtype: torch.dtype, options: dict[str, Any], numbers: Calla
     return len(numbers(count))
 
 
-@pytest.mark.parametrize("name", RESTORED)
+@pytest.mark.parametrize("name", others_slow(EVERY))
 def test_memory_that_runs_out_leaves_every_parameter_whole(name: str) -> None:
-    assert check(name, torch.float32, {}, lambda count: sorted({1 + count * k // 7 for k in range(7)}))
+    assert check(name, torch.float32, {}, lambda count: sorted({1 + count * k // 6 for k in range(6)} | {count}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", RESTORED)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_allocation_fails_in_turn(name: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    check(name, dtype, options, lambda count: list(range(1, count + 1, 1 + count // 150)))
+    check(name, dtype, options, lambda count: [*range(1, count, 1 + count // 150), count])
 
 
 CODED: dict[str, Any] = {"state_storage": "int8", "storage_min": 1, "storage_block": 16}

@@ -152,7 +152,7 @@ def scale_gradient(p: Tensor, factor: Tensor) -> None:
     if isinstance(p.grad, DTensor):
         p.grad.to_local().mul_(factor)
     elif p.grad is not None:
-        p.grad = p.grad * factor
+        p.grad = (p.grad * factor).to(p.grad.dtype)  # of two 0-d tensors, the wider dtype would win
 
 
 def is_replicated(p: Tensor) -> bool:

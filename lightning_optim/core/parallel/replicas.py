@@ -55,15 +55,17 @@ class Replicas:
         dist.all_reduce(out, group=self.group)
         return out.div_(self.size)
 
-    def vote(self, x: Tensor) -> Tensor:
+    def vote(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Majority vote on signs, with one byte of communication per element.
 
         Args:
             x: the tensor whose signs count.
+            out: memory that a process alone would use.
 
         Returns:
             1, 0 or -1 in the dtype of `x`, equal on every rank.
         """
+        del out
         signs = x.sign().to(torch.int8)
         dist.all_reduce(signs, group=self.group)
         return signs.sign_().to(x.dtype)

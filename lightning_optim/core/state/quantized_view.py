@@ -259,6 +259,18 @@ class QuantizedView:
         self.fmt, self.part, self.scale, self.start = fmt, part, scale, start
         self.key, self.device, self.param = key, device, param
 
+    def scales_of(self, part: Tensor, at: int = 0) -> Tensor | None:
+        """The scales of a block.
+
+        Args:
+            part: the block of the stored tensor.
+            at: its first element.
+
+        Returns:
+            A view; None where nothing is quantized.
+        """
+        return scales_at(self.fmt, self.scale, self.start, at, part.numel())
+
     def load(self, part: Tensor, at: int = 0) -> Tensor:
         """The values of a block.
 
@@ -269,7 +281,7 @@ class QuantizedView:
         Returns:
             In the dtype of the arithmetic.
         """
-        scale = scales_at(self.fmt, self.scale, self.start, at, part.numel())
+        scale = self.scales_of(part, at)
         return dequantize(self.fmt, part, scale, self.start + at, self.device)
 
     def store(self, part: Tensor, value: Tensor, index: Callable[[], Tensor], at: int = 0) -> None:
@@ -281,7 +293,7 @@ class QuantizedView:
             index: gives the global indices of its elements.
             at: its first element.
         """
-        scale = scales_at(self.fmt, self.scale, self.start, at, part.numel())
+        scale = self.scales_of(part, at)
         quantize(self.fmt, part, scale, self.start + at, value, index, self.key)
         if self.divided and scale is not None:
             self._keep_divided(part.view(-1), value.reshape(-1), scale, self.start + at)

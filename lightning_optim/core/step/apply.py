@@ -1,19 +1,9 @@
-"""p <- p - lr wd p - lr factor d, with the rounding of narrow weights: the only code that writes a parameter.
-
-A step is taken or it is not. What can be known before the first write of one is checked there (`core.step.preflight`)
-and refuses the whole step. Later, memory may run out, or a collective call may fail. The parameters of a unit of work
-(a stack of matrices, an exchange) are then restored and not counted, all others take the step, and an error names those
-that did not: the result is that of a step in which they had no gradient (`Transaction`).
-
-Rules that work elementwise, or reduce, on whole tensors are not restored: copies of their state would take as long as
-the step itself (lion's takes 1.2 to 2.2 times as long with them). Their temporaries are as large as a cache block on a
-CPU, and fused kernels have none.
-"""
+"""p <- p - lr wd p - lr factor d, with the rounding of narrow weights: the only code that writes a parameter."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,7 +15,8 @@ from lightning_optim.core.state.formats import COMPENSATION
 from lightning_optim.core.state.quantized_view import ElementIndex, no_index
 from lightning_optim.core.step import constraints
 from lightning_optim.core.step.constraints import Factors
-from lightning_optim.core.step.records import GroupStep, ParamStep, count_steps
+from lightning_optim.core.step.records import GroupStep, ParamStep
+from lightning_optim.core.step.transaction import surely
 from lightning_optim.ops.rounding import hash_key, stochastic_round
 from lightning_optim.ops.row_chunks import row_chunks, take_rows
 
@@ -65,9 +56,11 @@ def apply_direction(group: GroupStep, step: ParamStep, d: Tensor) -> None:
         d: shaped like the local part of the parameter, in the dtype of the arithmetic.
     """
     write, p = ParamWriter(group, step), step.local()
-    rows = write.factors(step, d) if group.plan.has_constraint else None
+    rows = None
+    if group.plan.has_constraint:
+        rows = write.factors(step, d) if step.plan.is_sharded else surely(write.factors, step, d)
     if p.dtype == d.dtype:
-        write(p, d, rows=rows)
+        surely(write, p, d, None, None, rows)
         return
     where = ElementIndex(p, step.plan.param) if write.is_stochastic else None
     expanded = [t.expand(p.shape) for t in rows or ()]
@@ -76,7 +69,7 @@ def apply_direction(group: GroupStep, step: ParamStep, d: Tensor) -> None:
         at, rest = rest[: len(expanded)], rest[len(expanded) :]
         compensation, block_index = rest[: len(write.compensation)], rest[len(write.compensation) :]
         index = no_index if where is None else functools.partial(where, pb, cut, block_index)
-        write(pb, db, index, *compensation, rows=Factors(*at) if at else None)
+        surely(write, pb, db, index, compensation[0] if compensation else None, Factors(*at) if at else None)
 
 
 def apply_by_rows(group: GroupStep, step: ParamStep, direction: DirectionByRows) -> None:
@@ -90,7 +83,7 @@ def apply_by_rows(group: GroupStep, step: ParamStep, direction: DirectionByRows)
     write = ParamWriter(group, step)
     p = transpose_if(step.local(), step.plan.transposed).view(step.plan.dims)
     for run in row_chunks(p):
-        write(take_rows(p, run), direction(run))
+        write(take_rows(p, run), surely(direction, run))
 
 
 class ParamWriter:
@@ -143,7 +136,6 @@ class ParamWriter:
         d: Tensor,
         index: Callable[[], Tensor] | None = None,
         compensation: Tensor | None = None,
-        *,
         rows: Factors | None = None,
     ) -> None:
         """Write one block.
@@ -188,30 +180,6 @@ class ParamWriter:
         return taken.mul_(self.cautious - 1).add_(1)
 
 
-class Backup:
-    """Copies of tensors, to be written back without any allocation."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._pairs = [(t, t.clone()) for t in tensors]
-
-    def restore(self) -> None:
-        """Write the copies back."""
-        for t, copy in self._pairs:
-            t.copy_(copy)
-
-
-def state_of(step: ParamStep) -> list[Tensor]:
-    """The state tensors of a parameter on this rank that its rule writes.
-
-    Args:
-        step: the parameter.
-
-    Returns:
-        All but the count of steps, which is written at the end of a step.
-    """
-    return [step.local_state(key) for key in step.state if key != "step"]
-
-
 def is_written_at_once(group: GroupStep, step: ParamStep) -> bool:
     """Whether a weight is written by operations in place that need no memory and no communication.
 
@@ -224,110 +192,3 @@ def is_written_at_once(group: GroupStep, step: ParamStep) -> bool:
     """
     plan = step.plan
     return plan.dtype is plan.compute_dtype and not group.group["cautious_decay"] and not group.plan.has_constraint
-
-
-class Transaction:
-    """What became of the units of one step."""
-
-    def __init__(self, groups: Iterable[GroupStep] = ()) -> None:
-        """Copy the state of rules that write it for all their parameters at once, before each is stepped.
-
-        Args:
-            groups: of the step.
-        """
-        together = [s for group in groups if group.rule.needs_all_gradients for s in group.params if s.grad is not None]
-        self._early = {id(s): Backup(state_of(s)) for s in together}
-        self.failed: dict[int, ParamStep] = {}
-        """Parameters that did not take the step, by the identity of their record."""
-        self.error: Exception | None = None
-        self.half_updated: list[ParamStep] = []
-        """Those of `failed` that were not restored."""
-        self.is_disconnected = False
-        """A collective call failed: the others may wait for ever, or raise one by one, and are not made."""
-
-    def run(
-        self,
-        work: Callable[[], object],
-        steps: Sequence[ParamStep],
-        backup: Callable[[], Iterable[Tensor]] | None = None,
-        *,
-        collective: bool = False,
-    ) -> None:
-        """Do one unit of work.
-
-        Args:
-            work: updates parameters.
-            steps: the parameters.
-            backup: gives the tensors that are written before everything that can fail has been done.
-            collective: whether it communicates.
-        """
-        if collective and self.is_disconnected:
-            self.fail(steps, None)
-            return
-        saved = None
-        try:
-            saved = None if backup is None else Backup(backup())
-            work()
-        except Exception as error:
-            if saved is not None:
-                saved.restore()
-            self.is_disconnected = self.is_disconnected or collective
-            self.fail(steps, error, is_restored=backup is not None or collective)
-
-    def fail(self, steps: Sequence[ParamStep], error: Exception | None, *, is_restored: bool = True) -> None:
-        """Note that parameters did not take the step.
-
-        Args:
-            steps: the parameters.
-            error: why.
-            is_restored: whether they are as they were before the step.
-        """
-        if not is_restored:
-            self.half_updated += [s for s in steps if id(s) not in self._early]
-        for s in steps:
-            s.views = {}  # nothing of it is stored any more
-            if id(s) in self._early:
-                self._early.pop(id(s)).restore()
-        self.failed |= {id(s): s for s in steps}
-        self.error = self.error or error
-
-    def keep(self, steps: Iterable[ParamStep]) -> None:
-        """Copy weights and state of parameters that several units write, to restore them if one of these fails.
-
-        Args:
-            steps: the parameters.
-        """
-        self._early |= {id(s): Backup([s.local(), *state_of(s)]) for s in steps}
-
-    def taken(self, steps: Sequence[ParamStep]) -> Sequence[ParamStep]:
-        """The parameters that took the step.
-
-        Args:
-            steps: parameters.
-
-        Returns:
-            All but those that failed.
-        """
-        return [s for s in steps if id(s) not in self.failed] if self.failed else steps
-
-    def finish(self, steps: Sequence[ParamStep]) -> None:
-        """Count the step of the parameters that took it, and raise if a unit failed.
-
-        Args:
-            steps: parameters with a gradient.
-
-        Raises:
-            RuntimeError: with the names of the parameters that did not take the step.
-        """
-        count_steps(self.taken(steps))
-        if self.error is not None:
-            half = f", but for parts of {_names(self.half_updated)}" if self.half_updated else ""
-            raise RuntimeError(
-                f"{_names(list(self.failed.values()))}: not updated{half} ({type(self.error).__name__}: {self.error}). "
-                "All other parameters have taken this step: do not take it again"
-            ) from self.error
-
-
-def _names(steps: Sequence[ParamStep]) -> str:
-    label = ", ".join([s.plan.name for s in steps[:5]])
-    return f"{label} and {len(steps) - 5} more" if len(steps) > 5 else label

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from lightning_optim.core.matrix_views import cache_blocks, same_strides
 from lightning_optim.core.rule import Rule
 from lightning_optim.core.state.formats import QUANTIZED_DTYPES
-from lightning_optim.core.state.quantized_view import ElementIndex, no_index, offset
+from lightning_optim.core.state.quantized_view import ElementIndex, QuantizedView, no_index, offset
 from lightning_optim.core.step import compiled
-from lightning_optim.core.step.apply import ParamWriter, Transaction, apply_direction, state_of
+from lightning_optim.core.step.apply import ParamWriter, apply_direction
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.stacks import copy_aliased, quantized_views, share_scales
+from lightning_optim.core.step.transaction import PartlyWritten, Transaction, restoring, state_of, surely, try_again
 
 
 def step_elementwise(
@@ -35,16 +36,13 @@ def step_elementwise(
     divided = [s for s in steps if s.plan.divided] if is_quantized else []
     transaction.keep(divided)
     for s in _step_by_kernel(group, steps, max_temp_bytes, transaction) if group.plan.has_kernel else steps:
-        if s.plan.replicas is not None or (group.plan.has_constraint and s.plan.is_sharded):
-            work, backup = functools.partial(step_param, group, s), functools.partial(_all_of, s)
-            transaction.run(work, [s], backup, collective=True)
-            continue
-        try:
-            step_param(group, s)
-        except Exception as error:
-            transaction.fail([s], error, is_restored=False)
+        work, is_collective = functools.partial(step_param, group, s), s.plan.replicas is not None
+        if is_collective or (group.plan.has_constraint and s.plan.is_sharded):
+            transaction.run(work, [s], functools.partial(_all_of, s), collective=True)
+        else:
+            transaction.run(work, [s])
     if divided:
-        transaction.run(functools.partial(share_scales, divided), divided, tuple, collective=True)
+        transaction.run(functools.partial(share_scales, divided), divided, collective=True)
 
 
 def _all_of(step: ParamStep) -> list[Tensor]:
@@ -78,7 +76,7 @@ def _step_by_kernel(
     for batch in batches.values():
         for portion in portions(batch, max_temp_bytes):
             # what a kernel needs is there before it writes
-            transaction.run(functools.partial(_step_portion, group, portion, rest), portion, tuple)
+            transaction.run(functools.partial(_step_portion, group, portion, rest), portion)
     return rest
 
 
@@ -145,23 +143,48 @@ def _walk(group: GroupStep, step: ParamStep, part: slice | None) -> None:
         first, tensors = part.start, [t.reshape(-1)[part] for t in tensors]
     align, start = (quantized.fmt.block, quantized.start + first) if quantized else (1, 0)
     count, aside = len(plan.formats), len(whole or write.compensation)
-    for (pb, gb, *rest), cut in cache_blocks(tensors, align, start):
+    copies = not views and getattr(rule, "momentum_kernel", None) is not None  # several means are summed up at the end
+    for k, ((pb, gb, *rest), cut) in enumerate(cache_blocks(tensors, align, start)):
         stored, beside = dict(zip(plan.formats, rest, strict=False)), rest[count : count + aside]
-        at = first + offset(pb, cut)
-        values = {k: views[k].load(x, at) if k in views else x for k, x in stored.items()}
-        block_index = rest[count + aside :]
+        at, block_index = first + offset(pb, cut), rest[count + aside :]
         index = no_index if where is None else functools.cache(functools.partial(where, pb, cut, block_index))
-        gb = gb.to(plan.compute_dtype) if step.clip == 1 else gb.to(plan.compute_dtype) * step.clip
-        if not (views and plan.has_kernel and _kernel(rule, pb, gb, values, step.t)):
-            d = _update_block(group, step, pb, gb, values)
-            if whole:
-                beside[0].copy_(d)
-            elif not (group.plan.may_skip and rule.skips_update(step.t)):
-                write(pb, d, index, *beside)
-        for key, view in views.items():
-            view.store(stored[key], values[key], index, at)
+        block = group, step, write, views, pb, gb, stored, beside, index, at
+        try:
+            restoring(list(stored.values()), _step_block, *block, copies=copies)
+        except PartlyWritten:
+            raise
+        except Exception as error:
+            if k == 0 and part is None:
+                raise
+            try_again(_step_block, *block, error=error)
     if whole and not (group.plan.may_skip and rule.skips_update(step.t)):
         apply_direction(group, step, whole[0])
+
+
+def _step_block(
+    group: GroupStep,
+    step: ParamStep,
+    write: ParamWriter,
+    views: Mapping[str, QuantizedView],
+    p: Tensor,
+    g: Tensor,
+    stored: Mapping[str, Tensor],
+    beside: Sequence[Tensor],
+    index: Callable[[], Tensor],
+    at: int,
+) -> None:
+    """Step one block; where a constraint needs the whole direction, which then is `beside`, only find the direction."""
+    rule, plan = group.rule, step.plan
+    values = {k: views[k].load(x, at) if k in views else x for k, x in stored.items()}
+    g = g.to(plan.compute_dtype) if step.clip == 1 else g.to(plan.compute_dtype) * step.clip
+    if not (views and plan.has_kernel and _kernel(rule, p, g, values, step.t)):
+        d = _update_block(group, step, p, g, values)
+        if group.plan.has_constraint:
+            beside[0].copy_(d)
+        elif not (group.plan.may_skip and rule.skips_update(step.t)):
+            surely(write, p, d, index, *beside)
+    for key, view in views.items():
+        surely(view.store, stored[key], values[key], index, at)
 
 
 def _update_block(group: GroupStep, step: ParamStep, p: Tensor, g: Tensor, values: Mapping[str, Tensor]) -> Tensor:

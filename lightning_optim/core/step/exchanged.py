@@ -11,10 +11,11 @@ from torch import Tensor
 from lightning_optim.core.matrix_views import bucket
 from lightning_optim.core.parallel.exchange import Team, make_exchange
 from lightning_optim.core.parallel.ownership import Owners
-from lightning_optim.core.step.apply import Backup, Transaction, apply_direction, is_written_at_once, state_of
+from lightning_optim.core.step.apply import apply_direction, is_written_at_once
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler
 from lightning_optim.core.step.stacked import chunks, needs_param, update_stack
+from lightning_optim.core.step.transaction import Backup, Transaction, state_of
 
 Exchange = tuple[Sequence[ParamStep], Generator[None]]
 Exchanges = Sequence[Exchange]
@@ -112,7 +113,7 @@ def _exchange(
         raise
     for s, d in zip(steps, arrived, strict=True):
         if s.grad is not None and not group.rule.skips_update(s.t):
-            weights = None if is_written_at_once(group, s) else functools.partial(_local, s)
+            weights = tuple if is_written_at_once(group, s) else functools.partial(_local, s)
             work, communicates = functools.partial(_apply, group, s, d), group.plan.has_constraint
             transaction.run(work, [s], weights, collective=communicates)
             if id(s) in transaction.failed and id(s) in backups:

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from lightning_optim.core.matrix_views import transpose_if
-from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler, refresh_if_due
 from lightning_optim.core.step.stacks import (
@@ -20,6 +19,7 @@ from lightning_optim.core.step.stacks import (
     store_stack,
     with_values,
 )
+from lightning_optim.core.step.transaction import Transaction
 
 
 def precondition_jointly(
@@ -42,7 +42,7 @@ def precondition_jointly(
     for kind in dict.fromkeys(type(group.rule) for group in groups_together):
         mine = [group for group in groups_together if type(group.rule) is kind]
         work = functools.partial(_precondition, mine, bias_of, refreshes)
-        transaction.run(work, [s for group in mine for s in group.params], tuple)
+        transaction.run(work, [s for group in mine for s in group.params])
 
 
 def _precondition(mine: Sequence[GroupStep], bias_of: Mapping[Tensor, Tensor], refreshes: RefreshScheduler) -> None:

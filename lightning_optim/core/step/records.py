@@ -295,6 +295,9 @@ def number_steps(steps: Sequence[ParamStep]) -> None:
         s.t = int(counter.item()) + 1
 
 
+ONE = torch.ones((), dtype=STEP_DTYPE, device="cpu")
+
+
 def count_steps(steps: Sequence[ParamStep]) -> None:
     """Count one step of each parameter.
 
@@ -302,5 +305,4 @@ def count_steps(steps: Sequence[ParamStep]) -> None:
         steps: parameters that have taken one.
     """
     if counters := [s.state["step"] for s in steps]:
-        one = torch.ones((), dtype=STEP_DTYPE, device="cpu")
-        cast("Any", torch)._foreach_add_(counters, one, alpha=1.0)  # a number is four times slower
+        cast("Any", torch)._foreach_add_(counters, ONE, alpha=1.0)  # a number is four times slower

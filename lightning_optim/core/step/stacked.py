@@ -10,13 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_optim.core.matrix_views import STACK_LIMIT, StackShape, transpose_if
+from lightning_optim.core.matrix_views import SMALL, STACK_LIMIT, StackShape, transpose_if
 from lightning_optim.core.parallel.stack_sharding import StackSharding
 from lightning_optim.core.rule import DirectionByRows, Rule, StateSpec
 from lightning_optim.core.state.formats import QUANTIZED_DTYPES
 from lightning_optim.core.state.quantized_view import QuantizedView
 from lightning_optim.core.step import compiled
-from lightning_optim.core.step.apply import Transaction, apply_by_rows, apply_directions, is_written_at_once, state_of
+from lightning_optim.core.step.apply import apply_by_rows, apply_directions, is_written_at_once
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler, refresh_if_due
 from lightning_optim.core.step.stacks import (
@@ -32,6 +32,7 @@ from lightning_optim.core.step.stacks import (
     views_of,
     with_values,
 )
+from lightning_optim.core.step.transaction import Transaction, restoring, state_of, surely
 from lightning_optim.ops.lapack import LinAlgError, failures
 from lightning_optim.ops.noise import normal
 from lightning_optim.ops.rounding import hash_key
@@ -80,7 +81,7 @@ def step_whole(
         transaction: keeps a stack whose update fails as it was.
     """
     if group.rule.preconditioners and not group.rule.needs_all_gradients:
-        transaction.run(functools.partial(refreshes.decide, group, steps), steps, tuple)
+        transaction.run(functools.partial(refreshes.decide, group, steps), steps)
     steps = transaction.taken(steps)
     for chunk in chunks(steps, max_temp_bytes):
         transaction.run(
@@ -105,8 +106,8 @@ def written_early(group: GroupStep, chunk: Sequence[ParamStep]) -> list[Tensor]:
     Returns:
         State and weights on this rank; none where the rule works on a copy, which is stored and applied in place.
     """
-    plain = is_written_at_once(group, chunk[0])
-    if plain and len(chunk) > 1 and chunk[0].plan.is_compute_format:
+    plain, plan = is_written_at_once(group, chunk[0]), chunk[0].plan
+    if plain and len(chunk) > 1 and plan.is_compute_format and not plan.pieces and plan.blocks[0].rows is None:
         return []
     return [t for s in chunk for t in (*state_of(s), *([] if plain else [s.local()]))]
 
@@ -118,7 +119,7 @@ def step_reducing(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: 
         group: of the parameters.
         steps: parameters with a gradient.
         max_temp_bytes: bound for a stack and the temporaries of its update.
-        transaction: keeps a stack that is sharded, and whose update fails, as it was.
+        transaction: keeps a stack whose update fails as it was.
     """
     batches: dict[Any, list[ParamStep]] = {}
     is_quantized = group.group["state_storage"] in QUANTIZED_DTYPES
@@ -131,19 +132,22 @@ def step_reducing(group: GroupStep, steps: Sequence[ParamStep], max_temp_bytes: 
         frame = frames[id(batch[0])]
         elements = batch[0].local().numel() if frame.stackable else STACK_LIMIT + 1
         for chunk in stacks(batch, elements, max_temp_bytes):
-            is_sharded = frame.cut is not None
-            transaction.run(
-                functools.partial(_update_reducing, group, chunk, frame),
-                chunk,
-                functools.partial(written_early, group, chunk) if is_sharded else None,
-                collective=is_sharded,
-            )
+            work, is_sharded = functools.partial(_update_reducing, group, chunk, frame), frame.cut is not None
+            early = functools.partial(written_early, group, chunk) if is_sharded else tuple
+            transaction.run(work, chunk, early, collective=is_sharded)
     if divided:
-        transaction.run(functools.partial(share_scales, divided), divided, tuple, collective=True)
+        transaction.run(functools.partial(share_scales, divided), divided, collective=True)
 
 
 def _update_reducing(group: GroupStep, chunk: Sequence[ParamStep], frame: StackSharding) -> None:
-    update_stack(group, chunk, [s.local() for s in chunk], [s.gradient() for s in chunk], frame)
+    work = group, chunk, [s.local() for s in chunk], [s.gradient() for s in chunk], frame
+    if frame.cut is not None:
+        update_stack(*work)
+        return
+    state = [t for s in chunk for t in state_of(s)]
+    limit = max(SMALL, chunk[0].local().numel() // 8) if len(chunk) == 1 else 0
+    is_small = sum(t.numel() for t in state) <= limit
+    restoring(state, update_stack, *work, copies=is_small)
 
 
 def update_stack(
@@ -178,7 +182,7 @@ def update_stack(
     if not isinstance(directions[0][0], Tensor):
         apply_by_rows(group, chunk[0], directions[0][0])
         return
-    joined = _join(group, chunk, cast("Sequence[Sequence[Tensor]]", directions), gradients)
+    joined = surely(_join, group, chunk, cast("Sequence[Sequence[Tensor]]", directions), gradients)
     if sink is None:
         apply_directions(group, chunk, joined)
     else:
@@ -212,7 +216,7 @@ def _store_values(
     """Quantize the state that a rule has written."""
     for key, view in views.items():
         if always or versions[key] is None or version(step.state[key]) != versions[key]:
-            view.store_all(step.state[key])
+            surely(view.store_all, step.state[key])
 
 
 def _is_stepped_by_rows(group: GroupStep, chunk: Sequence[ParamStep]) -> bool:
@@ -259,16 +263,15 @@ def _directions(
         d = torch.zeros_like(g)
     if failures.unnamed:
         failures.name([x.plan.name for x in chunk])
+    if not (by_rows or isinstance(d, Tensor)):
+        d = d(slice(0, g.shape[-2]))
     if "refreshed" in specs:
         age = s.refreshed[..., 0]
         age.copy_(torch.ones_like(age) if first.due else age + 1)
     _store_stacks(s, specs, entries, before, versions, frame)
-    if isinstance(d, Tensor):
-        return (d if frame is None else frame.to_local(d)).split(dims[0])
-    if by_rows:
+    if not isinstance(d, Tensor):
         return [d]
-    whole = d(slice(0, g.shape[-2]))
-    return (whole if frame is None else frame.to_local(whole)).split(dims[0])
+    return (d if frame is None else frame.to_local(d)).split(dims[0])
 
 
 def _store_stacks(
