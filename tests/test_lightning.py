@@ -545,7 +545,8 @@ def test_example_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None
     checkpoint = kill_at(start(broken, "--resume"), broken, 20)
     checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])  # as if killed while writing
     record, resumed = finish(uninterrupted), finish(start(broken, "--resume"))
-    assert "step=10.ckpt" in resumed  # Lightning says what it restores
+    assert "step=10.ckpt" in resumed
+    assert all(len([*run.rglob("step=*.ckpt")]) == 2 for run in (straight, broken))
 
     expected, actual = scalars(straight), scalars(broken)
     for tag, steps in {
