@@ -48,7 +48,7 @@ ALLOWED = {
     "relora": {"core", "ops"},
     "rules": {"core.rule", "ops", "rules"},
     "core": {"core", "ops", "refresh"},
-    "diagnostics": {"core", "diagnostics", "ops", "refresh"},
+    "diagnostics": {"build", "core", "diagnostics", "ops", "refresh"},
     "schedule": {"core"},
     "build": {"build", "core", "optimizers", "schedule"},
     "catalog": {"core"},

@@ -85,20 +85,24 @@ class GradientRank(Diagnostic):
     ) -> None: ...
 
 class HessianBlocks(Diagnostic):
-    """Curvature by role, by products with the Hessian on the first sequences of the run's first batch.
+    """Curvature by block of weights, by products with the Hessian on the first sequences of the run's first batch.
 
     The loss is computed without dropout and in full precision, and attention uses kernels that have a second
-    derivative, for the measurement only. Measures by role: `hessian/trace` (Hutchinson, by probes that are zero outside
-    the role, so that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min` (Lanczos),
-    `hessian/frobenius`. Measures of the whole model:
+    derivative, for the measurement only. Measures by block: `hessian/trace` (Hutchinson, by probes that are zero
+    outside the block, so that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min`
+    (Lanczos), `hessian/frobenius`. Blocks are the roles, with a curve each, or what `partition` says: rows of the table
+    `hessian/traces` and cells of the pictures `hessian/<measure>_by_block`, in which the heads or neurons of a matrix
+    are one line. Measures of the whole model:
 
     * `hessian/sharpness`: largest eigenvalue of P^-1/2 H P^-1/2 over the parameters whose scaling P can be read (Adam
       family and SOAP), learning rate included; `sharpness_ratio`: over its stability threshold (2 + 2 b1) / (1 - b1),
       1 is the edge of stability;
     * `hessian/curvature_along_update`: u^T H u / u^T u; `hessian/model_ratio`: measured change of the loss in this
       step over the one the quadratic model predicts;
-    * `hessian/js_shape`, `js_scale`: mean Jensen-Shannon distance between the roles' spectra, normalized or not;
-    * `hessian/block_diagonal_share` and the picture `hessian/coupling`: how much of |H|_F^2 lies within roles;
+    * `hessian/js_shape`, `js_scale`: mean Jensen-Shannon distance between the blocks' spectra, normalized or not;
+    * `hessian/block_diagonal_share` and the picture `hessian/coupling`: how much of |H|_F^2 over the blocks' weights
+      lies within blocks; `hessian/random_share`: how much of what is off the diagonal would on average lie within
+      blocks of the same sizes whose weights are drawn at random, sum_b d_b (d_b - 1) / (d (d - 1));
     * once: the entries of a few weights of four neurons (`hessian/entries/<role>`), their diagonal dominance
       `hessian/tau` and Adam's effect on their condition number `hessian/r`.
 
@@ -110,15 +114,22 @@ class HessianBlocks(Diagnostic):
         max_overhead: share of training time above which the interval doubles.
         sequences: of the batch; if not given, one, or all where rows may belong together (in trainers of Transformers
             with a `compute_loss` of their own, but for TRL's SFTTrainer: pairs of preferences, say).
-        probes: random vectors per role for traces, the starts of the Lanczos recursions among them.
+        probes: random vectors per block for traces, the starts of the Lanczos recursions among them.
         steps: of Lanczos recursions.
-        starts: random start vectors per role, for spectral densities.
+        starts: random start vectors per block, for spectral densities.
         coupling_every: measurements between coupling tables, the first of which comes with the first measurement.
-        coupling_probes: random vectors per role for those, at least; they take those for the traces.
+        coupling_probes: random vectors per block for those, at least; they take those for the traces.
         exact: patterns of parameters whose first four rows' entries are computed, 512 at most; `"auto"` is 64 of the
             first MLP matrix, () none.
         method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
         detail: whether every measure is also a scalar, not only those of the charts.
+        partition: what a block is: a `"role"`, or a `"layer"`, `"matrix"`, attention `"head"`, `"neuron"` (a row of
+            outputs), `"token"` (of embeddings and output layers) or `"expert"`; see `lightning_optim.build.partition`.
+        match: patterns of the names of parameters that are divided into blocks, for all partitions but roles.
+        max_blocks: how many blocks are measured; of more of them those at even distances.
+
+    Raises:
+        ValueError: a number below one, or an unknown partition.
         loss: of (module, batch), where it is not what `training_step` returns: manual optimization.
         optimizer: index of the optimizer, where a module has several.
     """
@@ -136,6 +147,9 @@ class HessianBlocks(Diagnostic):
         exact: collections.abc.Sequence[str] | typing.Literal["auto"] = "auto",
         method: typing.Literal["auto", "exact", "difference"] = "auto",
         detail: bool = False,
+        partition: typing.Literal["role", "layer", "matrix", "head", "neuron", "token", "expert"] = "role",
+        match: collections.abc.Sequence[str] = ("*",),
+        max_blocks: int = 64,
         *,
         loss: collections.abc.Callable[[lightning.pytorch.core.module.LightningModule, typing.Any], torch.Tensor]
         | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -163,6 +164,25 @@ class _Canvas:
 
     def done(self) -> Picture:
         return np.asarray(self.image)
+
+
+def by_line(names: Sequence[str], values: Sequence[float]) -> tuple[list[str], list[str], Any]:
+    """Numbers of blocks called `matrix[3]` as a table with a line per matrix.
+
+    Args:
+        names: of the blocks.
+        values: one for each.
+
+    Returns:
+        (labels of the lines, labels of the columns, `[lines, columns]`, NaN where there is no block).
+    """
+    found = [re.fullmatch(r"(.*)\[(\d+)\]", name) for name in names]
+    places = [(m[1], int(m[2])) if m else (name, 0) for m, name in zip(found, names, strict=True)]
+    lines, columns = list(dict.fromkeys(line for line, _ in places)), sorted({column for _, column in places})
+    table = np.full((len(lines), len(columns)), np.nan)
+    for (line, column), value in zip(places, values, strict=True):
+        table[lines.index(line), columns.index(column)] = value
+    return lines, [str(column) for column in columns], table
 
 
 def heat_map(

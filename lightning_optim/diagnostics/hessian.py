@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,46 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 Loss = Callable[[], Tensor]
-Block = Sequence[int]
-"""Indices of the parameters that form a block."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A block that has parts of some parameters."""
+
+    params: tuple[int, ...]
+    """Indices of these."""
+    views: tuple[Callable[[Tensor], Tensor], ...]
+    """What of a tensor of each one's shape belongs to the block, as a view."""
+
+
+Block = Sequence[int] | Cut
+"""Indices of the parameters that form a block, or parts of them."""
+
+
+def indices(block: Block) -> Sequence[int]:
+    """The parameters of a block.
+
+    Returns:
+        Their indices.
+    """
+    return block.params if isinstance(block, Cut) else block
+
+
+def parts_of(block: Block, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What of some tensors belongs to a block.
+
+    Args:
+        block: the block.
+        tensors: one per parameter of the block, of its shape.
+
+    Returns:
+        Views.
+    """
+    if not isinstance(block, Cut):
+        return list(tensors)
+    return [view(t) for view, t in zip(block.views, tensors, strict=True)]
+
+
 Method = Literal["exact", "difference"]
 
 DIFFERENTIATED_TWICE = (
@@ -127,7 +166,7 @@ class Hessian:
         grads = torch.autograd.grad(value, self.params, create_graph=create_graph, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(self.params, grads, strict=True)]
 
-    def product(self, v: Sequence[Tensor], at: Block, want: Block | None = None) -> list[Tensor]:
+    def product(self, v: Sequence[Tensor], at: Sequence[int], want: Sequence[int] | None = None) -> list[Tensor]:
         """H v.
 
         Args:
@@ -149,7 +188,7 @@ class Hessian:
             self.reduce(out)
         return out
 
-    def _exact(self, v: Sequence[Tensor], at: Block, want: Block) -> list[Tensor]:
+    def _exact(self, v: Sequence[Tensor], at: Sequence[int], want: Sequence[int]) -> list[Tensor]:
         pairs = [(self._graph[i], x) for i, x in zip(at, v, strict=True) if self._graph[i].requires_grad]
         inputs = [self.params[i] for i in want]
         if not pairs:
@@ -159,7 +198,7 @@ class Hessian:
             rows = torch.autograd.grad(outputs, inputs, vectors, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(inputs, rows, strict=True)]
 
-    def _difference(self, v: Sequence[Tensor], at: Block, want: Block) -> list[Tensor]:
+    def _difference(self, v: Sequence[Tensor], at: Sequence[int], want: Sequence[int]) -> list[Tensor]:
         sides = _both_sides(
             [self.params[i] for i in at], v, self.step, self.params, lambda: self._gradient(self.loss())
         )
@@ -176,13 +215,24 @@ class Hessian:
         Returns:
             A function from `[d]` to `[d]`.
         """
-        sizes = [self.params[i].numel() for i in block]
+        at = indices(block)
+        sizes = [x.numel() for x in self.parts(block)]
 
         def matvec(v: Tensor) -> Tensor:
-            parts = [x.view_as(self.params[i]) for i, x in zip(block, v.split(sizes), strict=True)]
-            return torch.cat([h.reshape(-1) for h in self.product(parts, block, block)])
+            vectors = [torch.zeros_like(self.params[i]) for i in at]
+            for part, x in zip(parts_of(block, vectors), v.split(sizes), strict=True):
+                part.copy_(x.view(part.shape))
+            return torch.cat([h.reshape(-1) for h in parts_of(block, self.product(vectors, at, at))])
 
         return matvec
+
+    def parts(self, block: Block) -> list[Tensor]:
+        """The weights of a block.
+
+        Returns:
+            Views of its parameters.
+        """
+        return parts_of(block, [self.params[i] for i in indices(block)])
 
     def size(self, block: Block) -> int:
         """Number of weights of a block.
@@ -190,7 +240,7 @@ class Hessian:
         Returns:
             d.
         """
-        return sum(self.params[i].numel() for i in block)
+        return sum(x.numel() for x in self.parts(block))
 
     def random(self, block: Block, generator: torch.Generator) -> Tensor:
         """A flat vector of random signs over a block.
@@ -202,7 +252,22 @@ class Hessian:
         Returns:
             `[d]`.
         """
-        return torch.cat([signs(self.params[i], generator).reshape(-1) for i in block])
+        return torch.cat([signs(x, generator).reshape(-1) for x in self.parts(block)])
+
+    def signs(self, block: Block, generator: torch.Generator) -> list[Tensor]:
+        """Random signs over a block.
+
+        Args:
+            block: the block.
+            generator: on the parameters' device.
+
+        Returns:
+            One tensor per parameter of the block, of its shape, zero outside the block.
+        """
+        vectors = [torch.zeros_like(self.params[i]) for i in indices(block)]
+        for part in parts_of(block, vectors):
+            part.copy_(signs(part, generator))
+        return vectors
 
 
 def graph_nodes(tensors: Sequence[Tensor]) -> Iterator[Node]:
@@ -399,24 +464,26 @@ def block_probes(
     Args:
         hessian: over all parameters.
         blocks: a partition of the parameters, or some of them.
-        probes: for every block, sign vectors over its parameters.
+        probes: for every block, sign vectors over its parameters, zero outside the block.
 
     Returns:
         (for every block `[probes]`, z^T H z; for every block `[probes, blocks]`, |H_cb z|^2; the mean of z * H z per
         parameter, zero outside the blocks).
     """
-    every = [i for block in blocks for i in block]
+    every = list(dict.fromkeys(i for block in blocks for i in indices(block)))
     traces, columns = [], []
     diagonal = [torch.zeros_like(p) for p in hessian.params]
     for block, vectors in zip(blocks, probes, strict=True):
         traces_of_block, squares = [], []
         for z in vectors:
-            hz = dict(zip(every, hessian.product(z, block, every), strict=True))
-            products = [x * hz[i] for i, x in zip(block, z, strict=True)]
-            for i, x in zip(block, products, strict=True):
+            at = indices(block)
+            hz = dict(zip(every, hessian.product(z, at, every), strict=True))
+            products = [x * hz[i] for i, x in zip(at, z, strict=True)]
+            for i, x in zip(at, products, strict=True):
                 diagonal[i] += x / len(vectors)
             traces_of_block.append(torch.stack([x.sum(dtype=torch.float64) for x in products]).sum())
-            rows = [[hz[i].square().sum(dtype=torch.float64) for i in row] for row in blocks]
+            of_blocks = (parts_of(row, [hz[i] for i in indices(row)]) for row in blocks)
+            rows = [[x.square().sum(dtype=torch.float64) for x in row] for row in of_blocks]
             squares.append(torch.stack([torch.stack(row).sum() for row in rows]))
         traces.append(torch.stack(traces_of_block).cpu())
         columns.append(torch.stack(squares).cpu())
@@ -436,7 +503,7 @@ def hutchinson(
     Returns:
         (traces `[probes, blocks]`, estimates of |H|_F^2 over the blocks `[probes]`, the mean of z * H z per parameter).
     """
-    parts = [[[z[i] for i in block] for z in probes] for block in blocks]
+    parts = [[[z[i] for i in indices(block)] for z in probes] for block in blocks]
     traces, columns, diagonal = block_probes(hessian, blocks, parts)
     return torch.stack(traces, 1), torch.stack([x.sum(1) for x in columns], 1).sum(1), diagonal
 

@@ -1,4 +1,4 @@
-"""The Hessian of the training loss, role by role, on a fixed batch."""
+"""The Hessian of the training loss, block by block, on a fixed batch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lightning_optim.build.partition import PARTS_OF, PartitionKind, partition
+from lightning_optim.build.role_report import roles
 from lightning_optim.core import matrix_views
 from lightning_optim.core.parallel import collectives
 from lightning_optim.diagnostics import figures, hessian, lanczos, view
@@ -21,25 +23,30 @@ from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.report import Report, before_exchange, over_ranks
 from lightning_optim.diagnostics.undisturbed import RandomState, frozen
 
+Blocks = Mapping[str, hessian.Block]
 EXACT_LIMIT, AUTO_LIMIT = 512, 64
 """Largest number of weights whose Hessian entries are computed, on request and by default. Each costs a product."""
 
 
 class HessianBlocks(Probe):
-    """Curvature by role, by products with the Hessian on the first sequences of the run's first batch.
+    """Curvature by block of weights, by products with the Hessian on the first sequences of the run's first batch.
 
     The loss is computed without dropout and in full precision, and attention uses kernels that have a second
-    derivative, for the measurement only. Measures by role: `hessian/trace` (Hutchinson, by probes that are zero outside
-    the role, so that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min` (Lanczos),
-    `hessian/frobenius`. Measures of the whole model:
+    derivative, for the measurement only. Measures by block: `hessian/trace` (Hutchinson, by probes that are zero
+    outside the block, so that its coupling to larger ones is no noise), `hessian/lambda_max` and `lambda_min`
+    (Lanczos), `hessian/frobenius`. Blocks are the roles, with a curve each, or what `partition` says: rows of the table
+    `hessian/traces` and cells of the pictures `hessian/<measure>_by_block`, in which the heads or neurons of a matrix
+    are one line. Measures of the whole model:
 
     * `hessian/sharpness`: largest eigenvalue of P^-1/2 H P^-1/2 over the parameters whose scaling P can be read (Adam
       family and SOAP), learning rate included; `sharpness_ratio`: over its stability threshold (2 + 2 b1) / (1 - b1),
       1 is the edge of stability;
     * `hessian/curvature_along_update`: u^T H u / u^T u; `hessian/model_ratio`: measured change of the loss in this
       step over the one the quadratic model predicts;
-    * `hessian/js_shape`, `js_scale`: mean Jensen-Shannon distance between the roles' spectra, normalized or not;
-    * `hessian/block_diagonal_share` and the picture `hessian/coupling`: how much of |H|_F^2 lies within roles;
+    * `hessian/js_shape`, `js_scale`: mean Jensen-Shannon distance between the blocks' spectra, normalized or not;
+    * `hessian/block_diagonal_share` and the picture `hessian/coupling`: how much of |H|_F^2 over the blocks' weights
+      lies within blocks; `hessian/random_share`: how much of what is off the diagonal would on average lie within
+      blocks of the same sizes whose weights are drawn at random, sum_b d_b (d_b - 1) / (d (d - 1));
     * once: the entries of a few weights of four neurons (`hessian/entries/<role>`), their diagonal dominance
       `hessian/tau` and Adam's effect on their condition number `hessian/r`.
 
@@ -51,15 +58,22 @@ class HessianBlocks(Probe):
         max_overhead: share of training time above which the interval doubles.
         sequences: of the batch; if not given, one, or all where rows may belong together (in trainers of Transformers
             with a `compute_loss` of their own, but for TRL's SFTTrainer: pairs of preferences, say).
-        probes: random vectors per role for traces, the starts of the Lanczos recursions among them.
+        probes: random vectors per block for traces, the starts of the Lanczos recursions among them.
         steps: of Lanczos recursions.
-        starts: random start vectors per role, for spectral densities.
+        starts: random start vectors per block, for spectral densities.
         coupling_every: measurements between coupling tables, the first of which comes with the first measurement.
-        coupling_probes: random vectors per role for those, at least; they take those for the traces.
+        coupling_probes: random vectors per block for those, at least; they take those for the traces.
         exact: patterns of parameters whose first four rows' entries are computed, 512 at most; `"auto"` is 64 of the
             first MLP matrix, () none.
         method: `"exact"` second derivatives, `"difference"` of gradients, or `"auto"`: exact where kernels allow.
         detail: whether every measure is also a scalar, not only those of the charts.
+        partition: what a block is: a `"role"`, or a `"layer"`, `"matrix"`, attention `"head"`, `"neuron"` (a row of
+            outputs), `"token"` (of embeddings and output layers) or `"expert"`; see `lightning_optim.build.partition`.
+        match: patterns of the names of parameters that are divided into blocks, for all partitions but roles.
+        max_blocks: how many blocks are measured; of more of them those at even distances.
+
+    Raises:
+        ValueError: a number below one, or an unknown partition.
     """
 
     name = "hessian"
@@ -96,6 +110,9 @@ class HessianBlocks(Probe):
         exact: Sequence[str] | Literal["auto"] = "auto",
         method: Literal["auto", "exact", "difference"] = "auto",
         detail: bool = False,
+        partition: Literal["role", "layer", "matrix", "head", "neuron", "token", "expert"] = "role",
+        match: Sequence[str] = ("*",),
+        max_blocks: int = 64,
     ) -> None:
         super().__init__(every, max_overhead, detail)
         counts = {
@@ -103,13 +120,18 @@ class HessianBlocks(Probe):
             "probes": probes,
             "steps": steps,
             "starts": starts,
+            "max_blocks": max_blocks,
         }
+        if partition not in ("role", *PARTS_OF):
+            raise ValueError(f"hessian: unknown partition {partition!r}; take one of role, {', '.join(PARTS_OF)}")
         for key, value in (counts | {"coupling_every": coupling_every, "coupling_probes": coupling_probes}).items():
             if value < 1:
                 raise ValueError(f"hessian: {key} must be at least 1, got {value}")
         self.sequences, self.probes, self.steps, self.starts = sequences, probes, steps, starts
         self.coupling_every, self.coupling_probes = coupling_every, coupling_probes
         self.exact, self.method = exact, method
+        self.partition: Literal["role"] | PartitionKind = partition
+        self.match, self.max_blocks = tuple(match), max_blocks
         self.measured = 0
         self._batch: RecordedBatch | None = None
         self._start: list[Tensor] = []
@@ -148,10 +170,10 @@ class HessianBlocks(Probe):
         loss = functools.partial(self._batch.evaluate, context.loss, context.model)
         with frozen(context.model):
             full = self._hessian(loss, params)
-            roles = view.by_role(entries)
+            blocks = self._blocks(context, entries)
             generator = self.generator(params[0].device)
-            spectra = self._spectra(full, roles, generator, report)
-            self._probe(full, roles, spectra, generator, report)
+            spectra = self._spectra(full, blocks, generator, report)
+            self._probe(full, blocks, spectra, generator, report)
             self._sharpness(full, entries, context, generator, report)
             if self.measured == 0:
                 self._entries(full, entries, context, report)
@@ -201,26 +223,64 @@ class HessianBlocks(Probe):
         self._difference = True
         return full
 
+    def _blocks(self, context: TrainingContext, entries: Sequence[view.Entry]) -> Blocks:
+        """The blocks that are measured, by name."""
+        kind = self.partition
+        if kind == "role":
+            return dict(view.by_role(entries))
+        index = {e.name: i for i, e in enumerate(entries)}
+        params = {e.name: e.param for e in entries}
+        every = partition(params, roles(context.model), kind, self.match)
+        if not every:
+            raise ValueError(f"hessian: no parameter that matches {list(self.match)} has a {kind}")
+        step = max(1.0, len(every) / self.max_blocks)
+        chosen = [every[int(k * step)] for k in range(min(len(every), self.max_blocks))]
+        return {
+            x.name: hessian.Cut(tuple(index[p.param] for p in x.pieces), tuple(p.view for p in x.pieces))
+            for x in chosen
+        }
+
+    def _report_blocks(self, measure: str, blocks: Blocks, values: Sequence[float], report: Report) -> None:
+        """One number per block: scalars of roles, or of all blocks with `detail`; else an array and a picture."""
+        if self.partition == "role" or self.detail:
+            report.scalars |= {f"hessian/{measure}/{name}": x for name, x in zip(blocks, values, strict=True)}
+        if self.partition == "role":
+            return
+        report.arrays |= {"blocks": list(blocks), measure: torch.tensor(values)}
+        lines, columns, table = figures.by_line(list(blocks), values)
+        report.images[f"hessian/{measure}_by_block"] = figures.heat_map(
+            table,
+            f"{measure} of the Hessian's diagonal blocks, step {self.step}",
+            rows=lines,
+            columns=columns,
+            across=self.partition,
+            unit=measure,
+        )
+
     def _spectra(
-        self, full: Hessian, roles: dict[str, list[int]], generator: torch.Generator, report: Report
+        self, full: Hessian, blocks: Blocks, generator: torch.Generator, report: Report
     ) -> list[list[lanczos.Ritz]]:
         spectra: list[list[lanczos.Ritz]] = []
-        for role, block in roles.items():
+        for name, block in blocks.items():
             starts = [full.random(block, generator) for _ in range(self.starts)]
             runs = [lanczos.lanczos(full.flat(block), x, self.steps) for x in starts]
             spectra.append(runs)
-            report.scalars[f"hessian/lambda_max/{role}"] = max(float(r.values[-1]) for r in runs)
-            report.scalars[f"hessian/lambda_min/{role}"] = min(float(r.values[0]) for r in runs)
-            report.arrays[f"ritz_values/{role}"] = torch.cat([r.values for r in runs])
-            report.arrays[f"ritz_weights/{role}"] = torch.cat([r.weights for r in runs])
-            report.arrays[f"ritz_residuals/{role}"] = torch.cat([r.residuals for r in runs])
+            report.arrays[f"ritz_values/{name}"] = torch.cat([r.values for r in runs])
+            report.arrays[f"ritz_weights/{name}"] = torch.cat([r.weights for r in runs])
+            report.arrays[f"ritz_residuals/{name}"] = torch.cat([r.residuals for r in runs])
+        highest = [max(float(r.values[-1]) for r in runs) for runs in spectra]
+        self._report_blocks("lambda_max", blocks, highest, report)
+        lowest = [min(float(r.values[0]) for r in runs) for runs in spectra]
+        self._report_blocks("lambda_min", blocks, lowest, report)
         if len(spectra) < 2:
             return spectra
         shape = lanczos.js_matrix(spectra, shape=True)
         report.scalars["hessian/js_shape"] = lanczos.mean_distance(shape)
         report.scalars["hessian/js_scale"] = lanczos.mean_distance(lanczos.js_matrix(spectra, shape=False))
         grid, sigma = lanczos.grid_of(spectra)
-        lines = {role: lanczos.density(runs, grid, sigma).numpy() for role, runs in zip(roles, spectra, strict=True)}
+        every = -(-len(spectra) // view.MAX_ROLES)
+        some = [*zip(blocks, spectra, strict=True)][::every]
+        lines = {name: lanczos.density(runs, grid, sigma).numpy() for name, runs in some}
         report.images["hessian/spectral_density"] = figures.curves(
             grid.numpy(),
             lines,
@@ -232,9 +292,9 @@ class HessianBlocks(Probe):
         report.images["hessian/js_distance"] = figures.heat_map(
             shape.numpy(),
             f"Jensen-Shannon distance of normalized spectra, step {self.step}",
-            rows=list(roles),
-            columns=list(roles),
-            across="role",
+            rows=list(blocks),
+            columns=list(blocks),
+            across=self.partition,
             unit="distance",
             bounds=(0.0, 1.0),
         )
@@ -244,48 +304,49 @@ class HessianBlocks(Probe):
     def _probe(
         self,
         full: Hessian,
-        roles: dict[str, list[int]],
+        blocks: Blocks,
         spectra: Sequence[Sequence[lanczos.Ritz]],
         generator: torch.Generator,
         report: Report,
     ) -> None:
-        """Random vectors within each role: traces, the norm of the Hessian and, when it is due, the coupling table."""
-        blocks, coupled = list(roles.values()), self.measured % self.coupling_every == 0
+        """Random vectors within each block: traces, the norm of the Hessian and, when it is due, the coupling table."""
+        coupled = self.measured % self.coupling_every == 0
         count = max(self.probes - self.starts, self.coupling_probes if coupled else 1)
-        vectors = [[[hessian.signs(full.params[i], generator) for i in b] for _ in range(count)] for b in blocks]
-        traces, columns, diagonal = hessian.block_probes(full, blocks, vectors)
+        vectors = [[full.signs(block, generator) for _ in range(count)] for block in blocks.values()]
+        traces, columns, diagonal = hessian.block_probes(full, list(blocks.values()), vectors)
         self._traces(
-            full, roles, [torch.cat([t, starts_of(runs)]) for t, runs in zip(traces, spectra, strict=True)], report
+            full, blocks, [torch.cat([t, starts_of(runs)]) for t, runs in zip(traces, spectra, strict=True)], report
         )
         squares = hessian.coupling_table(columns)
         report.scalars["hessian/frobenius_all"] = float(squares.sum().sqrt())
         report.arrays["diagonal_square"] = sum(float(d.double().square().sum()) for d in diagonal)
         if coupled:
-            self._coupling(roles, squares, report)
+            self._coupling(full, blocks, squares, report)
 
-    def _traces(self, full: Hessian, roles: dict[str, list[int]], samples: Sequence[Tensor], report: Report) -> None:
+    def _traces(self, full: Hessian, blocks: Blocks, samples: Sequence[Tensor], report: Report) -> None:
         means = torch.stack([x.mean() for x in samples])
         errors = torch.stack([x.std() / len(x) ** 0.5 for x in samples])
-        report.scalars |= {f"hessian/trace/{r}": float(x) for r, x in zip(roles, means, strict=True)}
-        report.arrays |= {"roles": list(roles), "trace": means, "trace_error": errors}
-        lines = ["| role | weights | trace | standard error |", "|---|---|---|---|"]
-        for role, mean, error in zip(roles, means.tolist(), errors.tolist(), strict=True):
-            lines.append(f"| {role} | {full.size(roles[role]):,} | {figures.number(mean)} | {figures.number(error)} |")
+        self._report_blocks("trace", blocks, means.tolist(), report)
+        report.arrays |= {f"{self.partition}s": list(blocks), "trace": means, "trace_error": errors}
+        lines = [f"| {self.partition} | weights | trace | standard error |", "|---|---|---|---|"]
+        for name, mean, error in zip(blocks, means.tolist(), errors.tolist(), strict=True):
+            lines.append(f"| {name} | {full.size(blocks[name]):,} | {figures.number(mean)} | {figures.number(error)} |")
         report.texts["hessian/traces"] = "\n".join(lines)
 
-    def _coupling(self, roles: dict[str, list[int]], squares: Tensor, report: Report) -> None:
+    def _coupling(self, full: Hessian, blocks: Blocks, squares: Tensor, report: Report) -> None:
         table = hessian.coupling(squares)
-        report.scalars |= {
-            f"hessian/frobenius/{role}": float(x) for role, x in zip(roles, squares.diagonal().sqrt(), strict=True)
-        }
+        self._report_blocks("frobenius", blocks, squares.diagonal().sqrt().tolist(), report)
+        sizes = [full.size(block) for block in blocks.values()]
+        pairs = sum(sizes) * (sum(sizes) - 1)
+        report.scalars["hessian/random_share"] = sum(d * (d - 1) for d in sizes) / pairs if pairs else 1.0
         report.scalars["hessian/block_diagonal_share"] = hessian.block_diagonal_share(squares)
         report.arrays["coupling_squares"] = squares
         report.images["hessian/coupling"] = figures.heat_map(
             table.clamp(min=1e-12).log10().numpy(),
             f"coupling |H_ij| / sqrt(|H_ii| |H_jj|), step {self.step}",
-            rows=list(roles),
-            columns=list(roles),
-            across="role",
+            rows=list(blocks),
+            columns=list(blocks),
+            across=self.partition,
             unit="log10",
         )
 
