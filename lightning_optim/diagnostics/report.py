@@ -58,10 +58,11 @@ class Report:
         Returns:
             A report.
         """
-        scalars, images, texts = (
-            {f"{prefix}{tag}": x for tag, x in some.items()} for some in (self.scalars, self.images, self.texts)
-        )
-        return Report(scalars, images, texts, self.arrays)
+        named = Report(arrays=self.arrays)
+        named.scalars = {f"{prefix}{tag}": x for tag, x in self.scalars.items()}
+        named.images = {f"{prefix}{tag}": x for tag, x in self.images.items()}
+        named.texts = {f"{prefix}{tag}": x for tag, x in self.texts.items()}
+        return named
 
     def finite(self) -> dict[str, float]:
         """Scalars without those that could not be measured: they are absent, never zero.
