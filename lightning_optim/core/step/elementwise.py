@@ -17,8 +17,8 @@ from lightning_optim.core.state.quantized_view import ElementIndex, QuantizedVie
 from lightning_optim.core.step import compiled
 from lightning_optim.core.step.apply import ParamWriter, apply_direction
 from lightning_optim.core.step.records import GroupStep, ParamStep
-from lightning_optim.core.step.stacks import copy_aliased, quantized_views, share_scales
-from lightning_optim.core.step.transaction import PartlyWritten, Transaction, restoring, state_of, surely, try_again
+from lightning_optim.core.step.stacks import copy_aliased, quantized_views, share_scales, version
+from lightning_optim.core.step.transaction import Backup, PartlyWritten, Transaction, state_of, surely, try_again
 
 
 def step_elementwise(
@@ -36,11 +36,14 @@ def step_elementwise(
     divided = [s for s in steps if s.plan.divided] if is_quantized else []
     transaction.keep(divided)
     for s in _step_by_kernel(group, steps, max_temp_bytes, transaction) if group.plan.has_kernel else steps:
-        work, is_collective = functools.partial(step_param, group, s), s.plan.replicas is not None
-        if is_collective or (group.plan.has_constraint and s.plan.is_sharded):
-            transaction.run(work, [s], functools.partial(_all_of, s), collective=True)
-        else:
-            transaction.run(work, [s])
+        if s.plan.replicas is not None or (group.plan.has_constraint and s.plan.is_sharded):
+            work, backup = functools.partial(step_param, group, s), functools.partial(_all_of, s)
+            transaction.run(work, [s], backup, collective=True)
+            continue
+        try:
+            step_param(group, s)
+        except Exception as error:
+            transaction.fail([s], error)
     if divided:
         transaction.run(functools.partial(share_scales, divided), divided, collective=True)
 
@@ -148,15 +151,20 @@ def _walk(group: GroupStep, step: ParamStep, part: slice | None) -> None:
         stored, beside = dict(zip(plan.formats, rest, strict=False)), rest[count : count + aside]
         at, block_index = first + offset(pb, cut), rest[count + aside :]
         index = no_index if where is None else functools.cache(functools.partial(where, pb, cut, block_index))
-        block = group, step, write, views, pb, gb, stored, beside, index, at
+        block, versions, saved = (pb, gb, stored, beside, index, at), [version(t) for t in stored.values()], None
         try:
-            restoring(list(stored.values()), _step_block, *block, copies=copies)
+            saved = Backup(stored.values()) if copies else None
+            _step_block(group, step, write, views, *block)
         except PartlyWritten:
             raise
         except Exception as error:
+            if saved is not None:
+                saved.restore()
+            elif versions != [version(t) for t in stored.values()]:
+                raise PartlyWritten(f"{type(error).__name__}: {error}") from error
             if k == 0 and part is None:
                 raise
-            try_again(_step_block, *block, error=error)
+            try_again(_step_block, group, step, write, views, *block, error=error)
     if whole and not (group.plan.may_skip and rule.skips_update(step.t)):
         apply_direction(group, step, whole[0])
 
