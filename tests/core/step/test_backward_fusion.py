@@ -153,6 +153,15 @@ def test_one_pass_clips_by_the_norm_before_or_the_own() -> None:
     assert restored.param_groups[0]["previous_norm"] == pytest.approx(math.hypot(30, 0.5))
 
 
+def test_a_parameter_without_dimensions_is_clipped() -> None:
+    p = Parameter(torch.tensor(1.0))
+    optimizer = LOMO([p], lr=0.5, clip_norm=1.0)
+    optimizer.fuse_backward()
+    (p * 4).backward()
+    optimizer.step()
+    assert p.item() == pytest.approx(0.5, abs=1e-5)
+
+
 def test_gradients_that_share_memory_are_clipped_once() -> None:
     a, b = Parameter(torch.zeros(2, 2)), Parameter(torch.zeros(4))
     optimizer = LOMO([a, b], lr=1.0, clip_norm=1.0)
