@@ -12,13 +12,10 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 
-from hf_integration.settings import adam_settings
+from hf_integration.settings import ADAM_FLAGS, adam_settings
 from lightning_optim import RuleOptimizer
 from lightning_optim.build.roles import Override, applicable_overrides
 from lightning_optim.core.rule import hyperparameters, lookup
-
-ADAM_FLAGS = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
-"""The setting that each flag is."""
 
 _log = logging.getLogger(__name__)
 

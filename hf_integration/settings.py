@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import fields
 from typing import Any
 
 import transformers
 
 from lightning_optim import build_optimizer
+from lightning_optim.build.overrides import Override, checked
 from lightning_optim.core.options import OPTION_TYPES, expand_options
 from lightning_optim.core.param_groups import settings_of
-from lightning_optim.core.rule import check_value, hyperparameters, lookup, nearest
+from lightning_optim.core.rule import Rule, check_value, hyperparameters, lookup, nearest
 from lightning_optim.settings import parse_settings
 
 ADAM = ("adam", "adamw")
 """Rules whose state is AdamW's."""
+ADAM_FLAGS = {"adam_beta1": "betas", "adam_beta2": "betas", "adam_epsilon": "eps"}
+"""The setting that each of Adam's flags is."""
 BY_FLAG = {"lr": "--learning_rate", "weight_decay": "--weight_decay"}
 """Arguments of `build_optimizer` that `--optim_args` may not give, as the Trainer has flags for them."""
 
@@ -53,7 +56,8 @@ def with_flags(args: transformers.TrainingArguments, name: str, settings: Mappin
         for the learning rate beside a preset: it tells whether weights are fine-tuned.
 
     Raises:
-        ValueError: `fused_backward` beside a flag that needs whole sets of gradients.
+        ValueError: `fused_backward` beside a flag that needs whole sets of gradients, or one of Adam's flags beside a
+            recipe or preset.
     """
     if settings.get("fused_backward"):
         _refuse_what_needs_gradients(args)
@@ -62,10 +66,14 @@ def with_flags(args: transformers.TrainingArguments, name: str, settings: Mappin
         default = {f.name: f.default for f in fields(transformers.TrainingArguments)}
         changed = {k for k in ("learning_rate", "weight_decay") if getattr(args, k) != default[k]}
         changed |= {"learning_rate"} if settings.get("preset") is not None else set()
+        _refuse_adam_flags(args, "recipe" if settings.get("recipe") is not None else "preset")
         flags = {k: v for k, v in flags.items() if {"lr": "learning_rate"}.get(k, k) in {"name", *changed}}
         return flags | dict(settings)
     of_rest = adam_settings(args, settings.get("rest", "adamw")) | dict(settings.get("rest_settings") or {})
-    return flags | adam_settings(args, name) | dict(settings) | {"rest_settings": of_rest}
+    told = {lookup(name), lookup(settings.get("rest", "adamw"))}
+    overrides = [_with_adam_flags(args, o, told) for o in settings.get("overrides") or ()]
+    of_overrides = {"overrides": overrides} if overrides else {}
+    return flags | adam_settings(args, name) | dict(settings) | of_overrides | {"rest_settings": of_rest}
 
 
 def adam_settings(args: transformers.TrainingArguments, name: str) -> dict[str, Any]:
@@ -82,6 +90,23 @@ def adam_settings(args: transformers.TrainingArguments, name: str) -> dict[str, 
     of = transformers.TrainingArguments
     default, chosen = ({"betas": (x.adam_beta1, x.adam_beta2), "eps": x.adam_epsilon} for x in (of, args))
     return {key: chosen[key] for key in default if settings.get(key) == default[key]}
+
+
+def _with_adam_flags(args: transformers.TrainingArguments, override: Override, told: Container[type[Rule]]) -> Override:
+    """An override with what Adam's flags say to its rule, unless that has been told already."""
+    pattern, rule, settings = checked(override)
+    if rule is None or lookup(rule) in told:
+        return override
+    return pattern, rule, adam_settings(args, rule) | dict(settings)
+
+
+def _refuse_adam_flags(args: transformers.TrainingArguments, source: str) -> None:
+    for flag, key in ADAM_FLAGS.items():
+        if getattr(args, flag) != getattr(type(args), flag):
+            raise ValueError(
+                f"--{flag} {getattr(args, flag)} is not used beside a {source}, whose {key} are published; leave it "
+                f"out, or give {key} in optim_args, or in rest_settings where the rest's are meant"
+            )
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:

@@ -502,6 +502,20 @@ def test_adam_s_flags_hold_for_rules_with_adam_s_settings(tmp_path: Path, caplog
     ]
 
 
+def test_adam_s_flags_hold_for_the_rule_of_an_override(tmp_path: Path):
+    overrides: list[Any] = [("*.mlp.up_proj.*", "adam_mini", {}), ("*.mlp.*", "adam_mini", {"betas": (0.7, 0.8)})]
+    trainer = attach(plain_trainer(tmp_path, adam_beta2=0.95), "muon", rest="lion", overrides=overrides)
+    trainer.create_optimizer()
+    seen = {(g["rule"], g["betas"]) for g in groups_of(trainer).values() if "betas" in g}
+    assert seen == {("adam_mini", (0.9, 0.95)), ("adam_mini", (0.7, 0.8)), ("lion", (0.9, 0.99))}
+
+
+@pytest.mark.parametrize("source", [{"recipe": "muon"}, {"preset": "record46"}])
+def test_adam_s_flags_are_refused_beside_published_settings(tmp_path: Path, source: dict[str, str]):
+    with pytest.raises(ValueError, match=rf"--adam_beta2 0.95 is not used beside a {next(iter(source))}"):
+        attach(plain_trainer(tmp_path, adam_beta2=0.95), "muon", **source)
+
+
 def test_flags_count_until_the_optimizer_is_built(tmp_path: Path):
     args = arguments(tmp_path, optim_args="momentum=0.9")
     trainer = trainer_of(llama(), args)
