@@ -216,8 +216,8 @@ class PreconditionerRefresh(Diagnostic):
     logs the refreshes since the last measurement: `refresh/count`, `refresh/ms`, `refresh/share_of_step`,
     `refresh/age_mean`, `age_max` (at present), `refresh/staleness_mean`, `staleness_p95` (of all matrices at
     present, where the rule defines it), `refresh/drift` (1 - overlap of new and old state) and
-    `refresh/reason/<reason>`. The picture `refresh/raster` has a row per matrix: the color of a refresh is the age
-    of the state it replaced.
+    `refresh/reason/<reason>`. The pictures `refresh/raster` and `refresh/cost` have a row per matrix and a column per
+    step: when each was refreshed, why, and in how many milliseconds.
 
     Args:
         policy: text of a policy (`lightning_optim.refresh`) for all rules with preconditioners; None leaves the policy

@@ -195,18 +195,22 @@ def heat_map(
     unit: str,
     bounds: tuple[float, float] | None = None,
     lines: Sequence[int] = (),
+    categories: Sequence[str] = (),
+    missing: tuple[int, int, int] = MISSING,
 ) -> Picture:
     """A matrix of numbers as colors, with its scale.
 
     Args:
-        values: `[rows, columns]`; NaN is grey.
+        values: `[rows, columns]`; NaN has the color `missing`.
         title: of the picture.
         rows: a label per row.
         columns: a label per column.
         across: what the columns are.
-        unit: of the values, at the color scale.
+        unit: of the values, at the color scale; of values in log10 its ticks are whole powers of ten.
         bounds: of the scale; the smallest and the largest value if not given.
         lines: rows and columns before which a line is drawn.
+        categories: names of the values 0, 1, ..., which then have colors of their own and a legend for the scale.
+        missing: red, green and blue from 0 to 255; gray if not given, with an entry at the scale.
 
     Returns:
         The picture.
@@ -219,13 +223,16 @@ def heat_map(
     span = high - low
     index = np.clip(np.nan_to_num((table - low) / span) * 255, 0, 255).astype(int)
     pixels = colors()[index]
-    pixels[~np.isfinite(table)] = MISSING
+    if categories:
+        pixels = np.array(LINES, dtype=np.uint8)[np.nan_to_num(table).astype(int)]
+    pixels[~np.isfinite(table)] = missing
     cell_y = max(1, min(26, max(15 if len(rows) <= 48 else 1, 320 // len(rows))))
     font = _font()
     room = max(60, 8 + int(max(font.getlength(c) for c in columns)))
     cell_x = room if len(columns) <= 12 else max(1, min(room, 560 // len(columns)))
     left = 14 + int(max(font.getlength(r) for r in rows))
-    canvas = _Canvas(cell_x * len(columns), cell_y * len(rows), left, 70 + int(font.getlength(unit)), title)
+    right = 70 + int(max(map(font.getlength, (unit, *categories))))
+    canvas = _Canvas(cell_x * len(columns), max(cell_y * len(rows), 17 * len(categories)), left, right, title)
     body = Image.fromarray(np.repeat(np.repeat(pixels, cell_y, 0), cell_x, 1))
     canvas.image.paste(body, (left, canvas.top))
     for at in lines:
@@ -237,7 +244,11 @@ def heat_map(
         if i % every == 0:
             canvas.text(left - 6, canvas.top + (i + 0.5) * cell_y, label, "rm")
     canvas.ticks([((i + 0.5) * cell_x, c) for i, c in enumerate(columns)], across)
-    _draw_color_scale(canvas, left + canvas.width + 16, low, span, unit, with_missing=not np.isfinite(table).all())
+    for i, category in enumerate(categories):
+        _draw_legend_entry(canvas, left + canvas.width + 10, i, category, LINES[i])
+    if not categories:
+        with_missing = missing == MISSING and not np.isfinite(table).all()
+        _draw_color_scale(canvas, left + canvas.width + 16, low, span, unit, with_missing=with_missing)
     return canvas.done()
 
 
@@ -245,13 +256,25 @@ def _draw_color_scale(canvas: _Canvas, x: float, low: float, span: float, unit: 
     x, bottom = int(x), canvas.top + canvas.height
     scale = Image.fromarray(np.repeat(colors()[::-1][:, None], 14, 1)).resize((14, canvas.height))
     canvas.image.paste(scale, (x, canvas.top))
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0) if canvas.height >= 100 else (0.0, 1.0):
-        y = canvas.top + (1 - share) * (canvas.height - 1)
-        canvas.text(x + 18, y, number(low + share * span), "lm")
+    for value, label in _scale_ticks(low, low + span, unit, 5 if canvas.height >= 100 else 2):
+        y = canvas.top + (1 - (value - low) / span) * (canvas.height - 1)
+        canvas.text(x + 18, y, label, "lm")
+    unit = unit.removeprefix("log10 of ")
     canvas.text(x, bottom + 8, unit, "la")
     if with_missing:
         canvas.draw.rectangle([(x, bottom + 30), (x + 13, bottom + 43)], MISSING)
         canvas.text(x + 18, bottom + 29, "none", "la")
+
+
+def _scale_ticks(low: float, high: float, unit: str, count: int) -> list[tuple[float, str]]:
+    """Values on a color scale and their labels; of log10, the powers of ten, or their multiples by 2 and 5."""
+    if not unit.startswith("log10"):
+        return [(float(v), number(float(v))) for v in np.linspace(low, high, count)]
+    powers = [float(k) for k in range(math.ceil(low), math.floor(high) + 1)]
+    if len(powers) < 2:
+        fine = [k + math.log10(d) for k in range(math.floor(low), math.ceil(high) + 1) for d in (1, 2, 5)]
+        powers = [v for v in fine if low <= v <= high] or [low, high]
+    return [(v, number(10.0**v)) for v in powers[:: max(1, math.ceil(len(powers) / (count + 2)))]]
 
 
 def curves(

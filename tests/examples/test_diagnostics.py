@@ -49,6 +49,7 @@ IMAGES = {
     "rank/gradient_stable_rank_vs_gaussian_by_role",
     "rank/stable_rank_by_layer",
     "rank/update_stable_rank_by_role",
+    "refresh/cost",
     "refresh/raster",
     "refresh/reason_by_role",
 }

@@ -347,7 +347,7 @@ class HessianBlocks(Probe):
             rows=list(blocks),
             columns=list(blocks),
             across=self.partition,
-            unit="log10",
+            unit="log10 of coupling",
         )
 
     def _sharpness(
@@ -427,7 +427,7 @@ class HessianBlocks(Probe):
                 rows=labels,
                 columns=labels,
                 across="weight; lines: rows",
-                unit="log10, of the largest",
+                unit="log10 of share of the largest",
                 lines=[k * width // every for k in range(1, rows)],
             )
 

@@ -51,12 +51,16 @@ class ReportPresentation:
         return early or number % self.picture_every == 0
 
     def layout(self) -> dict[str, Sequence[str]]:
-        """The charts that have something to show.
+        """The charts that have something to show, without those by role, which pictures draw in a color per role.
 
         Returns:
             Title to patterns of tags.
         """
-        return {title: patterns for title, patterns in self.all_charts().items() if title in self.filled_charts}
+        pictures = set() if self.detail else {f"{prefix}/.*" for prefix in self.curves}
+        charts = {
+            title: patterns for title, patterns in self.all_charts().items() if not pictures.intersection(patterns)
+        }
+        return {title: patterns for title, patterns in charts.items() if title in self.filled_charts}
 
     def all_charts(self) -> dict[str, Sequence[str]]:
         """The charts of the dashboard; with `detail` also those of the curves.

@@ -15,11 +15,10 @@ from lightning_optim.core.parallel import sharding
 from lightning_optim.core.param_groups import rule_of
 from lightning_optim.core.step.records import Refresh
 from lightning_optim.core.step.refresh_scheduler import staleness
-from lightning_optim.diagnostics import figures
 from lightning_optim.diagnostics.probes.base import Probe
 from lightning_optim.diagnostics.probes.context import TrainingContext
 from lightning_optim.diagnostics.probes.failures import SettingError
-from lightning_optim.diagnostics.probes.history import ColumnHistory
+from lightning_optim.diagnostics.probes.refresh_history import RefreshHistory
 from lightning_optim.diagnostics.report import Report, over_ranks
 from lightning_optim.refresh import parse
 
@@ -31,8 +30,8 @@ class PreconditionerRefresh(Probe):
     logs the refreshes since the last measurement: `refresh/count`, `refresh/ms`, `refresh/share_of_step`,
     `refresh/age_mean`, `age_max` (at present), `refresh/staleness_mean`, `staleness_p95` (of all matrices at
     present, where the rule defines it), `refresh/drift` (1 - overlap of new and old state) and
-    `refresh/reason/<reason>`. The picture `refresh/raster` has a row per matrix: the color of a refresh is the age
-    of the state it replaced.
+    `refresh/reason/<reason>`. The pictures `refresh/raster` and `refresh/cost` have a row per matrix and a column per
+    step: when each was refreshed, why, and in how many milliseconds.
 
     Args:
         policy: text of a policy (`lightning_optim.refresh`) for all rules with preconditioners; None leaves the policy
@@ -69,9 +68,9 @@ class PreconditionerRefresh(Probe):
             self.schedule = {0: policy} | self.schedule
         for text in self.schedule.values():
             parse(text)
-        self.events: list[Refresh] = []
+        self.events: list[tuple[int, Refresh]] = []
         self.total = 0
-        self.history = ColumnHistory()
+        self.history = RefreshHistory()
         self._since = 0.0
         self._policy: Any = None
         self._policy_step = 0
@@ -96,13 +95,16 @@ class PreconditionerRefresh(Probe):
         if isinstance(context.optimizer, RuleOptimizer):
             for text in self.schedule.values():
                 self._set_policy(context.optimizer, text, only_check=True)
-            context.optimizer.on_refresh = self.events.append
+            context.optimizer.on_refresh = self._note
             if context.optimizer.process_group is None:
                 context.optimizer.process_group = context.extra.get("group")
             self._policy_step = context.step
             self._apply_policy(context.optimizer, context.step + 1)
             if self.schedule:  # a hook of its own: the policy applies even if measuring fails
                 self._policy = context.optimizer.register_step_pre_hook(lambda *_: self._advance_policy(context))
+
+    def _note(self, refresh: Refresh) -> None:
+        self.events.append((self.step, refresh))
 
     def clear(self) -> None:  # noqa: D102
         if self.context is not None and isinstance(self.context.optimizer, RuleOptimizer):
@@ -169,10 +171,10 @@ class PreconditionerRefresh(Probe):
         names: list[str],
         ages: Mapping[str, float],
         stale: Mapping[str, float],
-        events: list[Refresh],
+        noted: list[tuple[int, Refresh]],
         trained: float,
     ) -> Report:
-        device = context.device
+        device, events = context.device, [event for _, event in noted]
         drifts = [1 - e.overlap for e in events if not math.isnan(e.overlap)]
         seconds = sum(e.seconds for e in events)
         scalars = [len(events), seconds, sum(drifts), len(drifts), trained]
@@ -201,16 +203,8 @@ class PreconditionerRefresh(Probe):
         if drifted:
             s["refresh/drift"] = drift / drifted
         s |= {f"refresh/reason/{reason}": float(n) for reason, n in Counter(e.reason for e in events).items()}
-        self.history.add(self.step, marks.tolist())
-        if len(self.history.steps) > 1:
-            report.images["refresh/raster"] = figures.heat_map(
-                self.history.table(),
-                "refreshes: age of the state that was replaced",
-                rows=figures.short(names),
-                columns=[str(x) for x in self.history.steps],
-                across="optimizer step",
-                unit="steps of age",
-            )
+        self.history.add(names, noted, self.step, device)
+        report.images |= self.history.pictures()
         report.arrays = {"names": names, "age": age, "staleness": staleness, "refreshed_at_age": marks}
         report.scalars = report.finite()
         return report
