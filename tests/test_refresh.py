@@ -357,7 +357,7 @@ TIMED = ["time_budget:0.2", "time_budget:0.2:4", "clamp(time_budget:0.2, 2, 6)",
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", ["ddp", "shared", "fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp", pytest.param("shared", marks=pytest.mark.slow), "fsdp2"])
 def test_ranks_decide_alike(pool: Pool, layout: str) -> None:
     """Replicas refresh the same matrices in the same steps, whatever their clocks say; else only the owner does."""
     expected = jobs.decided(0, 1, "ddp", UNTIMED, 12)

@@ -728,6 +728,7 @@ def test_embeddings_and_gains_may_have_a_rate_of_their_own(name: str, tmp_path: 
     assert rates["embedding"] == ("lion", 1e-4), "a trial's own settings come first"
 
 
+@pytest.mark.slow
 def test_the_script_for_accelerators_runs_without_one(tmp_path: Path) -> None:
     words = [
         ROOT / "examples/benchmark/gpu.py",

@@ -119,10 +119,8 @@ def test_every_allocation_fails_in_turn(name: str, dtype: torch.dtype, options: 
 CODED: dict[str, Any] = {"state_storage": "int8", "storage_min": 1, "storage_block": 16}
 COLLECTIVES: list[tuple[str, str, int, dict[str, Any]]] = [
     ("muon", "fsdp2", 2, {}),
-    ("soap", "shared", 2, {}),
     ("adafactor", "tp", 2, {"clip_norm": 1.0}),
     ("adam_mini", "fsdp2+tp", 4, {"uw_floor": 0.1, "uw_floor_by": "row"}),
-    ("lion", "fsdp2", 2, CODED),
 ]
 
 

@@ -441,7 +441,10 @@ def near(name: str, actual: dict[str, Tensor], model: jobs.Model, limit: float) 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # torch, of every load in one process
 @pytest.mark.parametrize(
     ("name", "storage"),
-    [("lion", "bf16"), ("lion", "int8"), ("adam_mini", "fp8"), ("muon", "bf16"), ("muon", "int8")],
+    [
+        *(("lion", "bf16"), ("adam_mini", "fp8"), ("muon", "int8")),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("lion", "int8"), ("muon", "bf16"))),
+    ],
 )
 def test_checkpoints_on_other_numbers_of_ranks(pool: Pool, name: str, storage: str, tmp_path: Path) -> None:
     """Rows of these shapes end inside blocks of scales: exact where whole matrices have an owner, or bits suffice."""

@@ -44,6 +44,7 @@ def test_the_code_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(optimizer.param_groups[0]["rule"] == "muon" for optimizer in built)
 
 
+@pytest.mark.slow  # processes that a command starts are in test_entry_points.py
 def test_a_script_that_knows_nothing_of_us(tmp_path: Path):
     """`python -m hf_integration SCRIPT`, from a checkpoint of AdamW."""
     command = next(line for line in GUIDE.splitlines() if line.startswith("python -m hf_integration"))

@@ -384,7 +384,9 @@ def test_two_ranks_equal_one_process(pool: Pool, name: str, case: dict[str, Any]
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", ["hsdp", "tp", "fsdp2+tp", "mixed", "shared"])
+@pytest.mark.parametrize(
+    "layout", ["tp", "fsdp2+tp", *(pytest.param(x, marks=pytest.mark.slow) for x in ("hsdp", "mixed", "shared"))]
+)
 def test_every_layout_equals_one_process(pool: Pool, layout: str) -> None:
     """Norms of matrices that are cut by columns, both ways, or not at all, and of rows that are cut."""
     for names, case in itertools.product([["adamw", "adafactor"], ["muon"]], [BALL, RECORD]):
