@@ -31,11 +31,11 @@ from lightning_optim.core.step import (
     preflight,
     stacked,
 )
+from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.averaging_methods import COUNTERS
 from lightning_optim.core.step.backward_fusion import FusedBackward, validate_fusion
 from lightning_optim.core.step.records import GroupStep, Refresh, number_steps
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler
-from lightning_optim.core.step.transaction import Transaction
 from lightning_optim.ops.lapack import failures
 
 Clip = Callable[[Sequence[GroupStep]], None]

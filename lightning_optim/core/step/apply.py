@@ -1,10 +1,13 @@
-"""p <- p - lr wd p - lr factor d, with the rounding of narrow weights: the only code that writes a parameter."""
+"""p <- p - lr wd p - lr factor d, with the rounding of narrow weights, and the units of work of a step.
+
+Nothing else writes a parameter. What becomes of a unit that fails is said in `core.step.recovery`.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,10 +18,33 @@ from lightning_optim.core.state.formats import COMPENSATION
 from lightning_optim.core.state.quantized_view import ElementIndex, no_index
 from lightning_optim.core.step import constraints
 from lightning_optim.core.step.constraints import Factors
-from lightning_optim.core.step.records import GroupStep, ParamStep
-from lightning_optim.core.step.transaction import surely
+from lightning_optim.core.step.records import Backup, GroupStep, ParamStep, count_steps, state_of
+from lightning_optim.core.step.recovery import PartlyWritten, try_again
 from lightning_optim.ops.rounding import hash_key, stochastic_round
 from lightning_optim.ops.row_chunks import row_chunks, take_rows
+
+T = TypeVar("T")
+
+
+def surely(work: Callable[..., T], *args: Any) -> T:
+    """Do something after which a step is complete; if it fails, once more, as temporaries have been freed.
+
+    Args:
+        work: leaves everything as it was if it fails, or does the same again. Not a collective call.
+        *args: of `work`.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        PartlyWritten: it fails twice.
+    """
+    try:
+        return work(*args)
+    except PartlyWritten:
+        raise
+    except Exception as error:
+        return try_again(work, *args, error=error)
 
 
 def apply_directions(group: GroupStep, steps: Sequence[ParamStep], directions: Sequence[Tensor]) -> None:
@@ -192,3 +218,109 @@ def is_written_at_once(group: GroupStep, step: ParamStep) -> bool:
     """
     plan = step.plan
     return plan.dtype is plan.compute_dtype and not group.group["cautious_decay"] and not group.plan.has_constraint
+
+
+class Transaction:
+    """What became of the units of one step."""
+
+    def __init__(self, groups: Iterable[GroupStep] = ()) -> None:
+        """Copy the state of rules that write it for all their parameters at once, before each is stepped.
+
+        Args:
+            groups: of the step.
+        """
+        together = [s for group in groups if group.rule.needs_all_gradients for s in group.params if s.grad is not None]
+        self._early = {id(s): Backup(state_of(s)) for s in together}
+        self.failed: dict[int, ParamStep] = {}
+        """Parameters that did not take the step, by the identity of their record."""
+        self.error: Exception | None = None
+        self.half_updated: list[ParamStep] = []
+        """Those of `failed` that were not restored."""
+        self.is_disconnected = False
+        """A collective call failed: the others may wait for ever, or raise one by one, and are not made."""
+
+    def run(
+        self,
+        work: Callable[[], object],
+        steps: Sequence[ParamStep],
+        backup: Callable[[], Iterable[Tensor]] = tuple,
+        *,
+        collective: bool = False,
+    ) -> None:
+        """Do one unit of work.
+
+        Args:
+            work: updates parameters.
+            steps: the parameters.
+            backup: gives the tensors that are written before everything that can fail has been done.
+            collective: whether it communicates.
+        """
+        if collective and self.is_disconnected:
+            self.fail(steps, None)
+            return
+        saved = None
+        try:
+            saved = Backup(backup())
+            work()
+        except Exception as error:
+            if saved is not None:
+                saved.restore()
+            self.is_disconnected = self.is_disconnected or collective
+            self.fail(steps, error)
+
+    def fail(self, steps: Sequence[ParamStep], error: Exception | None) -> None:
+        """Note that parameters did not take the step.
+
+        Args:
+            steps: the parameters, which are as they were before the step but for `PartlyWritten`.
+            error: why.
+        """
+        if isinstance(error, PartlyWritten):
+            self.half_updated += [s for s in steps if id(s) not in self._early]
+        for s in steps:
+            s.views = {}  # nothing of it is stored any more
+            if id(s) in self._early:
+                self._early.pop(id(s)).restore()
+        self.failed |= {id(s): s for s in steps}
+        self.error = self.error or error
+
+    def keep(self, steps: Iterable[ParamStep]) -> None:
+        """Copy weights and state of parameters that several units write, to restore them if one of these fails.
+
+        Args:
+            steps: the parameters.
+        """
+        self._early |= {id(s): Backup([s.local(), *state_of(s)]) for s in steps}
+
+    def taken(self, steps: Sequence[ParamStep]) -> Sequence[ParamStep]:
+        """The parameters that took the step.
+
+        Args:
+            steps: parameters.
+
+        Returns:
+            All but those that failed.
+        """
+        return [s for s in steps if id(s) not in self.failed] if self.failed else steps
+
+    def finish(self, steps: Sequence[ParamStep]) -> None:
+        """Count the step of the parameters that took it, and raise if a unit failed.
+
+        Args:
+            steps: parameters with a gradient.
+
+        Raises:
+            RuntimeError: with the names of the parameters that did not take the step.
+        """
+        count_steps(self.taken(steps))
+        if self.error is not None:
+            half = f", but for parts of {_names(self.half_updated)}" if self.half_updated else ""
+            raise RuntimeError(
+                f"{_names(list(self.failed.values()))}: not updated{half} ({type(self.error).__name__}: {self.error}). "
+                "All other parameters have taken this step: do not take it again"
+            ) from self.error
+
+
+def _names(steps: Sequence[ParamStep]) -> str:
+    label = ", ".join([s.plan.name for s in steps[:5]])
+    return f"{label} and {len(steps) - 5} more" if len(steps) > 5 else label

@@ -15,10 +15,10 @@ from lightning_optim.core.rule import Rule
 from lightning_optim.core.state.formats import QUANTIZED_DTYPES
 from lightning_optim.core.state.quantized_view import ElementIndex, QuantizedView, no_index, offset
 from lightning_optim.core.step import compiled
-from lightning_optim.core.step.apply import ParamWriter, apply_direction
-from lightning_optim.core.step.records import GroupStep, ParamStep
+from lightning_optim.core.step.apply import ParamWriter, Transaction, apply_direction, surely
+from lightning_optim.core.step.records import Backup, GroupStep, ParamStep, state_of
+from lightning_optim.core.step.recovery import PartlyWritten, try_again
 from lightning_optim.core.step.stacks import copy_aliased, quantized_views, share_scales, version
-from lightning_optim.core.step.transaction import Backup, PartlyWritten, Transaction, state_of, surely, try_again
 
 
 def step_elementwise(

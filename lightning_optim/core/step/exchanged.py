@@ -11,11 +11,10 @@ from torch import Tensor
 from lightning_optim.core.matrix_views import bucket
 from lightning_optim.core.parallel.exchange import Team, make_exchange
 from lightning_optim.core.parallel.ownership import Owners
-from lightning_optim.core.step.apply import apply_direction, is_written_at_once
-from lightning_optim.core.step.records import GroupStep, ParamStep
+from lightning_optim.core.step.apply import Transaction, apply_direction, is_written_at_once
+from lightning_optim.core.step.records import Backup, GroupStep, ParamStep, state_of
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler
 from lightning_optim.core.step.stacked import chunks, needs_param, update_stack
-from lightning_optim.core.step.transaction import Backup, Transaction, state_of
 
 Exchange = tuple[Sequence[ParamStep], Generator[None]]
 Exchanges = Sequence[Exchange]

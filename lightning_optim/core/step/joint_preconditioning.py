@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from lightning_optim.core.matrix_views import transpose_if
+from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.records import GroupStep, ParamStep
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler, refresh_if_due
 from lightning_optim.core.step.stacks import (
@@ -19,7 +20,6 @@ from lightning_optim.core.step.stacks import (
     store_stack,
     with_values,
 )
-from lightning_optim.core.step.transaction import Transaction
 
 
 def precondition_jointly(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple, cast
@@ -306,3 +306,27 @@ def count_steps(steps: Sequence[ParamStep]) -> None:
     """
     if counters := [s.state["step"] for s in steps]:
         cast("Any", torch)._foreach_add_(counters, ONE, alpha=1.0)  # a number is four times slower
+
+
+def state_of(step: ParamStep) -> list[Tensor]:
+    """The state tensors of a parameter on this rank that its rule writes.
+
+    Args:
+        step: the parameter.
+
+    Returns:
+        All but the count of steps, which is written at the end of a step.
+    """
+    return [step.local_state(key) for key in step.state if key != "step"]
+
+
+class Backup:
+    """Copies of tensors, to be written back without any allocation."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._pairs = [(t, t.clone()) for t in tensors]
+
+    def restore(self) -> None:
+        """Write the copies back."""
+        for t, copy in self._pairs:
+            t.copy_(copy)

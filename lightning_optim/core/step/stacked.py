@@ -16,8 +16,9 @@ from lightning_optim.core.rule import DirectionByRows, Rule, StateSpec
 from lightning_optim.core.state.formats import QUANTIZED_DTYPES
 from lightning_optim.core.state.quantized_view import QuantizedView
 from lightning_optim.core.step import compiled
-from lightning_optim.core.step.apply import apply_by_rows, apply_directions, is_written_at_once
-from lightning_optim.core.step.records import GroupStep, ParamStep
+from lightning_optim.core.step.apply import Transaction, apply_by_rows, apply_directions, is_written_at_once, surely
+from lightning_optim.core.step.records import GroupStep, ParamStep, state_of
+from lightning_optim.core.step.recovery import restoring
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler, refresh_if_due
 from lightning_optim.core.step.stacks import (
     copy_aliased,
@@ -32,7 +33,6 @@ from lightning_optim.core.step.stacks import (
     views_of,
     with_values,
 )
-from lightning_optim.core.step.transaction import Transaction, restoring, state_of, surely
 from lightning_optim.ops.lapack import LinAlgError, failures
 from lightning_optim.ops.noise import normal
 from lightning_optim.ops.rounding import hash_key

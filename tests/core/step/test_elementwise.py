@@ -9,9 +9,9 @@ from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer
 from lightning_optim.core.matrix_views import BLOCK
+from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.elementwise import portions, step_elementwise
 from lightning_optim.core.step.records import GroupStep, number_steps
-from lightning_optim.core.step.transaction import Transaction
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

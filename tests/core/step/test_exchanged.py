@@ -11,9 +11,9 @@ from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer
 from lightning_optim.core.parallel.ownership import Owners
+from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.exchanged import begin_exchanges, finish_exchanges
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler
-from lightning_optim.core.step.transaction import Transaction
 from tests.helpers import jobs
 from tests.helpers.pool import Pool
 from tests.helpers.rules import make

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lightning_optim import RuleOptimizer
+from lightning_optim.core.step.apply import Transaction
 from lightning_optim.core.step.joint_preconditioning import precondition_jointly
 from lightning_optim.core.step.records import GroupStep, count_steps, number_steps
 from lightning_optim.core.step.refresh_scheduler import RefreshScheduler
-from lightning_optim.core.step.transaction import Transaction
 
 LR, DAMPING = 0.1, 0.25
 

@@ -12,7 +12,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_optim import RuleOptimizer
-from lightning_optim.core.step.transaction import PartlyWritten, restoring, surely
+from lightning_optim.core.step.apply import surely
+from lightning_optim.core.step.recovery import PartlyWritten, restoring
 
 
 class Full(TorchDispatchMode):
