@@ -252,6 +252,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         """Load into parameters as they are now."""
+        # Lightning's finetuning callbacks have put plain groups here
+        self.param_groups[:] = [g if isinstance(g, ParamGroup) else ParamGroup(g) for g in self.param_groups]
         loaded_of: dict[int, Mapping[str, Any]] = {}
         names = [group["name"] for group in self.param_groups]
         params = [p for group in self.param_groups for p in group["params"]]

@@ -745,6 +745,24 @@ def test_unfreezing(tmp_path: Path, entry: str, name: str, layer: str) -> None:
     assert_same_run(first, second)
 
 
+class Plain(Net):
+    """One unnamed group, as torch's classes have it."""
+
+    def configure_optimizers(self) -> Any:
+        return lightning_optim.SGD([p for p in self.parameters() if p.requires_grad], lr=LR, momentum=0.9)
+
+
+def test_unfreezing_resumes_with_an_unnamed_group(tmp_path: Path) -> None:
+    def start(*callbacks: L.Callback) -> L.Trainer:
+        return trainer(tmp_path, max_epochs=3, callbacks=[Unfreeze("out"), *callbacks])
+
+    first, second = start(Save(tmp_path / "last.ckpt", 5)), start()
+    first.fit(Plain("sgd"), Rows(2))
+    second.fit(Plain("sgd"), Rows(2), ckpt_path=tmp_path / "last.ckpt")  # Lightning replaces `param_groups`
+    assert [g["name"] for g in second.optimizers[0].param_groups] == ["sgd", "sgd_1"]
+    assert_same_run(first, second)
+
+
 def test_unfrozen_group_follows_the_schedule(tmp_path: Path) -> None:
     net = Net("muon", schedule="linear")
     trainer(tmp_path, max_epochs=4, callbacks=[Unfreeze("out")]).fit(net, Rows(2))
