@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -56,8 +56,9 @@ class OptimizerFactory:
             One optimizer for the whole model.
 
         Raises:
-            ValueError: no name, a flag that nothing follows, or what `build_optimizer` raises.
+            ValueError: no name, a flag that nothing follows, weights of a loss, or what `build_optimizer` raises.
         """
+        _refuse_weights_elsewhere(model, settings.pop("optimizer_dict", ()))
         arguments = settings if lr is None else settings | {"lr": lr}
         flags = args() if callable(args) else args
         of_flags = getattr(flags, "optimizer_settings", None)
@@ -80,6 +81,16 @@ class OptimizerFactory:
             check_adam_flags(flags, optimizer)
         _measure_curvature(optimizer)
         return optimizer
+
+
+def _refuse_weights_elsewhere(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse groups of sentence-transformers with weights that the model lacks; others are the model's own."""
+    known = {id(p) for p in model.parameters()}
+    if any(id(p) not in known for group in groups for p in group["params"]):
+        raise ValueError(
+            "the loss has weights of its own, which would not be trained; give the Trainer "
+            "optimizers=(create_optimizer(loss, name, lr=...), None)"
+        )
 
 
 def create_optimizer(model: nn.Module, name: str, *, lr: float | None = None, **settings: Any) -> RuleOptimizer:

@@ -516,6 +516,16 @@ def test_adam_s_flags_are_refused_beside_published_settings(tmp_path: Path, sour
         attach(plain_trainer(tmp_path, adam_beta2=0.95), "muon", **source)
 
 
+def test_groups_of_sentence_transformers_may_hold_only_weights_of_the_model():
+    model = llama()
+    groups = [{"params": list(model.parameters())}]
+    optimizer = OptimizerFactory()(model, name="adamw", lr=1e-3, optimizer_dict=groups)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(groups[0]["params"])
+    groups.append({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(ValueError, match="the loss has weights of its own"):
+        OptimizerFactory()(model, name="adamw", lr=1e-3, optimizer_dict=groups)
+
+
 def test_flags_count_until_the_optimizer_is_built(tmp_path: Path):
     args = arguments(tmp_path, optim_args="momentum=0.9")
     trainer = trainer_of(llama(), args)
