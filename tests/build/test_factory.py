@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 def test_lazy_layers_are_stepped_by_the_main_rule() -> None:
-    model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(8))
+    model: Any = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(8))
     optimizer = build_optimizer(model, "muon", lr=1e-2)
     model(torch.randn(4, 6)).square().mean().backward()
     before = model[0].weight.detach().clone()

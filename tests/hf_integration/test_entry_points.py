@@ -511,7 +511,7 @@ def test_adam_s_flags_hold_for_the_rule_of_an_override(tmp_path: Path):
 
 
 @pytest.mark.parametrize("source", [{"recipe": "muon"}, {"preset": "record46"}])
-def test_adam_s_flags_are_refused_beside_published_settings(tmp_path: Path, source: dict[str, str]):
+def test_adam_s_flags_are_refused_beside_published_settings(tmp_path: Path, source: dict[str, Any]):
     with pytest.raises(ValueError, match=rf"--adam_beta2 0.95 is not used beside a {next(iter(source))}"):
         attach(plain_trainer(tmp_path, adam_beta2=0.95), "muon", **source)
 
