@@ -242,7 +242,7 @@ def main() -> None:
 
     corpus, held_out = texts(args.data)
     if last:
-        rank_zero_only(print)(f"goes on from {last}")
+        rank_zero_only(print)(f"resumes from {last}")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(output / "model")
     else:
         tokenizer = train_tokenizer(corpus, preset.vocabulary)

@@ -25,7 +25,7 @@ PartitionKind = Literal["layer", "matrix", "head", "neuron", "token", "expert"]
 View = Callable[[Tensor], Tensor]
 
 
-class Piece(NamedTuple):
+class ParamView(NamedTuple):
     """A part of a parameter."""
 
     param: str
@@ -37,7 +37,7 @@ class ModelBlock(NamedTuple):
     """Weights that form a block."""
 
     name: str
-    pieces: tuple[Piece, ...]
+    views: tuple[ParamView, ...]
 
 
 def partition(
@@ -62,24 +62,24 @@ def partition(
     Returns:
         The blocks in the order of the parameters. What is of another kind (a bias, for `neuron`) is in none of them.
     """
-    found: dict[str, list[Piece]] = defaultdict(list)
+    found: dict[str, list[ParamView]] = defaultdict(list)
     for name, p in params.items():
         if name in traits and any(fnmatchcase(name, pattern) for pattern in patterns):
-            for block, view in PARTS_OF[kind](name, p, traits[name]):
-                found[block].append(Piece(name, view))
-    return [ModelBlock(name, tuple(pieces)) for name, pieces in found.items()]
+            for block, view in VIEWS_BY_KIND[kind](name, p, traits[name]):
+                found[block].append(ParamView(name, view))
+    return [ModelBlock(name, tuple(views)) for name, views in found.items()]
 
 
-Parts = Iterator[tuple[str, View]]
+NamedViews = Iterator[tuple[str, View]]
 """Names of blocks, and what of a parameter belongs to each."""
 
 
-def _layer(name: str, p: Tensor, trait: ParamRole) -> Parts:
+def _layer(name: str, p: Tensor, trait: ParamRole) -> NamedViews:
     path = re.match(r"(.*?\.\d+)\.", name)
     yield path[1] if path else name.rpartition(".")[0] or name, _whole
 
 
-def _matrices(name: str, p: Tensor, trait: ParamRole, cut: Blocks) -> Parts:
+def _matrices(name: str, p: Tensor, trait: ParamRole, cut: Blocks) -> NamedViews:
     parts = split_blocks(tuple(p.shape), cut, transposed=trait.transposed)
     every = [(part, i) for part in parts for i in range(part.dims[0])]
     for number, (part, i) in enumerate(every):
@@ -87,17 +87,17 @@ def _matrices(name: str, p: Tensor, trait: ParamRole, cut: Blocks) -> Parts:
         yield label, functools.partial(_matrix, part=part, index=i, transposed=trait.transposed)
 
 
-def _matrix_parts(name: str, p: Tensor, trait: ParamRole) -> Parts:
+def _matrix_parts(name: str, p: Tensor, trait: ParamRole) -> NamedViews:
     if trait.role != "vector":
         yield from _matrices(name, p, trait, trait.blocks)
 
 
-def _heads(name: str, p: Tensor, trait: ParamRole) -> Parts:
+def _heads(name: str, p: Tensor, trait: ParamRole) -> NamedViews:
     if trait.heads and p.ndim == 2:
         yield from _matrices(name, p, trait, trait.heads)
 
 
-def _rows(name: str, p: Tensor, trait: ParamRole) -> Parts:
+def _rows(name: str, p: Tensor, trait: ParamRole) -> NamedViews:
     turned = transpose_if(p, trait.transposed)
     is_stack = p.ndim == 3
     lead = turned.shape[:2] if is_stack else turned.shape[:1]
@@ -105,17 +105,17 @@ def _rows(name: str, p: Tensor, trait: ParamRole) -> Parts:
         yield f"{name}[{i}]", functools.partial(_row, index=divmod(i, lead[-1]) if is_stack else (i,), trait=trait)
 
 
-def _neurons(name: str, p: Tensor, trait: ParamRole) -> Parts:
+def _neurons(name: str, p: Tensor, trait: ParamRole) -> NamedViews:
     if p.ndim > 1 and trait.role in MATRIX_ROLES | {"conv", "other", "router"}:
         yield from _rows(name, p, trait)
 
 
-def _tokens(name: str, p: Tensor, trait: ParamRole) -> Parts:
+def _tokens(name: str, p: Tensor, trait: ParamRole) -> NamedViews:
     if p.ndim > 1 and trait.role in ("embedding", "head"):
         yield from _rows(name, p, trait)
 
 
-def _experts(name: str, p: Tensor, trait: ParamRole) -> Parts:
+def _experts(name: str, p: Tensor, trait: ParamRole) -> NamedViews:
     if trait.role == "experts" and p.ndim == 3:
         layer = name.rpartition(".")[0]
         for i in range(len(p)):
@@ -124,7 +124,7 @@ def _experts(name: str, p: Tensor, trait: ParamRole) -> Parts:
         yield f"{path[1]}[{path[2]}]", _whole
 
 
-PARTS_OF: dict[PartitionKind, Callable[[str, Tensor, ParamRole], Parts]] = {
+VIEWS_BY_KIND: dict[PartitionKind, Callable[[str, Tensor, ParamRole], NamedViews]] = {
     "layer": _layer,
     "matrix": _matrix_parts,
     "head": _heads,

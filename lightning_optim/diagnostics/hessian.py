@@ -20,7 +20,7 @@ Loss = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Cut:
+class ViewBlock:
     """A block that has parts of some parameters."""
 
     params: tuple[int, ...]
@@ -29,7 +29,7 @@ class Cut:
     """What of a tensor of each one's shape belongs to the block, as a view."""
 
 
-Block = Sequence[int] | Cut
+Block = Sequence[int] | ViewBlock
 """Indices of the parameters that form a block, or parts of them."""
 
 
@@ -39,10 +39,10 @@ def indices(block: Block) -> Sequence[int]:
     Returns:
         Their indices.
     """
-    return block.params if isinstance(block, Cut) else block
+    return block.params if isinstance(block, ViewBlock) else block
 
 
-def parts_of(block: Block, tensors: Sequence[Tensor]) -> list[Tensor]:
+def views_in(block: Block, tensors: Sequence[Tensor]) -> list[Tensor]:
     """What of some tensors belongs to a block.
 
     Args:
@@ -52,7 +52,7 @@ def parts_of(block: Block, tensors: Sequence[Tensor]) -> list[Tensor]:
     Returns:
         Views.
     """
-    if not isinstance(block, Cut):
+    if not isinstance(block, ViewBlock):
         return list(tensors)
     return [view(t) for view, t in zip(block.views, tensors, strict=True)]
 
@@ -216,23 +216,23 @@ class Hessian:
             A function from `[d]` to `[d]`.
         """
         at = indices(block)
-        sizes = [x.numel() for x in self.parts(block)]
+        sizes = [x.numel() for x in self.weights(block)]
 
         def matvec(v: Tensor) -> Tensor:
             vectors = [torch.zeros_like(self.params[i]) for i in at]
-            for part, x in zip(parts_of(block, vectors), v.split(sizes), strict=True):
+            for part, x in zip(views_in(block, vectors), v.split(sizes), strict=True):
                 part.copy_(x.view(part.shape))
-            return torch.cat([h.reshape(-1) for h in parts_of(block, self.product(vectors, at, at))])
+            return torch.cat([h.reshape(-1) for h in views_in(block, self.product(vectors, at, at))])
 
         return matvec
 
-    def parts(self, block: Block) -> list[Tensor]:
+    def weights(self, block: Block) -> list[Tensor]:
         """The weights of a block.
 
         Returns:
             Views of its parameters.
         """
-        return parts_of(block, [self.params[i] for i in indices(block)])
+        return views_in(block, [self.params[i] for i in indices(block)])
 
     def size(self, block: Block) -> int:
         """Number of weights of a block.
@@ -240,7 +240,7 @@ class Hessian:
         Returns:
             d.
         """
-        return sum(x.numel() for x in self.parts(block))
+        return sum(x.numel() for x in self.weights(block))
 
     def random(self, block: Block, generator: torch.Generator) -> Tensor:
         """A flat vector of random signs over a block.
@@ -252,7 +252,7 @@ class Hessian:
         Returns:
             `[d]`.
         """
-        return torch.cat([signs(x, generator).reshape(-1) for x in self.parts(block)])
+        return torch.cat([signs(x, generator).reshape(-1) for x in self.weights(block)])
 
     def signs(self, block: Block, generator: torch.Generator) -> list[Tensor]:
         """Random signs over a block.
@@ -265,7 +265,7 @@ class Hessian:
             One tensor per parameter of the block, of its shape, zero outside the block.
         """
         vectors = [torch.zeros_like(self.params[i]) for i in indices(block)]
-        for part in parts_of(block, vectors):
+        for part in views_in(block, vectors):
             part.copy_(signs(part, generator))
         return vectors
 
@@ -482,7 +482,7 @@ def block_probes(
             for i, x in zip(at, products, strict=True):
                 diagonal[i] += x / len(vectors)
             traces_of_block.append(torch.stack([x.sum(dtype=torch.float64) for x in products]).sum())
-            of_blocks = (parts_of(row, [hz[i] for i in indices(row)]) for row in blocks)
+            of_blocks = (views_in(row, [hz[i] for i in indices(row)]) for row in blocks)
             rows = [[x.square().sum(dtype=torch.float64) for x in row] for row in of_blocks]
             squares.append(torch.stack([torch.stack(row).sum() for row in rows]))
         traces.append(torch.stack(traces_of_block).cpu())

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_optim import roles
-from lightning_optim.build.partition import PARTS_OF, ModelBlock, PartitionKind, partition
+from lightning_optim.build.partition import VIEWS_BY_KIND, ModelBlock, PartitionKind, partition
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")  # PEFT asks Transformers for it
 SIZES: dict[str, Any] = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
@@ -48,14 +48,14 @@ def names(model: nn.Module, kind: PartitionKind, *patterns: str) -> list[str]:
     return [block.name for block in divided(model, kind, *patterns)[1]]
 
 
-@pytest.mark.parametrize("kind", PARTS_OF)
+@pytest.mark.parametrize("kind", VIEWS_BY_KIND)
 @pytest.mark.parametrize("model", MODELS)
 def test_no_weight_is_in_two_blocks(model: str, kind: PartitionKind) -> None:
     params, blocks = divided(MODELS[model](), kind)
     marks = {name: torch.zeros(p.shape) for name, p in params.items()}
     for block in blocks:
-        for piece in block.pieces:
-            piece.view(marks[piece.param]).add_(1)  # a copy would leave no mark
+        for part in block.views:
+            part.view(marks[part.param]).add_(1)  # a copy would leave no mark
     assert max(float(mark.max()) for mark in marks.values()) <= 1
     covered, every = sum(float(mark.sum()) for mark in marks.values()), sum(p.numel() for p in params.values())
     matrices = sum(p.numel() for p in params.values() if p.ndim > 1)
@@ -67,15 +67,15 @@ def test_a_neuron_is_an_output_however_it_is_stored() -> None:
     params, blocks = divided(gpt2(), "neuron", "*c_fc*")
     name = "transformer.h.0.mlp.c_fc.weight"
     assert params[name].shape == (8, 12) and [b.name for b in blocks] == [f"{name}[{i}]" for i in range(12)]
-    assert torch.equal(blocks[3].pieces[0].view(params[name]), params[name][:, 3])
+    assert torch.equal(blocks[3].views[0].view(params[name]), params[name][:, 3])
 
 
 def test_fused_layers_are_cut_into_matrices_and_heads() -> None:
     fused = "transformer.h.0.attn.c_attn.weight"
     params, thirds = divided(gpt2(), "matrix", "*c_attn*")
-    assert torch.equal(thirds[1].pieces[0].view(params[fused]), params[fused][:, 8:16].T)
+    assert torch.equal(thirds[1].views[0].view(params[fused]), params[fused][:, 8:16].T)
     params, heads = divided(gpt2(), "head")
-    assert len(heads) == 6 and torch.equal(heads[5].pieces[0].view(params[fused]), params[fused][:, 20:24].T)
+    assert len(heads) == 6 and torch.equal(heads[5].views[0].view(params[fused]), params[fused][:, 20:24].T)
     queries = "model.layers.0.self_attn.{}_proj.weight"
     found = names(llama(), "head")
     assert [sum(queries.format(x) in name for name in found) for x in "qkv"] == [4, 2, 2]
@@ -84,10 +84,8 @@ def test_fused_layers_are_cut_into_matrices_and_heads() -> None:
 def test_an_expert_has_all_its_matrices() -> None:
     params, blocks = divided(mixtral(), "expert")
     assert [b.name for b in blocks] == [f"model.layers.0.mlp.experts[{i}]" for i in range(3)]
-    assert [piece.param.rpartition(".")[2] for piece in blocks[2].pieces] == ["gate_up_proj", "down_proj"]
-    assert torch.equal(
-        blocks[2].pieces[1].view(params[blocks[2].pieces[1].param]), params[blocks[2].pieces[1].param][2]
-    )
+    assert [part.param.rpartition(".")[2] for part in blocks[2].views] == ["gate_up_proj", "down_proj"]
+    assert torch.equal(blocks[2].views[1].view(params[blocks[2].views[1].param]), params[blocks[2].views[1].param][2])
     gates = names(mixtral(), "matrix", "*gate_up*")
     assert len(gates) == 6, "gate and up of three experts"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_optim import build_optimizer
-from lightning_optim.build.partition import PARTS_OF, PartitionKind
+from lightning_optim.build.partition import VIEWS_BY_KIND, PartitionKind
 from lightning_optim.diagnostics import hessian
 from lightning_optim.diagnostics.hessian import Hessian
 from lightning_optim.diagnostics.probes.context import TrainingContext
@@ -53,13 +53,13 @@ class Case:
         ])
         self.places = {k: x.view(p.shape) for (k, p), x in zip(self.params.items(), places, strict=True)}
 
-    def blocks(self, kind: PartitionKind, every: int = 1) -> list[tuple[hessian.Cut, Tensor]]:
+    def blocks(self, kind: PartitionKind, every: int = 1) -> list[tuple[hessian.ViewBlock, Tensor]]:
         """Some blocks, with their dense ones."""
         index = {name: i for i, name in enumerate(self.params)}
         out = []
         for block in divided(self.model, kind)[1][::every]:
-            cut = hessian.Cut(tuple(index[x.param] for x in block.pieces), tuple(x.view for x in block.pieces))
-            at = torch.cat([x.view(self.places[x.param]).reshape(-1) for x in block.pieces])
+            cut = hessian.ViewBlock(tuple(index[x.param] for x in block.views), tuple(x.view for x in block.views))
+            at = torch.cat([x.view(self.places[x.param]).reshape(-1) for x in block.views])
             out.append((cut, self.dense[at][:, at]))
         return out
 
@@ -71,7 +71,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
 
-@pytest.mark.parametrize("kind", PARTS_OF)
+@pytest.mark.parametrize("kind", VIEWS_BY_KIND)
 def test_products_and_estimates_are_those_of_the_dense_blocks(case: Case, kind: PartitionKind) -> None:
     """Products to rounding; traces and norms within three standard errors of 200 probes, on eight blocks at most."""
     count = len(divided(case.model, kind)[1])

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_optim.build.partition import PARTS_OF, PartitionKind, partition
+from lightning_optim.build.partition import VIEWS_BY_KIND, PartitionKind, partition
 from lightning_optim.build.role_report import roles
 from lightning_optim.core import matrix_views
 from lightning_optim.core.parallel import collectives
@@ -122,8 +122,8 @@ class HessianBlocks(Probe):
             "starts": starts,
             "max_blocks": max_blocks,
         }
-        if partition not in ("role", *PARTS_OF):
-            raise ValueError(f"hessian: unknown partition {partition!r}; take one of role, {', '.join(PARTS_OF)}")
+        if partition not in ("role", *VIEWS_BY_KIND):
+            raise ValueError(f"hessian: unknown partition {partition!r}; take one of role, {', '.join(VIEWS_BY_KIND)}")
         for key, value in (counts | {"coupling_every": coupling_every, "coupling_probes": coupling_probes}).items():
             if value < 1:
                 raise ValueError(f"hessian: {key} must be at least 1, got {value}")
@@ -236,7 +236,7 @@ class HessianBlocks(Probe):
         step = max(1.0, len(every) / self.max_blocks)
         chosen = [every[int(k * step)] for k in range(min(len(every), self.max_blocks))]
         return {
-            x.name: hessian.Cut(tuple(index[p.param] for p in x.pieces), tuple(p.view for p in x.pieces))
+            x.name: hessian.ViewBlock(tuple(index[p.param] for p in x.views), tuple(p.view for p in x.views))
             for x in chosen
         }
 
