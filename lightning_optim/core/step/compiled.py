@@ -196,7 +196,7 @@ def step_param(group: GroupStep, step: ParamStep) -> slice | None:
         The elements that were stepped, in memory order: all, or those in whole blocks of scales; None for none.
     """
     rule, settings, plan = group.rule, group.group, step.plan
-    if not settings["compile"] or plan.replicas is not None or plan.pieces or plan.blocks[0].rows is not None:
+    if not settings["compile"] or plan.replicas is not None or plan.block_plans or plan.blocks[0].rows is not None:
         return None
     if rule.skips_update(step.t) or refusal(rule, settings) is not None:
         return None

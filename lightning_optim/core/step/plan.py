@@ -78,10 +78,10 @@ class ParamPlan:
     """Equal for parameters that can be batched into one `[b, m, n]` stack."""
     kernel_id: int
     """Equal for parameters of one dtype and device."""
-    pieces: tuple[ParamPlan, ...] = ()
+    block_plans: tuple[ParamPlan, ...] = ()
     """One plan per size of matrix, where there are several."""
-    piece: int = 0
-    """Which of `pieces` this is."""
+    block_index: int = 0
+    """Which of `block_plans` this is."""
     stored: tuple[tuple[str, torch.Size, torch.dtype], ...] | None = None
     """Key, shape and dtype of each state tensor, once they were checked; None before."""
 
@@ -179,7 +179,7 @@ def plan_param(
         stack_id=plan.ids.setdefault(key, len(plan.ids)),
         kernel_id=plan.ids.setdefault((p.dtype, p.device), len(plan.ids)),
     )
-    out.pieces = pieces_of(out, rule, group)
+    out.block_plans = block_plans_of(out, rule, group)
     return out
 
 
@@ -189,7 +189,7 @@ def _divided_blocks(rule: Rule, p: Tensor, fmts: Mapping[str, StateFormat]) -> t
     return element_positions.divided_blocks(p, block) if block and (rule.elementwise or rule.reduces) else ()
 
 
-def pieces_of(plan: ParamPlan, rule: Rule, group: Mapping[str, Any]) -> tuple[ParamPlan, ...]:
+def block_plans_of(plan: ParamPlan, rule: Rule, group: Mapping[str, Any]) -> tuple[ParamPlan, ...]:
     """One plan per size of matrix of a parameter.
 
     Args:
@@ -206,7 +206,7 @@ def pieces_of(plan: ParamPlan, rule: Rule, group: Mapping[str, Any]) -> tuple[Pa
     for i, block in enumerate(plan.blocks):
         specs, cost = rule.state_specs(*block.dims[1:]), refresh_cost(rule, (block,), vector=False)
         factor = direction_factor(rule, group, block.dims)
-        out.append(replace(plan, blocks=(block,), specs=specs, refresh_cost=cost, factor=factor, piece=i))
+        out.append(replace(plan, blocks=(block,), specs=specs, refresh_cost=cost, factor=factor, block_index=i))
     return tuple(out)
 
 

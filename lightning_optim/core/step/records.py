@@ -88,10 +88,10 @@ class ParamStep:
         Returns:
             This step, where all matrices have one size.
         """
-        if not self.plan.pieces:
+        if not self.plan.block_plans:
             return [self]
         out = []
-        for i, plan in enumerate(self.plan.pieces):
+        for i, plan in enumerate(self.plan.block_plans):
             state = {key: self.state[state_key(key, spec, i)] for key, spec in plan.specs.items()}
             step = ParamStep(plan, state, self.grad)
             step.t, step.clip, step.staleness, step.on_refresh = self.t, self.clip, self.staleness, self.on_refresh

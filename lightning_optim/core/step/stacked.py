@@ -107,7 +107,7 @@ def written_early(group: GroupStep, chunk: Sequence[ParamStep]) -> list[Tensor]:
         State and weights on this rank; none where the rule works on a copy, which is stored and applied in place.
     """
     plain, plan = is_written_at_once(group, chunk[0]), chunk[0].plan
-    if plain and len(chunk) > 1 and plan.is_compute_format and not plan.pieces and plan.blocks[0].rows is None:
+    if plain and len(chunk) > 1 and plan.is_compute_format and not plan.block_plans and plan.blocks[0].rows is None:
         return []
     return [t for s in chunk for t in (*state_of(s), *([] if plain else [s.local()]))]
 
@@ -173,7 +173,7 @@ def update_stack(
     if by_rows and group.rule.reduces and compiled.step_param(group, chunk[0]) is not None:
         return
     plan, rule = chunk[0].plan, group.rule
-    if plan.is_compute_format and not plan.pieces:
+    if plan.is_compute_format and not plan.block_plans:
         directions = [_directions(group, chunk, params, gradients, frame, by_rows)]
     else:
         directions = _directions_of_values(group, chunk, params, gradients, frame, by_rows)
@@ -202,8 +202,8 @@ def _directions_of_values(
     views = [quantized_views(group, s) for s in chunk]
     loaded = [with_values(s, of) for s, of in zip(chunk, views, strict=True)]
     versions = [{k: version(s.state[k]) for k in of} for s, of in zip(loaded, views, strict=True)]
-    pieces = zip(*(s.split(group.rule) for s in loaded), strict=True)
-    out = [_directions(group, piece, params, gradients, frame, by_rows) for piece in pieces]
+    by_block = zip(*(s.split(group.rule) for s in loaded), strict=True)
+    out = [_directions(group, piece, params, gradients, frame, by_rows) for piece in by_block]
     sharded = frame is not None and frame.cut is not None  # torch does not count what a DTensor writes to its part
     for s, of, old in zip(loaded, views, versions, strict=True):
         _store_values(s, of, old, always=sharded)
@@ -222,7 +222,7 @@ def _store_values(
 def _is_stepped_by_rows(group: GroupStep, chunk: Sequence[ParamStep]) -> bool:
     """Whether a stack is one parameter whose memory is that of its matrices, and no option needs a whole direction."""
     plan = chunk[0].plan
-    if len(chunk) > 1 or plan.pieces or plan.blocks[0].rows is not None or plan.dtype != plan.compute_dtype:
+    if len(chunk) > 1 or plan.block_plans or plan.blocks[0].rows is not None or plan.dtype != plan.compute_dtype:
         return False
     p = chunk[0].local()
     return (p.ndim < 3 or (p.is_contiguous() and not plan.transposed)) and not group.plan.has_constraint
@@ -306,7 +306,7 @@ def _join(
         shapes = [transpose_if(like, transposed=True).shape for like in gradients]
         return [transpose_if(d.reshape(x), transposed=True) for d, x in zip(directions[0], shapes, strict=True)]
     out = []
-    factors = [piece.factor / plan.factor for piece in plan.pieces or (plan,)]  # `apply` has the first one's factor
+    factors = [x.factor / plan.factor for x in plan.block_plans or (plan,)]  # `apply` has the first one's factor
     for like, *ds in zip(gradients, *directions, strict=True):
         whole = torch.empty_like(like, dtype=ds[0].dtype)
         for block, d, factor in zip(plan.blocks, ds, factors, strict=True):
@@ -330,7 +330,7 @@ def _noise(
 def _normal(seed: int, step: ParamStep, stream: int, shape: StackShape) -> Tensor:
     """Standard normal numbers that depend on the seed, the parameter and the step only."""
     plan = step.plan
-    key = hash_key(seed, step.t, plan.index, stream, *[plan.piece] * (plan.piece > 0))
+    key = hash_key(seed, step.t, plan.index, stream, *[plan.block_index] * (plan.block_index > 0))
     return normal(shape, key, device=step.local().device)
 
 

@@ -73,14 +73,16 @@ def test_blocks_of_several_sizes_are_pieces_with_costs_factors_and_state_of_thei
     p = Parameter(torch.ones(16, 5))
     options: dict[str, Any] = {"blocks": (8, 4, 4), "lr_convention": "adamw"}
     (muon,) = plans_of(RuleOptimizer([{"params": [p], "rule": "muon", "scale": "none", **options}]))
-    assert [x.dims for x in muon.pieces] == [(1, 8, 5), (2, 4, 5)] and [x.piece for x in muon.pieces] == [0, 1]
-    assert [x.factor for x in muon.pieces] == pytest.approx([0.2 * math.sqrt(8), 0.2 * math.sqrt(5)])
-    assert muon.factor == muon.pieces[0].factor and muon.dims == (1, 8, 5)
+    assert [x.dims for x in muon.block_plans] == [(1, 8, 5), (2, 4, 5)] and [
+        x.block_index for x in muon.block_plans
+    ] == [0, 1]
+    assert [x.factor for x in muon.block_plans] == pytest.approx([0.2 * math.sqrt(8), 0.2 * math.sqrt(5)])
+    assert muon.factor == muon.block_plans[0].factor and muon.dims == (1, 8, 5)
     assert step_cost(muon.blocks) == 8 * 5 * 5 + 2 * (4 * 5 * 4)
 
     (soap,) = plans_of(RuleOptimizer([{"params": [p], "rule": "soap", **options}]))
-    assert [x.refresh_cost for x in soap.pieces] == [8**3 + 5**3, 2 * (4**3 + 5**3)]
-    assert soap.refresh_cost == sum(x.refresh_cost for x in soap.pieces)
+    assert [x.refresh_cost for x in soap.block_plans] == [8**3 + 5**3, 2 * (4**3 + 5**3)]
+    assert soap.refresh_cost == sum(x.refresh_cost for x in soap.block_plans)
     shapes = {key: soap.formats[key].shape for key in ("exp_avg", "basis_left", "basis_left.1")}
     assert shapes == {"exp_avg": (16, 5), "basis_left": (8, 8), "basis_left.1": (2, 4, 4)}
     assert "exp_avg.1" not in soap.formats and soap.factor == 1.0
