@@ -16,9 +16,9 @@ from lightning_optim.core.state.formats import QUANTIZED_DTYPES
 from lightning_optim.core.state.quantized_view import ElementIndex, QuantizedView, no_index, offset
 from lightning_optim.core.step import compiled
 from lightning_optim.core.step.apply import ParamWriter, Transaction, apply_direction, surely
-from lightning_optim.core.step.records import Backup, GroupStep, ParamStep, state_of
-from lightning_optim.core.step.recovery import PartlyWritten, try_again
-from lightning_optim.core.step.stacks import copy_aliased, quantized_views, share_scales, version
+from lightning_optim.core.step.records import GroupStep, ParamStep, state_of
+from lightning_optim.core.step.recovery import PartlyWritten, restoring, try_again
+from lightning_optim.core.step.stacks import copy_aliased, quantized_views, share_scales
 
 
 def step_elementwise(
@@ -151,20 +151,15 @@ def _walk(group: GroupStep, step: ParamStep, part: slice | None) -> None:
         stored, beside = dict(zip(plan.formats, rest, strict=False)), rest[count : count + aside]
         at, block_index = first + offset(pb, cut), rest[count + aside :]
         index = no_index if where is None else functools.cache(functools.partial(where, pb, cut, block_index))
-        block, versions, saved = (pb, gb, stored, beside, index, at), [version(t) for t in stored.values()], None
+        work = group, step, write, views, pb, gb, stored, beside, index, at
         try:
-            saved = Backup(stored.values()) if copies else None
-            _step_block(group, step, write, views, *block)
+            restoring(list(stored.values()), _step_block, *work, copies=copies)
         except PartlyWritten:
             raise
         except Exception as error:
-            if saved is not None:
-                saved.restore()
-            elif versions != [version(t) for t in stored.values()]:
-                raise PartlyWritten(f"{type(error).__name__}: {error}") from error
             if k == 0 and part is None:
                 raise
-            try_again(_step_block, group, step, write, views, *block, error=error)
+            try_again(_step_block, *work, error=error)
     if whole and not (group.plan.may_skip and rule.skips_update(step.t)):
         apply_direction(group, step, whole[0])
 
