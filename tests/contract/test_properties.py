@@ -43,6 +43,22 @@ def report(capsys: pytest.CaptureFixture[str], counts: Counter[str]) -> None:
         print(f"\nPROPERTY_SEED={SEED}", *(f"{n:8d} {what}" for what, n in counts.most_common()), sep="\n")
 
 
+def carry_out_many(cases: st.SearchStrategy[Run], count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Carry out runs that are drawn from `SEED`, and print what was looked at."""
+    counts: Counter[str] = Counter()
+
+    @seed(SEED)
+    @settings(max_examples=count, **QUIET)
+    @given(cases)
+    def check(run: Run) -> None:
+        carry_out(run, counts)
+
+    try:
+        check()
+    finally:
+        report(capsys, counts)
+
+
 @settings(max_examples=100, derandomize=True, **QUIET)
 @given(runs())
 def test_random_runs(run: Run) -> None:
@@ -51,34 +67,12 @@ def test_random_runs(run: Run) -> None:
 
 @pytest.mark.slow
 def test_thousands_of_random_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    counts: Counter[str] = Counter()
-
-    @seed(SEED)
-    @settings(max_examples=int(os.environ.get("PROPERTY_RUNS", "5000")), **QUIET)
-    @given(runs())
-    def check(run: Run) -> None:
-        carry_out(run, counts)
-
-    try:
-        check()
-    finally:
-        report(capsys, counts)
+    carry_out_many(runs(), int(os.environ.get("PROPERTY_RUNS", "5000")), capsys)
 
 
 @pytest.mark.slow
 def test_random_runs_of_graphs(capsys: pytest.CaptureFixture[str]) -> None:
-    counts: Counter[str] = Counter()
-
-    @seed(SEED)
-    @settings(max_examples=int(os.environ.get("PROPERTY_RUNS_OF_GRAPHS", "60")), **QUIET)
-    @given(compiled_runs())
-    def check(run: Run) -> None:
-        carry_out(run, counts)
-
-    try:
-        check()
-    finally:
-        report(capsys, counts)
+    carry_out_many(compiled_runs(), int(os.environ.get("PROPERTY_RUNS_OF_GRAPHS", "60")), capsys)
 
 
 @st.composite
